@@ -1,0 +1,190 @@
+"""The blocks that the UNet and the VAE share. Attribute names are the published checkpoints' own.
+
+A Stable Diffusion checkpoint stores `down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q`;
+the modules here carry those names, so a checkpoint loads without a table of keys.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def read_config(config: dict, known: dict, neutral: dict, what: str) -> dict:
+    """The values of `known` (name: default) that `config` gives; refuses what would change the network.
+
+    `neutral` lists the options of the published format that these modules do not build, with the
+    value (or values, as a tuple of alternatives) at which they do nothing. An option that stands at
+    another value, or one that nobody has heard of, would load without complaint and compute
+    something else: ValueError naming it.
+    """
+    for key, value in config.items():
+        if key.startswith("_") or key in known or value is None:
+            continue
+        if key not in neutral:
+            raise ValueError(f"{what} config.json has the unknown option {key}={value!r}")
+        if value not in neutral[key]:
+            wanted = " or ".join(repr(v) for v in neutral[key])
+            raise ValueError(
+                f"{what} config.json asks for {key}={value!r}; supported is {wanted}"
+            )
+    return {key: default if config.get(key) is None else config[key] for key, default in known.items()}
+
+
+class ResBlock(nn.Module):
+    """norm, SiLU, conv, twice, around a skip; the time embedding enters between the two (UNet only)."""
+
+    def __init__(self, c_in: int, c_out: int, groups: int, norm_eps: float, temb_dim: int | None = None):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=norm_eps)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        if temb_dim is not None:
+            self.time_emb_proj = nn.Linear(temb_dim, c_out)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=norm_eps)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
+        self.widens = c_in != c_out
+
+    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))  # (b, c_out, h, w)
+        if temb is not None:
+            h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return (self.conv_shortcut(x) if self.widens else x) + h
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x over ctx (over itself without one). Vaswani et al. 2017, eq. 1."""
+
+    def __init__(self, dim: int, heads: int, ctx_dim: int | None = None, qkv_bias: bool = False):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim, bias=qkv_bias)
+        self.to_k = nn.Linear(ctx_dim or dim, dim, bias=qkv_bias)
+        self.to_v = nn.Linear(ctx_dim or dim, dim, bias=qkv_bias)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+
+    def forward(self, x: Tensor, ctx: Tensor | None = None) -> Tensor:
+        ctx = x if ctx is None else ctx
+        q, k, v = self.to_q(x), self.to_k(ctx), self.to_v(ctx)  # (b, n, c), (b, l, c), (b, l, c)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
+        # softmax(q kᵀ / √d) v. Every kernel behind it accumulates in fp32, so the `upcast_attention`
+        # that SD2.1 asks for (its q kᵀ overflows fp16) needs no code.
+        y = F.scaled_dot_product_attention(q, k, v)  # (b, heads, n, d)
+        return self.to_out[0](y.transpose(1, 2).flatten(2))  # (b, n, c)
+
+
+class GEGLU(nn.Module):
+    """x W₁ · gelu(x W₂), Shazeer 2020, section 2; both products in one matrix."""
+
+    def __init__(self, dim: int, dim_out: int):
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * dim_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        # the published modules have a dropout at net.1
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the text, feed-forward; pre-norm."""
+
+    def __init__(self, dim: int, heads: int, ctx_dim: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn1 = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.attn2 = Attention(dim, heads, ctx_dim)
+        self.norm3 = nn.LayerNorm(dim)
+        self.ff = FeedForward(dim)
+
+    def forward(self, x: Tensor, ctx: Tensor) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), ctx)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the pixels of a feature map (Rombach et al. 2022, section 3.3)."""
+
+    def __init__(self, dim: int, heads: int, ctx_dim: int, depth: int, groups: int, linear: bool):
+        super().__init__()
+        self.linear = linear  # SD2 projects tokens, SD1 projects pixels: same arithmetic, other shapes
+        project = nn.Linear if linear else lambda i, o: nn.Conv2d(i, o, 1)
+        self.norm = nn.GroupNorm(groups, dim, eps=1e-6)
+        self.proj_in = project(dim, dim)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(dim, heads, ctx_dim) for _ in range(depth)
+        )
+        self.proj_out = project(dim, dim)
+
+    def forward(self, x: Tensor, ctx: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        y = self.norm(x)
+        if not self.linear:
+            y = self.proj_in(y)
+        y = y.flatten(2).transpose(1, 2)  # (b, n, c), n = h·w
+        if self.linear:
+            y = self.proj_in(y)
+        for block in self.transformer_blocks:
+            y = block(y, ctx)
+        if self.linear:
+            y = self.proj_out(y)
+        y = y.transpose(1, 2).reshape(b, c, h, w)
+        if not self.linear:
+            y = self.proj_out(y)
+        return x + y
+
+
+class Down(nn.Module):
+    """Halve the size. The VAE pads right and bottom only: the checkpoint was trained so."""
+
+    def __init__(self, channels: int, asymmetric: bool = False):
+        super().__init__()
+        self.asymmetric = asymmetric
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.asymmetric:
+            x = F.pad(x, (0, 1, 0, 1))
+        return self.conv(x)  # (b, c, ⌈h/2⌉, ⌈w/2⌉); the VAE's floors
+
+
+class Up(nn.Module):
+    """Double the size, or reach exactly `size`: an odd size halves to ⌈h/2⌉ and must come back to h."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        if size is None:
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        else:
+            x = F.interpolate(x, size=size, mode="nearest")
+        return self.conv(x)
+
+
+def timestep_embedding(t: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
+    """Sinusoids of t (b,) -> (b, dim) fp32, as in Vaswani et al. 2017, section 3.5.
+
+    In fp32 whatever the model's precision: so were the checkpoints trained, and at t = 999 the
+    rounding of the angle is visible in float64.
+    """
+    half = dim // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / (half - freq_shift)
+    frequency = torch.exp(-torch.log(torch.tensor(10000.0, device=t.device)) * exponent)  # (half,)
+    angle = t.float()[:, None] * frequency  # (b, half)
+    sin, cos = angle.sin(), angle.cos()
+    emb = torch.cat([cos, sin] if flip_sin_to_cos else [sin, cos], dim=1)  # (b, 2·half)
+    return F.pad(emb, (0, dim % 2))

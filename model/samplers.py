@@ -1,0 +1,219 @@
+"""The reverse process: one function an algorithm, `(predict, x_T, schedule, steps, ...) -> x_0`.
+
+`predict(x_t, t)` is the network with everything else bound: x_t (b, c, h, w), t (b,). A sampler
+starts at its `start`-th step (0: from pure noise, x_T ~ N(0, 1)); a later start takes an x_t that
+`schedule.add_noise` made at `timesteps(...)[start]`, which is how SDEdit enters (Meng et al. 2022).
+No state is kept between steps: what a step needs from the one before is a local variable.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from model.schedule import Schedule
+
+Predict = Callable[[Tensor, Tensor], Tensor]
+
+
+def timesteps(schedule: Schedule, steps: int, spacing: str = "leading") -> list[int]:
+    """`steps` values of t, falling. Lin et al. 2023 (arXiv 2305.08891), table 2, names the spacings."""
+    T = schedule.num_steps
+    if not 1 <= steps <= T:
+        raise ValueError(f"--steps must be between 1 and {T}, got {steps}")
+    if spacing == "linspace":
+        ts = torch.linspace(0, T - 1, steps, dtype=torch.float64)
+        rising = [round(t) for t in ts.tolist()]
+    elif spacing == "leading":
+        rising = [i * (T // steps) + schedule.steps_offset for i in range(steps)]
+    elif spacing == "trailing":
+        rising = [round(T - i * T / steps) - 1 for i in range(steps)][::-1]
+    else:
+        raise ValueError(f"unknown timestep spacing {spacing!r}")
+    return [min(t, T - 1) for t in reversed(rising)]  # an offset may step over the end
+
+
+def _alpha(schedule: Schedule, t: int) -> float:
+    """ā_t, and beyond the last step 1 or ā_0, as the checkpoint has it."""
+    if t >= 0:
+        return schedule.alphas_cumprod[t].item()
+    return 1.0 if schedule.set_alpha_to_one else schedule.alphas_cumprod[0].item()
+
+
+def _batch(t: float, x: Tensor) -> Tensor:
+    """t for every image: int64, except where a sampler stands between two steps."""
+    dtype = torch.int64 if float(t).is_integer() else torch.float64
+    return torch.full((x.shape[0],), t, dtype=dtype, device=x.device)
+
+
+def _clip(x_0: Tensor, schedule: Schedule) -> Tensor:
+    reach = schedule.clip_sample_range
+    return x_0.clamp(-reach, reach) if schedule.clip_sample else x_0
+
+
+def _noise(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    device = x.device if generator is None else generator.device  # a CPU seed serves every device
+    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
+
+
+def guided(predict: Predict, predict_both: Callable, scale: float) -> Predict:
+    """Classifier-free guidance (Ho & Salimans 2022, eq. 6): ε̂ = ε(∅) + scale · (ε(c) − ε(∅)).
+
+    `predict_both(x_t, t)` takes the doubled batch [unconditional, conditional] in one pass; at
+    scale 1 the unconditional half would cancel and `predict` alone is asked.
+    """
+    if scale == 1.0:
+        return predict
+
+    def both(x_t: Tensor, t: Tensor) -> Tensor:
+        uncond, cond = predict_both(torch.cat([x_t, x_t]), torch.cat([t, t])).chunk(2)
+        return uncond + scale * (cond - uncond)
+
+    return both
+
+
+def ddpm(
+    predict: Predict,
+    x_T: Tensor,
+    schedule: Schedule,
+    steps: int,
+    *,
+    start: int = 0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Ancestral sampling, DDPM eq. 6-7, on a subsequence of the steps (β rebuilt from ā)."""
+    ts = timesteps(schedule, steps, schedule.timestep_spacing or "leading")
+    x = x_T
+    for i in range(start, steps):
+        t, t_prev = ts[i], ts[i + 1] if i + 1 < steps else -1
+        a_t, a_prev = _alpha(schedule, t), _alpha(schedule, t_prev) if t_prev >= 0 else 1.0
+        alpha = a_t / a_prev  # α of this stride, β = 1 − α
+        tb = _batch(t, x)
+        x_0 = _clip(schedule.x_0_hat(x, predict(x, tb), tb), schedule)
+        # μ̃ = √ā_prev β/(1−ā_t) x_0 + √α (1−ā_prev)/(1−ā_t) x_t,   β̃ = (1−ā_prev)/(1−ā_t) β
+        mean = a_prev**0.5 * (1 - alpha) / (1 - a_t) * x_0 + alpha**0.5 * (1 - a_prev) / (1 - a_t) * x
+        if t == 0:
+            return mean
+        variance = max((1 - a_prev) / (1 - a_t) * (1 - alpha), 1e-20)
+        x = mean + variance**0.5 * _noise(x, generator)
+    return x
+
+
+def ddim(
+    predict: Predict,
+    x_T: Tensor,
+    schedule: Schedule,
+    steps: int,
+    *,
+    start: int = 0,
+    eta: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Song et al. 2021 (arXiv 2010.02502), eq. 12; η = 0 is deterministic, η = 1 is ancestral."""
+    ts = timesteps(schedule, steps, schedule.timestep_spacing or "leading")
+    stride = schedule.num_steps // steps
+    x = x_T
+    for t in ts[start:]:
+        a_t, a_prev = _alpha(schedule, t), _alpha(schedule, t - stride)
+        tb = _batch(t, x)
+        pred = predict(x, tb)
+        x_0, eps = _clip(schedule.x_0_hat(x, pred, tb), schedule), schedule.eps_hat(x, pred, tb)
+        # σ = η √((1−ā_prev)/(1−ā_t)) √(1−ā_t/ā_prev)                                   eq. 16
+        sigma = eta * ((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)) ** 0.5
+        x = a_prev**0.5 * x_0 + max(1 - a_prev - sigma**2, 0.0) ** 0.5 * eps
+        if sigma > 0:
+            x = x + sigma * _noise(x, generator)
+    return x
+
+
+def ddim_invert(
+    predict: Predict, x_0: Tensor, schedule: Schedule, steps: int, *, start: int = 0
+) -> Tensor:
+    """DDIM run backwards: the latent from which `ddim` at the same steps returns to x_0.
+
+    Song et al. 2021, section 4.3: the same update with the two noise levels exchanged, ε taken at
+    the noisier level's t. Stops at the noise level of step `start`, so that the result goes straight
+    into `ddim(..., start=start)`. Run it at guidance 1: guidance has no inverse.
+    """
+    rising = timesteps(schedule, steps, schedule.timestep_spacing or "leading")[::-1]
+    stride = schedule.num_steps // steps
+    x = x_0
+    for t in rising[: steps - start]:
+        now = min(t - stride, schedule.num_steps - 1)
+        a_now, a_next = _alpha(schedule, now), _alpha(schedule, t)
+        eps, clean = _split_at(schedule, predict(x, _batch(t, x)), x, a_now)
+        x = a_next**0.5 * _clip(clean, schedule) + (1 - a_next) ** 0.5 * eps
+    return x
+
+
+def _split_at(schedule: Schedule, pred: Tensor, x: Tensor, a: float) -> tuple[Tensor, Tensor]:
+    """(ε, x_0) that pred implies when x stands at the noise level ā = a rather than at a step."""
+    signal, noise = a**0.5, (1 - a) ** 0.5
+    if schedule.prediction_type == "epsilon":
+        return pred, (x - noise * pred) / signal
+    if schedule.prediction_type == "v_prediction":
+        return signal * pred + noise * x, signal * x - noise * pred
+    return (x - signal * pred) / noise, pred
+
+
+def dpm_solver(
+    predict: Predict, x_T: Tensor, schedule: Schedule, steps: int, *, start: int = 0
+) -> Tensor:
+    """DPM-Solver++(2M), Lu et al. 2022 (arXiv 2211.01095), algorithm 2 (midpoint form)."""
+    spacing = schedule.timestep_spacing or "linspace"
+    # one step more than asked, and the last left out: the trajectory ends in σ = 0 instead
+    ts = timesteps(schedule, steps if spacing == "trailing" else steps + 1, spacing)[:steps]
+    sigmas = [_sigma(schedule, t) for t in ts]
+    x, x_0_before, h_before = x_T, None, None
+    for i in range(start, steps):
+        alpha = 1 / (1 + sigmas[i] ** 2) ** 0.5  # x_t = α x_0 + ασ ε
+        _, x_0 = _split_at(schedule, predict(x, _batch(ts[i], x)), x, alpha**2)
+        if i == steps - 1:
+            return x_0  # h → ∞: the first-order step to σ = 0 is x_0 itself
+        alpha_next = 1 / (1 + sigmas[i + 1] ** 2) ** 0.5
+        h = math.log(sigmas[i] / sigmas[i + 1])  # λ_next − λ, λ = −ln σ
+        D = x_0
+        if x_0_before is not None:
+            D = x_0 + h / h_before / 2 * (x_0 - x_0_before)
+        # x_next = (σ_next/σ) x − α_next (e^{−h} − 1) D, σ here being ασ
+        x = alpha_next * sigmas[i + 1] / (alpha * sigmas[i]) * x - alpha_next * math.expm1(-h) * D
+        x_0_before, h_before = x_0, h
+    return x
+
+
+def euler(
+    predict: Predict, x_T: Tensor, schedule: Schedule, steps: int, *, start: int = 0
+) -> Tensor:
+    """Euler's method on dx/dσ = ε in x = x_0 + σ ε (Karras et al. 2022, arXiv 2206.00364, eq. 1).
+
+    With the linspace spacing it stands between the training steps: t is then a float.
+    """
+    spacing = schedule.timestep_spacing or "linspace"
+    T = schedule.num_steps
+    ts = timesteps(schedule, steps, spacing)
+    if spacing == "linspace":
+        ts = torch.linspace(T - 1, 0, steps, dtype=torch.float64).tolist()
+    sigmas = [_sigma(schedule, t) for t in ts] + [0.0]
+    if start == 0 and spacing != "leading":
+        x = x_T * sigmas[0]  # σ and not √(1+σ²): the habit of the published pipelines
+    else:
+        x = x_T * (1 + sigmas[start] ** 2) ** 0.5
+    for i in range(start, steps):
+        a = 1 / (1 + sigmas[i] ** 2)
+        x_t = a**0.5 * x
+        eps, _ = _split_at(schedule, predict(x_t, _batch(ts[i], x)), x_t, a)
+        x = x + (sigmas[i + 1] - sigmas[i]) * eps
+    return x
+
+
+def _sigma(schedule: Schedule, t: float) -> float:
+    """σ = √((1−ā)/ā), linear in t between the training steps."""
+    lower = min(int(t), schedule.num_steps - 1)
+    upper = min(lower + 1, schedule.num_steps - 1)
+    a = schedule.alphas_cumprod[[lower, upper]].clamp(min=2**-24).tolist()  # ā = 0 has no σ
+    low, high = (((1 - a_t) / a_t) ** 0.5 for a_t in a)
+    return low + (t - lower) * (high - low)
+
+
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm_solver": dpm_solver, "euler": euler}

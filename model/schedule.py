@@ -1,0 +1,175 @@
+"""The forward process of DDPM (Ho et al. 2020, arXiv 2006.11239) and what a network is to predict.
+
+    ā_t        alphas_cumprod, the share of the image's variance left at step t = 0..999
+    x_0, x_t   the clean latent, and the same at step t
+    ε          eps, the noise; v = √ā_t ε − √(1−ā_t) x_0 (Salimans & Ho 2022, arXiv 2202.00512)
+    pred       what the network says: an ε or a v (or an x_0), as `prediction_type` has it
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+SPACINGS = ("leading", "linspace", "trailing")
+
+
+def make_betas(kind: str, start: float, end: float, steps: int) -> Tensor:
+    """(steps,) float64. SD's is `scaled_linear`: linear in √β."""
+    if kind == "linear":
+        return torch.linspace(start, end, steps, dtype=torch.float64)
+    if kind == "scaled_linear":
+        return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
+    if kind == "squaredcos_cap_v2":  # Nichol & Dhariwal 2021, eq. 17
+        a_bar = lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2  # noqa: E731
+        ratio = [a_bar((i + 1) / steps) / a_bar(i / steps) for i in range(steps)]
+        return torch.tensor([min(1 - r, 0.999) for r in ratio], dtype=torch.float64)
+    raise ValueError(
+        f"scheduler config has beta_schedule={kind!r}; known are linear, scaled_linear, squaredcos_cap_v2"
+    )
+
+
+def zero_terminal_snr(betas: Tensor) -> Tensor:
+    """Shift and scale √ā so that the last step keeps nothing of the image (Lin et al. 2023, alg. 1)."""
+    root = (1 - betas).cumprod(0).sqrt()
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    a_bar = root**2
+    return 1 - torch.cat([a_bar[:1], a_bar[1:] / a_bar[:-1]])
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """ā and the conventions of one checkpoint. Made by `Schedule.from_config`; moved by `to`."""
+
+    alphas_cumprod: Tensor  # (T,) float64
+    prediction_type: str = "epsilon"
+    timestep_spacing: str | None = None  # None: each sampler's own habit
+    steps_offset: int = 0
+    set_alpha_to_one: bool = True  # ā beyond the last step: 1, or else ā_0
+    clip_sample: bool = False
+    clip_sample_range: float = 1.0
+
+    @classmethod
+    def from_config(cls, config: dict) -> "Schedule":
+        """From the dictionary of a scheduler_config.json. ValueError names what is not understood.
+
+        A missing entry takes the default of the scheduler class that wrote the file, as diffusers
+        has it: DDIM and DDPM clip unless told not to, PNDM ends at ā_0, no other does either.
+        """
+        known = {key: value for key, value in config.items() if value is not None}
+        name = known.get("_class_name", "DDIMScheduler")
+        if known.get("thresholding"):
+            raise ValueError("scheduler config asks for thresholding=true, which latents have no use for")
+        if known.get("variance_type", "fixed_small") != "fixed_small":
+            raise ValueError(
+                f"scheduler config has variance_type={known['variance_type']!r}; supported is 'fixed_small'"
+            )
+        prediction_type = known.get("prediction_type", "epsilon")
+        if prediction_type not in PREDICTION_TYPES:
+            raise ValueError(
+                f"scheduler config has prediction_type={prediction_type!r}; known are {PREDICTION_TYPES}"
+            )
+        spacing = known.get("timestep_spacing")
+        if spacing not in (None, *SPACINGS):
+            raise ValueError(f"scheduler config has timestep_spacing={spacing!r}; known are {SPACINGS}")
+        if "trained_betas" in known:
+            betas = torch.tensor(known["trained_betas"], dtype=torch.float64)
+        else:
+            betas = make_betas(
+                known.get("beta_schedule", "linear"),
+                known.get("beta_start", 0.0001),
+                known.get("beta_end", 0.02),
+                known.get("num_train_timesteps", 1000),
+            )
+        if known.get("rescale_betas_zero_snr"):
+            betas = zero_terminal_snr(betas)
+        return cls(
+            alphas_cumprod=(1 - betas).cumprod(0),
+            prediction_type=prediction_type,
+            timestep_spacing=spacing,
+            steps_offset=known.get("steps_offset", 0),
+            set_alpha_to_one=known.get("set_alpha_to_one", name != "PNDMScheduler"),
+            clip_sample=known.get("clip_sample", name in ("DDIMScheduler", "DDPMScheduler")),
+            clip_sample_range=known.get("clip_sample_range", 1.0),
+        )
+
+    def to(self, device: torch.device | str) -> "Schedule":
+        return replace(self, alphas_cumprod=self.alphas_cumprod.to(device))
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.alphas_cumprod)
+
+    def a(self, t: Tensor, like: Tensor) -> Tensor:
+        """ā_t as (b, 1, 1, 1), in `like`'s dtype; gathered in float64."""
+        return self.alphas_cumprod[t].to(like.dtype).view(-1, 1, 1, 1)
+
+    def roots(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """√ā_t and √(1 − ā_t), each (b, 1, 1, 1), rooted in float64."""
+        a_t = self.alphas_cumprod[t].view(-1, 1, 1, 1)
+        return a_t.sqrt().to(like.dtype), (1 - a_t).sqrt().to(like.dtype)
+
+    def add_noise(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """Jump from clean to step t at once.
+
+        x_t = √ā_t · x_0 + √(1 − ā_t) · ε          DDPM eq. 4
+        """
+        signal, noise = self.roots(t, x_0)
+        return signal * x_0 + noise * eps  # (b, c, h, w)
+
+    def velocity(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """v = √ā_t · ε − √(1 − ā_t) · x_0, from the *clean* x_0      Salimans & Ho, section 4"""
+        signal, noise = self.roots(t, x_0)
+        return signal * eps - noise * x_0
+
+    def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """What the network should say at x_t: ε, v or x_0."""
+        if self.prediction_type == "epsilon":
+            return eps
+        if self.prediction_type == "v_prediction":
+            return self.velocity(x_0, eps, t)
+        return x_0
+
+    def x_0_hat(self, x_t: Tensor, pred: Tensor, t: Tensor) -> Tensor:
+        """The clean latent that `pred` implies.
+
+        ε:  (x_t − √(1−ā_t) ε) / √ā_t              DDPM eq. 15
+        v:  √ā_t x_t − √(1−ā_t) v
+        """
+        if self.prediction_type == "sample":
+            return pred
+        signal, noise = self.roots(t, x_t)
+        if self.prediction_type == "epsilon":
+            return (x_t - noise * pred) / signal
+        return signal * x_t - noise * pred
+
+    def eps_hat(self, x_t: Tensor, pred: Tensor, t: Tensor) -> Tensor:
+        """The noise that `pred` implies: ε;  v: √ā_t v + √(1−ā_t) x_t;  x_0: (x_t − √ā_t x_0)/√(1−ā_t)."""
+        if self.prediction_type == "epsilon":
+            return pred
+        signal, noise = self.roots(t, x_t)
+        if self.prediction_type == "v_prediction":
+            return signal * pred + noise * x_t
+        return (x_t - signal * pred) / noise
+
+    def snr(self, t: Tensor) -> Tensor:
+        """ā_t / (1 − ā_t), (b,) float64."""
+        a_t = self.alphas_cumprod[t]
+        return a_t / (1 - a_t)
+
+    def loss_weight(self, t: Tensor, snr_gamma: float | None) -> Tensor:
+        """Min-SNR-γ (Hang et al. 2023, arXiv 2303.09556, section 3.4), (b,) fp32; ones without γ.
+
+        ε: min(SNR, γ)/SNR      v: min(SNR, γ)/(SNR + 1)      x_0: min(SNR, γ)
+        """
+        if snr_gamma is None:
+            return torch.ones(t.shape, device=t.device)
+        snr = self.snr(t)
+        weight = snr.clamp(max=snr_gamma)
+        if self.prediction_type == "epsilon":
+            weight = weight / snr
+        elif self.prediction_type == "v_prediction":
+            weight = weight / (snr + 1)
+        return weight.float()

@@ -1,0 +1,46 @@
+"""CLIP: prompt to context, through transformers."""
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class TextEncoder(nn.Module):
+    """A CLIP text model and its tokenizer. `text.encode(text.tokenize([str])) -> ctx (b, l, d_ctx)`."""
+
+    def __init__(self, model: nn.Module, tokenizer):
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+
+    def tokenize(self, prompts: Sequence[str], max_length: int | None = None) -> Tensor:
+        """-> ids (b, l) int64, padded to l (77 for SD). A prompt that is cut is warned about."""
+        positions = self.model.config.max_position_embeddings
+        length = min(max_length or self.tokenizer.model_max_length, positions)
+        ids = self.tokenizer(
+            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).input_ids
+        for prompt in prompts:
+            whole = len(self.tokenizer(prompt).input_ids)
+            if whole > length:
+                warnings.warn(
+                    f"a prompt of {whole} tokens is cut to {length}: {prompt[:60]!r}...", stacklevel=2
+                )
+        return ids
+
+    def mask(self, ids: Tensor) -> Tensor:
+        """(b, l) int64: 1 up to and including the first end-of-text token, 0 on the padding after it."""
+        ends = (ids == self.tokenizer.eos_token_id).long()  # SD1 pads with the same token, SD2 does not
+        return (ends.cumsum(1) - ends == 0).long()
+
+    def encode(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """ids (b, l) -> ctx (b, l, d_ctx), the last layer after its norm."""
+        device = next(self.model.parameters()).device
+        mask = None if mask is None else mask.to(device)
+        return self.model(input_ids=ids.to(device), attention_mask=mask).last_hidden_state
+
+    @torch.no_grad()
+    def context(self, prompts: Sequence[str]) -> Tensor:
+        """[str] -> ctx (b, l, d_ctx), without gradients."""
+        return self.encode(self.tokenize(prompts))
