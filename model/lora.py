@@ -1,0 +1,261 @@
+"""Low-rank adaptation (Hu et al. 2021, arXiv 2106.09685): y = W x + s · (α/r) · B(A x).
+
+A layer keeps its object and its keys; it only changes class and gains `lora_A` and `lora_B`, fp32
+over a frozen base of any precision. The strength s is a vector, one number per sample of the batch,
+so one forward pass can hold several strengths. Several adapters are stacked along the rank: their
+A below one another, their B side by side, and `lora_mix` (k, r) says which rank is whose and at
+which α/r, so that s (b, k) @ mix (k, r) is the factor of every rank.
+"""
+
+from contextlib import contextmanager, nullcontext
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Short names for suffixes that published checkpoints share. Anything else is a pattern of its own.
+GROUPS = {
+    "attn": ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj"),
+    "ff": ("ff.net.0.proj", "ff.net.2", "mlp.fc1", "mlp.fc2"),
+    "conv": ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"),
+    "proj": ("proj_in", "proj_out"),
+}
+
+
+class Factors(NamedTuple):
+    """One layer's share of an adapter: ΔW = scale · B A, scale = α/r.
+
+    Linear: A (r, in), B (out, r). Conv2d: A (r, in, kh, kw), B (out, r, 1, 1).
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float
+
+
+class Adapters:
+    """What all LoRA layers of one model read at each forward."""
+
+    def __init__(self):
+        self.count = 0
+        self.strength = torch.ones(1, 1)  # (b or 1, k or 1), 1 meaning "the same for all"
+
+
+class LoRALinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if self.lora_merged is not None:
+            return y
+        h = F.linear(x, self.lora_A.to(x.dtype))  # (b, ..., r)
+        m = _rank_factors(self).to(x.dtype)  # (b or 1, r)
+        m = m.view(m.shape[0], *[1] * (x.dim() - 2), m.shape[1])
+        return y + F.linear(h * m, self.lora_B.to(x.dtype))
+
+
+class LoRAConv2d(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if self.lora_merged is not None:
+            return y
+        h = F.conv2d(x, self.lora_A.to(x.dtype), None, self.stride, self.padding, self.dilation)
+        m = _rank_factors(self).to(x.dtype)[:, :, None, None]  # (b or 1, r, 1, 1)
+        return y + F.conv2d(h * m, self.lora_B.to(x.dtype))
+
+
+def _rank_factors(layer: nn.Module) -> Tensor:
+    s, mix = layer.lora_adapters.strength, layer.lora_mix
+    return s.to(mix.device).expand(-1, mix.shape[0]) @ mix  # (b or 1, r)
+
+
+ADAPTED = {nn.Linear: LoRALinear, nn.Conv2d: LoRAConv2d}
+PLAIN = {adapted: plain for plain, adapted in ADAPTED.items()}
+
+
+def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """{module path: layer} of all adapted layers, in the model's order."""
+    return {name: m for name, m in model.named_modules() if type(m) in PLAIN}
+
+
+def match_targets(model: nn.Module, targets: str) -> list[str]:
+    """Paths of the Linear and Conv2d that `targets` asks for, in the model's order.
+
+    `targets` is a comma-separated list of groups (attn, ff, conv, proj) and of patterns: a path's
+    end ("attn2.to_k"), or with wildcards the whole path ("down_blocks.*.to_q"). ValueError names a
+    target that matches nothing and lists what exists.
+    """
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    wanted = [target.strip() for target in targets.split(",") if target.strip()]
+    if not wanted:
+        raise ValueError("--lora_targets is empty")
+    chosen = set()
+    for target in wanted:
+        patterns = GROUPS.get(target, (target,))
+        hits = {
+            n for n in names for p in patterns if n == p or n.endswith("." + p) or fnmatchcase(n, p)
+        }
+        if not hits:
+            ends = sorted({".".join(n.split(".")[-2:]) if n[-1].isdigit() else n.split(".")[-1] for n in names})
+            raise ValueError(
+                f"--lora_targets has {target!r}, which matches no layer; groups are "
+                f"{', '.join(GROUPS)}; layers end in {', '.join(ends)}"
+            )
+        chosen |= hits
+    return [n for n in names if n in chosen]
+
+
+def inject(
+    model: nn.Module,
+    targets: str = "attn",
+    rank: int = 16,
+    alpha: float | None = None,
+    *,
+    generator: torch.Generator | None = None,
+) -> list[str]:
+    """Add a fresh adapter to the layers that match `targets`; freezes the base. Returns their paths.
+
+    A ~ N(0, 1/r²) (the habit of the published trainers), B = 0: at first nothing changes. α defaults
+    to r, so that the scale α/r is 1 and survives tools that lose it. ValueError: unknown target, or
+    a rank that a layer cannot have.
+    """
+    names = match_targets(model, targets)
+    factors = {}
+    for name in names:
+        weight = model.get_submodule(name).weight
+        c_out, c_in = weight.shape[:2]
+        most = min(c_out, weight[0].numel())
+        if not 1 <= rank <= most:
+            raise ValueError(f"--lora_rank {rank} does not fit {name}, whose rank is at most {most}")
+        kernel = weight.shape[2:]
+        dtype = torch.promote_types(torch.float32, weight.dtype)
+        A = torch.randn((rank, c_in, *kernel), generator=generator, dtype=dtype) / rank
+        B = torch.zeros((c_out, rank, *[1] * len(kernel)), dtype=dtype)
+        factors[name] = Factors(A, B, (rank if alpha is None else alpha) / rank)
+    attach(model, factors)
+    return names
+
+
+def attach(model: nn.Module, factors: dict[str, Factors]) -> None:
+    """Stack one more adapter onto `model`, layer by layer; freezes the base.
+
+    ValueError names a path that is not a Linear or Conv2d of the model, or a shape that does not fit.
+    """
+    for name, f in factors.items():  # all of them before anything changes
+        layer = _find(model, name)
+        if not isinstance(layer, nn.Linear | nn.Conv2d):
+            raise ValueError(f"the LoRA has {name}, which is no Linear or Conv2d of this model")
+        c_out, *per_out = layer.weight.shape
+        kernel = [1] * (len(per_out) - 1)
+        if list(f.A.shape[1:]) != per_out or list(f.B.shape) != [c_out, f.A.shape[0], *kernel]:
+            raise ValueError(
+                f"the LoRA's {name} has A {tuple(f.A.shape)} and B {tuple(f.B.shape)}; "
+                f"the layer is {tuple(layer.weight.shape)}"
+            )
+        if isinstance(layer, nn.Conv2d) and layer.groups != 1:
+            raise ValueError(f"the LoRA has {name}, a grouped convolution, which is not supported")
+
+    if not hasattr(model, "lora_adapters"):
+        model.requires_grad_(False)
+        model.lora_adapters = Adapters()
+    shared = model.lora_adapters
+    for name, f in factors.items():
+        layer = model.get_submodule(name)
+        weight = layer.weight
+        dtype = torch.promote_types(torch.float32, weight.dtype)
+        A, B = f.A.to(weight.device, dtype), f.B.to(weight.device, dtype)
+        rank = A.shape[0]
+        mix = torch.zeros(shared.count, rank, device=weight.device)
+        if type(layer) in PLAIN:
+            if layer.lora_merged is not None:
+                raise ValueError(f"{name} is merged; unmerge before another adapter is added")
+            A, B = torch.cat([layer.lora_A.data, A]), torch.cat([layer.lora_B.data, B], dim=1)
+            mix = torch.cat([layer.lora_mix, mix], dim=1)
+        else:
+            layer.__class__ = ADAPTED[type(layer)]
+            layer.lora_adapters, layer.lora_merged = shared, None
+        own = torch.zeros(1, mix.shape[1], device=weight.device)
+        own[:, mix.shape[1] - rank :] = f.scale
+        layer.lora_A, layer.lora_B = nn.Parameter(A), nn.Parameter(B)
+        layer.register_buffer("lora_mix", torch.cat([mix, own]), persistent=False)
+    shared.count += 1
+    for name, layer in lora_layers(model).items():
+        if name not in factors:  # layers that the new adapter leaves alone
+            none = layer.lora_mix.new_zeros(1, layer.lora_mix.shape[1])
+            layer.register_buffer("lora_mix", torch.cat([layer.lora_mix, none]), persistent=False)
+
+
+def _find(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def detach(model: nn.Module) -> None:
+    """Take all adapters off again; the base's keys and classes are as before."""
+    for layer in lora_layers(model).values():
+        del layer.lora_A, layer.lora_B, layer.lora_mix, layer.lora_adapters, layer.lora_merged
+        layer.__class__ = PLAIN[type(layer)]
+    if hasattr(model, "lora_adapters"):
+        del model.lora_adapters
+
+
+def set_strength(model: nn.Module, strength: float | Tensor) -> None:
+    """Set s for the forwards to come: a number, (b,) one per sample, or (b, k) one per adapter too.
+
+    The tensor is kept, not copied into: a backward that is still to come needs the old one.
+    """
+    s = torch.as_tensor(strength, dtype=torch.float32)
+    model.lora_adapters.strength = s.view(-1, 1) if s.dim() < 2 else s
+
+
+def keep_strength(model: nn.Module):
+    """A `context_fn` for activation checkpointing: the recompute runs at its own forward's strength."""
+
+    @contextmanager
+    def at(strength: Tensor):
+        shared = model.lora_adapters
+        current, shared.strength = shared.strength, strength
+        try:
+            yield
+        finally:
+            shared.strength = current
+
+    return lambda: (nullcontext(), at(model.lora_adapters.strength))
+
+
+def adapter_factors(model: nn.Module) -> dict[str, Factors]:
+    """{path: Factors} of the model's only adapter. ValueError when several are stacked."""
+    layers = lora_layers(model)
+    if layers and model.lora_adapters.count != 1:
+        raise ValueError(f"{model.lora_adapters.count} adapters are stacked; one was wanted")
+    return {
+        name: Factors(layer.lora_A.data, layer.lora_B.data, layer.lora_mix[0, 0].item())
+        for name, layer in layers.items()
+    }
+
+
+@torch.no_grad()
+def merge(model: nn.Module, strength: float | Tensor = 1.0) -> None:
+    """Fold the adapters into the weights: W + s · (α/r) · B A, summed in fp32, rounded once.
+
+    strength: a number, or (k,) one per adapter. `unmerge` brings the old weights back to the bit.
+    """
+    for name, layer in lora_layers(model).items():
+        if layer.lora_merged is not None:
+            raise ValueError(f"{name} is merged already")
+        mix = layer.lora_mix
+        s = torch.as_tensor(strength, dtype=torch.float32, device=mix.device).view(-1)
+        m = s.expand(mix.shape[0]) @ mix  # (r,)
+        A, B = layer.lora_A, layer.lora_B.flatten(1)  # B (out, r)
+        delta = ((B * m) @ A.flatten(1)).view(layer.weight.shape)
+        layer.lora_merged = layer.weight
+        layer.weight = nn.Parameter((layer.weight + delta).to(layer.weight.dtype), requires_grad=False)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Undo `merge`."""
+    for layer in lora_layers(model).values():
+        if layer.lora_merged is not None:
+            layer.weight, layer.lora_merged = layer.lora_merged, None

@@ -1,0 +1,465 @@
+"""Published checkpoints to modules, strictly; LoRA files in and out.
+
+A checkpoint is a directory in the layout of diffusers, or a repository of that layout on the hub:
+
+    unet/config.json  unet/diffusion_pytorch_model[.VARIANT].safetensors   (or .index.json and shards)
+    vae/...           text_encoder/config.json  text_encoder/model[.VARIANT].safetensors
+    tokenizer/...     scheduler/scheduler_config.json
+
+Every file is asked for by name and fetched alone, so nothing is downloaded that is not used.
+Whatever is wrong with a file is one ValueError or FileNotFoundError with its name and the key.
+"""
+
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from model.lora import Factors, adapter_factors, attach
+from model.text import TextEncoder
+from model.unet import UNet
+from model.vae import VAE
+
+MOVED = {  # repositories that are gone from the hub, and where their files are now
+    "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "runwayml/stable-diffusion-inpainting": "stable-diffusion-v1-5/stable-diffusion-inpainting",
+}
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+# ---- where files are -----------------------------------------------------------------------------
+
+
+def is_local(name_or_path: str | Path) -> bool:
+    """A directory that exists, or something that cannot be meant as a hub repository "owner/name"."""
+    text = str(name_or_path)
+    return Path(text).exists() or text.startswith((".", "/", "~")) or text.count("/") != 1
+
+
+def locate(name_or_path: str | Path, file: str, revision: str | None = None) -> Path | None:
+    """The local path of `file` in a checkpoint, downloaded if it is on the hub; None if not there.
+
+    The hub's cache, HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN are huggingface_hub's own.
+    FileNotFoundError: no such directory or repository, or the hub cannot be reached.
+    """
+    if is_local(name_or_path):
+        root = Path(name_or_path)
+        if not root.is_dir():
+            raise FileNotFoundError(
+                f"{root} is not a directory, nor a hub repository of the form owner/name"
+            )
+        return root / file if (root / file).is_file() else None
+
+    from huggingface_hub import errors, hf_hub_download
+
+    repo = MOVED.get(str(name_or_path), str(name_or_path))
+    try:
+        return Path(hf_hub_download(repo, file, revision=revision))
+    except errors.LocalEntryNotFoundError as error:
+        if _cached(repo, revision):  # offline with the rest of the repository here: it lacks the file
+            return None
+        raise FileNotFoundError(
+            f"{repo} is not in the hub's cache and the hub cannot be reached ({_first_line(error)}); "
+            "a local directory in the diffusers layout works too"
+        ) from error
+    except errors.EntryNotFoundError:
+        return None
+    except errors.GatedRepoError as error:
+        raise FileNotFoundError(
+            f"{repo} is gated: accept its licence on the hub and log in (or set HF_TOKEN)"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise FileNotFoundError(f"{repo} has no revision {revision!r}") from error
+    except errors.RepositoryNotFoundError as error:
+        raise FileNotFoundError(f"the hub has no repository {repo}, and no directory is there") from error
+    except errors.HfHubHTTPError as error:
+        raise FileNotFoundError(f"{repo}: the hub answered: {_first_line(error)}") from error
+
+
+def _cached(repo: str, revision: str | None) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    probes = ("model_index.json", "unet/config.json", "vae/config.json", "config.json",
+              "scheduler/scheduler_config.json", "text_encoder/config.json")  # fmt: skip
+    return any(isinstance(try_to_load_from_cache(repo, p, revision=revision), str) for p in probes)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def moved_note(name_or_path: str | Path) -> str | None:
+    """A sentence for the user when the repository that was asked for is gone."""
+    new = MOVED.get(str(name_or_path))
+    if new is None or is_local(name_or_path):
+        return None
+    return f"{name_or_path} is gone from the hub; using its mirror {new}"
+
+
+def _locate_component(
+    name_or_path: str | Path, folder: str, file: str, revision: str | None
+) -> tuple[Path, str]:
+    """`file` in the checkpoint's folder, or at the root of a repository that is the component alone."""
+    for prefix in (f"{folder}/", ""):
+        path = locate(name_or_path, prefix + file, revision)
+        if path is not None:
+            return path, prefix
+    raise FileNotFoundError(f"{name_or_path} has no {folder}/{file}: not a checkpoint in diffusers' layout")
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object. ValueError names the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {_first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} should hold a JSON object, not {type(content).__name__}")
+    return content
+
+
+def _weight_files(
+    name_or_path: str | Path, prefix: str, stem: str, variant: str | None, revision: str | None
+) -> list[Path]:
+    """The files with a component's tensors: one, or the shards of an index."""
+    dot = f".{variant}" if variant else ""
+    single = locate(name_or_path, f"{prefix}{stem}{dot}.safetensors", revision)
+    if single is not None:
+        return [single]
+    indices = [f"{stem}.safetensors.index{dot}.json"]
+    if variant:
+        indices.append(f"{stem}{dot}.safetensors.index.json")
+    for name in indices:
+        index = locate(name_or_path, prefix + name, revision)
+        if index is None:
+            continue
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index} has no weight_map")
+        shards = sorted(set(map(str, weight_map.values())))
+        for shard in shards:
+            if "/" in shard or "\\" in shard or shard.startswith("."):
+                raise ValueError(f"{index} names the shard {shard!r}, which is not a plain file name")
+        paths = [locate(name_or_path, prefix + shard, revision) for shard in shards]
+        if None in paths:
+            raise FileNotFoundError(f"{index} names {shards[paths.index(None)]}, which is missing")
+        return paths
+    if is_local(name_or_path):  # from a stranger on the hub: safetensors only
+        old = {"diffusion_pytorch_model": stem, "model": "pytorch_model"}[stem]
+        pickled = locate(name_or_path, f"{prefix}{old}{dot}.bin")
+        if pickled is not None:
+            return [pickled]
+        there = sorted(p.name for p in (Path(name_or_path) / prefix).glob("*") if p.suffix in (".safetensors", ".bin"))
+        hint = f"there is {', '.join(there)} (see --variant)" if there else "no weights are there"
+    else:
+        hint = "the repository has no safetensors file of that name (see --variant)"
+    raise FileNotFoundError(f"{name_or_path} has no {prefix}{stem}{dot}.safetensors; {hint}")
+
+
+# ---- tensors into modules ------------------------------------------------------------------------
+
+
+def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """(key, tensor) of a .safetensors, or of a .bin through the weights-only unpickler.
+
+    The file is mapped, and opened anew every 32 tensors: the kernel counts touched pages of a
+    mapping as the process's memory, and a cast copy of each would come on top.
+    """
+    if path.suffix == ".bin":
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # the unpickler raises whatever the bytes provoke
+            raise ValueError(f"{path} cannot be read without running code in it: {_first_line(error)}") from error
+        if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+            raise ValueError(f"{path} is not a dictionary of tensors")
+        yield from state.items()
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = list(file.keys())
+        for i in range(0, len(keys), 32):
+            with safe_open(path, framework="pt") as file:
+                for key in keys[i : i + 32]:
+                    yield key, file.get_tensor(key)
+    except SafetensorError as error:
+        size = path.stat().st_size
+        raise ValueError(f"{path} ({size} bytes) is damaged or not safetensors: {_first_line(error)}") from error
+
+
+def load_strict(
+    module: nn.Module,
+    files: list[Path],
+    *,
+    rename: Callable[[str], str | None] = lambda key: key,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """Fill a module built on the meta device, tensor by tensor, each cast as it is read.
+
+    `rename` maps a file's key to the module's (None: known and not needed). ValueError names file
+    and key for a tensor that is missing, extra, double, misshapen or not finite.
+    """
+    wanted = {key: tensor.shape for key, tensor in module.state_dict().items()}
+    loaded: dict[str, Tensor] = {}
+    for path in files:
+        for old, tensor in read_tensors(path):
+            key = rename(old)
+            if key is None:
+                continue
+            if key not in wanted:
+                raise ValueError(f"{path} has {old}, which the network of its config.json does not")
+            if key in loaded:
+                raise ValueError(f"{path} has {old}, which was there before")
+            if tensor.shape != wanted[key] and tensor.squeeze().shape == wanted[key]:
+                tensor = tensor.squeeze()  # the attention of old VAEs: 1×1 convolutions for linears
+            if tensor.shape != wanted[key]:
+                raise ValueError(
+                    f"{path} has {old} with shape {tuple(tensor.shape)}; "
+                    f"its config.json asks for {tuple(wanted[key])}"
+                )
+            if not tensor.is_floating_point():
+                raise ValueError(f"{path} has {old} in {tensor.dtype}; a floating-point type was wanted")
+            low, high = (edge.item() for edge in tensor.aminmax())  # both NaN if any element is
+            if not (-float("inf") < low <= high < float("inf")):
+                raise ValueError(f"{path} has NaN or infinity in {old}")
+            loaded[key] = tensor.to(device, dtype)
+    missing = [key for key in wanted if key not in loaded]
+    if missing:
+        where = files[0] if len(files) == 1 else f"{files[0].parent} ({len(files)} files)"
+        raise ValueError(f"{where} lacks {missing[0]}" + (f" and {len(missing) - 1} more keys" if missing[1:] else ""))
+    module.load_state_dict(loaded, strict=True, assign=True)
+    for name, buffer in module.named_buffers():  # what is not stored but computed
+        if buffer.is_meta:
+            assert name.endswith("position_ids"), name
+            owner = module.get_submodule(name.rpartition(".")[0])
+            owner.position_ids = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
+    return module.requires_grad_(False).eval()
+
+
+def _component(name_or_path, folder, class_name, variant, revision):
+    path, prefix = _locate_component(name_or_path, folder, "config.json", revision)
+    config = read_json(path)
+    kind = config.get("_class_name", class_name)
+    if kind != class_name:
+        raise ValueError(f"{path} describes a {kind}; a Stable Diffusion {class_name} was wanted")
+    return config, path, _weight_files(name_or_path, prefix, "diffusion_pytorch_model", variant, revision)
+
+
+def _build(network: Callable[[dict], nn.Module], config: dict, path: Path) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            return network(config)
+    except (TypeError, ValueError, KeyError, ZeroDivisionError, RuntimeError) as error:
+        raise ValueError(f"{path}: {_first_line(error)}") from error
+
+
+def load_unet(
+    name_or_path: str | Path,
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> UNet:
+    """The UNet of a checkpoint, frozen, in eval mode."""
+    config, path, files = _component(name_or_path, "unet", "UNet2DConditionModel", variant, revision)
+    return load_strict(_build(UNet, config, path), files, dtype=dtype, device=device)
+
+
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def _vae_key(key: str) -> str:
+    *path, layer, kind = key.split(".")
+    return ".".join([*path, OLD_ATTENTION.get(layer, layer), kind]) if "attentions" in path else key
+
+
+def load_vae(
+    name_or_path: str | Path,
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> VAE:
+    """The autoencoder of a checkpoint, or of a directory or repository that is one alone."""
+    config, path, files = _component(name_or_path, "vae", "AutoencoderKL", variant, revision)
+    return load_strict(_build(VAE, config, path), files, rename=_vae_key, dtype=dtype, device=device)
+
+
+def load_text(
+    name_or_path: str | Path,
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    tokenizer: str | Path | None = None,
+) -> TextEncoder:
+    """The CLIP text encoder and its tokenizer (another one by `tokenizer`: a directory or hub id)."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    path, prefix = _locate_component(name_or_path, "text_encoder", "config.json", revision)
+    config = read_json(path)
+    if "CLIPTextModel" not in config.get("architectures", ["CLIPTextModel"]):
+        raise ValueError(f"{path} describes a {config['architectures'][0]}; a CLIPTextModel was wanted")
+    model = _build(lambda c: CLIPTextModel(CLIPTextConfig(**c)), config, path)
+    files = _weight_files(name_or_path, prefix, "model", variant, revision)
+
+    nested = any(key.startswith("text_model.") for key in model.state_dict())
+
+    def rename(key: str) -> str | None:  # files of any age into transformers of any age
+        if key.endswith("position_ids"):
+            return None
+        key = key.removeprefix("text_model.")
+        return f"text_model.{key}" if nested else key
+
+    load_strict(model, files, rename=rename, dtype=dtype, device=device)
+    return TextEncoder(model, load_tokenizer(tokenizer or name_or_path, revision=None if tokenizer else revision))
+
+
+def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None):
+    """The CLIP tokenizer of a checkpoint (vocab.json, merges.txt and what says which token pads)."""
+    from transformers import CLIPTokenizer
+
+    vocab, prefix = _locate_component(name_or_path, "tokenizer", "vocab.json", revision)
+    for file in ("merges.txt", "tokenizer_config.json", "special_tokens_map.json"):
+        if locate(name_or_path, prefix + file, revision) is None and file == "merges.txt":
+            raise FileNotFoundError(f"{name_or_path} has no {prefix}merges.txt")
+    try:
+        return CLIPTokenizer.from_pretrained(vocab.parent, local_files_only=True)
+    except Exception as error:  # the tokenizer's parser raises its own kinds
+        raise ValueError(f"{vocab.parent} is not a CLIP tokenizer: {_first_line(error)}") from error
+
+
+def load_scheduler_config(name_or_path: str | Path, *, revision: str | None = None) -> dict:
+    """scheduler/scheduler_config.json, for `Schedule.from_config`."""
+    path, _ = _locate_component(name_or_path, "scheduler", "scheduler_config.json", revision)
+    return read_json(path)
+
+
+# ---- LoRA files ----------------------------------------------------------------------------------
+#
+# The layout that diffusers and peft write today:
+#     unet.<path>.lora_A.weight (r, in)   unet.<path>.lora_B.weight (out, r)
+#     text_encoder.text_model.<path>.lora_A.weight ...
+# with rank and alpha in the header entry `lora_adapter_metadata`, as peft's LoraConfig spells them.
+# What this project adds stands in the header entry `pairlora`.
+
+
+def save_lora(
+    path: str | Path,
+    *,
+    unet: nn.Module | None = None,
+    text: TextEncoder | None = None,
+    metadata: dict | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write the one adapter of each given model; `metadata` (JSON-able) comes back from `load_lora`."""
+    parts = {}
+    if unet is not None:
+        parts["unet"] = adapter_factors(unet)
+    if text is not None:
+        names = adapter_factors(text.model)  # transformers >= 5.6 drops `text_model.`; clients want it
+        parts["text_encoder"] = {f"text_model.{n.removeprefix('text_model.')}": f for n, f in names.items()}
+    tensors, adapter = {}, {}
+    for part, factors in parts.items():
+        for name, f in factors.items():
+            tensors[f"{part}.{name}.lora_A.weight"] = f.A.to("cpu", dtype).contiguous()
+            tensors[f"{part}.{name}.lora_B.weight"] = f.B.to("cpu", dtype).contiguous()
+        adapter |= _peft_config(part, factors)
+    if not tensors:
+        raise ValueError(f"{path}: no adapter to save")
+    header = {"format": "pt", "lora_adapter_metadata": json.dumps(adapter, sort_keys=True)}
+    header["pairlora"] = json.dumps(metadata or {}, sort_keys=True)
+    save_file(tensors, path, metadata=header)
+
+
+def _peft_config(part: str, factors: dict[str, Factors]) -> dict:
+    """r, lora_alpha, target_modules, and patterns for the layers that differ from the commonest."""
+    ranks = {name: f.A.shape[0] for name, f in factors.items()}
+    alphas = {name: f.scale * f.A.shape[0] for name, f in factors.items()}
+    r, alpha = _commonest(ranks.values()), _commonest(alphas.values())
+    config = {f"{part}.r": r, f"{part}.lora_alpha": alpha, f"{part}.target_modules": sorted(factors)}
+    for key, values, common in (("rank_pattern", ranks, r), ("alpha_pattern", alphas, alpha)):
+        rest = {name: value for name, value in values.items() if value != common}
+        if rest:
+            config[f"{part}.{key}"] = rest
+    return config
+
+
+def _commonest(values):
+    values = list(values)
+    return max(set(values), key=values.count)
+
+
+def lora_path(run_or_file: str | Path) -> Path:
+    """The LoRA file meant by a run's folder, a checkpoint's folder, or the file itself."""
+    path = Path(run_or_file)
+    if path.is_dir():
+        path = path / LORA_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"--lora {run_or_file}: no {LORA_FILE} there")
+    return path
+
+
+def read_lora(run_or_file: str | Path) -> tuple[dict[str, dict[str, Factors]], dict]:
+    """({"unet": {path: Factors}, "text_encoder": {...}}, the `pairlora` metadata, {} if not ours)."""
+    path = lora_path(run_or_file)
+    tensors = dict(read_tensors(path))
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata() or {}
+    try:
+        peft = json.loads(header.get("lora_adapter_metadata", "{}"))
+        metadata = json.loads(header.get("pairlora", "{}"))
+        assert isinstance(peft, dict) and isinstance(metadata, dict)
+    except (json.JSONDecodeError, AssertionError, RecursionError) as error:
+        raise ValueError(f"{path} has a header that is not JSON") from error
+
+    parts: dict[str, dict[str, Factors]] = {}
+    for key, A in tensors.items():
+        part, _, rest = key.partition(".")
+        name, _, kind = rest.rpartition(".lora_")
+        if part not in ("unet", "text_encoder") or kind not in ("A.weight", "B.weight"):
+            raise ValueError(f"{path} has the key {key}, which the layout of diffusers does not know")
+        if not A.isfinite().all():
+            raise ValueError(f"{path} has NaN or infinity in {key}")
+        partner = f"{part}.{name}.lora_{'B' if kind[0] == 'A' else 'A'}.weight"
+        if partner not in tensors:
+            raise ValueError(f"{path} has {key} without {partner}")
+        if kind[0] == "B":
+            continue
+        r = A.shape[0] if A.dim() in (2, 4) else 0
+        if r == 0:
+            raise ValueError(f"{path} has {key} with shape {tuple(A.shape)}")
+        alpha = peft.get(f"{part}.alpha_pattern", {}).get(name, peft.get(f"{part}.lora_alpha", r))
+        parts.setdefault(part, {})[name] = Factors(A, tensors[partner], float(alpha) / r)
+    if not parts:
+        raise ValueError(f"{path} holds no LoRA")
+    return parts, metadata
+
+
+def load_lora(
+    run_or_file: str | Path, *, unet: nn.Module | None = None, text: TextEncoder | None = None
+) -> dict:
+    """Stack a LoRA file's adapters onto the models given. Returns its `pairlora` metadata.
+
+    ValueError names a layer that the model does not have, or a shape that does not fit. A part of
+    the file whose model is not given is warned about.
+    """
+    parts, metadata = read_lora(run_or_file)
+    if unet is not None and "unet" in parts:
+        attach(unet, parts["unet"])
+    if text is not None and "text_encoder" in parts:
+        nested = any(name.startswith("text_model.") for name, _ in text.model.named_modules())
+        flat = {name.removeprefix("text_model."): f for name, f in parts["text_encoder"].items()}
+        attach(text.model, {f"text_model.{n}": f for n, f in flat.items()} if nested else flat)
+    for part, model in (("unet", unet), ("text_encoder", text)):
+        if part in parts and model is None:
+            warnings.warn(f"{run_or_file} also adapts the {part}, which is left as it is", stacklevel=2)
+    return metadata

@@ -1,0 +1,200 @@
+"""Random checkpoints in the published layout, from the public config values of each family.
+
+    python tests/checkpoints.py OUT [--family sd1|sd2|ip2p|inpaint] [--size tiny|small|full]
+
+`tiny` has every part of the real thing at two or more levels and takes milliseconds; `small` is the
+same at four levels and f = 8; `full` is the real size (SD1.5: 686 + 248 tensors).
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from model.unet import UNet
+from model.vae import VAE
+
+SIZES = {
+    "tiny": dict(unet=(32, 64), vae=(16, 32), text=32, text_layers=2, groups=8, heads=4),
+    "small": dict(unet=(32, 64, 96, 96), vae=(16, 16, 32, 32), text=32, text_layers=2, groups=8, heads=4),
+    "full": dict(unet=(320, 640, 1280, 1280), vae=(128, 256, 512, 512), text=768, text_layers=12, groups=32, heads=8),
+}
+IN_CHANNELS = {"sd1": 4, "sd2": 4, "ip2p": 8, "inpaint": 9}
+SCHEDULER = {
+    "_class_name": "PNDMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "clip_sample": False,
+}
+
+
+def unet_config(family: str = "sd1", size: str = "tiny") -> dict:
+    s = SIZES[size]
+    n = len(s["unet"])
+    sd2 = family == "sd2"
+    heads = [max(w // 16, 1) if size != "full" else w // 64 for w in s["unet"]]
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "act_fn": "silu",
+        "attention_head_dim": heads if sd2 else s["heads"],
+        "block_out_channels": list(s["unet"]),
+        "center_input_sample": False,
+        "cross_attention_dim": 1024 if sd2 and size == "full" else s["text"],
+        "down_block_types": ["CrossAttnDownBlock2D"] * (n - 1) + ["DownBlock2D"],
+        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * (n - 1),
+        "downsample_padding": 1,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "in_channels": IN_CHANNELS[family],
+        "layers_per_block": 2 if size == "full" else 1,
+        "mid_block_scale_factor": 1,
+        "norm_eps": 1e-05,
+        "norm_num_groups": s["groups"],
+        "out_channels": 4,
+        "sample_size": 64,
+        **({"use_linear_projection": True, "upcast_attention": True} if sd2 else {}),
+    }
+
+
+def vae_config(size: str = "tiny") -> dict:
+    s = SIZES[size]
+    n = len(s["vae"])
+    return {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "block_out_channels": list(s["vae"]),
+        "down_block_types": ["DownEncoderBlock2D"] * n,
+        "up_block_types": ["UpDecoderBlock2D"] * n,
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": 4,
+        "layers_per_block": 2 if size == "full" else 1,
+        "norm_num_groups": s["groups"],
+        "sample_size": 512,
+    }
+
+
+def text_config(size: str = "tiny") -> dict:
+    s = SIZES[size]
+    vocab = 49408 if size == "full" else 514
+    return {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "bos_token_id": vocab - 2,
+        "eos_token_id": vocab - 1,
+        "pad_token_id": vocab - 1,
+        "hidden_act": "quick_gelu",
+        "hidden_size": s["text"],
+        "intermediate_size": 4 * s["text"],
+        "num_attention_heads": max(s["text"] // 64, 2),
+        "num_hidden_layers": s["text_layers"],
+        "max_position_embeddings": 77,
+        "vocab_size": vocab,
+    }
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2))
+
+
+def write_tokenizer(folder: Path, vocab_size: int) -> None:
+    """CLIP's byte-level alphabet, every byte alone and word-final, no merges."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [b for b in range(256) if b not in printable]
+    alphabet = [chr(b) for b in printable] + [chr(256 + i) for i in range(len(rest))]
+    tokens = alphabet + [c + "</w>" for c in alphabet]
+    tokens += [f"<filler{i}>" for i in range(vocab_size - 2 - len(tokens))]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    write_json(folder / "vocab.json", {token: i for i, token in enumerate(tokens)})
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    special = {
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+    }
+    write_json(folder / "special_tokens_map.json", special)
+    write_json(
+        folder / "tokenizer_config.json",
+        {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, **special},
+    )
+
+
+def random_state(shapes: dict[str, torch.Size], generator: torch.Generator, dtype: torch.dtype) -> dict:
+    """Gaussian weights at 1/√fan-in; norms near 1: activations stay of order one at any depth."""
+    state = {}
+    for key, shape in shapes.items():
+        if len(shape) > 1:
+            tensor = torch.randn(shape, generator=generator) / shape[1:].numel() ** 0.5
+        else:
+            tensor = 0.05 * torch.randn(shape, generator=generator)
+            tensor += float("norm" in key and key.endswith("weight"))
+        state[key] = tensor.to(dtype)
+    return state
+
+
+def make_checkpoint(
+    root: Path | str,
+    family: str = "sd1",
+    size: str = "tiny",
+    *,
+    prediction_type: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Path:
+    """Write a whole checkpoint; returns its root."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    root = Path(root)
+    generator = torch.Generator().manual_seed(seed)
+    clip = text_config(size)
+    if family == "sd2" and size == "full":
+        clip |= {"hidden_size": 1024, "num_hidden_layers": 23, "num_attention_heads": 16, "hidden_act": "gelu"}
+    with torch.device("meta"):
+        networks = {
+            "unet": (UNet(unet_config(family, size)), unet_config(family, size)),
+            "vae": (VAE(vae_config(size)), vae_config(size)),
+            "text_encoder": (CLIPTextModel(CLIPTextConfig(**clip)), clip),
+        }
+    for folder, (network, config) in networks.items():
+        write_json(root / folder / "config.json", config)
+        shapes = {key: tensor.shape for key, tensor in network.state_dict().items()}
+        if folder == "text_encoder":  # published files carry the prefix that new transformers dropped
+            shapes = {f"text_model.{key.removeprefix('text_model.')}": s for key, s in shapes.items()}
+        stem = "model" if folder == "text_encoder" else "diffusion_pytorch_model"
+        state = random_state(shapes, generator, dtype)
+        save_file(state, root / folder / f"{stem}.safetensors", metadata={"format": "pt"})
+    write_tokenizer(root / "tokenizer", clip["vocab_size"])
+    scheduler = dict(SCHEDULER)
+    if prediction_type is not None:
+        scheduler["prediction_type"] = prediction_type
+    write_json(root / "scheduler" / "scheduler_config.json", scheduler)
+    parts = {
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+    }
+    write_json(root / "model_index.json", {"_class_name": "StableDiffusionPipeline", **parts})
+    return root
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--family", choices=IN_CHANNELS, default="sd1")
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    print(make_checkpoint(args.out, args.family, args.size, seed=args.seed))

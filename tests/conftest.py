@@ -1,0 +1,21 @@
+import warnings
+
+import pytest
+import torch
+
+from tests.checkpoints import make_checkpoint
+
+torch.set_num_threads(2)
+warnings.filterwarnings("ignore", module="diffusers|huggingface_hub|transformers|peft")
+
+
+@pytest.fixture(scope="session")
+def sd1(tmp_path_factory):
+    """A tiny SD1-shaped checkpoint, random weights. Read-only: copy before you change it."""
+    return make_checkpoint(tmp_path_factory.mktemp("sd1"), "sd1")
+
+
+@pytest.fixture(scope="session")
+def sd2(tmp_path_factory):
+    """A tiny SD2-shaped checkpoint (linear projections, heads per level, v-prediction)."""
+    return make_checkpoint(tmp_path_factory.mktemp("sd2"), "sd2", prediction_type="v_prediction")

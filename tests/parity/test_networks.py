@@ -1,0 +1,104 @@
+"""UNet, VAE and text encoder against diffusers and transformers, float64, random weights."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextModel
+
+from model.weights import load_text, load_unet, load_vae
+from tests.checkpoints import IN_CHANNELS, make_checkpoint
+
+F64 = {"dtype": torch.float64}
+
+
+def relative(ours, theirs):
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("family", IN_CHANNELS)
+@pytest.mark.parametrize("size", ["tiny", "small"])
+def test_unet(tmp_path, family, size):
+    root = make_checkpoint(tmp_path, family, size)
+    ours = load_unet(root, **F64)
+    theirs, info = UNet2DConditionModel.from_pretrained(
+        root, subfolder="unet", torch_dtype=torch.float64, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    for h, w in [(16, 16), (8, 24), (11, 6)]:  # square, wide, and sizes that do not halve evenly
+        x_t, ctx = draw(3, IN_CHANNELS[family], h, w), draw(3, 77, ours.ctx_dim, seed=1)
+        t = torch.tensor([0, 500, 999])
+        with torch.no_grad():
+            pred, expected = ours(x_t, t, ctx), theirs(x_t, t, ctx, return_dict=False)[0]
+        assert pred.shape == (3, 4, h, w)
+        assert relative(pred, expected) < 1e-9
+        assert relative(ours(x_t, torch.tensor(500), ctx)[1:2], expected[1:2]) < 1e-9  # a scalar t
+
+
+def test_unet_gradients(sd1):
+    ours = load_unet(sd1, **F64)
+    theirs = UNet2DConditionModel.from_pretrained(sd1, subfolder="unet", torch_dtype=torch.float64)
+    grads = []
+    for net in (ours, theirs):
+        x_t, ctx = draw(2, 4, 8, 8).requires_grad_(), draw(2, 77, 32, seed=1).requires_grad_()
+        out = net(x_t, torch.tensor([3, 800]), ctx)
+        (out if torch.is_tensor(out) else out.sample).square().sum().backward()
+        grads.append((x_t.grad, ctx.grad))
+    for g_ours, g_theirs in zip(*grads):
+        assert relative(g_ours, g_theirs) < 1e-9
+
+
+@pytest.mark.parametrize("size", ["tiny", "small"])
+def test_vae(tmp_path, size):
+    root = make_checkpoint(tmp_path, "sd1", size)
+    ours = load_vae(root, **F64)
+    theirs, info = AutoencoderKL.from_pretrained(
+        root, subfolder="vae", torch_dtype=torch.float64, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert ours.scaling_factor == theirs.config.scaling_factor == 0.18215
+    for h, w in [(32, 32), (16, 48)]:
+        pixels = draw(2, 3, h, w).clamp(-1, 1)
+        with torch.no_grad():
+            mean, logvar = ours.encode(pixels)
+            posterior = theirs.encode(pixels).latent_dist
+            assert mean.shape == (2, 4, h // ours.downscale, w // ours.downscale)
+            assert relative(mean, posterior.mean) < 1e-9
+            assert relative(logvar, posterior.logvar) < 1e-9
+            assert relative(ours.decode(mean), theirs.decode(mean).sample) < 1e-9
+
+
+def test_a_wrong_padding_would_show(sd1):
+    """The parity above can fail: padding all sides (a known bug of re-implementations) is far off."""
+    vae = load_vae(sd1, **F64)
+    pixels = draw(1, 3, 32, 32)
+    right, _ = vae.encode(pixels)
+    for level in vae.encoder.down_blocks:
+        if level.resize:
+            level.downsamplers[0].asymmetric, level.downsamplers[0].conv.padding = False, (1, 1)
+    wrong, _ = vae.encode(pixels)
+    assert relative(wrong, right) > 1e-2
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+def test_text(tmp_path, family):
+    root = make_checkpoint(tmp_path, family)
+    ours = load_text(root, **F64)
+    theirs = CLIPTextModel.from_pretrained(root, subfolder="text_encoder", dtype=torch.float64)
+    pipe = StableDiffusionPipeline.from_pretrained(root, safety_checker=None)
+    prompts = ["", "a photo of a lake, Ünïcode 漢 & 3 emoji 🏠", "long " * 100]
+    with pytest.warns(UserWarning, match="is cut to 77"):
+        ids = ours.tokenize(prompts)
+    expected = pipe.tokenizer(
+        prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+    )
+    assert torch.equal(ids, expected.input_ids)
+    assert torch.equal(ours.mask(ids), expected.attention_mask)
+    with torch.no_grad():
+        assert relative(ours.encode(ids), theirs(input_ids=ids)[0]) < 1e-9
+        masked = theirs(input_ids=ids, attention_mask=expected.attention_mask)[0]
+        assert relative(ours.encode(ids, ours.mask(ids)), masked) < 1e-9
+        assert relative(masked, theirs(input_ids=ids)[0]) > 1e-3  # the mask does something
