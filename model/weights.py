@@ -370,8 +370,8 @@ def save_lora(
     tensors, adapter = {}, {}
     for part, factors in parts.items():
         for name, f in factors.items():
-            tensors[f"{part}.{name}.lora_A.weight"] = f.A.to("cpu", dtype).contiguous()
-            tensors[f"{part}.{name}.lora_B.weight"] = f.B.to("cpu", dtype).contiguous()
+            tensors[f"{part}.{name}.lora_A.weight"] = f.A.to("cpu", dtype, copy=True).contiguous()
+            tensors[f"{part}.{name}.lora_B.weight"] = f.B.to("cpu", dtype, copy=True).contiguous()
         adapter |= _peft_config(part, factors)
     if not tensors:
         raise ValueError(f"{path}: no adapter to save")
@@ -382,6 +382,8 @@ def save_lora(
 
 def _peft_config(part: str, factors: dict[str, Factors]) -> dict:
     """r, lora_alpha, target_modules, and patterns for the layers that differ from the commonest."""
+    # peft matches the ends of paths: without the prefix they fit transformers of any age
+    factors = {name.removeprefix("text_model."): f for name, f in factors.items()}
     ranks = {name: f.A.shape[0] for name, f in factors.items()}
     alphas = {name: f.scale * f.A.shape[0] for name, f in factors.items()}
     r, alpha = _commonest(ranks.values()), _commonest(alphas.values())
@@ -437,7 +439,8 @@ def read_lora(run_or_file: str | Path) -> tuple[dict[str, dict[str, Factors]], d
         r = A.shape[0] if A.dim() in (2, 4) else 0
         if r == 0:
             raise ValueError(f"{path} has {key} with shape {tuple(A.shape)}")
-        alpha = peft.get(f"{part}.alpha_pattern", {}).get(name, peft.get(f"{part}.lora_alpha", r))
+        pattern = peft.get(f"{part}.alpha_pattern", {})
+        alpha = pattern.get(name.removeprefix("text_model."), peft.get(f"{part}.lora_alpha", r))
         parts.setdefault(part, {})[name] = Factors(A, tensors[partner], float(alpha) / r)
     if not parts:
         raise ValueError(f"{path} holds no LoRA")
