@@ -1,0 +1,293 @@
+"""Every knob of a training run: a field here is a flag of train.py and a key of config.json.
+
+Order of precedence: the defaults below, then `--config FILE`, then flags. The names and defaults
+down to `lora_rank` are those of the DreamBooth-LoRA script this project descends from.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+def knob(default, help: str, *, group: str | None = None, choices: tuple = ()):
+    return field(default=default, metadata={"help": help, "group": group, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    pretrained_model_name_or_path: str = knob(
+        "runwayml/stable-diffusion-v1-5",
+        "Stable Diffusion checkpoint: a directory in the diffusers layout, or a hub id",
+        group="base model",
+    )
+    revision: str | None = knob(None, "revision of the hub repository: branch, tag or commit")
+    variant: str | None = knob(None, "variant of the weight files, such as fp16 or bf16")
+    tokenizer_name: str | None = knob(None, "another tokenizer: a directory or hub id")
+    vae_path: str | None = knob(None, "another autoencoder: a directory or hub id")
+
+    before_data_dir: str | None = knob(None, "folder of the before images", group="data")
+    after_data_dir: str | None = knob(None, "folder of the after images, same stems")
+    use_image_pairs: bool = knob(False, "train on pairs (implied by --before_data_dir)")
+    mask_dir: str | None = knob(None, "masks of the change, same stems: white counts in full")
+    mask_outside: float = knob(0.1, "weight of the loss outside the mask, inside being 1")
+    allow_unmatched: bool = knob(False, "skip images without a partner instead of stopping")
+    instance_data_dir: str | None = knob(None, "folder of single images (DreamBooth mode)")
+    class_data_dir: str | None = knob(None, "class images for prior preservation; made when missing")
+    instance_prompt: str = knob("", "prompt of the images that have no NAME.txt beside them")
+    class_prompt: str | None = knob(None, "prompt of the class images")
+    resolution: int = knob(512, "training size in pixels, a multiple of 8")
+    center_crop: bool = knob(False, "crop the centre instead of a random place")
+    random_flip: bool = knob(False, "mirror half of the views, both sides of a pair alike")
+    random_scale: float = knob(1.0, "enlarge by a random factor up to this before cropping")
+    views: int = knob(4, "crops cached per image where cropping is random")
+    background: str = knob("white", "colour behind transparent pixels")
+    cache_dir: str | None = knob(None, "folder that keeps encoded latents for the next run")
+    dataloader_num_workers: int = knob(0, "processes that read images while latents are encoded")
+
+    pair_objective: str | None = knob(
+        None,
+        "what a pair means (model/objectives.py); delta when not given",
+        group="objective",
+        choices=("delta", "slider", "after"),
+    )
+    delta_t: int = knob(599, "the one step of `delta`, 1..999")
+    snr_gamma: float | None = knob(None, "min-SNR weighting of the noise losses; 5 is usual")
+    with_prior_preservation: bool = knob(False, "also train on class images, against drift")
+    prior_loss_weight: float = knob(1.0, "weight of that loss")
+    num_class_images: int = knob(100, "class images wanted; missing ones are generated")
+    prior_generation_precision: str | None = knob(
+        None, "precision in which they are generated", choices=("no", "fp32", "fp16", "bf16")
+    )
+    sample_batch_size: int = knob(4, "batch in which they are generated")
+
+    lora_rank: int = knob(16, "rank of the LoRA (--rank is the same)", group="LoRA")
+    lora_alpha: float | None = knob(None, "α: the LoRA is scaled by α/rank; rank when not given")
+    lora_targets: str = knob("attn", "layers, comma-separated: attn, ff, proj, conv, or path patterns")
+    train_text_encoder: bool = knob(False, "LoRA on the text encoder's attention as well")
+
+    max_train_steps: int | None = knob(None, "optimizer steps (200 when epochs are not given either)", group="training")
+    num_train_epochs: int | None = knob(None, "passes over the data, where --max_train_steps is not given")
+    train_batch_size: int = knob(1, "images, or pairs, per forward pass")
+    gradient_accumulation_steps: int = knob(1, "forward passes per optimizer step")
+    gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, slower")
+    learning_rate: float = knob(2e-4, "peak learning rate")
+    scale_lr: bool = knob(False, "multiply it by batch size and accumulation steps")
+    lr_scheduler: str = knob(
+        "constant",
+        "shape of the learning rate over the run",
+        choices=("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"),
+    )
+    lr_warmup_steps: int = knob(0, "steps of linear warm-up")
+    lr_num_cycles: int = knob(1, "restarts of cosine_with_restarts")
+    lr_power: float = knob(1.0, "exponent of polynomial")
+    use_8bit_adam: bool = knob(False, "AdamW with 8-bit state (needs bitsandbytes and CUDA)")
+    adam_beta1: float = knob(0.9, "β₁")
+    adam_beta2: float = knob(0.999, "β₂")
+    adam_weight_decay: float = knob(1e-2, "decoupled weight decay")
+    adam_epsilon: float = knob(1e-8, "ε in the denominator")
+    max_grad_norm: float = knob(1.0, "clip the gradient's norm here")
+    seed: int = knob(0, "all randomness of a step comes from (seed, step)")
+    tokenizer_max_length: int | None = knob(None, "tokens per prompt; the tokenizer's own when not given")
+    text_encoder_use_attention_mask: bool = knob(False, "hide the padding from the text encoder")
+    pre_compute_text_embeddings: bool = knob(False, "always done; accepted for old commands")
+    class_labels_conditioning: str | None = knob(None, "not for Stable Diffusion: stops")
+
+    output_dir: str = knob("lora-dreambooth-model", "the run's folder", group="output")
+    overwrite: bool = knob(False, "replace the run that is in --output_dir")
+    checkpointing_steps: int = knob(250, "a checkpoint every so many steps")
+    checkpoints_total_limit: int | None = knob(None, "keep the newest so many")
+    resume_from_checkpoint: str | None = knob(None, "`latest`, or a checkpoint of this run")
+    log_every: int = knob(10, "a line of metrics every so many steps")
+    report_to: str | None = knob(None, "besides metrics.jsonl", choices=("tensorboard", "none"))
+    logging_dir: str = knob("logs", "where tensorboard's files go, in --output_dir")
+    push_to_hub: bool = knob(False, "not supported yet: stops and says how to upload")
+    hub_token: str | None = knob(None, "as above")
+    hub_model_id: str | None = knob(None, "as above")
+
+    validation_steps: int | None = knob(None, "pictures every so many steps", group="validation")
+    validation_epochs: int = knob(50, "or every so many epochs")
+    num_validation_images: int = knob(4, "how many; 0 for none")
+    validation_pairs: int = knob(0, "pairs kept out of training for the pictures; else training pairs")
+    validation_images: tuple[str, ...] | None = knob(None, "before images for the pictures instead")
+    validation_prompt: str | None = knob(None, "prompt for them; the instance prompt when not given")
+
+    mixed_precision: str | None = knob(
+        None,
+        "precision of the frozen base: bf16 on CUDA, fp32 (no) on CPU when not given",
+        group="machine",
+        choices=("no", "fp16", "bf16"),
+    )
+    allow_tf32: bool = knob(False, "TF32 matrix products on Ampere and newer")
+    compile: bool | None = knob(None, "torch.compile the UNet; on CUDA when not given")
+    device: str | None = knob(None, "cuda, cuda:1, cpu, mps; the best there is when not given")
+    enable_xformers_memory_efficient_attention: bool = knob(
+        False, "attention is always memory-efficient; accepted for old commands"
+    )
+    local_rank: int = knob(-1, "set by old launchers; the environment decides")
+
+
+class Parser(argparse.ArgumentParser):
+    """One sentence on stderr and exit status 2; no abbreviations."""
+
+    def __init__(self, **keywords):
+        super().__init__(allow_abbrev=False, **keywords)
+
+    def error(self, message):
+        sys.exit(report(self.prog, message))
+
+
+def report(prog: str, message) -> int:
+    """Say what the user did wrong, in one line; returns the exit status for it."""
+    print(f"{prog}: {' '.join(str(message).split())}", file=sys.stderr)
+    return 2
+
+
+def add_fields(parser: Parser, cls: type = TrainConfig) -> None:
+    """A flag for every field, in groups. Booleans have --x and --no-x."""
+    hints, group = typing.get_type_hints(cls), parser
+    for f in dataclasses.fields(cls):
+        kind = hints[f.name]
+        if isinstance(kind, types.UnionType):
+            kind = next(k for k in typing.get_args(kind) if k is not type(None))
+        if f.metadata["group"]:
+            group = parser.add_argument_group(f.metadata["group"])
+        names = [f"--{f.name}"] + (["--rank"] if f.name == "lora_rank" else [])
+        shown = "" if f.default in (None, "", False) else f" [{f.default}]"
+        options = {"default": f.default, "help": (f.metadata["help"] + shown).replace("%", "%%"), "dest": f.name}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(kind) is tuple:
+            options |= {"nargs": "+", "type": str, "metavar": "PATH"}
+        else:
+            options |= {"type": kind, "choices": f.metadata["choices"] or None}
+            if not f.metadata["choices"]:
+                options["metavar"] = {int: "N", float: "X", str: "TEXT"}[kind]
+        group.add_argument(*names, **options)
+
+
+def read_file(path: str) -> dict:
+    """The fields that a config.json gives. ValueError names a key that is none, or a wrong type."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"--config {path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {path} should hold a JSON object")
+    hints = typing.get_type_hints(TrainConfig)
+    for key, value in content.items():
+        if key not in hints:
+            raise ValueError(f"--config {path} has the unknown key {key!r}")
+        kind = hints[key]
+        allowed = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+        allowed = [typing.get_origin(k) or k for k in allowed]
+        if isinstance(value, list) and tuple in allowed:
+            content[key] = tuple(value)
+        elif isinstance(value, int) and not isinstance(value, bool) and float in allowed and int not in allowed:
+            content[key] = float(value)
+        elif type(value) not in allowed:
+            wanted = " or ".join(k.__name__ for k in allowed)
+            raise ValueError(f"--config {path} has {key}={value!r}; {wanted} was wanted")
+        choices = TrainConfig.__dataclass_fields__[key].metadata["choices"]
+        if choices and value is not None and value not in choices:
+            raise ValueError(f"--config {path} has {key}={value!r}; one of {', '.join(choices)} was wanted")
+    return content
+
+
+def parse(argv: list[str] | None = None, prog: str = "train.py") -> TrainConfig:
+    """Flags over --config over defaults. Exits with status 2 and one sentence on a mistake."""
+    parser = Parser(prog=prog, description="Train a LoRA on pairs of images, or on single ones.")
+    parser.add_argument("--config", metavar="FILE", help="a config.json to start from, of an earlier run say")
+    add_fields(parser)
+    first, _ = parser.parse_known_args(argv)
+    if first.config is not None:
+        try:
+            parser.set_defaults(**read_file(first.config))
+        except ValueError as error:
+            parser.error(str(error))
+    values = vars(parser.parse_args(argv))
+    del values["config"]
+    if values["validation_images"] is not None:
+        values["validation_images"] = tuple(values["validation_images"])
+    cfg = TrainConfig(**values)
+    try:
+        return check(cfg)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def check(cfg: TrainConfig) -> TrainConfig:
+    """The same config if it makes sense. ValueError: one sentence naming the flag."""
+
+    def need(condition: bool, sentence: str) -> None:
+        if not condition:
+            raise ValueError(sentence)
+
+    pairs = is_pairs(cfg)
+    need(
+        pairs or cfg.instance_data_dir is not None,
+        "nothing to train on: give --before_data_dir and --after_data_dir, or --instance_data_dir",
+    )
+    if pairs:
+        need(cfg.before_data_dir is not None, "--use_image_pairs needs --before_data_dir")
+        need(cfg.after_data_dir is not None, "--use_image_pairs needs --after_data_dir")
+        need(cfg.instance_data_dir is None, "--instance_data_dir and --before_data_dir exclude each other")
+    else:
+        need(cfg.pair_objective is None, "--pair_objective needs --before_data_dir and --after_data_dir")
+        need(cfg.validation_pairs == 0, "--validation_pairs needs --before_data_dir and --after_data_dir")
+        need(cfg.validation_images is None, "--validation_images needs --before_data_dir and --after_data_dir")
+    if cfg.with_prior_preservation:
+        need(cfg.class_data_dir is not None, "--with_prior_preservation needs --class_data_dir")
+        need(bool(cfg.class_prompt), "--with_prior_preservation needs --class_prompt")
+    else:
+        need(cfg.class_data_dir is None, "--class_data_dir needs --with_prior_preservation")
+        need(cfg.class_prompt is None, "--class_prompt needs --with_prior_preservation")
+    need(
+        cfg.resolution > 0 and cfg.resolution % 8 == 0,
+        f"--resolution must be a positive multiple of 8, got {cfg.resolution}",
+    )
+    for name in (
+        "train_batch_size", "gradient_accumulation_steps", "sample_batch_size", "checkpointing_steps",
+        "log_every", "lora_rank", "validation_epochs", "views", "lr_num_cycles",
+    ):  # fmt: skip
+        need(getattr(cfg, name) >= 1, f"--{name} must be at least 1, got {getattr(cfg, name)}")
+    for name in ("max_train_steps", "num_train_epochs", "checkpoints_total_limit", "validation_steps", "tokenizer_max_length"):
+        value = getattr(cfg, name)
+        need(value is None or value >= 1, f"--{name} must be at least 1, got {value}")
+    for name in (
+        "learning_rate", "adam_weight_decay", "lr_warmup_steps", "num_validation_images", "validation_pairs",
+        "dataloader_num_workers", "prior_loss_weight", "num_class_images", "seed",
+    ):  # fmt: skip
+        need(getattr(cfg, name) >= 0, f"--{name} must not be negative, got {getattr(cfg, name)}")
+    for name in ("max_grad_norm", "adam_epsilon", "lr_power"):
+        need(getattr(cfg, name) > 0, f"--{name} must be positive, got {getattr(cfg, name)}")
+    for name in ("snr_gamma", "lora_alpha"):
+        value = getattr(cfg, name)
+        need(value is None or value > 0, f"--{name} must be positive, got {value}")
+    for name in ("adam_beta1", "adam_beta2"):
+        need(0 <= getattr(cfg, name) < 1, f"--{name} must be in [0, 1), got {getattr(cfg, name)}")
+    need(0 <= cfg.mask_outside <= 1, f"--mask_outside must be in [0, 1], got {cfg.mask_outside}")
+    need(cfg.random_scale >= 1, f"--random_scale must be at least 1, got {cfg.random_scale}")
+    need(1 <= cfg.delta_t <= 999, f"--delta_t must be in 1..999, got {cfg.delta_t}")
+    need(
+        not (cfg.pre_compute_text_embeddings and cfg.train_text_encoder),
+        "--pre_compute_text_embeddings cannot be had with --train_text_encoder, which changes them",
+    )
+    need(
+        cfg.class_labels_conditioning is None,
+        "--class_labels_conditioning is for DeepFloyd IF; a Stable Diffusion UNet has no class labels",
+    )
+    need(
+        not cfg.push_to_hub and cfg.hub_token is None and cfg.hub_model_id is None,
+        "--push_to_hub, --hub_token and --hub_model_id are not supported yet; after training run: "
+        f"hf upload OWNER/NAME {cfg.output_dir}/pytorch_lora_weights.safetensors",
+    )
+    return cfg
+
+
+def is_pairs(cfg: TrainConfig) -> bool:
+    return cfg.use_image_pairs or cfg.before_data_dir is not None or cfg.after_data_dir is not None

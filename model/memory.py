@@ -1,0 +1,88 @@
+"""Explicit memory: phases with measured peaks, flat buffers, activation checkpointing."""
+
+import gc
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+MIB = 2**20
+
+
+def peak_mib(device: torch.device) -> float:
+    """Highest memory since the last `phase` began: allocated on CUDA; elsewhere the process's RSS, ever."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / MIB
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return rss / MIB if sys.platform == "darwin" else rss / 1024  # bytes there, KiB on Linux
+
+
+@contextmanager
+def phase(name: str, device: torch.device, log: Callable[..., None]) -> Iterator[None]:
+    """A part of the run that holds one big module. Logs seconds, peak and what is left at its end.
+
+    The caller drops its references before the block ends; what they held is given back here.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    start = time.perf_counter()
+    yield
+    gc.collect()
+    left = {}
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        left = {"left_mib": round(torch.cuda.memory_allocated(device) / MIB, 1)}
+    log(
+        "phase",
+        name=name,
+        seconds=round(time.perf_counter() - start, 3),
+        peak_mib=round(peak_mib(device), 1),
+        **left,
+    )
+
+
+def flatten(params: Sequence[nn.Parameter]) -> nn.Parameter:
+    """One flat parameter whose storage, and whose gradient's, the given ones become views of.
+
+    The given parameters stay the leaves that autograd knows and accumulates into; clipping, the
+    optimizer and a checkpoint see one tensor. They must share dtype and device.
+    """
+    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in params]))
+    flat.grad = torch.zeros_like(flat)
+    offset = 0
+    for p in params:
+        n = p.numel()
+        p.data = flat.data[offset : offset + n].view(p.shape)
+        p.grad = flat.grad[offset : offset + n].view(p.shape)
+        offset += n
+    return flat
+
+
+def checkpoint_activations(
+    model: nn.Module, kinds: tuple[type, ...], context_fn: Callable | None = None
+) -> int:
+    """Make every block of the given kinds recompute its inside in the backward pass. Returns how many.
+
+    Chen et al. 2016 (arXiv 1604.06174). `context_fn` restores what the recompute must see again,
+    the strength of a LoRA for instance; a compiled graph has it as an input and needs no such help.
+    """
+
+    def recomputed(forward: Callable) -> Callable:
+        def run(*args: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():
+                return forward(*args)
+            extra = {} if context_fn is None or torch.compiler.is_compiling() else {"context_fn": context_fn}
+            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **extra)
+
+        return run
+
+    blocks = [m for m in model.modules() if isinstance(m, kinds)]
+    for block in blocks:
+        block.forward = recomputed(block.forward)
+    return len(blocks)
