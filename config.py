@@ -37,7 +37,9 @@ class TrainConfig:
     mask_outside: float = knob(0.1, "weight of the loss outside the mask, inside being 1")
     allow_unmatched: bool = knob(False, "skip images without a partner instead of stopping")
     instance_data_dir: str | None = knob(None, "folder of single images (DreamBooth mode)")
-    class_data_dir: str | None = knob(None, "class images for prior preservation; made when missing")
+    class_data_dir: str | None = knob(
+        None, "class images for prior preservation; made when missing"
+    )
     instance_prompt: str = knob("", "prompt of the images that have no NAME.txt beside them")
     class_prompt: str | None = knob(None, "prompt of the class images")
     resolution: int = knob(512, "training size in pixels, a multiple of 8")
@@ -67,20 +69,35 @@ class TrainConfig:
 
     lora_rank: int = knob(16, "rank of the LoRA (--rank is the same)", group="LoRA")
     lora_alpha: float | None = knob(None, "α: the LoRA is scaled by α/rank; rank when not given")
-    lora_targets: str = knob("attn", "layers, comma-separated: attn, ff, proj, conv, or path patterns")
+    lora_targets: str = knob(
+        "attn", "layers, comma-separated: attn, ff, proj, conv, or path patterns"
+    )
     train_text_encoder: bool = knob(False, "LoRA on the text encoder's attention as well")
 
-    max_train_steps: int | None = knob(None, "optimizer steps (200 when epochs are not given either)", group="training")
-    num_train_epochs: int | None = knob(None, "passes over the data, where --max_train_steps is not given")
+    max_train_steps: int | None = knob(
+        None, "optimizer steps (200 when epochs are not given either)", group="training"
+    )
+    num_train_epochs: int | None = knob(
+        None, "passes over the data, where --max_train_steps is not given"
+    )
     train_batch_size: int = knob(1, "images, or pairs, per forward pass")
     gradient_accumulation_steps: int = knob(1, "forward passes per optimizer step")
-    gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, slower")
+    gradient_checkpointing: bool = knob(
+        False, "recompute activations in the backward pass: less memory, slower"
+    )
     learning_rate: float = knob(2e-4, "peak learning rate")
     scale_lr: bool = knob(False, "multiply it by batch size and accumulation steps")
     lr_scheduler: str = knob(
         "constant",
         "shape of the learning rate over the run",
-        choices=("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"),
+        choices=(
+            "linear",
+            "cosine",
+            "cosine_with_restarts",
+            "polynomial",
+            "constant",
+            "constant_with_warmup",
+        ),
     )
     lr_warmup_steps: int = knob(0, "steps of linear warm-up")
     lr_num_cycles: int = knob(1, "restarts of cosine_with_restarts")
@@ -92,7 +109,9 @@ class TrainConfig:
     adam_epsilon: float = knob(1e-8, "ε in the denominator")
     max_grad_norm: float = knob(1.0, "clip the gradient's norm here")
     seed: int = knob(0, "all randomness of a step comes from (seed, step)")
-    tokenizer_max_length: int | None = knob(None, "tokens per prompt; the tokenizer's own when not given")
+    tokenizer_max_length: int | None = knob(
+        None, "tokens per prompt; the tokenizer's own when not given"
+    )
     text_encoder_use_attention_mask: bool = knob(False, "hide the padding from the text encoder")
     pre_compute_text_embeddings: bool = knob(False, "always done; accepted for old commands")
     class_labels_conditioning: str | None = knob(None, "not for Stable Diffusion: stops")
@@ -112,9 +131,13 @@ class TrainConfig:
     validation_steps: int | None = knob(None, "pictures every so many steps", group="validation")
     validation_epochs: int = knob(50, "or every so many epochs")
     num_validation_images: int = knob(4, "how many; 0 for none")
-    validation_pairs: int = knob(0, "pairs kept out of training for the pictures; else training pairs")
+    validation_pairs: int = knob(
+        0, "pairs kept out of training for the pictures; else training pairs"
+    )
     validation_images: tuple[str, ...] | None = knob(None, "before images for the pictures instead")
-    validation_prompt: str | None = knob(None, "prompt for them; the instance prompt when not given")
+    validation_prompt: str | None = knob(
+        None, "prompt for them; the instance prompt when not given"
+    )
 
     mixed_precision: str | None = knob(
         None,
@@ -158,7 +181,11 @@ def add_fields(parser: Parser, cls: type = TrainConfig) -> None:
             group = parser.add_argument_group(f.metadata["group"])
         names = [f"--{f.name}"] + (["--rank"] if f.name == "lora_rank" else [])
         shown = "" if f.default in (None, "", False) else f" [{f.default}]"
-        options = {"default": f.default, "help": (f.metadata["help"] + shown).replace("%", "%%"), "dest": f.name}
+        options = {
+            "default": f.default,
+            "help": (f.metadata["help"] + shown).replace("%", "%%"),
+            "dest": f.name,
+        }
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is tuple:
@@ -187,21 +214,30 @@ def read_file(path: str) -> dict:
         allowed = [typing.get_origin(k) or k for k in allowed]
         if isinstance(value, list) and tuple in allowed:
             content[key] = tuple(value)
-        elif isinstance(value, int) and not isinstance(value, bool) and float in allowed and int not in allowed:
+        elif (
+            isinstance(value, int)
+            and not isinstance(value, bool)
+            and float in allowed
+            and int not in allowed
+        ):
             content[key] = float(value)
         elif type(value) not in allowed:
             wanted = " or ".join(k.__name__ for k in allowed)
             raise ValueError(f"--config {path} has {key}={value!r}; {wanted} was wanted")
         choices = TrainConfig.__dataclass_fields__[key].metadata["choices"]
         if choices and value is not None and value not in choices:
-            raise ValueError(f"--config {path} has {key}={value!r}; one of {', '.join(choices)} was wanted")
+            raise ValueError(
+                f"--config {path} has {key}={value!r}; one of {', '.join(choices)} was wanted"
+            )
     return content
 
 
 def parse(argv: list[str] | None = None, prog: str = "train.py") -> TrainConfig:
     """Flags over --config over defaults. Exits with status 2 and one sentence on a mistake."""
     parser = Parser(prog=prog, description="Train a LoRA on pairs of images, or on single ones.")
-    parser.add_argument("--config", metavar="FILE", help="a config.json to start from, of an earlier run say")
+    parser.add_argument(
+        "--config", metavar="FILE", help="a config.json to start from, of an earlier run say"
+    )
     add_fields(parser)
     first, _ = parser.parse_known_args(argv)
     if first.config is not None:
@@ -235,11 +271,23 @@ def check(cfg: TrainConfig) -> TrainConfig:
     if pairs:
         need(cfg.before_data_dir is not None, "--use_image_pairs needs --before_data_dir")
         need(cfg.after_data_dir is not None, "--use_image_pairs needs --after_data_dir")
-        need(cfg.instance_data_dir is None, "--instance_data_dir and --before_data_dir exclude each other")
+        need(
+            cfg.instance_data_dir is None,
+            "--instance_data_dir and --before_data_dir exclude each other",
+        )
     else:
-        need(cfg.pair_objective is None, "--pair_objective needs --before_data_dir and --after_data_dir")
-        need(cfg.validation_pairs == 0, "--validation_pairs needs --before_data_dir and --after_data_dir")
-        need(cfg.validation_images is None, "--validation_images needs --before_data_dir and --after_data_dir")
+        need(
+            cfg.pair_objective is None,
+            "--pair_objective needs --before_data_dir and --after_data_dir",
+        )
+        need(
+            cfg.validation_pairs == 0,
+            "--validation_pairs needs --before_data_dir and --after_data_dir",
+        )
+        need(
+            cfg.validation_images is None,
+            "--validation_images needs --before_data_dir and --after_data_dir",
+        )
     if cfg.with_prior_preservation:
         need(cfg.class_data_dir is not None, "--with_prior_preservation needs --class_data_dir")
         need(bool(cfg.class_prompt), "--with_prior_preservation needs --class_prompt")
@@ -255,7 +303,13 @@ def check(cfg: TrainConfig) -> TrainConfig:
         "log_every", "lora_rank", "validation_epochs", "views", "lr_num_cycles",
     ):  # fmt: skip
         need(getattr(cfg, name) >= 1, f"--{name} must be at least 1, got {getattr(cfg, name)}")
-    for name in ("max_train_steps", "num_train_epochs", "checkpoints_total_limit", "validation_steps", "tokenizer_max_length"):
+    for name in (
+        "max_train_steps",
+        "num_train_epochs",
+        "checkpoints_total_limit",
+        "validation_steps",
+        "tokenizer_max_length",
+    ):
         value = getattr(cfg, name)
         need(value is None or value >= 1, f"--{name} must be at least 1, got {value}")
     for name in (

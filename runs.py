@@ -71,7 +71,10 @@ def revision() -> dict:
     def git(*args: str) -> str | None:
         try:
             out = subprocess.run(
-                ["git", "-C", str(Path(__file__).parent), *args], capture_output=True, timeout=20, check=True
+                ["git", "-C", str(Path(__file__).parent), *args],
+                capture_output=True,
+                timeout=20,
+                check=True,
             ).stdout
         except (OSError, subprocess.SubprocessError):
             return None
@@ -98,7 +101,14 @@ class Run:
     FileExistsError when a run is there already; ValueError when what is resumed had another config.
     """
 
-    def __init__(self, folder: str | Path, config: dict, *, resume: str | None = None, overwrite: bool = False):
+    def __init__(
+        self,
+        folder: str | Path,
+        config: dict,
+        *,
+        resume: str | None = None,
+        overwrite: bool = False,
+    ):
         self.folder = Path(folder)
         self.checkpoint: Path | None = None
         if self.folder.exists() and not self.folder.is_dir():
@@ -123,9 +133,18 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         rows = self.rows() if self.checkpoint else []
         if self.checkpoint is None:
-            for old in [*self.folder.glob("checkpoint-*"), *self.folder.glob(".*.tmp"), self.folder / "samples"]:
+            for old in [
+                *self.folder.glob("checkpoint-*"),
+                *self.folder.glob(".*.tmp"),
+                self.folder / "samples",
+            ]:
                 _remove(old)
-            for name in ("metrics.jsonl", "summary.json", "loss.png", "pytorch_lora_weights.safetensors"):
+            for name in (
+                "metrics.jsonl",
+                "summary.json",
+                "loss.png",
+                "pytorch_lora_weights.safetensors",
+            ):
                 _remove(self.folder / name)
         (self.folder / "samples").mkdir(exist_ok=True)
         write_json(self.folder / "config.json", self._config)
@@ -133,7 +152,9 @@ class Run:
         # what was logged after the checkpoint will be logged again
         kept = [row for row in rows if row["step"] <= self.resume_step]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
-        write_aside(self.folder / "metrics.jsonl", lambda aside: aside.write_text(text, encoding="utf-8"))
+        write_aside(
+            self.folder / "metrics.jsonl", lambda aside: aside.write_text(text, encoding="utf-8")
+        )
         self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
         self.started = time.time()
         for row in self._early:
@@ -146,7 +167,9 @@ class Run:
         path = self.folder / Path(resume).name
         if path not in self.checkpoints():
             have = ", ".join(p.name for p in sorted(self.checkpoints(), key=_step)) or "none"
-            raise FileNotFoundError(f"--resume_from_checkpoint {resume}: not in {self.folder}, which has: {have}")
+            raise FileNotFoundError(
+                f"--resume_from_checkpoint {resume}: not in {self.folder}, which has: {have}"
+            )
         self.checkpoint = path
 
     def _compare(self, config: dict) -> None:
@@ -155,10 +178,16 @@ class Run:
         other = [k for k in sorted(now) if k not in FREE and old.get(k) != now[k]]
         if other and self.checkpoint is not None:
             told = ", ".join(f"{k} was {old.get(k)!r} and is {now[k]!r}" for k in other)
-            raise ValueError(f"--resume_from_checkpoint: the run in {self.folder} had another config: {told}")
+            raise ValueError(
+                f"--resume_from_checkpoint: the run in {self.folder} had another config: {told}"
+            )
 
     def checkpoints(self) -> list[Path]:
-        return [p for p in self.folder.glob("checkpoint-*") if (p / "state.json").is_file() and p.name[11:].isdigit()]
+        return [
+            p
+            for p in self.folder.glob("checkpoint-*")
+            if (p / "state.json").is_file() and p.name[11:].isdigit()
+        ]
 
     def rows(self) -> list[dict]:
         """metrics.jsonl; a last line cut by a kill is left out."""
@@ -206,7 +235,12 @@ class Run:
         steps = max((row["step"] for row in rows), default=0)
         write_json(
             self.folder / "summary.json",
-            {"status": status, "steps": steps, "seconds": round(time.time() - self.started, 1), **values},
+            {
+                "status": status,
+                "steps": steps,
+                "seconds": round(time.time() - self.started, 1),
+                **values,
+            },
         )
         losses = [(row["step"], row["loss"]) for row in rows if row["kind"] == "train"]
         if len(losses) > 1:
@@ -218,7 +252,9 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def plot(points: list[tuple[float, float]], name: str, width: int = 720, height: int = 360) -> Image.Image:
+def plot(
+    points: list[tuple[float, float]], name: str, width: int = 720, height: int = 360
+) -> Image.Image:
     """A curve over steps with a running mean, on a logarithmic scale where all values are positive."""
     left, right, top, bottom = 64, width - 16, 24, height - 32
     xs, ys = [x for x, _ in points], [y for _, y in points]
@@ -229,7 +265,9 @@ def plot(points: list[tuple[float, float]], name: str, width: int = 720, height:
     span_x, span_y = max(xs[-1] - xs[0], 1), (high - low) or 1.0
 
     def at(x: float, y: float) -> tuple[float, float]:
-        return left + (x - xs[0]) / span_x * (right - left), bottom - (scale(y) - low) / span_y * (bottom - top)
+        return left + (x - xs[0]) / span_x * (right - left), bottom - (scale(y) - low) / span_y * (
+            bottom - top
+        )
 
     image = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(image)

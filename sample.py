@@ -52,7 +52,9 @@ def pick_device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except Exception as error:
-        raise ValueError(f"--device {name} is not available: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"--device {name} is not available: {str(error).splitlines()[0]}"
+        ) from error
     return device
 
 
@@ -93,7 +95,9 @@ def text_context(text: TextEncoder, ids: Tensor, mask: Tensor | None) -> Callabl
     return ctx
 
 
-def guided_predictor(unet: UNet, ctx: Callable | Tensor, uncond: Callable | Tensor, scale: float) -> Predict:
+def guided_predictor(
+    unet: UNet, ctx: Callable | Tensor, uncond: Callable | Tensor, scale: float
+) -> Predict:
     """`predict(x_t, t, m)` under classifier-free guidance: both halves in one pass."""
 
     def halves(m: Tensor) -> Tensor:  # m (2b,): unconditional half, conditional half
@@ -126,7 +130,9 @@ def decode(vae: VAE, z: Tensor) -> list[Image.Image]:
     return [to_image(vae.decode(one[None])[0].float().cpu()) for one in z]
 
 
-def contact_sheet(rows: Sequence[Sequence[Image.Image]], columns: Sequence[str], names: Sequence[str]) -> Image.Image:
+def contact_sheet(
+    rows: Sequence[Sequence[Image.Image]], columns: Sequence[str], names: Sequence[str]
+) -> Image.Image:
     """A grid with the columns' titles above and the rows' names below each row; cells keep their aspect."""
     cell = min(max(max(image.size) for row in rows for image in row), 384)
     title, gap = 16, 6
@@ -140,7 +146,9 @@ def contact_sheet(rows: Sequence[Sequence[Image.Image]], columns: Sequence[str],
         for j, image in enumerate(row):
             share = cell / max(image.size)
             size = (max(round(image.width * share), 1), max(round(image.height * share), 1))
-            shown = image.resize(size, Image.Resampling.NEAREST if share > 1 else Image.Resampling.LANCZOS)
+            shown = image.resize(
+                size, Image.Resampling.NEAREST if share > 1 else Image.Resampling.LANCZOS
+            )
             sheet.paste(shown, (gap + j * (cell + gap), y))
         draw.text((gap, y + cell + 1), printable(name), fill="#444444")
     return sheet
@@ -184,7 +192,8 @@ class Loaded:
         base = args.model or self.meta.get("base_model")
         if base is None:
             raise ValueError(
-                "--model is missing" + (f", and {args.lora} does not say what it was trained on" if args.lora else "")
+                "--model is missing"
+                + (f", and {args.lora} does not say what it was trained on" if args.lora else "")
             )
         if note := moved_note(base):
             print(note)
@@ -194,8 +203,12 @@ class Loaded:
             "variant": args.variant if given else self.meta.get("variant"),
         }
         vae_path = args.vae_path or (None if given else self.meta.get("vae_path"))
-        self.schedule = Schedule.from_config(load_scheduler_config(base, revision=where["revision"])).to(self.device)
-        self.text = load_text(base, **where, device=self.device, tokenizer=self.meta.get("tokenizer_name"))
+        self.schedule = Schedule.from_config(
+            load_scheduler_config(base, revision=where["revision"])
+        ).to(self.device)
+        self.text = load_text(
+            base, **where, device=self.device, tokenizer=self.meta.get("tokenizer_name")
+        )
         self.vae = load_vae(vae_path or base, **({} if vae_path else where), device=self.device)
         self.unet = load_unet(base, **where, dtype=dtype, device=self.device)
         self.prompt = args.prompt if args.prompt is not None else self.meta.get("prompt", "")
@@ -204,8 +217,14 @@ class Loaded:
         if args.lora:
             load_lora(args.lora, unet=self.unet, text=self.text)
         if self.unet.in_channels != 4:
-            raise ValueError(f"{base} has a UNet of {self.unet.in_channels} input channels; 4 are wanted here")
-        trained = f", LoRA {args.lora} ({self.meta.get('objective', 'of unknown objective')})" if args.lora else ""
+            raise ValueError(
+                f"{base} has a UNet of {self.unet.in_channels} input channels; 4 are wanted here"
+            )
+        trained = (
+            f", LoRA {args.lora} ({self.meta.get('objective', 'of unknown objective')})"
+            if args.lora
+            else ""
+        )
         print(f"{base} on {self.device} in {str(dtype).removeprefix('torch.')}{trained}")
 
     def context(self, prompt: str) -> Tensor | Callable[[Tensor], Tensor]:
@@ -256,12 +275,16 @@ def generate(args) -> None:
         )  # fmt: skip
         images += decode(model.vae, z)
         images[-1].save(out / f"{seed:05d}.png")
-    contact_sheet([images], [f"seed {args.seed + i}" for i in range(args.num)], [model.prompt]).save(out / "sheet.png")
+    contact_sheet(
+        [images], [f"seed {args.seed + i}" for i in range(args.num)], [model.prompt]
+    ).save(out / "sheet.png")
     print(f"{args.num} images and sheet.png in {out}")
 
 
 @torch.no_grad()
-def edit_image(model: Loaded, objective: str, image: Image.Image, strengths: Sequence[float], args) -> list[Image.Image]:
+def edit_image(
+    model: Loaded, objective: str, image: Image.Image, strengths: Sequence[float], args
+) -> list[Image.Image]:
     """The image with the change at each strength. Sizes that do not fit are padded and cropped back."""
     f = model.vae.downscale
     pad = (-image.width % f, -image.height % f)
@@ -308,9 +331,13 @@ def edit(args) -> None:
     model = Loaded(args)
     objective = args.objective or model.meta.get("objective")
     if objective is None:
-        raise ValueError(f"--lora {args.lora} does not say its objective: give --objective {'|'.join(OBJECTIVES)}")
+        raise ValueError(
+            f"--lora {args.lora} does not say its objective: give --objective {'|'.join(OBJECTIVES)}"
+        )
     if objective not in OBJECTIVES:
-        raise ValueError(f"--lora {args.lora} has the objective {objective!r}; known are {', '.join(OBJECTIVES)}")
+        raise ValueError(
+            f"--lora {args.lora} has the objective {objective!r}; known are {', '.join(OBJECTIVES)}"
+        )
     rows = []
     for image, stem in zip(tqdm(images, desc="edit", disable=None), stems):
         results = edit_image(model, objective, image, strengths, args)
@@ -336,7 +363,9 @@ def make_parser() -> Parser:
     common = Parser(add_help=False)
     common.add_argument("--lora", metavar="RUN_OR_FILE", help="a run's folder or a LoRA file")
     common.add_argument("--out", required=True, metavar="DIR", help="where the pictures go")
-    common.add_argument("--model", help="base model: directory or hub id [what the LoRA was trained on]")
+    common.add_argument(
+        "--model", help="base model: directory or hub id [what the LoRA was trained on]"
+    )
     common.add_argument("--revision", help="of the hub repository")
     common.add_argument("--variant", help="of the weight files, such as fp16")
     common.add_argument("--vae_path", help="another autoencoder")
@@ -345,10 +374,14 @@ def make_parser() -> Parser:
     common.add_argument("--steps", type=int, default=30, help="denoising steps [30]")
     common.add_argument("--seed", type=int, default=0, help="[0]")
     common.add_argument("--device", help="cuda, cpu, mps [the best there is]")
-    common.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="[bf16 on CUDA, else no]")
+    common.add_argument(
+        "--mixed_precision", choices=["no", "fp16", "bf16"], help="[bf16 on CUDA, else no]"
+    )
 
     make = commands.add_parser("generate", parents=[common], help="images from a prompt")
-    make.add_argument("--guidance", type=float, default=7.5, help="classifier-free guidance, 1 = none [7.5]")
+    make.add_argument(
+        "--guidance", type=float, default=7.5, help="classifier-free guidance, 1 = none [7.5]"
+    )
     make.add_argument("--num", type=int, default=4, help="images; seeds count up [4]")
     make.add_argument("--height", type=int, default=512, help="pixels [512]")
     make.add_argument("--width", type=int, default=512, help="pixels [512]")
@@ -356,8 +389,12 @@ def make_parser() -> Parser:
 
     change = commands.add_parser("edit", parents=[common], help="before images -> with the change")
     change.add_argument("--input", required=True, metavar="IMAGE_OR_DIR", help="before images")
-    change.add_argument("--strengths", type=numbers, metavar="0,0.5,1", help="several, instead of --strength")
-    change.add_argument("--objective", choices=list(OBJECTIVES), help="[what the LoRA's header says]")
+    change.add_argument(
+        "--strengths", type=numbers, metavar="0,0.5,1", help="several, instead of --strength"
+    )
+    change.add_argument(
+        "--objective", choices=list(OBJECTIVES), help="[what the LoRA's header says]"
+    )
     change.add_argument(
         "--guidance", type=float, default=1.0, help="for objectives that denoise, 1 = none [1]"
     )

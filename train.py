@@ -60,8 +60,12 @@ def train(cfg: TrainConfig) -> Path:
     """Run it all; returns the run's folder. ValueError or OSError for what the user can mend."""
     config.check(cfg)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}; one process per run is supported")
-    run = Run(cfg.output_dir, asdict(cfg), resume=cfg.resume_from_checkpoint, overwrite=cfg.overwrite)
+        raise ValueError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}; one process per run is supported"
+        )
+    run = Run(
+        cfg.output_dir, asdict(cfg), resume=cfg.resume_from_checkpoint, overwrite=cfg.overwrite
+    )
     device = pick_device(cfg.device)
     if cfg.allow_tf32:
         torch.set_float32_matmul_precision("high")
@@ -90,16 +94,24 @@ def run_phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
     pairs, shown = find_data(cfg)
     dataset = make_dataset(cfg, pairs)
     schedule = Schedule.from_config(load_scheduler_config(base, revision=cfg.revision)).to(device)
-    class_pairs = class_images(cfg, device, schedule, run.log) if cfg.with_prior_preservation else []
+    class_pairs = (
+        class_images(cfg, device, schedule, run.log) if cfg.with_prior_preservation else []
+    )
     batch, accum = cfg.train_batch_size, cfg.gradient_accumulation_steps
     per_epoch = math.ceil(len(pairs) / (batch * accum))
-    steps = cfg.max_train_steps or (cfg.num_train_epochs * per_epoch if cfg.num_train_epochs else 200)
+    steps = cfg.max_train_steps or (
+        cfg.num_train_epochs * per_epoch if cfg.num_train_epochs else 200
+    )
     if run.resume_step > steps:
-        raise ValueError(f"--max_train_steps {steps} is less than the {run.resume_step} done already")
+        raise ValueError(
+            f"--max_train_steps {steps} is less than the {run.resume_step} done already"
+        )
 
     # ---- 2. text: every prompt once; the encoder goes, unless it is trained
     own_prompts = [p.caption or cfg.instance_prompt for p in [*pairs, *shown]]
-    prompts = list(dict.fromkeys([*own_prompts, cfg.validation_prompt or "", cfg.class_prompt or "", ""]))
+    prompts = list(
+        dict.fromkeys([*own_prompts, cfg.validation_prompt or "", cfg.class_prompt or "", ""])
+    )
     prompt_of = torch.tensor([prompts.index(p) for p in own_prompts[: len(pairs)]])  # (n,)
     with phase("text", device, run.log):
         text = load_text(base, **files, tokenizer=cfg.tokenizer_name)
@@ -122,7 +134,9 @@ def run_phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
     with phase("latents", device, run.log):
         vae = load_vae(cfg.vae_path, device=device) if cfg.vae_path else load_vae(base, **files)
         if cfg.resolution % vae.downscale:
-            raise ValueError(f"--resolution must be a multiple of {vae.downscale} for this autoencoder")
+            raise ValueError(
+                f"--resolution must be a multiple of {vae.downscale} for this autoencoder"
+            )
 
         def posterior(pixels: Tensor) -> tuple[Tensor, Tensor]:  # of the scaled latents
             mean, logvar = vae.encode(pixels.to(device))
@@ -130,11 +144,17 @@ def run_phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
 
         def encoded(part: PairDataset):
             key = f"{cfg.vae_path or base} {cfg.revision} {cfg.variant} fp32 {weight_sum(vae)}"
-            return cache_latents(part, posterior, cache_dir=cfg.cache_dir, key=key, progress=False).to(device)
+            return cache_latents(
+                part, posterior, cache_dir=cfg.cache_dir, key=key, progress=False
+            ).to(device)
 
         latents = encoded(dataset)
         class_latents = encoded(make_dataset(cfg, class_pairs)) if class_pairs else None
-        gallery = PairDataset(shown, cfg.resolution, center_crop=True, background=cfg.background) if shown else None
+        gallery = (
+            PairDataset(shown, cfg.resolution, center_crop=True, background=cfg.background)
+            if shown
+            else None
+        )
         z_shown = encoded(gallery).mean if shown else None  # (k, f, 4, h, w)
         vae.to("cpu")
     latent_shape = tuple(latents.mean.shape[2:])  # (4, h, w)
@@ -143,7 +163,9 @@ def run_phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
     with phase("unet", device, run.log):
         unet = load_unet(base, **files, dtype=dtype)
         if unet.in_channels != 4:
-            raise ValueError(f"{base} has a UNet of {unet.in_channels} input channels; {name} trains one of 4")
+            raise ValueError(
+                f"{base} has a UNet of {unet.in_channels} input channels; {name} trains one of 4"
+            )
         inject(unet, cfg.lora_targets, cfg.lora_rank, cfg.lora_alpha, generator=seeded(cfg.seed, 0))
         adapted = {"unet": unet} | ({"text_encoder": text.model} if text else {})
         params = [p for m in adapted.values() for p in lora_parameters(m)]
@@ -164,7 +186,9 @@ def run_phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
     )
 
     @torch.no_grad()
-    @torch.compiler.set_stance("force_eager")  # other shapes than the loop's: not worth a compilation
+    @torch.compiler.set_stance(
+        "force_eager"
+    )  # other shapes than the loop's: not worth a compilation
     def show(done: int) -> None:
         """samples/STEP.png: before | generated | after, or images from the prompt."""
         if not cfg.num_validation_images:
@@ -180,25 +204,44 @@ def run_phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
                 predict = predictor(unet, context(torch.tensor([said], device=device)))
                 item = gallery[i]
                 images = [to_image(item["before"] if pair.before else item["after"])]
-                images += decode(vae, objective.edit(predict, schedule, z, torch.ones(1, device=device), how))
+                images += decode(
+                    vae, objective.edit(predict, schedule, z, torch.ones(1, device=device), how)
+                )
                 rows.append(images + ([to_image(item["after"])] if pair.before else []))
-            sheet = contact_sheet(rows, ["before", f"generated, step {done}", "after"][: len(rows[0])], [p.name for p in shown])
+            sheet = contact_sheet(
+                rows,
+                ["before", f"generated, step {done}", "after"][: len(rows[0])],
+                [p.name for p in shown],
+            )
         else:
-            said, nothing = (context(torch.tensor([prompts.index(p)], device=device)) for p in (prompt, ""))
+            said, nothing = (
+                context(torch.tensor([prompts.index(p)], device=device)) for p in (prompt, "")
+            )
             guided = guided_predictor(unet, said, nothing, 7.5)
             images = []
             for k in range(cfg.num_validation_images):
-                images += decode(vae, generate_latents(guided, schedule, latent_shape, [cfg.seed + k], device))
-            sheet = contact_sheet([images], [f"seed {cfg.seed + k}" for k in range(len(images))], [prompt])
+                images += decode(
+                    vae, generate_latents(guided, schedule, latent_shape, [cfg.seed + k], device)
+                )
+            sheet = contact_sheet(
+                [images], [f"seed {cfg.seed + k}" for k in range(len(images))], [prompt]
+            )
         vae.to("cpu")
-        write_aside(run.folder / "samples" / f"{done:06d}.png", lambda aside: sheet.save(aside, format="PNG"))
+        write_aside(
+            run.folder / "samples" / f"{done:06d}.png",
+            lambda aside: sheet.save(aside, format="PNG"),
+        )
 
     def save(folder: Path, done: int) -> None:
         save_lora(folder / LORA_FILE, unet=unet, text=text, metadata={**meta, "steps": done})
         state = opt.state_dict()["state"][0]
-        save_file({k: v for k, v in state.items() if torch.is_tensor(v)}, folder / "optimizer.safetensors")
+        save_file(
+            {k: v for k, v in state.items() if torch.is_tensor(v)}, folder / "optimizer.safetensors"
+        )
         rest = {k: v for k, v in state.items() if not torch.is_tensor(v)}
-        write_json(folder / "state.json", {"step": done, "optimizer": rest, "scaler": scaler.state_dict()})
+        write_json(
+            folder / "state.json", {"step": done, "optimizer": rest, "scaler": scaler.state_dict()}
+        )
 
     # ---- 5. the loop: z -> loss -> gradient -> step
     show_every = cfg.validation_steps or cfg.validation_epochs * per_epoch
@@ -206,7 +249,9 @@ def run_phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
     loss_sum, logged, clock = torch.zeros((), device=device), run.resume_step, time.perf_counter()
     bar = tqdm(total=steps, initial=run.resume_step, desc=name, unit="step", disable=None)
     for step in range(run.resume_step, steps):
-        drawn = draw(cfg, step, len(pairs), dataset.views, class_latents, latent_shape, schedule.num_steps)
+        drawn = draw(
+            cfg, step, len(pairs), dataset.views, class_latents, latent_shape, schedule.num_steps
+        )
         drawn = Drawn(*(None if x is None else x.to(device, non_blocking=True) for x in drawn))
         for k in range(accum):
             one = slice(k * batch, (k + 1) * batch)
@@ -214,13 +259,19 @@ def run_phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
             z = latents.draw(index, drawn.vae_noise[one])  # (b, f, 4, h, w)
             draws = Draws(drawn.eps[one], drawn.t[one])
             predict = predictor(unet, context(prompt_of.to(device)[index % len(pairs)]))
-            error = objective.loss(predict, schedule, z[:, 0], z[:, -1], ones, draws, knobs)  # (n, 4, h, w)
-            loss = weighted_mean(error, None if latents.mask is None else latents.mask[index], cfg.mask_outside)
+            error = objective.loss(
+                predict, schedule, z[:, 0], z[:, -1], ones, draws, knobs
+            )  # (n, 4, h, w)
+            loss = weighted_mean(
+                error, None if latents.mask is None else latents.mask[index], cfg.mask_outside
+            )
             if class_latents is not None:
                 x_0 = class_latents.draw(drawn.class_index[one], drawn.class_vae_noise[one])[:, 0]
                 class_row = torch.full_like(index, prompts.index(cfg.class_prompt))
                 class_draws = Draws(drawn.class_eps[one], drawn.class_t[one])
-                prior = noise_loss(predictor(unet, context(class_row)), schedule, x_0, ones, class_draws, knobs)
+                prior = noise_loss(
+                    predictor(unet, context(class_row)), schedule, x_0, ones, class_draws, knobs
+                )
                 loss = loss + cfg.prior_loss_weight * prior.mean()
             scaler.scale(loss / accum).backward()
             loss_sum += loss.detach() / accum  # stays on the device
@@ -252,9 +303,14 @@ def run_phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
         )  # fmt: skip
         bar.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{lr:.1e}")
         if bar.disable and (10 * done) // steps > (10 * logged) // steps:
-            print(f"step {done}/{steps}  loss {mean_loss:.4f}  lr {lr:.1e}  {step_ms:.0f} ms/step", flush=True)
+            print(
+                f"step {done}/{steps}  loss {mean_loss:.4f}  lr {lr:.1e}  {step_ms:.0f} ms/step",
+                flush=True,
+            )
         if saving:
-            run.save_checkpoint(done, lambda folder: save(folder, done), cfg.checkpoints_total_limit)
+            run.save_checkpoint(
+                done, lambda folder: save(folder, done), cfg.checkpoints_total_limit
+            )
         if showing:
             show(done)
         loss_sum.zero_()
@@ -274,10 +330,15 @@ def find_data(cfg: TrainConfig) -> tuple[list[Pair], list[Pair]]:
     if not config.is_pairs(cfg):
         return find_singles(cfg.instance_data_dir), []
     pairs = find_pairs(
-        cfg.before_data_dir, cfg.after_data_dir, mask_dir=cfg.mask_dir, allow_unmatched=cfg.allow_unmatched
+        cfg.before_data_dir,
+        cfg.after_data_dir,
+        mask_dir=cfg.mask_dir,
+        allow_unmatched=cfg.allow_unmatched,
     )
     if cfg.validation_pairs >= len(pairs):
-        raise ValueError(f"--validation_pairs {cfg.validation_pairs} leaves none of {len(pairs)} pairs to train on")
+        raise ValueError(
+            f"--validation_pairs {cfg.validation_pairs} leaves none of {len(pairs)} pairs to train on"
+        )
     held_out = spread(pairs, cfg.validation_pairs)
     pairs = [pair for pair in pairs if pair not in held_out]
     if cfg.validation_images:
@@ -309,7 +370,9 @@ def make_dataset(cfg: TrainConfig, pairs: list[Pair]) -> PairDataset:
     return PairDataset(pairs, cfg.resolution, views=1, **crop) if dataset.deterministic else dataset
 
 
-def class_images(cfg: TrainConfig, device: torch.device, schedule: Schedule, log: Callable) -> list[Pair]:
+def class_images(
+    cfg: TrainConfig, device: torch.device, schedule: Schedule, log: Callable
+) -> list[Pair]:
     """The images of --class_data_dir; what is missing to --num_class_images is generated first.
 
     Prior preservation, Ruiz et al. 2022 (arXiv 2208.12242), section 3.3: what the base itself draws
@@ -320,23 +383,38 @@ def class_images(cfg: TrainConfig, device: torch.device, schedule: Schedule, log
     missing = cfg.num_class_images - len(have)
     if missing > 0:
         folder.mkdir(parents=True, exist_ok=True)
-        dtype = DTYPES[cfg.prior_generation_precision] if cfg.prior_generation_precision else pick_dtype(None, device)
+        dtype = (
+            DTYPES[cfg.prior_generation_precision]
+            if cfg.prior_generation_precision
+            else pick_dtype(None, device)
+        )
         files = {"variant": cfg.variant, "revision": cfg.revision, "device": device}
         base = cfg.pretrained_model_name_or_path
         with phase("class images", device, log), torch.no_grad():
             text, unet = load_text(base, **files), load_unet(base, **files, dtype=dtype)
             vae = load_vae(cfg.vae_path, device=device) if cfg.vae_path else load_vae(base, **files)
             ctx, nothing = text.context([cfg.class_prompt]), text.context([""])
-            predict = guided_predictor(unet, lambda m: ctx.expand(len(m), -1, -1), lambda m: nothing.expand(len(m), -1, -1), 7.5)
+            predict = guided_predictor(
+                unet,
+                lambda m: ctx.expand(len(m), -1, -1),
+                lambda m: nothing.expand(len(m), -1, -1),
+                7.5,
+            )
             side = cfg.resolution // vae.downscale
             names = (folder / f"class_{i:05d}.png" for i in range(10**9))
             free = (path for path in names if not path.exists())
             seeds = range(cfg.seed + len(have), cfg.seed + cfg.num_class_images)
-            for i in tqdm(range(0, missing, cfg.sample_batch_size), desc="class images", disable=None):
+            for i in tqdm(
+                range(0, missing, cfg.sample_batch_size), desc="class images", disable=None
+            ):
                 some = seeds[i : i + cfg.sample_batch_size]
-                z = generate_latents(predict, schedule, (vae.latent_channels, side, side), some, device, steps=50)
+                z = generate_latents(
+                    predict, schedule, (vae.latent_channels, side, side), some, device, steps=50
+                )
                 for image in decode(vae, z):
-                    write_aside(next(free), lambda aside, image=image: image.save(aside, format="PNG"))
+                    write_aside(
+                        next(free), lambda aside, image=image: image.save(aside, format="PNG")
+                    )
             del text, unet, vae
     return find_singles(folder)[: max(cfg.num_class_images, 1)]
 
@@ -372,7 +450,9 @@ def shuffled(n: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed((seed << 32) + epoch))
 
 
-def draw(cfg: TrainConfig, step: int, n: int, views: int, class_latents, shape: tuple, num_steps: int) -> Drawn:
+def draw(
+    cfg: TrainConfig, step: int, n: int, views: int, class_latents, shape: tuple, num_steps: int
+) -> Drawn:
     """A function of (seed, step) alone, drawn on the CPU: the same on every device."""
     B = cfg.train_batch_size * cfg.gradient_accumulation_steps
     rng = seeded(cfg.seed, step)
@@ -390,7 +470,9 @@ def draw(cfg: TrainConfig, step: int, n: int, views: int, class_latents, shape: 
     if class_latents is None:
         return drawn
     k = torch.randint(len(class_latents), (B,), generator=rng)
-    return drawn._replace(class_index=k, class_vae_noise=noise(), class_eps=noise(), class_t=times())
+    return drawn._replace(
+        class_index=k, class_vae_noise=noise(), class_eps=noise(), class_t=times()
+    )
 
 
 # ---- the optimizer -------------------------------------------------------------------------------
@@ -400,7 +482,9 @@ def lora_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [p for layer in lora_layers(model).values() for p in (layer.lora_A, layer.lora_B)]
 
 
-def optimizer(cfg: TrainConfig, flat: torch.nn.Parameter, device: torch.device) -> torch.optim.Optimizer:
+def optimizer(
+    cfg: TrainConfig, flat: torch.nn.Parameter, device: torch.device
+) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2017) on the one flat parameter."""
     adam = {
         "lr": learning_rate(cfg, 0, 1),
@@ -412,7 +496,9 @@ def optimizer(cfg: TrainConfig, flat: torch.nn.Parameter, device: torch.device) 
         try:
             from bitsandbytes.optim import AdamW8bit
         except ImportError as error:
-            raise ValueError("--use_8bit_adam needs the package bitsandbytes: pip install bitsandbytes") from error
+            raise ValueError(
+                "--use_8bit_adam needs the package bitsandbytes: pip install bitsandbytes"
+            ) from error
         return AdamW8bit([flat], **adam)
     return torch.optim.AdamW([flat], fused=device.type == "cuda", **adam)
 
@@ -432,7 +518,9 @@ def learning_rate(cfg: TrainConfig, step: int, steps: int) -> float:
     if cfg.lr_scheduler == "cosine":
         return peak * max(0.5 * (1 + math.cos(math.pi * done)), 0.0)
     if cfg.lr_scheduler == "cosine_with_restarts":
-        return peak * (0.5 * (1 + math.cos(math.pi * (cfg.lr_num_cycles * done % 1))) if done < 1 else 0.0)
+        return peak * (
+            0.5 * (1 + math.cos(math.pi * (cfg.lr_num_cycles * done % 1))) if done < 1 else 0.0
+        )
     if cfg.lr_scheduler == "polynomial":
         end = 1e-7
         return end if done > 1 else (peak - end) * (1 - done) ** cfg.lr_power + end
@@ -463,7 +551,9 @@ def restore(checkpoint: Path, adapted: dict, opt: torch.optim.Optimizer, scaler)
         saved = {n.removeprefix("text_model."): f for n, f in parts.get(part, {}).items()}
         layers = {n.removeprefix("text_model."): layer for n, layer in lora_layers(model).items()}
         if saved.keys() != layers.keys():
-            raise ValueError(f"{checkpoint / LORA_FILE} adapts other layers of the {part} than this run does")
+            raise ValueError(
+                f"{checkpoint / LORA_FILE} adapts other layers of the {part} than this run does"
+            )
         for name, layer in layers.items():
             layer.lora_A.data.copy_(saved[name].A)
             layer.lora_B.data.copy_(saved[name].B)

@@ -24,16 +24,18 @@ def read_config(config: dict, known: dict, neutral: dict, what: str) -> dict:
             raise ValueError(f"{what} config.json has the unknown option {key}={value!r}")
         if value not in neutral[key]:
             wanted = " or ".join(repr(v) for v in neutral[key])
-            raise ValueError(
-                f"{what} config.json asks for {key}={value!r}; supported is {wanted}"
-            )
-    return {key: default if config.get(key) is None else config[key] for key, default in known.items()}
+            raise ValueError(f"{what} config.json asks for {key}={value!r}; supported is {wanted}")
+    return {
+        key: default if config.get(key) is None else config[key] for key, default in known.items()
+    }
 
 
 class ResBlock(nn.Module):
     """norm, SiLU, conv, twice, around a skip; the time embedding enters between the two (UNet only)."""
 
-    def __init__(self, c_in: int, c_out: int, groups: int, norm_eps: float, temb_dim: int | None = None):
+    def __init__(
+        self, c_in: int, c_out: int, groups: int, norm_eps: float, temb_dim: int | None = None
+    ):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in, eps=norm_eps)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
@@ -119,7 +121,9 @@ class SpatialTransformer(nn.Module):
 
     def __init__(self, dim: int, heads: int, ctx_dim: int, depth: int, groups: int, linear: bool):
         super().__init__()
-        self.linear = linear  # SD2 projects tokens, SD1 projects pixels: same arithmetic, other shapes
+        self.linear = (
+            linear  # SD2 projects tokens, SD1 projects pixels: same arithmetic, other shapes
+        )
         project = nn.Linear if linear else lambda i, o: nn.Conv2d(i, o, 1)
         self.norm = nn.GroupNorm(groups, dim, eps=1e-6)
         self.proj_in = project(dim, dim)

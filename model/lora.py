@@ -96,7 +96,12 @@ def match_targets(model: nn.Module, targets: str) -> list[str]:
             n for n in names for p in patterns if n == p or n.endswith("." + p) or fnmatchcase(n, p)
         }
         if not hits:
-            ends = sorted({".".join(n.split(".")[-2:]) if n[-1].isdigit() else n.split(".")[-1] for n in names})
+            ends = sorted(
+                {
+                    ".".join(n.split(".")[-2:]) if n[-1].isdigit() else n.split(".")[-1]
+                    for n in names
+                }
+            )
             raise ValueError(
                 f"--lora_targets has {target!r}, which matches no layer; groups are "
                 f"{', '.join(GROUPS)}; layers end in {', '.join(ends)}"
@@ -126,7 +131,9 @@ def inject(
         c_out, c_in = weight.shape[:2]
         most = min(c_out, weight[0].numel())
         if not 1 <= rank <= most:
-            raise ValueError(f"--lora_rank {rank} does not fit {name}, whose rank is at most {most}")
+            raise ValueError(
+                f"--lora_rank {rank} does not fit {name}, whose rank is at most {most}"
+            )
         kernel = weight.shape[2:]
         dtype = torch.promote_types(torch.float32, weight.dtype)
         A = torch.randn((rank, c_in, *kernel), generator=generator, dtype=dtype) / rank
@@ -251,7 +258,9 @@ def merge(model: nn.Module, strength: float | Tensor = 1.0) -> None:
         A, B = layer.lora_A, layer.lora_B.flatten(1)  # B (out, r)
         delta = ((B * m) @ A.flatten(1)).view(layer.weight.shape)
         layer.lora_merged = layer.weight
-        layer.weight = nn.Parameter((layer.weight + delta).to(layer.weight.dtype), requires_grad=False)
+        layer.weight = nn.Parameter(
+            (layer.weight + delta).to(layer.weight.dtype), requires_grad=False
+        )
 
 
 def unmerge(model: nn.Module) -> None:

@@ -77,8 +77,14 @@ def checkpoint_activations(
         def run(*args: Tensor) -> Tensor:
             if not torch.is_grad_enabled():
                 return forward(*args)
-            extra = {} if context_fn is None or torch.compiler.is_compiling() else {"context_fn": context_fn}
-            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **extra)
+            extra = (
+                {}
+                if context_fn is None or torch.compiler.is_compiling()
+                else {"context_fn": context_fn}
+            )
+            return checkpoint(
+                forward, *args, use_reentrant=False, preserve_rng_state=False, **extra
+            )
 
         return run
 

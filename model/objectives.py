@@ -42,13 +42,17 @@ class How(NamedTuple):
 
     steps: int = 30
     start: str = "invert"  # "invert": DDIM inversion of z; "noise": SDEdit, z plus noise
-    noise_level: float = 0.7  # share of the steps that is run: 1 forgets z (with "noise") altogether
+    noise_level: float = (
+        0.7  # share of the steps that is run: 1 forgets z (with "noise") altogether
+    )
     guided: Predict | None = None  # predict under classifier-free guidance; None: guidance 1
     generator: torch.Generator | None = None
     knobs: Knobs = Knobs()
 
 
-def noise_loss(predict: Predict, schedule: Schedule, x_0: Tensor, m: Tensor, draws: Draws, knobs: Knobs) -> Tensor:
+def noise_loss(
+    predict: Predict, schedule: Schedule, x_0: Tensor, m: Tensor, draws: Draws, knobs: Knobs
+) -> Tensor:
     """w(t) ‖e_m(x_t, t) − target‖², the loss of DDPM (eq. 14) at LoRA multiplier m."""
     x_t = schedule.add_noise(x_0, draws.eps, draws.t)
     pred = predict(x_t, draws.t, m)
@@ -117,7 +121,9 @@ def after_edit(predict, schedule, z, s, how):
     return restore(predict, schedule, z, torch.zeros_like(s), s, how)
 
 
-def restore(predict: Predict, schedule: Schedule, z: Tensor, m_before: Tensor, m: Tensor, how: How) -> Tensor:
+def restore(
+    predict: Predict, schedule: Schedule, z: Tensor, m_before: Tensor, m: Tensor, how: How
+) -> Tensor:
     """Take z part of the way to noise as a before image, and bring it back at multiplier m.
 
     "invert" goes by DDIM inversion at m_before, guidance 1 (no change asked for then returns z, up to
@@ -125,11 +131,15 @@ def restore(predict: Predict, schedule: Schedule, z: Tensor, m_before: Tensor, m
     """
     start = min(max(round((1 - how.noise_level) * how.steps), 0), how.steps - 1)
     if how.start == "invert":
-        x = ddim_invert(lambda x_t, t: predict(x_t, t, m_before), z, schedule, how.steps, start=start)
+        x = ddim_invert(
+            lambda x_t, t: predict(x_t, t, m_before), z, schedule, how.steps, start=start
+        )
     else:
         t = timesteps(schedule, how.steps, schedule.timestep_spacing or "leading")[start]
         device = z.device if how.generator is None else how.generator.device
-        eps = torch.randn(z.shape, generator=how.generator, dtype=z.dtype, device=device).to(z.device)
+        eps = torch.randn(z.shape, generator=how.generator, dtype=z.dtype, device=device).to(
+            z.device
+        )
         x = schedule.add_noise(z, eps, torch.full((z.shape[0],), t, device=z.device))
     e = how.guided or predict
     return ddim(lambda x_t, t: e(x_t, t, m), x, schedule, how.steps, start=start)
@@ -138,7 +148,9 @@ def restore(predict: Predict, schedule: Schedule, z: Tensor, m_before: Tensor, m
 class Objective(NamedTuple):
     loss: Callable
     edit: Callable
-    multiplier: tuple[float, float]  # strength s is the LoRA multiplier multiplier[0]·s + multiplier[1]
+    multiplier: tuple[
+        float, float
+    ]  # strength s is the LoRA multiplier multiplier[0]·s + multiplier[1]
 
 
 OBJECTIVES = {

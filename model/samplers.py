@@ -92,7 +92,9 @@ def ddpm(
         tb = _batch(t, x)
         x_0 = _clip(schedule.x_0_hat(x, predict(x, tb), tb), schedule)
         # μ̃ = √ā_prev β/(1−ā_t) x_0 + √α (1−ā_prev)/(1−ā_t) x_t,   β̃ = (1−ā_prev)/(1−ā_t) β
-        mean = a_prev**0.5 * (1 - alpha) / (1 - a_t) * x_0 + alpha**0.5 * (1 - a_prev) / (1 - a_t) * x
+        mean = (
+            a_prev**0.5 * (1 - alpha) / (1 - a_t) * x_0 + alpha**0.5 * (1 - a_prev) / (1 - a_t) * x
+        )
         if t == 0:
             return mean
         variance = max((1 - a_prev) / (1 - a_t) * (1 - alpha), 1e-20)

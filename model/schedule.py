@@ -1,9 +1,9 @@
 """The forward process of DDPM (Ho et al. 2020, arXiv 2006.11239) and what a network is to predict.
 
-    ā_t        alphas_cumprod, the share of the image's variance left at step t = 0..999
-    x_0, x_t   the clean latent, and the same at step t
-    ε          eps, the noise; v = √ā_t ε − √(1−ā_t) x_0 (Salimans & Ho 2022, arXiv 2202.00512)
-    pred       what the network says: an ε or a v (or an x_0), as `prediction_type` has it
+ā_t        alphas_cumprod, the share of the image's variance left at step t = 0..999
+x_0, x_t   the clean latent, and the same at step t
+ε          eps, the noise; v = √ā_t ε − √(1−ā_t) x_0 (Salimans & Ho 2022, arXiv 2202.00512)
+pred       what the network says: an ε or a v (or an x_0), as `prediction_type` has it
 """
 
 import math
@@ -61,7 +61,9 @@ class Schedule:
         known = {key: value for key, value in config.items() if value is not None}
         name = known.get("_class_name", "DDIMScheduler")
         if known.get("thresholding"):
-            raise ValueError("scheduler config asks for thresholding=true, which latents have no use for")
+            raise ValueError(
+                "scheduler config asks for thresholding=true, which latents have no use for"
+            )
         if known.get("variance_type", "fixed_small") != "fixed_small":
             raise ValueError(
                 f"scheduler config has variance_type={known['variance_type']!r}; supported is 'fixed_small'"
@@ -73,7 +75,9 @@ class Schedule:
             )
         spacing = known.get("timestep_spacing")
         if spacing not in (None, *SPACINGS):
-            raise ValueError(f"scheduler config has timestep_spacing={spacing!r}; known are {SPACINGS}")
+            raise ValueError(
+                f"scheduler config has timestep_spacing={spacing!r}; known are {SPACINGS}"
+            )
         if "trained_betas" in known:
             betas = torch.tensor(known["trained_betas"], dtype=torch.float64)
         else:

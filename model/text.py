@@ -19,19 +19,26 @@ class TextEncoder(nn.Module):
         positions = self.model.config.max_position_embeddings
         length = min(max_length or self.tokenizer.model_max_length, positions)
         ids = self.tokenizer(
-            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            list(prompts),
+            padding="max_length",
+            max_length=length,
+            truncation=True,
+            return_tensors="pt",
         ).input_ids
         for prompt in prompts:
             whole = len(self.tokenizer(prompt).input_ids)
             if whole > length:
                 warnings.warn(
-                    f"a prompt of {whole} tokens is cut to {length}: {prompt[:60]!r}...", stacklevel=2
+                    f"a prompt of {whole} tokens is cut to {length}: {prompt[:60]!r}...",
+                    stacklevel=2,
                 )
         return ids
 
     def mask(self, ids: Tensor) -> Tensor:
         """(b, l) int64: 1 up to and including the first end-of-text token, 0 on the padding after it."""
-        ends = (ids == self.tokenizer.eos_token_id).long()  # SD1 pads with the same token, SD2 does not
+        ends = (
+            ids == self.tokenizer.eos_token_id
+        ).long()  # SD1 pads with the same token, SD2 does not
         return (ends.cumsum(1) - ends == 0).long()
 
     def encode(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:

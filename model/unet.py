@@ -71,7 +71,9 @@ class TimeEmbedding(nn.Module):
 class Block(nn.Module):
     """A level, or the middle: ResBlocks, a transformer after each (or none), maybe Down or Up."""
 
-    def __init__(self, resnets: list, attentions: list, *, down: Down | None = None, up: Up | None = None):
+    def __init__(
+        self, resnets: list, attentions: list, *, down: Down | None = None, up: Up | None = None
+    ):
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
         if attentions:
@@ -98,10 +100,17 @@ class UNet(nn.Module):
         # `attention_head_dim` holds the *number* of heads in every SD checkpoint; `num_attention_heads`,
         # where a newer file has it, means what it says and comes first.
         heads = per_level(cfg["num_attention_heads"] or cfg["attention_head_dim"])
-        depth, layers = per_level(cfg["transformer_layers_per_block"]), per_level(cfg["layers_per_block"])
-        for name, got in [("down_block_types", cfg["down_block_types"]), ("up_block_types", cfg["up_block_types"]),
-                          ("attention_head_dim", heads), ("layers_per_block", layers),
-                          ("transformer_layers_per_block", depth)]:
+        depth, layers = (
+            per_level(cfg["transformer_layers_per_block"]),
+            per_level(cfg["layers_per_block"]),
+        )
+        for name, got in [
+            ("down_block_types", cfg["down_block_types"]),
+            ("up_block_types", cfg["up_block_types"]),
+            ("attention_head_dim", heads),
+            ("layers_per_block", layers),
+            ("transformer_layers_per_block", depth),
+        ]:
             if len(got) != n:
                 raise ValueError(f"unet config.json: {name} has {len(got)} entries for {n} levels")
         groups, temb_dim = cfg["norm_num_groups"], 4 * widths[0]
@@ -111,11 +120,15 @@ class UNet(nn.Module):
 
         def attention(level: int) -> SpatialTransformer:
             linear = cfg["use_linear_projection"]
-            return SpatialTransformer(widths[level], heads[level], self.ctx_dim, depth[level], groups, linear)
+            return SpatialTransformer(
+                widths[level], heads[level], self.ctx_dim, depth[level], groups, linear
+            )
 
         def attends(kind: str, way: str) -> bool:
             if kind not in (f"CrossAttn{way}Block2D", f"{way}Block2D"):
-                raise ValueError(f"unet config.json: unknown block type {kind!r} in {way.lower()}_block_types")
+                raise ValueError(
+                    f"unet config.json: unknown block type {kind!r} in {way.lower()}_block_types"
+                )
             return kind.startswith("CrossAttn")
 
         self.conv_in = nn.Conv2d(self.in_channels, widths[0], 3, padding=1)

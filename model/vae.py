@@ -41,7 +41,9 @@ class ImageAttention(Attention):
 class Mid(nn.Module):
     def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.resnets = nn.ModuleList(ResBlock(channels, channels, groups, NORM_EPS) for _ in range(2))
+        self.resnets = nn.ModuleList(
+            ResBlock(channels, channels, groups, NORM_EPS) for _ in range(2)
+        )
         self.attentions = nn.ModuleList([ImageAttention(channels, groups)])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -73,11 +75,19 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    def __init__(self, c_in: int, widths: list[int], layers: int, groups: int, latent_channels: int):
+    def __init__(
+        self, c_in: int, widths: list[int], layers: int, groups: int, latent_channels: int
+    ):
         super().__init__()
         self.conv_in = nn.Conv2d(c_in, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            Level(widths[max(i - 1, 0)], width, layers, groups, "down" if i < len(widths) - 1 else None)
+            Level(
+                widths[max(i - 1, 0)],
+                width,
+                layers,
+                groups,
+                "down" if i < len(widths) - 1 else None,
+            )
             for i, width in enumerate(widths)
         )
         self.mid_block = Mid(widths[-1], groups)
@@ -92,13 +102,21 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, c_out: int, widths: list[int], layers: int, groups: int, latent_channels: int):
+    def __init__(
+        self, c_out: int, widths: list[int], layers: int, groups: int, latent_channels: int
+    ):
         super().__init__()
         widths = widths[::-1]
         self.conv_in = nn.Conv2d(latent_channels, widths[0], 3, padding=1)
         self.mid_block = Mid(widths[0], groups)
         self.up_blocks = nn.ModuleList(
-            Level(widths[max(i - 1, 0)], width, layers + 1, groups, "up" if i < len(widths) - 1 else None)
+            Level(
+                widths[max(i - 1, 0)],
+                width,
+                layers + 1,
+                groups,
+                "up" if i < len(widths) - 1 else None,
+            )
             for i, width in enumerate(widths)
         )
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=NORM_EPS)
@@ -119,7 +137,11 @@ class VAE(nn.Module):
         cfg = read_config(config, KNOWN, NEUTRAL, "vae")
         self.config = dict(config)
         self.scaling_factor = float(cfg["scaling_factor"])
-        widths, layers, groups = list(cfg["block_out_channels"]), cfg["layers_per_block"], cfg["norm_num_groups"]
+        widths, layers, groups = (
+            list(cfg["block_out_channels"]),
+            cfg["layers_per_block"],
+            cfg["norm_num_groups"],
+        )
         c = self.latent_channels = cfg["latent_channels"]
         self.downscale = 2 ** (len(widths) - 1)  # 8 for SD: pixels per latent, each way
         self.encoder = Encoder(cfg["in_channels"], widths, layers, groups, c)

@@ -46,7 +46,9 @@ def trained(unet, seed=3):
     g = torch.Generator().manual_seed(seed)
     for layer in lora_layers(unet).values():
         with torch.no_grad():
-            layer.lora_B.copy_(0.2 * torch.randn(layer.lora_B.shape, generator=g, dtype=torch.float64))
+            layer.lora_B.copy_(
+                0.2 * torch.randn(layer.lora_B.shape, generator=g, dtype=torch.float64)
+            )
     return unet
 
 
@@ -75,7 +77,9 @@ def test_only_the_lora_is_trained_in_fp32_over_any_base(sd1):
         unet = load_unet(sd1, dtype=dtype)
         inject(unet, "attn", rank=4)
         trainable = {n: p for n, p in unet.named_parameters() if p.requires_grad}
-        assert all(".lora_" in n for n in trainable) and len(trainable) == 2 * len(lora_layers(unet))
+        assert all(".lora_" in n for n in trainable) and len(trainable) == 2 * len(
+            lora_layers(unet)
+        )
         assert {p.dtype for p in trainable.values()} == {torch.float32}
         x_t, t, ctx = batch(torch.float32)
         unet(x_t.to(dtype), t, ctx.to(dtype)).float().square().mean().backward()
@@ -192,14 +196,18 @@ def test_the_strength_survives_the_recompute(unet):
 
 
 def test_targets(unet):
-    assert all(n.endswith(("to_q", "to_k", "to_v", "to_out.0")) for n in match_targets(unet, "attn"))
+    assert all(
+        n.endswith(("to_q", "to_k", "to_v", "to_out.0")) for n in match_targets(unet, "attn")
+    )
     assert match_targets(unet, "attn2.to_k") and all(
         "attn2" in n for n in match_targets(unet, "attn2.to_k")
     )
     assert all(n.startswith("down_blocks") for n in match_targets(unet, "down_blocks.*.to_q"))
     with pytest.raises(ValueError, match="'to_z', which matches no layer.*to_q"):
         match_targets(unet, "attn,to_z")
-    with pytest.raises(ValueError, match="--lora_rank 64 does not fit .*, whose rank is at most 32"):
+    with pytest.raises(
+        ValueError, match="--lora_rank 64 does not fit .*, whose rank is at most 32"
+    ):
         inject(unet, "attn", rank=64)
     with pytest.raises(ValueError, match="does not fit"):
         inject(unet, "attn", rank=0)
@@ -255,25 +263,33 @@ def test_mixed_ranks_in_the_header(tmp_path, sd1):
     unet = load_unet(sd1, dtype=torch.float64)
     inject(unet, "attn", rank=4)
     factors = {
-        name: f._replace(A=f.A[: 2 + i % 3], B=draw(f.B.shape[0], 2 + i % 3), scale=0.25 * (1 + i % 2))
+        name: f._replace(
+            A=f.A[: 2 + i % 3], B=draw(f.B.shape[0], 2 + i % 3), scale=0.25 * (1 + i % 2)
+        )
         for i, (name, f) in enumerate(adapter_factors(unet).items())
     }
     detach(unet)
     attach(unet, factors)
     path = tmp_path / "pytorch_lora_weights.safetensors"
     save_lora(path, unet=unet, dtype=torch.float64)
-    pipe = StableDiffusionPipeline.from_pretrained(sd1, safety_checker=None, torch_dtype=torch.float64)
+    pipe = StableDiffusionPipeline.from_pretrained(
+        sd1, safety_checker=None, torch_dtype=torch.float64
+    )
     pipe.load_lora_weights(tmp_path)
     with torch.no_grad():
         x_t, t, ctx = batch()
         assert relative(unet(x_t, t, ctx), pipe.unet(x_t, t, ctx).sample) < 1e-5
     parts, _ = read_lora(path)
-    assert {n: f.scale for n, f in parts["unet"].items()} == {n: f.scale for n, f in factors.items()}
+    assert {n: f.scale for n, f in parts["unet"].items()} == {
+        n: f.scale for n, f in factors.items()
+    }
 
 
 def test_a_file_written_by_peft_loads(tmp_path, sd1):
     theirs = UNet2DConditionModel.from_pretrained(sd1, subfolder="unet")
-    theirs.add_adapter(LoraConfig(r=4, lora_alpha=2, init_lora_weights=False, target_modules=["to_q", "to_out.0"]))
+    theirs.add_adapter(
+        LoraConfig(r=4, lora_alpha=2, init_lora_weights=False, target_modules=["to_q", "to_out.0"])
+    )
     theirs.save_lora_adapter(tmp_path)
     StableDiffusionPipeline.save_lora_weights(
         tmp_path, unet_lora_layers=get_peft_model_state_dict(theirs),

@@ -109,12 +109,23 @@ def test_trajectory_equals_diffusers(name, spacing, prediction_type, steps):
     if name == "ddim_clip":
         config["clip_sample"], config["set_alpha_to_one"] = True, True
     ours = Schedule.from_config(config)
-    common = {**BETAS, "prediction_type": prediction_type, "timestep_spacing": spacing, "steps_offset": 1}
+    common = {
+        **BETAS,
+        "prediction_type": prediction_type,
+        "timestep_spacing": spacing,
+        "steps_offset": 1,
+    }
     classes = {
         "ddpm": lambda: diffusers.DDPMScheduler(**common, clip_sample=False),
-        "ddim": lambda: diffusers.DDIMScheduler(**common, clip_sample=False, set_alpha_to_one=False),
-        "ddim_eta": lambda: diffusers.DDIMScheduler(**common, clip_sample=False, set_alpha_to_one=False),
-        "ddim_clip": lambda: diffusers.DDIMScheduler(**common, clip_sample=True, set_alpha_to_one=True),
+        "ddim": lambda: diffusers.DDIMScheduler(
+            **common, clip_sample=False, set_alpha_to_one=False
+        ),
+        "ddim_eta": lambda: diffusers.DDIMScheduler(
+            **common, clip_sample=False, set_alpha_to_one=False
+        ),
+        "ddim_clip": lambda: diffusers.DDIMScheduler(
+            **common, clip_sample=True, set_alpha_to_one=True
+        ),
         "dpm_solver": lambda: diffusers.DPMSolverMultistepScheduler(**common),
         "euler": lambda: diffusers.EulerDiscreteScheduler(**common),
     }
@@ -228,7 +239,11 @@ def test_min_snr_weights():
         schedule = Schedule.from_config({**SD15, "prediction_type": prediction_type})
         snr = schedule.snr(t)
         clipped = torch.minimum(snr, torch.tensor(5.0))
-        expected = {"epsilon": clipped / snr, "v_prediction": clipped / (snr + 1), "sample": clipped}
+        expected = {
+            "epsilon": clipped / snr,
+            "v_prediction": clipped / (snr + 1),
+            "sample": clipped,
+        }
         torch.testing.assert_close(schedule.loss_weight(t, 5.0), expected[prediction_type].float())
         assert torch.equal(schedule.loss_weight(t, None), torch.ones(3))
     assert snr[0] > 5 > snr[2]  # the clamp was on one side and off on the other

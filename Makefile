@@ -1,0 +1,83 @@
+# PairLoRA. `make` alone lists the verbs.
+#
+# The environment: .venv is made and filled from requirements.txt when it is missing or the pins have
+# changed. VENV=DIR puts it elsewhere. PYTHON=/path/to/python uses that interpreter as it is and
+# installs nothing.
+
+MODEL    ?= runwayml/stable-diffusion-v1-5
+BEFORE   ?=
+AFTER    ?=
+INSTANCE ?=
+OUT      ?=
+PROMPT   ?=
+STEPS    ?=
+RUN      ?= runs/pairs
+INPUT    ?= $(BEFORE)
+STRENGTH ?= 1
+ARGS     ?=
+
+VENV ?= .venv
+ifdef PYTHON
+  PY    := $(PYTHON)
+  READY :=
+  READY_DEV :=
+else
+  PY    := $(VENV)/bin/python
+  READY := $(VENV)/.installed
+  READY_DEV := $(VENV)/.installed-dev
+endif
+
+# "$(value)" keeps spaces and quotes of a variable in one shell word
+quote = '$(subst ','\'',$(1))'
+flag  = $(if $(2),$(1) $(call quote,$(2)))
+
+.PHONY: help setup check-data train sample generate test test-fast lint clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo '  make train BEFORE=data/before AFTER=data/after PROMPT="..." [MODEL= OUT= STEPS= ARGS="--lora_rank 4"]'
+	@echo '  make train INSTANCE=data/images PROMPT="a photo of [cls]"'
+	@echo '  make sample RUN=runs/pairs INPUT=data/new OUT=samples [STRENGTH=0.5]'
+
+setup: $(READY) ## make the environment
+
+$(VENV)/.installed: requirements.txt
+	@test -x $(VENV)/bin/python || python3 -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+check-data: $(READY) ## look at pairs before training: BEFORE= AFTER=
+	$(PY) check_data.py $(call flag,--before,$(BEFORE)) $(call flag,--after,$(AFTER)) $(call flag,--out,$(OUT)) $(ARGS)
+
+train: $(READY) ## train a LoRA: BEFORE= AFTER= (pairs) or INSTANCE= (single images)
+	$(PY) train.py --pretrained_model_name_or_path $(call quote,$(MODEL)) \
+	  $(call flag,--before_data_dir,$(BEFORE)) $(call flag,--after_data_dir,$(AFTER)) \
+	  $(call flag,--instance_data_dir,$(INSTANCE)) --output_dir $(call quote,$(or $(OUT),$(RUN))) \
+	  $(call flag,--instance_prompt,$(PROMPT)) $(call flag,--max_train_steps,$(STEPS)) $(ARGS)
+
+sample: $(READY) ## apply a LoRA to new before images: RUN= INPUT= STRENGTH=
+	$(PY) sample.py edit --lora $(call quote,$(RUN)) $(call flag,--input,$(INPUT)) \
+	  --strength $(call quote,$(STRENGTH)) --out $(call quote,$(or $(OUT),samples)) $(call flag,--prompt,$(PROMPT)) $(ARGS)
+
+generate: $(READY) ## images from a prompt: PROMPT= [RUN=]
+	$(PY) sample.py generate $(if $(wildcard $(RUN)),--lora $(call quote,$(RUN)),--model $(call quote,$(MODEL))) \
+	  --out $(call quote,$(or $(OUT),samples)) $(call flag,--prompt,$(PROMPT)) $(ARGS)
+
+test: $(READY) $(READY_DEV) ## all tests
+	$(PY) -m ruff check .
+	$(PY) -m pytest $(ARGS)
+
+test-fast: $(READY) $(READY_DEV) ## the tests that take seconds
+	$(PY) -m pytest -m "not slow" $(ARGS)
+
+lint: $(READY_DEV) ## style
+	$(PY) -m ruff check .
+
+clean: ## remove caches (never runs or data)
+	rm -rf .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
