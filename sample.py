@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from config import Parser, report
-from data import find_images, load_image, to_image, to_tensor
+from data import contact_sheet, find_images, load_image, to_image, to_tensor
 from model.lora import set_strength
 from model.objectives import OBJECTIVES, How, Knobs, Predict
 from model.samplers import SAMPLERS, guided
@@ -128,35 +128,6 @@ def decode(vae: VAE, z: Tensor) -> list[Image.Image]:
     weight = vae.encoder.conv_in.weight
     z = (z / vae.scaling_factor).to(weight.device, weight.dtype)
     return [to_image(vae.decode(one[None])[0].float().cpu()) for one in z]
-
-
-def contact_sheet(
-    rows: Sequence[Sequence[Image.Image]], columns: Sequence[str], names: Sequence[str]
-) -> Image.Image:
-    """A grid with the columns' titles above and the rows' names below each row; cells keep their aspect."""
-    cell = min(max(max(image.size) for row in rows for image in row), 384)
-    title, gap = 16, 6
-    width = len(columns) * (cell + gap) + gap
-    sheet = Image.new("RGB", (width, title + len(rows) * (cell + title + gap) + gap), "white")
-    draw = ImageDraw.Draw(sheet)
-    for j, column in enumerate(columns):
-        draw.text((gap + j * (cell + gap), 3), column, fill="black")
-    for i, (row, name) in enumerate(zip(rows, names)):
-        y = title + i * (cell + title + gap)
-        for j, image in enumerate(row):
-            share = cell / max(image.size)
-            size = (max(round(image.width * share), 1), max(round(image.height * share), 1))
-            shown = image.resize(
-                size, Image.Resampling.NEAREST if share > 1 else Image.Resampling.LANCZOS
-            )
-            sheet.paste(shown, (gap + j * (cell + gap), y))
-        draw.text((gap, y + cell + 1), printable(name), fill="#444444")
-    return sheet
-
-
-def printable(name: str) -> str:
-    """For Pillow's built-in font, which has Latin letters only."""
-    return "".join(c if 32 <= ord(c) < 127 else "?" for c in name)
 
 
 @torch.no_grad()

@@ -25,7 +25,16 @@ from tqdm import tqdm
 
 import config
 from config import TrainConfig
-from data import Pair, PairDataset, cache_latents, find_pairs, find_singles, fingerprint, to_image
+from data import (
+    Pair,
+    PairDataset,
+    contact_sheet,
+    find_pairs,
+    find_singles,
+    fingerprint,
+    to_image,
+)
+from latents import cache_latents
 from model.layers import ResBlock, TransformerBlock
 from model.lora import inject, keep_strength, lora_layers
 from model.memory import checkpoint_activations, flatten, peak_mib, phase
@@ -45,7 +54,6 @@ from model.weights import (
 from runs import Run, write_aside, write_json
 from sample import (
     DTYPES,
-    contact_sheet,
     decode,
     generate_latents,
     guided_predictor,

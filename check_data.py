@@ -1,0 +1,252 @@
+"""Look a data set of pairs over before training on it.
+
+    make check-data BEFORE=data/before AFTER=data/after
+    python check_data.py --before DIR --after DIR [--mask_dir DIR] [--resolution 512] [--out DIR]
+
+Reports everything it finds, in one pass, and writes a contact sheet to look at. A problem is what
+would stop the training, a remark is what may spoil it. Exit status 0: no problem; 1: problems; 2:
+nothing could be used, with one sentence on stderr.
+"""
+
+import hashlib
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageChops, ImageOps
+
+from config import Parser
+from config import report as fail
+from data import (
+    MAX_ASPECT,
+    aspect_gap,
+    by,
+    by_name,
+    contact_sheet,
+    find_pairs,
+    load_image,
+    load_mask,
+    read_caption,
+    shown,
+)
+
+NO_CHANGE = 0.5  # of 255, mean absolute difference: what saving as JPEG twice costs
+MIN_SHIFT = 2  # pixels of the original
+MIN_PEAK = 15.0  # standard deviations; 618 unrelated pairs of photographs reached 12.2
+MIN_RATIO = 2.0  # over the next peak; the same unrelated pairs reached 1.62
+TILE, SHEET_PAIRS = 192, 24
+
+
+# ------------------------------------------------------------------------------ registration
+
+
+def _edges(image: Image.Image) -> np.ndarray:
+    """Length of the luminance gradient, faded out to the borders so that they do not correlate.
+
+    The length and not the vector: a roof may be darker than the street in one season only.
+    """
+    grey = np.asarray(image.convert("L"), dtype=np.float64)  # (H, W)
+    length = np.hypot(*np.gradient(grey))
+    window = np.outer(*(np.hanning(n) for n in grey.shape))
+    return (length - (length * window).sum() / window.sum()) * window
+
+
+def find_shift(before: Image.Image, after: Image.Image) -> tuple[int, int] | None:
+    """Pixels (x right, y down) by which the after image lies off the before; None: cannot tell.
+
+    Phase correlation (Kuglin & Hines 1975) at 256 px at most. The answer counts only if its peak
+    is MIN_PEAK standard deviations high and MIN_RATIO times the next one, where anything within
+    6 px is the same peak. A pair that changed nearly everywhere has no such peak: None.
+    """
+    small = [image.copy() for image in (before.resize(after.size), after)]
+    for image in small:
+        image.thumbnail((256, 256), Image.Resampling.BILINEAR)
+    if min(small[0].size) < 32:  # a neighbourhood of 13 would be most of it
+        return None
+    cross = np.conj(np.fft.fft2(_edges(small[0]))) * np.fft.fft2(_edges(small[1]))
+    # not quite whitened: the phase of a frequency that is hardly there is noise
+    surface = np.fft.ifft2(cross / (np.abs(cross) + 0.1 * np.abs(cross).mean() + 1e-12)).real
+    y, x = np.unravel_index(surface.argmax(), surface.shape)
+    peak = surface[y, x]
+    others = np.roll(surface, (6 - y, 6 - x), (0, 1))
+    others[:13, :13] = -np.inf
+    if peak <= MIN_PEAK * surface.std() or peak < MIN_RATIO * others.max():
+        return None
+    near_zero = np.roll(surface, (1, 1), (0, 1))[:3, :3].max()
+    if max(abs(x), abs(y)) > 1 and peak < MIN_RATIO * near_zero:  # both fit: part of it moved
+        return 0, 0
+    height, width = surface.shape
+    if x > width // 2:
+        x -= width
+    if y > height // 2:
+        y -= height
+    return round(x * after.width / width), round(y * after.height / height)
+
+
+# ------------------------------------------------------------------------------------ report
+
+
+@dataclass
+class Report:
+    """What was counted, and findings: (is it a problem, what, which, what to do)."""
+
+    counts: list[tuple[str, str]] = field(default_factory=list)
+    findings: list[tuple[bool, str, list[str], str]] = field(default_factory=list)
+    usable: int = 0
+
+    @property
+    def problems(self) -> int:
+        return sum(stops for stops, *_ in self.findings)
+
+    def __str__(self) -> str:
+        lines = [f"{what:<13}{said}" for what, said in self.counts]
+        for stops, what, which, advice in sorted(self.findings, key=lambda f: not f[0]):
+            lines += ["", f"{'PROBLEM' if stops else 'remark':<13}{what}: {len(which)}"]
+            lines += [f"{'':<13}{line}" for line in (shown(which), f"-> {advice}")]
+        return "\n".join(lines)
+
+
+def check(
+    before_dir: Path, after_dir: Path, mask_dir: Path | None = None, resolution: int = 512
+) -> tuple[Report, list[tuple[str, Image.Image, Image.Image]]]:
+    """The report, and (name, before, after) of up to 24 pairs at the contact sheet's size.
+
+    FileNotFoundError, NotADirectoryError or ValueError if there is no pair to look at.
+    """
+    folders = {"before": before_dir, "after": after_dir} | ({"mask": mask_dir} if mask_dir else {})
+    flags = {"before": "Before images root", "after": "After images root", "mask": "--mask_dir"}
+    sides = {side: by_name(folder, flags[side]) for side, folder in folders.items()}
+    names = [name for name in sides["before"] if name in sides["after"]]
+    if not names or Path(before_dir).resolve() == Path(after_dir).resolve():
+        find_pairs(before_dir, after_dir)  # knows the right sentence
+    report = Report()
+    for side, groups in sides.items():
+        number = sum(map(len, groups.values()))
+        report.counts.append((side, f"{number} images in {shown([folders[side]])}"))
+
+    found: dict[str, list[str]] = {}
+    lonely = "images without a partner"
+    for side, other in (("before", "after"), ("after", "before")):
+        found[f"{side} {lonely}"] = [name for name in sides[side] if name not in sides[other]]
+    if mask_dir:
+        found["pairs without a mask"] = [name for name in names if name not in sides["mask"]]
+    doubled = {name for groups in sides.values() for name, p in groups.items() if len(p) > 1}
+    found["names with several files in one folder"] = sorted(doubled)
+
+    kept = [name for name in names if name not in doubled]
+    # spread over the set, and chosen beforehand, so that no other picture stays in memory
+    picks = {kept[round(i)] for i in np.linspace(0, len(kept) - 1, SHEET_PAIRS)} if kept else set()
+    sheet, sizes, measured = [], [], 0
+    hashes: dict[str, dict[bytes, list[str]]] = {"before": {}, "after": {}}
+
+    def note(what: str, said: str) -> None:
+        found.setdefault(what, []).append(said)
+
+    for name in kept:
+        images = {}
+        for side, groups in sides.items():
+            if name in groups:
+                try:
+                    load = load_mask if side == "mask" else load_image
+                    images[side] = load(groups[name][0])
+                except (OSError, ValueError) as error:
+                    note("broken files", str(error))
+        try:
+            read_caption(sides["after"][name][0], sides["before"][name][0])
+        except (OSError, ValueError) as error:
+            note("unusable captions", str(error))
+        for side, known in hashes.items():
+            if side in images:
+                image = images[side]
+                digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest()
+                known.setdefault(digest, []).append(name)
+        if "before" not in images or "after" not in images:
+            continue
+        before, after = images["before"], images["after"]
+        sizes.append(after.size)
+        for side, image in images.items():
+            if image.size != after.size:
+                said = f"{name} ({side} {by(image.size)}, after {by(after.size)})"
+                other_frame = aspect_gap(image.size, after.size) > MAX_ASPECT
+                note("images of another shape" if other_frame else "images of another size", said)
+        if aspect_gap(before.size, after.size) > MAX_ASPECT:
+            continue
+        report.usable += 1
+        if min(after.size) < resolution:
+            note("pairs smaller than", f"{name} ({by(after.size)})")
+        if "mask" in images and images["mask"].getextrema()[1] == 0:
+            note("empty masks", name)
+        difference = ImageChops.difference(before.resize(after.size), after)
+        if np.asarray(difference).mean() < NO_CHANGE:
+            note("pairs without change", name)
+        if (shift := find_shift(before, after)) is not None:
+            measured += 1
+            if max(map(abs, shift)) >= MIN_SHIFT:
+                note("pairs that look shifted", f"{name} ({shift[0]:+d}, {shift[1]:+d})")
+        if name in picks:
+            tiles = (ImageOps.contain(x, (TILE, TILE)) for x in (before.resize(after.size), after))
+            sheet.append((name, *tiles))
+
+    for side, known in hashes.items():
+        same = [" = ".join(shown([n]) for n in group) for group in known.values() if len(group) > 1]
+        found[f"sets of equal {side} images"] = same
+    span = " to ".join(dict.fromkeys(by(f(sizes)) for f in (min, max))) if sizes else "none read"
+    report.counts.append(("pairs", f"{report.usable} of {len(names)} can be used, {span} pixels"))
+    rest = "" if measured == report.usable else "; the others changed too much to tell"
+    report.counts.append(("registration", f"measured on {measured} of them{rest}"))
+
+    keep_one = "keep one of each"
+    verdicts = [  # in the order of the report: a problem?, what, what to do
+        (True, "broken files", "save them again or take the pair out"),
+        (True, "names with several files in one folder", keep_one),
+        (True, f"before {lonely}", "add what is missing, or pass --allow_unmatched"),
+        (True, f"after {lonely}", "add what is missing, or pass --allow_unmatched"),
+        (True, "pairs without a mask", "add what is missing, or pass --allow_unmatched"),
+        (True, "images of another shape", "crop them to the frame of the after image"),
+        (True, "unusable captions", "mend the text file or delete it"),
+        (False, "images of another size", "they will be resized to the after image"),
+        (False, "pairs that look shifted", "align them; (right, down) px of after over before"),
+        (False, "pairs without change", "they teach that nothing happens"),
+        (False, "empty masks", "they teach that nothing happens"),
+        (False, "sets of equal before images", keep_one),
+        (False, "sets of equal after images", keep_one),
+        (False, "pairs smaller than", "they will be enlarged; train with a lower --resolution"),
+    ]
+    for stops, what, advice in verdicts:
+        if found.get(what):
+            title = f"{what} {resolution} px" if what.endswith("than") else what
+            report.findings.append((stops, title, found[what], advice))
+    return report, sheet
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit status; see the top of the file."""
+    parser = Parser(prog="check_data.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--before", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--after", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--mask_dir", type=Path, metavar="DIR")
+    parser.add_argument("--resolution", type=int, default=512, help="of the training (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/check-data"), metavar="DIR")
+    args = parser.parse_args(argv)
+    try:
+        report, sheet = check(args.before, args.after, args.mask_dir, args.resolution)
+        if sheet:
+            args.out.mkdir(parents=True, exist_ok=True)
+            path = args.out / "check-data.png"
+            rows = [(b, a, ImageChops.difference(b, a)) for _, b, a in sheet]
+            names = [shown([name]) for name, _, _ in sheet]
+            contact_sheet(rows, ["before", "after", "difference"], names, TILE).save(path)
+            report.counts.append(("look at", shown([path])))
+    except (OSError, ValueError) as error:
+        return fail("check_data.py", error)
+    encoding = sys.stdout.encoding or "utf-8"  # a terminal may not know every file name's letters
+    print(str(report).encode(encoding, "backslashreplace").decode(encoding))
+    if not report.usable:
+        print("check_data.py: no pair can be used, see the problems above", file=sys.stderr)
+        return 2
+    return 1 if report.problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

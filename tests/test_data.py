@@ -1,0 +1,885 @@
+"""data.py and check_data.py: matching, loading, lockstep, latents, the report."""
+
+import os
+import pickle
+import re
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import check_data
+import data
+import latents as latent_cache
+from data import Geometry, Pair, PairDataset, find_pairs, load_image
+from latents import Latents, cache_latents
+
+
+def picture(seed=0, size=(32, 32)):
+    """Random patches, large and small as in a photograph, with tints: something to register."""
+    generator = np.random.default_rng(seed)
+    total = np.zeros((size[1], size[0], 3))
+    for grain in (2, 6, 20):
+        cells = generator.integers(0, 256, (-(-size[1] // grain), -(-size[0] // grain)), np.uint8)
+        total += np.asarray(Image.fromarray(cells).resize(size, Image.Resampling.BICUBIC))[
+            ..., None
+        ]
+    return Image.fromarray((total / 3 * generator.uniform(0.6, 1, 3)).astype(np.uint8))
+
+
+def save(image, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+    return path
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """make(before names, after names) -> the two folders, filled with small different pictures."""
+
+    def make(before, after):
+        for side, names in (("before", before), ("after", after)):
+            (tmp_path / side).mkdir(exist_ok=True)
+            for i, name in enumerate(names):
+                save(picture(i + 100 * (side == "after"), (8, 8)), tmp_path / side / name)
+        return tmp_path / "before", tmp_path / "after"
+
+    return make
+
+
+# ---------------------------------------------------------------------------------- matching
+
+
+def test_pairs_match_by_relative_stem_at_any_depth_and_suffix(folders):
+    before, after = folders(["b/2.JPG", "a.png", "b/1.bmp"], ["b/1.TIFF", "a.webp", "b/2.jpeg"])
+    (before / ".hidden.png").write_bytes(b"")
+    (before / "notes.md").write_text("no image")
+    pairs = find_pairs(before, after)
+    assert [p.name for p in pairs] == ["a", "b/1", "b/2"]
+    assert pairs[1] == Pair("b/1", before / "b/1.bmp", after / "b/1.TIFF")
+    assert data.unmatched(before, after) == ([], [])
+
+
+def test_find_images_survives_links_in_a_circle(folders, tmp_path):
+    before, _ = folders(["a.png"], [])
+    (before / "loop").symlink_to(before, target_is_directory=True)
+    (before / "self.png").symlink_to(before / "self.png")
+    (tmp_path / "elsewhere").mkdir()
+    save(picture(), tmp_path / "elsewhere" / "c.png")
+    (before / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    found = [p.relative_to(before).as_posix() for p in data.find_images(before)]
+    assert found == ["a.png", "linked/c.png", "self.png"]
+    with pytest.raises(ValueError, match=r"self\.png cannot be read as an image"):
+        load_image(before / "self.png")
+
+
+def test_missing_folders_are_named(folders, tmp_path):
+    before, after = folders(["a.png"], ["a.png"])
+    gone, file = tmp_path / "gone", before / "a.png"
+    cases = [
+        (lambda: find_pairs(gone, after), f"Before images root doesn't exist: {gone}"),
+        (lambda: find_pairs(before, gone), f"After images root doesn't exist: {gone}"),
+        (lambda: data.find_images(gone), f"--instance_data_dir doesn't exist: {gone}"),
+        (
+            lambda: data.find_images(gone, "--class_data_dir"),
+            f"--class_data_dir doesn't exist: {gone}",
+        ),
+        (lambda: find_pairs(before, after, mask_dir=gone), f"--mask_dir doesn't exist: {gone}"),
+    ]
+    for call, message in cases:
+        with pytest.raises(FileNotFoundError) as error:
+            call()
+        assert str(error.value) == message
+    with pytest.raises(NotADirectoryError, match="After images root is a file, wanted a folder: "):
+        find_pairs(before, file)
+
+
+def test_nothing_matched_shows_three_of_each_side(folders):
+    before, after = folders([f"b{i}.png" for i in range(4)], ["x.png"])
+    with pytest.raises(ValueError) as error:
+        find_pairs(before, after)
+    assert str(error.value) == (
+        f"No matching image pairs found: {before} holds 4 images (b0, b1, b2, and 1 more), "
+        f"{after} holds 1 images (x)"
+    )
+    with pytest.raises(ValueError, match=r"^No matching image pairs found: .*0 images \(none\)"):
+        (after / "x.png").unlink()
+        find_pairs(before, after)
+
+
+def test_names_that_differ_only_in_case_are_explained(folders):
+    before, after = folders(["a.png", "b.png"], ["A.png", "b.png"])
+    with pytest.raises(ValueError, match="; a and A differ only in upper and lower case; "):
+        find_pairs(before, after)
+    (before / "b.png").unlink()
+    with pytest.raises(ValueError, match=r"^No matching.*a and A differ only in upper and lower"):
+        find_pairs(before, after)
+
+
+def test_unmatched_images_are_named_and_can_be_skipped(folders):
+    before, after = folders(["a.png", "b.png", "c.png"], ["c.png", "d.png"])
+    with pytest.raises(ValueError) as error:
+        find_pairs(before, after)
+    assert str(error.value) == (
+        f"2 of 3 before images have no partner in {after}: a, b; "
+        f"1 of 2 after images has no partner in {before}: d; --allow_unmatched skips them"
+    )
+    assert [p.name for p in find_pairs(before, after, allow_unmatched=True)] == ["c"]
+    assert data.unmatched(before, after) == (["a", "b"], ["d"])
+
+
+def test_two_files_of_one_name_are_named(folders):
+    before, after = folders(["a.png"], ["a.png", "a.jpg"])
+    with pytest.raises(ValueError) as error:
+        find_pairs(before, after, allow_unmatched=True)
+    assert str(error.value) == (
+        f"After images root: 2 files are named a, wanted one: {after / 'a.jpg'}, {after / 'a.png'}"
+    )
+
+
+def test_one_folder_for_both_sides_is_refused(folders, tmp_path):
+    before, _ = folders(["a.png"], [])
+    (tmp_path / "link").symlink_to(before, target_is_directory=True)
+    for other in (before, tmp_path / "link"):
+        with pytest.raises(ValueError, match="the same folder, so there is no change to learn"):
+            find_pairs(before, other)
+
+
+def test_masks_match_by_name(folders, tmp_path):
+    before, after = folders(["a.png", "b/c.png"], ["a.png", "b/c.png"])
+    masks = tmp_path / "mask"
+    save(Image.new("L", (8, 8)), masks / "b/c.bmp")
+    with pytest.raises(ValueError) as error:
+        find_pairs(before, after, mask_dir=masks)
+    assert str(error.value) == (
+        f"1 of 2 images have no mask in --mask_dir {masks}: a; --allow_unmatched takes them without"
+    )
+    pairs = find_pairs(before, after, mask_dir=masks, allow_unmatched=True)
+    assert [p.mask for p in pairs] == [None, masks / "b/c.bmp"]
+    (masks / "b/c.bmp").unlink()
+    with pytest.raises(ValueError, match="2 of 2 images have no mask"):  # a wrong folder, surely
+        find_pairs(before, after, mask_dir=masks, allow_unmatched=True)
+
+
+def test_captions_stand_beside_the_after_image_or_else_the_before(folders):
+    before, after = folders(["a.png", "b.png", "c.png"], ["a.png", "b.png", "c.png"])
+    (before / "a.txt").write_text("from before")
+    (after / "a.txt").write_bytes("\ufeff a café \n".encode())
+    (before / "b.txt").write_text("only here")
+    assert [p.caption for p in find_pairs(before, after)] == ["a café", "only here", None]
+    assert [p.caption for p in data.find_singles(before)] == ["from before", "only here", None]
+    for content, said in (
+        (b"\xff\xfe\x00", "is not UTF-8 text"),
+        (b" \n", "is empty: write one, or delete the file"),
+        (b"x" * 10_001, "has 10001 characters, at most 10000 can be"),
+    ):
+        (after / "a.txt").write_bytes(content)
+        with pytest.raises(ValueError) as error:
+            find_pairs(before, after)
+        assert str(error.value) == f"caption {after / 'a.txt'} {said}"
+
+
+def test_singles_are_pairs_without_a_before(folders, tmp_path):
+    folder, empty = folders(["b.png", "a.jpg"], [])
+    assert data.find_singles(folder) == [
+        Pair("a", None, folder / "a.jpg"),
+        Pair("b", None, folder / "b.png"),
+    ]
+    with pytest.raises(ValueError, match=f"^--class_data_dir holds no images: {empty}$"):
+        data.find_singles(empty, flag="--class_data_dir")
+
+
+@pytest.mark.parametrize(
+    "name", ["two words", 'it\'s "quoted"', "🦊 fox", "line\nbreak", "a.b.c", "-flag", "100%s {x}"]
+)
+def test_odd_names_match_load_and_stay_on_one_line(folders, name):
+    before, after = folders([name + ".png", "lonely.png"], [name + ".png"])
+    (before / "lonely.png").rename(before / (name + "x.png"))
+    with pytest.raises(ValueError, match="1 of 2 before images has no partner") as error:
+        find_pairs(before, after)
+    assert "\n" not in str(error.value)
+    (pair,) = find_pairs(before, after, allow_unmatched=True)
+    assert pair.name == name and PairDataset([pair], 8)[0]["name"] == name
+    pair.after.write_bytes(b"broken")
+    with pytest.raises(ValueError) as error:
+        load_image(pair.after)
+    assert "\n" not in str(error.value)
+
+
+def test_accents_match_however_the_file_system_spells_them(folders):
+    before, after = folders(["caf\u00e9.png"], ["cafe\u0301.png"])
+    assert [p.name for p in find_pairs(before, after)] == ["caf\u00e9"]
+
+
+def test_fingerprint_follows_names_captions_and_bytes_not_places(folders, tmp_path):
+    before, after = folders(["a.png"], ["a.png"])
+    first = data.fingerprint(find_pairs(before, after))
+    before.rename(tmp_path / "moved")
+    assert data.fingerprint(find_pairs(tmp_path / "moved", after)) == first
+    (after / "a.txt").write_text("words")
+    captioned = data.fingerprint(find_pairs(tmp_path / "moved", after))
+    save(picture(9, (8, 8)), after / "a.png")
+    changed = data.fingerprint(find_pairs(tmp_path / "moved", after))
+    assert len({first, captioned, changed}) == 3 and len(first) == 64
+
+
+# ----------------------------------------------------------------------------------- loading
+
+
+def pixels(image):
+    assert image.mode == "RGB"
+    return np.asarray(image).tolist()
+
+
+def grid(mode, *values, shape=(1, -1)):
+    array = np.array(
+        values, dtype={"I;16": np.uint16, "I": np.int32, "F": np.float32}.get(mode, np.uint8)
+    )
+    return Image.fromarray(array.reshape(*shape, *array.shape[1:]))
+
+
+def with_palette(**info):
+    image = Image.fromarray(np.array([[0, 1]], np.uint8), mode="L").convert("P")
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.info.update(info)
+    return image
+
+
+@pytest.mark.parametrize(
+    "image, suffix, expected",
+    [
+        (Image.fromarray(np.array([[False, True]])), ".png", [[0, 0, 0], [255, 255, 255]]),
+        (grid("L", 3, 200), ".png", [[3, 3, 3], [200, 200, 200]]),
+        (grid("LA", [9, 255], [9, 0]), ".png", [[9, 9, 9], [0, 128, 0]]),
+        (with_palette(), ".png", [[10, 20, 30], [40, 50, 60]]),
+        (with_palette(transparency=1), ".png", [[10, 20, 30], [0, 128, 0]]),
+        (grid("RGB", [1, 2, 3], [4, 5, 6]), ".bmp", [[1, 2, 3], [4, 5, 6]]),
+        (grid("RGBA", [1, 2, 3, 255], [200, 0, 100, 51]), ".png", [[1, 2, 3], [40, 102, 20]]),
+        (
+            Image.fromarray(np.array([[[0, 0, 0, 0], [255, 0, 0, 0]]], np.uint8), mode="CMYK"),
+            ".tif",
+            [[255, 255, 255], [0, 255, 255]],
+        ),
+        (grid("I;16", 0, 257, 32896, 65535), ".png", [[0] * 3, [1] * 3, [128] * 3, [255] * 3]),
+        (grid("I", 0, 257, 65535), ".tif", [[0] * 3, [1] * 3, [255] * 3]),
+        (grid("F", 0, 0.2, 1), ".tif", [[0] * 3, [51] * 3, [255] * 3]),
+        (grid("F", 0, 51.4, 200), ".tif", [[0] * 3, [51] * 3, [200] * 3]),
+    ],
+    ids=["1", "L", "LA", "P", "P+tRNS", "RGB", "RGBA", "CMYK", "I;16", "I", "F", "F255"],
+)
+def test_every_mode_becomes_the_rgb_it_means(tmp_path, image, suffix, expected):
+    path = save(image, tmp_path / ("x" + suffix))
+    with Image.open(path) as stored:
+        assert stored.mode == image.mode  # else this tests something easier
+    assert pixels(load_image(path, background="green")) == [expected]
+
+
+def test_transparent_grey_and_rgb_keys_are_laid_over_the_background(tmp_path):
+    for name, image, key in (
+        ("l", grid("L", 3, 200), 3),
+        ("rgb", grid("RGB", [3, 3, 3], [200] * 3), (3, 3, 3)),
+    ):
+        image.save(tmp_path / f"{name}.png", transparency=key)
+        loaded = pixels(load_image(tmp_path / f"{name}.png"))
+        assert loaded == [[[255, 255, 255], [200, 200, 200]]]
+
+
+@pytest.mark.parametrize("values", [(-1, 5), (0, 70000)])
+def test_grey_of_unknown_range_is_refused_not_stretched(tmp_path, values):
+    path = save(grid("I", *values), tmp_path / "x.tif")
+    with pytest.raises(ValueError, match=f"grey values run from {values[0]} .* wanted 0 to 65535"):
+        load_image(path)
+    path = save(grid("F", 0.5, float("nan")), tmp_path / "y.tif")
+    with pytest.raises(ValueError, match=r"y\.tif cannot be read as an image: grey values"):
+        load_image(path)
+
+
+# how the upright picture must be turned to be stored under each EXIF orientation
+T = Image.Transpose
+STORED = [None, T.FLIP_LEFT_RIGHT, T.ROTATE_180, T.FLIP_TOP_BOTTOM]
+STORED += [T.TRANSPOSE, T.ROTATE_90, T.TRANSVERSE, T.ROTATE_270]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".webp"])
+def test_exif_orientation(tmp_path, orientation, suffix):
+    upright = Image.fromarray(np.arange(18, dtype=np.uint8).reshape(2, 3, 3) * 13)
+    turn = STORED[orientation - 1]
+    stored = upright if turn is None else upright.transpose(turn)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / ("x" + suffix)
+    stored.save(path, exif=exif, **({"lossless": True} if suffix == ".webp" else {}))
+    assert pixels(load_image(path)) == pixels(upright)
+    assert data.image_size(path) == (3, 2)
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp", ".png", ".tif"])
+def test_animations_give_their_first_frame(tmp_path, suffix):
+    frames = [Image.new("RGB", (2, 2), colour) for colour in ("red", "blue")]
+    path = tmp_path / ("x" + suffix)
+    frames[0].save(path, save_all=True, append_images=frames[1:], lossless=True)
+    with Image.open(path) as stored:
+        assert stored.n_frames == 2
+    assert pixels(load_image(path)) == [[[255, 0, 0]] * 2] * 2
+
+
+def png_header(width, height):
+    content = b"\x89PNG\r\n\x1a\n"
+    ihdr = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    for kind, body in ((b"IHDR", ihdr), (b"IDAT", zlib.compress(b""))):
+        content += struct.pack(">I", len(body)) + kind + body
+        content += struct.pack(">I", zlib.crc32(kind + body))
+    return content
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (b"", "the file is empty"),
+        (b"not an image", "no format Pillow knows"),
+        (png_header(8, 8), "image file is truncated"),
+        (png_header(20_000, 20_000), r"400000000 pixels.*decompression bomb"),
+    ],
+    ids=["empty", "text", "header only", "bomb"],
+)
+def test_broken_files_are_named(tmp_path, content, reason):
+    path = tmp_path / "bad.png"
+    path.write_bytes(content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for load in (load_image, data.load_mask):
+            with pytest.raises(ValueError, match=f"bad.png cannot be read as an image: .*{reason}"):
+                load(path)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp", ".webp", ".tif"])
+def test_truncated_files_are_named(tmp_path, suffix):
+    path = save(picture(size=(64, 64)), tmp_path / ("x" + suffix))
+    whole = path.read_bytes()
+    for share in (0.05, 0.5, 0.9):
+        path.write_bytes(whole[: int(len(whole) * share)])
+        with pytest.raises(ValueError, match=rf"x\{suffix} cannot be read as an image: \S+"):
+            load_image(path)
+
+
+def test_a_large_image_below_the_bomb_limit_gives_no_warning(tmp_path, monkeypatch):
+    path = save(Image.new("L", (30, 20)), tmp_path / "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)  # Pillow warns above, raises above twice it
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_image(path).size == (30, 20)
+
+
+def test_missing_files_and_unknown_colours(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"image file doesn't exist: .*gone\.png"):
+        load_image(tmp_path / "gone.png")
+    pair = Pair("x", None, save(picture(), tmp_path / "x.png"))
+    with pytest.raises(ValueError, match="--background is 'mauvish', wanted a colour such as"):
+        PairDataset([pair], 8, background="mauvish")
+
+
+def test_masks_of_labels_are_stretched(tmp_path):
+    labels = save(grid("L", 0, 1), tmp_path / "labels.png")
+    greys = save(grid("L", 0, 1, 255), tmp_path / "greys.png")
+    assert np.asarray(data.load_mask(labels)).tolist() == [[0, 255]]
+    assert np.asarray(data.load_mask(greys)).tolist() == [[0, 1, 255]]
+    assert data.load_mask(labels).mode == "L"
+
+
+def test_tensor_round_trip_is_exact():
+    image = Image.fromarray(np.arange(256 * 3, dtype=np.uint8).reshape(16, 16, 3))
+    tensor = data.to_tensor(image)
+    assert tensor.shape == (3, 16, 16) and tensor.dtype == torch.float32
+    assert tensor.min() == -1 and tensor.max() == 1 and tensor.is_contiguous()
+    assert pixels(data.to_image(tensor)) == pixels(image)
+    wild = torch.tensor([-7.0, 0.001, 7.0]).reshape(3, 1, 1).requires_grad_()
+    assert pixels(data.to_image(wild)) == [[[0, 128, 255]]]
+
+
+# ---------------------------------------------------------------------------------- lockstep
+
+
+@pytest.fixture
+def coordinates(tmp_path):
+    """A pair whose red is x and whose green is y, told apart by blue; the mask is x."""
+    y, x = np.mgrid[:120, :200].astype(np.uint8)
+    for side, blue in (("before", 10), ("after", 240)):
+        image = Image.fromarray(np.stack([x, y, np.full_like(x, blue)], -1))
+        save(image, tmp_path / side / "xy.png")
+    save(Image.fromarray(x), tmp_path / "mask" / "xy.png")
+    return find_pairs(tmp_path / "before", tmp_path / "after", mask_dir=tmp_path / "mask")
+
+
+def levels(tensor):
+    return (tensor + 1) * 127.5
+
+
+@pytest.mark.parametrize("center_crop", [False, True])
+def test_before_after_and_mask_are_cut_in_lockstep(coordinates, center_crop):
+    dataset = PairDataset(
+        coordinates, 48, center_crop=center_crop, random_flip=True, random_scale=1.5, views=12
+    )
+    flips, starts, scales = set(), set(), set()
+    for i in range(len(dataset)):
+        item, geometry = dataset[i], dataset.geometry(i)
+        before, after = levels(item["before"]), levels(item["after"])
+        assert torch.equal(before[:2], after[:2])  # one draw: to the bit
+        assert before[2].max() < 12 and after[2].min() > 238  # and yet two different images
+        u, v = torch.arange(48.0), torch.arange(48.0)
+        if geometry.flip:
+            u = 47 - u
+        x = (geometry.crop[0] + u + 0.5) * 200 / geometry.resize[0] - 0.5
+        y = (geometry.crop[1] + v + 0.5) * 120 / geometry.resize[1] - 0.5
+        inner = slice(2, -2)  # the resampling filter leans inwards at the image's own border
+        assert (before[0] - x).abs()[:, inner].max() < 1.5
+        assert (before[1] - y[:, None]).abs()[inner].max() < 1.5
+        assert (item["mask"][0] * 255 - before[0]).abs()[:, inner].max() < 3
+        flips.add(geometry.flip)
+        starts.add(geometry.crop[:2])
+        scales.add(geometry.resize)
+    assert flips == {False, True} and len(starts) > 6 and len(scales) > 6
+
+
+def test_items_depend_on_seed_and_index_only(coordinates):
+    settings = dict(random_flip=True, random_scale=1.3, views=6)
+    one, two = (PairDataset(coordinates, 32, seed=3, **settings) for _ in range(2))
+    backwards = {i: two[i]["after"] for i in reversed(range(6))}
+    torch.manual_seed(1)  # the global generator has no say, and is not touched
+    state = torch.get_rng_state()
+    assert all(torch.equal(one[i]["after"], backwards[i]) for i in range(6))
+    assert torch.equal(torch.get_rng_state(), state)
+    other = PairDataset(coordinates, 32, seed=4, **settings)
+    assert [one.geometry(i) for i in range(6)] != [other.geometry(i) for i in range(6)]
+    assert len({one.geometry(i) for i in range(6)}) == 6
+    again = pickle.loads(pickle.dumps(one))  # as a spawned worker gets it
+    assert torch.equal(again[4]["before"], one[4]["before"])
+
+
+def test_one_augmentation_leaves_the_draws_of_the_others_alone():
+    def draw(**settings):
+        generator = torch.Generator().manual_seed(5)
+        return [data.draw_geometry(90, 64, 64, generator=generator, **settings) for _ in range(8)]
+
+    plain, flipped = draw(), draw(random_flip=True)
+    assert [g.crop for g in plain] == [g.crop for g in flipped]
+    assert not any(g.flip for g in plain) and any(g.flip for g in flipped)
+    assert {g.crop for g in draw(center_crop=True)} == {(13, 0, 77, 64)}
+
+
+def test_crops_reach_both_ends_and_never_beyond():
+    generator = torch.Generator().manual_seed(0)
+    draws = [data.draw_geometry(10, 8, 8, generator=generator) for _ in range(100)]
+    assert {g.crop for g in draws} == {(k, 0, k + 8, 8) for k in range(3)}
+    assert {g.resize for g in draws} == {(10, 8)}
+
+
+def test_an_image_of_the_right_size_keeps_its_pixels(tmp_path):
+    image = picture(3, (40, 24))
+    pair = Pair("x", None, save(image, tmp_path / "x.png"))
+    dataset = PairDataset([pair], 24, seed=1)
+    left = dataset.geometry(0).crop[0]
+    assert pixels(data.to_image(dataset[0]["after"])) == pixels(
+        image.crop((left, 0, left + 24, 24))
+    )
+    flipped = data.apply(image, Geometry((40, 24), (0, 0, 24, 24), True))
+    assert pixels(flipped) == np.asarray(image)[:, 23::-1].tolist()
+
+
+def test_shrinking_averages_instead_of_picking():
+    stripes = Image.fromarray(np.tile(np.array([0, 255], np.uint8), (64, 32)))
+    small = data.apply(stripes, Geometry((8, 8), (0, 0, 8, 8), False))
+    assert np.abs(np.asarray(small).astype(int) - 127).max() < 16
+
+
+def test_items_and_views(folders):
+    before, after = folders(["a.png", "b.png"], ["a.png", "b.png"])
+    (after / "b.txt").write_text("words")
+    dataset = PairDataset(find_pairs(before, after), 8, views=3)
+    assert len(dataset) == 6
+    assert [dataset[i]["name"] for i in range(6)] == ["a", "b"] * 3
+    assert dataset[0]["caption"] == "" and dataset[1]["caption"] == "words"
+    assert "mask" not in dataset[0] and dataset[0]["before"].shape == (3, 8, 8)
+    with pytest.raises(IndexError):
+        dataset[6]
+    (batch,) = torch.utils.data.DataLoader(dataset, batch_size=6)
+    assert batch["after"].shape == (6, 3, 8, 8) and batch["caption"][:2] == ["", "words"]
+    single = PairDataset(data.find_singles(before), 8)[0]
+    assert "before" not in single and single["after"].shape == (3, 8, 8)
+
+
+def test_sides_of_unequal_size_are_fitted_with_one_warning(tmp_path):
+    save(picture(1, (768, 384)), tmp_path / "before" / "odd.png")
+    save(picture(1, (768, 384)).resize((768, 383)), tmp_path / "after" / "odd.png")
+    save(Image.new("L", (192, 96), 255), tmp_path / "mask" / "odd.png")
+    pairs = find_pairs(tmp_path / "before", tmp_path / "after", mask_dir=tmp_path / "mask")
+    with pytest.warns(UserWarning) as caught:
+        dataset = PairDataset(pairs, 64, views=2)
+        item = dataset[0], dataset[1]
+    assert [str(w.message) for w in caught] == [
+        "2 images are resized to their after image: odd (before is 768x384, after is 768x383), "
+        "odd (mask is 192x96, after is 768x383)"
+    ]
+    assert item[0]["before"].shape == item[0]["after"].shape
+    assert (item[0]["before"] - item[0]["after"]).abs().mean() < 0.02  # and still registered
+    assert item[0]["mask"].min() == 1
+
+
+def test_sides_of_another_shape_are_refused_before_the_first_step(tmp_path):
+    save(picture(1, (100, 100)), tmp_path / "before" / "odd.png")
+    save(picture(1, (100, 97)), tmp_path / "after" / "odd.png")
+    pairs = find_pairs(tmp_path / "before", tmp_path / "after")
+    with pytest.raises(ValueError) as error:
+        PairDataset(pairs, 64)
+    assert str(error.value) == (
+        "pair odd: before is 100x100, after is 100x97; their aspect ratios differ by 3.1%, "
+        "wanted the same frame (at most 2%)"
+    )
+
+
+def test_deterministic_tells_whether_views_can_differ(tmp_path):
+    square = [Pair("s", None, save(picture(0, (30, 30)), tmp_path / "s.png"))]
+    wide = square + [Pair("w", None, save(picture(0, (40, 30)), tmp_path / "w.png"))]
+    nearly = [Pair("n", None, save(picture(0, (401, 400)), tmp_path / "n.png"))]
+    assert PairDataset(square, 16).deterministic
+    assert PairDataset(nearly, 16).deterministic
+    assert not PairDataset(wide, 16).deterministic
+    assert PairDataset(wide, 16, center_crop=True).deterministic
+    assert not PairDataset(square, 16, random_flip=True).deterministic
+    assert not PairDataset(square, 16, random_scale=1.2).deterministic
+
+
+@pytest.mark.parametrize(
+    "resolution, settings, message",
+    [
+        (0, {}, "--resolution is 0, wanted at least 1"),
+        (8, {"views": 0}, "--views is 0, wanted at least 1"),
+        (8, {"random_scale": 0.5}, r"--random_scale is 0.5, wanted 1 \(off\) or more"),
+    ],
+)
+def test_impossible_settings_are_named(tmp_path, resolution, settings, message):
+    pair = Pair("x", None, save(picture(), tmp_path / "x.png"))
+    with pytest.raises(ValueError, match=message):
+        PairDataset([pair], resolution, **settings)
+    with pytest.raises(ValueError, match="items with and without a before"):
+        PairDataset([pair, Pair("y", pair.after, pair.after)], 8)
+
+
+# ------------------------------------------------------------------------------------ latents
+
+
+class Encoder:
+    """Stands in for the VAE: 4 channels at an eighth, and it counts what it was given."""
+
+    def __init__(self):
+        self.images = 0
+
+    def __call__(self, x):
+        self.images += len(x)
+        mean = torch.nn.functional.avg_pool2d(x, 8)  # (b, 3, h, w)
+        mean = torch.cat([mean, mean[:, :1]], 1)  # (b, 4, h, w)
+        return mean, mean - 2
+
+
+@pytest.fixture
+def five(folders):
+    names = [f"{i}.png" for i in range(5)]
+    return find_pairs(*folders(names, names))
+
+
+def cached(pairs, cache_dir, key="vae fp32", **settings):
+    """Latents, and how many images went through the encoder."""
+    encoder = Encoder()
+    dataset = PairDataset(pairs, 16, **settings)
+    latents = cache_latents(
+        dataset, encoder, cache_dir=cache_dir, key=key, batch_size=2, shard_size=2, progress=False
+    )
+    return latents, encoder.images
+
+
+def same(one, two):
+    masks = one.mask is two.mask or torch.equal(one.mask, two.mask)
+    return torch.equal(one.mean, two.mean) and torch.equal(one.std, two.std) and masks
+
+
+def test_latents_are_the_posterior_of_each_side(five):
+    latents, images = cached(five, None)
+    assert latents.mean.shape == latents.std.shape == (5, 2, 4, 2, 2) and images == 10
+    assert latents.mask is None and len(latents) == 5
+    item = PairDataset(five, 16)[3]
+    for state, side in enumerate(("before", "after")):
+        mean, logvar = Encoder()(item[side][None])
+        assert torch.equal(latents.mean[3, state], mean[0])
+        assert torch.allclose(latents.std[3, state], (logvar[0] / 2).exp())
+    singles = [Pair(p.name, None, p.after) for p in five]
+    alone = cached(singles, None)[0]
+    assert torch.equal(alone.mean[:, 0], latents.mean[:, 1]) and alone.mean.shape[1] == 1
+
+
+def test_both_sides_of_an_item_get_the_same_noise():
+    latents = Latents(torch.randn(3, 2, 4, 2, 2), torch.rand(3, 2, 4, 2, 2) + 0.5)
+    index, noise = torch.tensor([2, 0, 2]), torch.randn(3, 4, 2, 2)
+    drawn = latents.draw(index, noise)
+    assert drawn.shape == (3, 2, 4, 2, 2)
+    back = (drawn - latents.mean[index]) / latents.std[index]
+    assert torch.allclose(back[:, 0], noise, atol=1e-5)
+    assert torch.allclose(back[:, 1], noise, atol=1e-5)
+    assert latents.to("meta").mean.device.type == "meta"
+
+
+def test_masks_are_averaged_onto_the_latent_grid(five, tmp_path):
+    half = Image.new("L", (8, 8))
+    half.paste(255, (0, 0, 6, 8))  # the right latent cell is half covered
+    mask = save(half, tmp_path / "mask.png")
+    pairs = [Pair(p.name, p.before, p.after, mask if i else None) for i, p in enumerate(five)]
+    latents, _ = cached(pairs, tmp_path / "cache")
+    assert latents.mask.shape == (5, 1, 2, 2)
+    assert latents.mask[0].tolist() == [[[1, 1], [1, 1]]]  # no mask: everywhere
+    assert latents.mask[1].tolist() == [[[1, 0.5], [1, 0.5]]]
+    again, images = cached(pairs, tmp_path / "cache")
+    assert images == 0 and same(again, latents)
+
+
+def test_the_cache_equals_no_cache_and_is_used(five, tmp_path):
+    plain, _ = cached(five, None, random_flip=True, views=2, seed=1)
+    made, images = cached(five, tmp_path / "cache", random_flip=True, views=2, seed=1)
+    read, none = cached(five, tmp_path / "cache", random_flip=True, views=2, seed=1)
+    assert (images, none) == (20, 0)
+    assert same(plain, made) and same(made, read)
+    assert not torch.equal(made.mean[:5], made.mean[5:])  # the views do differ
+    names = sorted(os.listdir(tmp_path / "cache"))
+    assert len(names) == 5 and all(name.endswith(".safetensors") for name in names)
+
+
+def test_an_interrupted_caching_resumes(five, tmp_path):
+    whole, _ = cached(five, tmp_path / "cache")
+    shards = sorted((tmp_path / "cache").iterdir())
+    shards[1].unlink()
+    resumed, images = cached(five, tmp_path / "cache")
+    assert images == 4 and same(resumed, whole)  # two pairs, two sides
+
+    class Interrupted(Encoder):
+        def __call__(self, x):
+            if self.images >= 4:
+                raise KeyboardInterrupt
+            return super().__call__(x)
+
+    settings = dict(
+        cache_dir=tmp_path / "other", key="k", batch_size=2, shard_size=2, progress=False
+    )
+    with pytest.raises(KeyboardInterrupt):
+        cache_latents(PairDataset(five, 16), Interrupted(), **settings)
+    encoder = Encoder()
+    assert same(cache_latents(PairDataset(five, 16), encoder, **settings), whole)
+    assert encoder.images == 6
+
+
+def test_a_shard_that_cannot_be_written_leaves_nothing_behind(five, tmp_path, monkeypatch):
+    def full(source, target):
+        raise OSError(28, "No space left on device", str(target))
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        cached(five, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_what_changes_the_latents_changes_the_shard(five, tmp_path):
+    first, _ = cached(five, tmp_path)
+    assert cached(five, tmp_path, seed=9)[1] == 0  # square images, nothing random: no new work
+    assert cached(five, tmp_path, key="vae bf16")[1] == 10
+    assert cached(five, tmp_path, background="black")[1] == 10
+    assert cached(five, tmp_path, random_flip=True, seed=1)[1] > 0
+    save(picture(77, (8, 8)), five[4].before)
+    changed, images = cached(five, tmp_path)
+    assert images == 2  # the last shard holds one pair
+    assert torch.equal(changed.mean[:4], first.mean[:4])
+    assert not torch.equal(changed.mean[4, 0], first.mean[4, 0])
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "garbage", "other shape", "nan"])
+def test_a_damaged_shard_is_made_again_with_a_warning(five, tmp_path, damage):
+    whole, _ = cached(five, tmp_path / "c")
+    shard = sorted((tmp_path / "c").iterdir())[0]
+    content = shard.read_bytes()
+    if damage == "other shape":
+        latent_cache.safetensors.torch.save_file({"mean": torch.ones(1, 2), "std": torch.ones(1)}, shard)
+    elif damage == "nan":
+        bad = torch.full((2, 2, 4, 2, 2), float("nan"))
+        latent_cache.safetensors.torch.save_file({"mean": bad, "std": bad.clone()}, shard)
+    else:
+        shard.write_bytes({"empty": b"", "cut": content[:-9], "garbage": b"x" * 99}[damage])
+    with pytest.warns(UserWarning, match=f"latent shard .*{shard.name}.*: it is made again"):
+        again, images = cached(five, tmp_path / "c")
+    assert images == 4 and same(again, whole) and shard.read_bytes() == content
+
+
+def test_files_are_hashed_once_not_once_per_view(five, tmp_path, monkeypatch):
+    hashed = []
+    original = data.file_hash
+    monkeypatch.setattr(latent_cache, "file_hash", lambda path: hashed.append(path) or original(path))
+    cached(five, tmp_path, views=3)
+    assert sorted(hashed) == sorted(p for pair in five for p in (pair.before, pair.after))
+
+
+def test_latents_that_are_not_finite_name_the_pair(five, tmp_path):
+    def encode(x):
+        mean, logvar = Encoder()(x)
+        return mean, torch.where(mean[:, :1] == mean[1, 0, 0, 0], torch.inf, logvar)
+
+    with pytest.raises(
+        ValueError, match=r"latents of 1 \(before\) are not finite: run it in float32"
+    ):
+        cache_latents(PairDataset(five, 16), encode, cache_dir=tmp_path, key="k", progress=False)
+    assert list(tmp_path.glob("*.safetensors")) == []
+
+
+# ------------------------------------------------------------------------------- check_data.py
+
+
+def repaint(image, seed):
+    """The same place after a strong change: other colours, contrast, and a third built over."""
+    pixel = np.asarray(image).astype(float)
+    pixel = (
+        255 * (pixel / 255) ** 0.6 @ np.array([[0.2, 0.6, 0.2], [0.1, 0.5, 0.4], [0.7, 0.2, 0.1]])
+    )
+    changed = Image.fromarray(np.rint(pixel * 0.8 + 20).astype(np.uint8))
+    new = picture(seed, image.size)
+    changed.paste(new.crop((0, 0, image.width // 3, image.height)), (image.width // 2, 0))
+    return changed
+
+
+def shifted(image, x, y):
+    """A window of 256 px on a larger picture, moved by x and y."""
+    return image.crop((32 - x, 32 - y, 288 - x, 288 - y))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_shift_is_measured_and_a_strong_change_is_none(seed):
+    scene = picture(seed, (320, 320))
+    before = shifted(scene, 0, 0)
+    assert check_data.find_shift(before, shifted(scene, 7, -5)) == (7, -5)
+    assert check_data.find_shift(before, shifted(repaint(scene, 50), -9, 4)) == (-9, 4)
+    assert check_data.find_shift(before, repaint(before, 50)) == (0, 0)
+    assert check_data.find_shift(before, picture(seed + 10, (256, 256))) is None  # unrelated
+    assert check_data.find_shift(before, Image.new("RGB", (256, 256))) is None
+    doubled = [image.resize((512, 512)) for image in (before, shifted(scene, 7, -5))]
+    assert check_data.find_shift(*doubled) == (14, -10)  # in pixels of the original
+
+
+@pytest.fixture
+def planted(tmp_path):
+    """A data set with one of each fault."""
+    b, a, m = tmp_path / "before", tmp_path / "after", tmp_path / "mask"
+    for i, name in enumerate(["good", "moved", "same", "twin", "sized", "shape", "torn", "small"]):
+        scene = picture(i, (320, 320))
+        save(shifted(scene, 0, 0), b / f"{name}.png")
+        save(repaint(shifted(scene, 0, 0), i + 50), a / f"{name}.png")
+        save(Image.new("L", (256, 256), 255), m / f"{name}.png")
+    save(shifted(picture(1, (320, 320)), 11, 3), a / "moved.png")
+    save(Image.open(b / "same.png"), a / "same.png")
+    save(Image.open(b / "good.png"), b / "twin.png")
+    save(Image.open(a / "sized.png").resize((256, 255)), a / "sized.png")
+    save(Image.open(a / "shape.png").crop((0, 0, 256, 200)), a / "shape.png")
+    (a / "torn.png").write_bytes((a / "torn.png").read_bytes()[:900])
+    for side in (b, a):
+        save(Image.open(side / "small.png").resize((64, 64)), side / "small.png")
+    save(Image.new("L", (256, 256)), m / "good.png")
+    (m / "moved.png").unlink()
+    save(picture(20), b / "alone.png")
+    save(picture(21), a / "other.png")
+    save(picture(22), b / "double.png")
+    save(picture(22), b / "double.jpg")
+    save(picture(23), a / "double.png")
+    save(picture(23), m / "double.png")
+    (a / "good.txt").write_bytes(b"")
+    return tmp_path
+
+
+def run_check(root, *flags):
+    out = root / "out"
+    base = ["--before", root / "before", "--after", root / "after", "--out", out, *flags]
+    return check_data.main([str(flag) for flag in base])
+
+
+def test_the_report_finds_what_was_planted(planted, capsys):
+    assert run_check(planted, "--mask_dir", planted / "mask", "--resolution", "128") == 1
+    said = capsys.readouterr().out
+    blocks = {}
+    for block in said.split("\n\n")[1:]:
+        title, which, _ = (line.strip() for line in block.strip().split("\n"))
+        blocks[title] = which
+    torn = planted / "after" / "torn.png"
+    assert blocks.pop("PROBLEM      broken files: 1").startswith(
+        f"{torn} cannot be read as an image"
+    )
+    assert blocks.pop("PROBLEM      unusable captions: 1").endswith(
+        "good.txt is empty: write one, or delete the file"
+    )
+    another_shape = ["shape (before 256x256, after 256x200)", "shape (mask 256x256, after 256x200)"]
+    another_size = ["sized (before 256x256, after 256x255)", "sized (mask 256x256, after 256x255)"]
+    another_size += ["small (mask 256x256, after 64x64)"]
+    assert blocks == {
+        "PROBLEM      names with several files in one folder: 1": "double",
+        "PROBLEM      before images without a partner: 1": "alone",
+        "PROBLEM      after images without a partner: 1": "other",
+        "PROBLEM      pairs without a mask: 1": "moved",
+        "PROBLEM      images of another shape: 2": ", ".join(another_shape),
+        "remark       images of another size: 3": ", ".join(another_size),
+        "remark       pairs that look shifted: 1": "moved (+11, +3)",
+        "remark       pairs without change: 1": "same",
+        "remark       empty masks: 1": "good",
+        "remark       sets of equal before images: 1": "good = twin",
+        "remark       pairs smaller than 128 px: 1": "small (64x64)",
+    }
+    assert "before       11 images in " in said and "pairs        6 of 9 can be used" in said
+    sheet = Image.open(planted / "out" / "check-data.png")
+    cell = (sheet.width - 6) // 3 - 6
+    middles = [sheet.getpixel((6 + j * (cell + 6) + cell // 2, 16 + cell // 2)) for j in range(3)]
+    assert len(set(middles)) == 3  # before, after, difference
+
+
+def test_a_clean_set_is_status_0(tmp_path, capsys):
+    save(picture(1, (128, 128)), tmp_path / "before" / "line\nbreak.png")
+    save(repaint(picture(1, (128, 128)), 5), tmp_path / "after" / "line\nbreak.png")
+    assert run_check(tmp_path, "--resolution", "128") == 0
+    said = capsys.readouterr().out
+    assert "pairs        1 of 1 can be used, 128x128 pixels" in said and "remark" not in said
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ([], r"No matching image pairs found: .*"),
+        (["--before", "/no/such/folder"], "Before images root doesn't exist: /no/such/folder"),
+        (["--mask_dir", "/no/such/folder"], "--mask_dir doesn't exist: /no/such/folder"),
+        (["--bef", "x"], "unrecognized arguments: --bef x"),
+        (["--resolution", "big"], "argument --resolution: invalid int value: 'big'"),
+    ],
+)
+def test_when_nothing_can_be_used_one_sentence_and_status_2(
+    folders, tmp_path, capsys, flags, message
+):
+    folders(["a.png"], ["b.png"])
+    try:
+        status = run_check(tmp_path, *flags)
+    except SystemExit as stop:
+        status = stop.code
+    captured = capsys.readouterr()
+    assert status == 2 and captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert re.fullmatch(rf"check_data\.py: {message}\n", captured.err)
+
+
+def test_all_broken_is_reported_and_status_2(folders, tmp_path, capsys):
+    folders(["a.png"], ["a.png"])
+    Path(tmp_path / "after" / "a.png").write_bytes(b"")
+    assert run_check(tmp_path) == 2
+    captured = capsys.readouterr()
+    assert "broken files: 1" in captured.out
+    assert captured.err == "check_data.py: no pair can be used, see the problems above\n"
