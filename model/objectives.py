@@ -81,7 +81,7 @@ def delta(predict: Predict, schedule: Schedule, z: Tensor, s: Tensor, knobs: Kno
     with torch.no_grad():  # the frozen half has no gradient
         e_0 = predict(x, t, torch.zeros_like(s))
     e_s = predict(x, t, s)
-    return z + schedule.x_0_hat(x, e_s, t) - schedule.x_0_hat(x, e_0, t)
+    return z + (schedule.x_0_hat(x, e_s, t) - schedule.x_0_hat(x, e_0, t))
 
 
 def delta_loss(predict, schedule, a, b, s, draws, knobs):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from model.lora import Factors, adapter_factors, attach
@@ -377,7 +377,15 @@ def save_lora(
         raise ValueError(f"{path}: no adapter to save")
     header = {"format": "pt", "lora_adapter_metadata": json.dumps(adapter, sort_keys=True)}
     header["pairlora"] = json.dumps(metadata or {}, sort_keys=True)
-    save_file(tensors, path, metadata=header)
+    Path(path).write_bytes(_sorted_header(save(tensors, metadata=header)))
+
+
+def _sorted_header(file: bytes) -> bytes:
+    """A safetensors file whose header entries stand in order, so that equal LoRAs are equal bytes."""
+    size = int.from_bytes(file[:8], "little")
+    header = json.dumps(json.loads(file[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + file[8 + size :]
 
 
 def _peft_config(part: str, factors: dict[str, Factors]) -> dict:

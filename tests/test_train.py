@@ -1,0 +1,355 @@
+"""The training run: against a loop of diffusers + peft, against itself, and to the bit."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers.optimization import get_scheduler
+from peft import LoraConfig
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from config import TrainConfig
+from data import PairDataset, find_pairs
+from model.lora import inject, lora_layers
+from model.memory import flatten
+from model.weights import load_text, load_unet, read_lora
+from train import draw, learning_rate, seeded, train, weighted_mean
+
+LORA = "pytorch_lora_weights.safetensors"
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Five pairs of 32 × 32: a smooth picture, and the same with a square in it; with masks."""
+    root = tmp_path_factory.mktemp("pairs")
+    rng = np.random.default_rng(0)
+    for i in range(5):
+        small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        before = np.asarray(small.resize((32, 32), Image.Resampling.BICUBIC))
+        after, mask = before.copy(), np.zeros((32, 32), dtype=np.uint8)
+        after[8:20, 4 + i : 20 + i], mask[8:20, 4 + i : 20 + i] = (220, 30, 30), 255
+        for side, image in (("before", before), ("after", after), ("mask", mask)):
+            (root / side).mkdir(exist_ok=True)
+            Image.fromarray(image).save(root / side / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def config(sd1, pairs, tmp_path):
+    return TrainConfig(
+        pretrained_model_name_or_path=str(sd1),
+        before_data_dir=str(pairs / "before"),
+        after_data_dir=str(pairs / "after"),
+        instance_prompt="a square",
+        output_dir=str(tmp_path / "run"),
+        resolution=32,
+        lora_rank=4,
+        max_train_steps=6,
+        learning_rate=1e-3,
+        log_every=1,
+        num_validation_images=0,
+        device="cpu",
+    )
+
+
+def rows(folder, kind="train"):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def losses(folder):
+    return [row["loss"] for row in rows(folder)]
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+@pytest.mark.parametrize("dreambooth", [False, True])
+def test_20_steps_equal_a_loop_of_diffusers_and_peft(config, family, dreambooth, request, pairs):
+    """Text, VAE, noise, target, loss, clipping, AdamW, schedule: all of it from the references."""
+    root = request.getfixturevalue(family)
+    cfg = replace(
+        config, pretrained_model_name_or_path=str(root), max_train_steps=20, train_batch_size=2,
+        lr_scheduler="cosine", lr_warmup_steps=3, max_grad_norm=0.05,
+        **(dict(before_data_dir=None, after_data_dir=None, instance_data_dir=str(pairs / "after"))
+           if dreambooth else dict(pair_objective="after")),
+    )  # fmt: skip
+    ours = losses(train(cfg))
+
+    unet = diffusers.UNet2DConditionModel.from_pretrained(root, subfolder="unet")
+    vae = diffusers.AutoencoderKL.from_pretrained(root, subfolder="vae")
+    clip = CLIPTextModel.from_pretrained(root, subfolder="text_encoder")
+    tokenizer = CLIPTokenizer.from_pretrained(root, subfolder="tokenizer")
+    ddpm = diffusers.DDPMScheduler.from_config(
+        diffusers.PNDMScheduler.from_pretrained(root, subfolder="scheduler").config
+    )
+    unet.requires_grad_(False)
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=targets))
+    start = load_unet(root)
+    inject(start, "attn", rank=4, generator=seeded(cfg.seed, 0))  # the same A
+    for name, layer in lora_layers(start).items():
+        theirs = unet.get_submodule(name)
+        theirs.lora_A["default"].weight.data = layer.lora_A.data.clone()
+        assert not theirs.lora_B["default"].weight.any()
+    ids = tokenizer(["a square"], padding="max_length", return_tensors="pt").input_ids
+    files = sorted((pairs / "after").iterdir())
+    pixels = [torch.from_numpy(np.array(Image.open(f))).permute(2, 0, 1) / 127.5 - 1 for f in files]
+    params = [p for p in unet.parameters() if p.requires_grad]
+    opt = torch.optim.AdamW(params, lr=1e-3, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
+    lr = get_scheduler("cosine", opt, num_warmup_steps=3, num_training_steps=20)
+    expected = []
+    with torch.no_grad():
+        ctx = clip(ids)[0]
+        posterior = vae.encode(torch.stack(pixels)).latent_dist
+    for step in range(20):
+        drawn = draw(cfg, step, 5, 1, None, (4, 16, 16), 1000)
+        z = (posterior.mean + posterior.std * 0)[drawn.index]
+        z = (z + posterior.std[drawn.index] * drawn.vae_noise) * vae.config.scaling_factor
+        x_t = ddpm.add_noise(z, drawn.eps, drawn.t)
+        pred = unet(x_t, drawn.t, ctx.expand(2, -1, -1)).sample
+        v = ddpm.config.prediction_type == "v_prediction"
+        target = ddpm.get_velocity(z, drawn.eps, drawn.t) if v else drawn.eps
+        loss = torch.nn.functional.mse_loss(pred, target)
+        expected.append(loss.item())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 0.05)
+        opt.step()
+        lr.step()
+        opt.zero_grad()
+    assert ours == pytest.approx(expected, rel=1e-5)
+    assert abs(expected[-1] - expected[0]) > 1e-3
+
+
+@pytest.mark.parametrize("objective", ["delta", "slider"])
+def test_resume_equals_uninterrupted_to_the_bit(config, objective):
+    cfg = replace(
+        config, pair_objective=objective, checkpointing_steps=2, train_batch_size=2,
+        random_flip=True, lr_scheduler="cosine", log_every=3, train_text_encoder=objective == "slider",
+    )  # fmt: skip
+    whole = train(cfg)
+    files = {name: (whole / name).read_bytes() for name in (LORA, "checkpoint-6/optimizer.safetensors")}
+    kept = [(r["step"], r["loss"], r["grad_norm"], r["lr"]) for r in rows(whole)]
+
+    # as a kill after step 4 and half of a line would leave it
+    shutil.rmtree(whole / "checkpoint-6")
+    for name in (LORA, "summary.json", "loss.png"):
+        (whole / name).unlink()
+    text = (whole / "metrics.jsonl").read_text()
+    (whole / "metrics.jsonl").write_text(text + '{"kind": "train", "st')
+    again = train(replace(cfg, resume_from_checkpoint="latest"))
+    assert {name: (again / name).read_bytes() for name in files} == files
+    assert [(r["step"], r["loss"], r["grad_norm"], r["lr"]) for r in rows(again)] == kept
+    assert json.loads((again / "summary.json").read_text())["status"] == "finished"
+
+    # from the first checkpoint, with more steps after that: the first six are the same again
+    for old in ("checkpoint-4", "checkpoint-6"):
+        shutil.rmtree(whole / old)
+    train(replace(cfg, resume_from_checkpoint="checkpoint-2"))
+    assert {name: (again / name).read_bytes() for name in files} == files
+    with pytest.raises(ValueError, match="another config: lora_rank was 4 and is 2"):
+        train(replace(cfg, resume_from_checkpoint="latest", lora_rank=2))
+    assert (again / LORA).read_bytes() == files[LORA]
+
+
+def test_resume_latest_of_nothing_starts_anew(config):
+    folder = train(replace(config, resume_from_checkpoint="latest", max_train_steps=2))
+    assert [row["step"] for row in rows(folder)] == [1, 2]
+
+
+def test_checkpoints_total_limit(config):
+    folder = train(replace(config, checkpointing_steps=1, checkpoints_total_limit=2))
+    assert sorted(p.name for p in folder.glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
+    assert not list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize("objective", ["delta", "slider", "after"])
+def test_accumulation_is_the_larger_batch(config, objective):
+    """The draws of a step are made for the whole of it: 4 × 1, 2 × 2 and 1 × 4 take the same step."""
+    results = []
+    for batch, accum in ((4, 1), (2, 2), (1, 4)):
+        cfg = replace(config, pair_objective=objective, train_batch_size=batch, max_train_steps=3,
+                      gradient_accumulation_steps=accum, output_dir=f"{config.output_dir}{batch}")  # fmt: skip
+        results.append(losses(train(cfg)))
+    assert results[1] == pytest.approx(results[0], rel=1e-5)
+    assert results[2] == pytest.approx(results[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["delta", "slider", "after"])
+def test_gradient_checkpointing_changes_nothing(config, objective):
+    runs = [
+        train(replace(config, pair_objective=objective, gradient_checkpointing=on, lora_targets="attn,ff,conv",
+                      train_text_encoder=True, output_dir=f"{config.output_dir}{on}"))  # fmt: skip
+        for on in (False, True)
+    ]
+    assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=1e-6)
+    a, b = (load_file(run / LORA) for run in runs)
+    assert all(torch.allclose(a[k], b[k], rtol=1e-4, atol=1e-7) for k in a)
+
+
+@pytest.mark.slow
+def test_compiled_equals_eager(config):
+    # the smallest that has every kind of operation; compiling on a CPU takes a minute or more
+    runs = [
+        train(replace(config, compile=on, pair_objective="slider", max_train_steps=3,
+                      output_dir=f"{config.output_dir}{on}"))  # fmt: skip
+        for on in (False, True)
+    ]
+    assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=1e-5)
+
+
+def test_delta_learns_the_pairs(config):
+    """On its own training pairs the distance to the after image falls well below doing nothing."""
+    folder = train(replace(config, max_train_steps=60, lora_targets="attn,ff,conv,proj", learning_rate=3e-3))
+    assert sum(losses(folder)[-5:]) < 0.6 * sum(losses(folder)[:5])
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "cosine_with_restarts", "polynomial",
+                                  "constant", "constant_with_warmup"])  # fmt: skip
+def test_learning_rates_equal_diffusers(name):
+    cfg = TrainConfig(lr_scheduler=name, lr_warmup_steps=7, lr_num_cycles=3, lr_power=2.0, learning_rate=0.1)
+    opt = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    theirs = get_scheduler(
+        name, opt, num_warmup_steps=7, num_training_steps=50, num_cycles=3, power=2.0
+    )
+    for step in range(50):
+        assert learning_rate(cfg, step, 50) == pytest.approx(theirs.get_last_lr()[0], rel=1e-9, abs=1e-12)
+        opt.step()
+        theirs.step()
+    scaled = replace(cfg, scale_lr=True, train_batch_size=3, gradient_accumulation_steps=2)
+    assert learning_rate(scaled, 20, 50) == pytest.approx(6 * learning_rate(cfg, 20, 50), rel=1e-4)
+
+
+def test_flat_buffers_are_the_same_optimizer():
+    torch.manual_seed(0)
+    nets = [torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    flat = flatten(list(nets[1].parameters()))
+    opts = [torch.optim.AdamW(nets[0].parameters(), lr=0.1), torch.optim.AdamW([flat], lr=0.1)]
+    for _ in range(5):
+        x = torch.randn(3, 4)
+        for net in nets:
+            net(x).square().sum().backward()
+        norms = [torch.nn.utils.clip_grad_norm_(p, 0.5) for p in (nets[0].parameters(), [flat])]
+        assert norms[0] == pytest.approx(norms[1].item(), rel=1e-6)
+        for opt in opts:
+            opt.step()
+        nets[0].zero_grad()
+        flat.grad.zero_()
+    for a, b in zip(nets[0].parameters(), nets[1].parameters()):
+        torch.testing.assert_close(a, b)
+        assert b.data_ptr() >= flat.data_ptr() and b.grad is not None and not b.grad.any()
+
+
+def test_draws_are_a_function_of_seed_and_step():
+    cfg = TrainConfig(train_batch_size=2, seed=3)
+    args = (7, 2, None, (4, 2, 2), 1000)
+    one, same, other = draw(cfg, 5, *args), draw(cfg, 5, *args), draw(cfg, 6, *args)
+    assert torch.equal(one.eps, same.eps) and torch.equal(one.t, same.t)
+    assert not torch.equal(one.eps, other.eps)
+    assert not torch.equal(one.eps, draw(replace(cfg, seed=4), 5, *args).eps)
+    # an ablation arm with class images sees the same instance draws
+    with_class = draw(cfg, 5, 7, 2, [0] * 4, (4, 2, 2), 1000)
+    assert all(torch.equal(a, b) for a, b in zip(one[:4], with_class[:4]))
+    # every pair once an epoch, in another order each time
+    seen = torch.cat([draw(cfg, step, *args).index % 7 for step in range(7)]).view(2, 7)
+    assert [sorted(row.tolist()) for row in seen] == [list(range(7))] * 2
+    assert not torch.equal(seen[0], seen[1])
+    t = torch.cat([draw(cfg, step, *args).t for step in range(600)])
+    assert t.min() < 20 and t.max() > 980 and abs(t.float().mean() - 499.5) < 30
+
+
+def test_mask_weighting():
+    error = torch.zeros(2, 4, 4, 4)
+    error[:, :, :2] = 1.0  # an error of 1 in the upper half, 0 below
+    mask = torch.zeros(1, 1, 4, 4)
+    mask[:, :, :1] = 1.0  # a quarter, all of it in the upper half
+    assert weighted_mean(error, None, 0.1).item() == pytest.approx(0.5)
+    assert weighted_mean(error, mask, 1.0).item() == pytest.approx(0.5)
+    assert weighted_mean(error, mask, 0.0).item() == pytest.approx(1.0)
+    assert weighted_mean(error, mask, 0.1).item() == pytest.approx((4 + 4 * 0.1) / (4 + 12 * 0.1))
+    assert weighted_mean(error, 0 * mask, 0.0).item() == 0.0  # an empty mask asks for nothing
+
+
+def test_masks_and_captions_reach_the_loss(config, pairs, tmp_path):
+    plain = losses(train(replace(config, max_train_steps=2)))
+    masked = losses(train(replace(config, max_train_steps=2, mask_dir=str(pairs / "mask"),
+                                  output_dir=str(tmp_path / "masked"))))  # fmt: skip
+    assert masked[0] > 1.5 * plain[0]  # the change is where the mask is
+    shutil.copytree(pairs, tmp_path / "told")
+    for i in range(5):
+        (tmp_path / "told" / "after" / f"{i}.txt").write_text(f"square number {i}")
+    told = losses(train(replace(config, pair_objective="after", max_train_steps=2,
+                                after_data_dir=str(tmp_path / "told" / "after"),
+                                output_dir=str(tmp_path / "captions"))))  # fmt: skip
+    untold = losses(train(replace(config, pair_objective="after", max_train_steps=2,
+                                  output_dir=str(tmp_path / "prompt"))))  # fmt: skip
+    assert told[0] != untold[0] and math.isclose(told[0], untold[0], rel_tol=0.5)
+
+
+def test_text_encoder_lora_is_trained_and_saved(config, sd1):
+    folder = train(replace(config, pair_objective="after", train_text_encoder=True))
+    parts, meta = read_lora(folder)
+    n = load_text(sd1).model.config.num_hidden_layers
+    assert len(parts["text_encoder"]) == 4 * n
+    assert all(f.A.shape[0] == 4 and f.B.abs().max() > 0 for f in parts["text_encoder"].values())
+
+
+def test_prior_preservation(config, tmp_path):
+    """Missing class images are generated once; they change the training; pairs may have them too."""
+    cfg = replace(
+        config, pair_objective="after", with_prior_preservation=True, class_prompt="land",
+        class_data_dir=str(tmp_path / "class"), num_class_images=3, sample_batch_size=2, max_train_steps=2,
+    )  # fmt: skip
+    one = losses(train(cfg))
+    images = {p.name: p.read_bytes() for p in (tmp_path / "class").iterdir()}
+    assert len(images) == 3
+    again = losses(train(replace(cfg, output_dir=str(tmp_path / "again"))))
+    assert {p.name: p.read_bytes() for p in (tmp_path / "class").iterdir()} == images
+    assert again == one
+    off = replace(cfg, prior_loss_weight=0.0, output_dir=str(tmp_path / "off"))
+    alone = replace(cfg, with_prior_preservation=False, class_prompt=None, class_data_dir=None,
+                    output_dir=str(tmp_path / "alone"))  # fmt: skip
+    assert losses(train(off)) == losses(train(alone))
+    assert one[0] > 1.2 * losses(tmp_path / "off")[0]
+
+
+def test_the_folder_of_a_run(config):
+    folder = train(replace(config, num_validation_images=2, validation_steps=3, checkpointing_steps=4))
+    names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    assert names == {
+        "config.json", "revision.json", "metrics.jsonl", "loss.png", "summary.json", LORA,
+        "samples/000003.png", "samples/000006.png",
+        *(f"checkpoint-{s}/{f}" for s in (4, 6) for f in (LORA, "optimizer.safetensors", "state.json")),
+    }  # fmt: skip
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["status"], summary["steps"]) == ("finished", 6) and summary["peak_mib"] > 0
+    assert [row["name"] for row in rows(folder, "phase")] == ["text", "latents", "unet"]
+    revision = json.loads((folder / "revision.json").read_text())
+    assert revision["versions"]["torch"] == torch.__version__ and len(revision["data"]) == 64
+    _, meta = read_lora(folder)
+    assert meta["objective"] == "delta" and meta["multiplier"] == [1.0, 0.0] and meta["steps"] == 6
+    # before | generated | after
+    sheet = np.asarray(Image.open(folder / "samples" / "000006.png"))
+    assert sheet.shape[1] == 3 * 38 + 6
+
+
+def test_a_loss_that_is_not_finite_stops_and_says_where(config):
+    with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) between steps \d+ and \d+ of .*checkpoint"):
+        train(replace(config, learning_rate=1e30, max_grad_norm=1e30, pair_objective="after", checkpointing_steps=1))
+    summary = json.loads((config_folder := __import__("pathlib").Path(config.output_dir) / "summary.json").read_text())
+    assert summary["status"] == "crashed", config_folder
+
+
+def test_views_are_only_cached_where_they_differ(pairs):
+    found = find_pairs(pairs / "before", pairs / "after")
+    from train import make_dataset
+
+    cfg = TrainConfig(resolution=32)
+    assert isinstance(make_dataset(cfg, found), PairDataset) and make_dataset(cfg, found).views == 1
+    assert make_dataset(replace(cfg, random_flip=True), found).views == 4
