@@ -1,0 +1,155 @@
+"""generate and edit: against the diffusers pipeline, and as a user calls them."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from PIL import Image
+
+import sample
+from data import load_image, to_tensor
+from model.lora import inject, lora_layers
+from model.weights import load_text, load_unet, load_vae, save_lora
+
+META = {"objective": "delta", "multiplier": [1.0, 0.0], "delta_t": 599, "prompt": "a square"}
+
+
+def write_lora(folder, base, *, text=False, **meta):
+    """A LoRA with something to say, as a run would leave it."""
+    folder.mkdir()
+    unet, encoder = load_unet(base), load_text(base)
+    inject(unet, "attn,ff", rank=2, generator=torch.Generator().manual_seed(0))
+    if text:
+        inject(encoder.model, "attn", rank=2, generator=torch.Generator().manual_seed(1))
+    g = torch.Generator().manual_seed(2)
+    for model in (unet, encoder.model):
+        for layer in lora_layers(model).values():
+            layer.lora_B.data = 0.2 * torch.randn(layer.lora_B.shape, generator=g)
+    save_lora(
+        folder / "pytorch_lora_weights.safetensors",
+        unet=unet, text=encoder if text else None, metadata={**META, "base_model": str(base), **meta},
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def images(tmp_path):
+    root = tmp_path / "new"
+    (root / "deep").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name, size in (("a.png", (32, 32)), ("deep/ü 1.jpg", (37, 22)), ("b.webp", (16, 48))):
+        Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(root / name)
+    return root
+
+
+def run(*argv):
+    assert sample.main([str(a) for a in argv]) == 0
+
+
+@pytest.mark.parametrize("text", [False, True])
+@pytest.mark.parametrize("guidance", [1.0, 7.5])
+def test_generate_equals_the_diffusers_pipeline(tmp_path, sd1, guidance, text):
+    """Prompt, negative, guidance, 20 DDIM steps, LoRA at 0.6 on UNet and text encoder, decoding."""
+    lora = write_lora(tmp_path / "run", sd1, text=text)
+    run("generate", "--lora", lora, "--out", tmp_path / "out", "--num", 2, "--height", 32, "--width", 48,
+        "--steps", 20, "--guidance", guidance, "--strength", 0.6, "--seed", 5)  # fmt: skip
+    pipe = StableDiffusionPipeline.from_pretrained(sd1, safety_checker=None)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
+    pipe.load_lora_weights(lora)
+    pipe.set_adapters(["default_0"], [0.6])
+    pipe.set_progress_bar_config(disable=True)
+    for seed in (5, 6):
+        latents = torch.randn((1, 4, 16, 24), generator=torch.Generator().manual_seed(seed))
+        # the tiny autoencoder halves once: tell the pipeline
+        expected = pipe("a square", latents=latents, num_inference_steps=20, guidance_scale=guidance,
+                        height=32, width=48, output_type="np").images[0]  # fmt: skip
+        ours = np.asarray(Image.open(tmp_path / "out" / f"{seed:05d}.png")).astype(np.float64)
+        assert ours.shape == (32, 48, 3)
+        assert np.abs(ours - np.round(expected * 255)).max() <= 1
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "dpm_solver", "euler"])
+def test_the_other_samplers_generate(tmp_path, sd1, sampler):
+    for seed_dir in ("one", "two"):
+        run("generate", "--model", sd1, "--prompt", "x", "--out", tmp_path / seed_dir, "--num", 1,
+            "--height", 16, "--width", 16, "--steps", 4, "--sampler", sampler)  # fmt: skip
+    one, two = ((tmp_path / d / "00000.png").read_bytes() for d in ("one", "two"))
+    assert one == two  # a seed is a seed
+
+
+@pytest.mark.parametrize("objective", ["delta", "slider", "after"])
+def test_edit_writes_one_png_per_input_of_its_size(tmp_path, sd1, images, objective):
+    lora = write_lora(tmp_path / "run", sd1, objective=objective)
+    run("edit", "--lora", lora, "--input", images, "--out", tmp_path / "out", "--steps", 4)
+    written = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.png")}
+    assert written == {"a.png", "b.png", "deep/ü 1.png", "sheet.png"}
+    for name in ("a.png", "deep/ü 1.png", "b.png"):
+        source = next(images.glob(name.replace(".png", ".*")))
+        assert Image.open(tmp_path / "out" / name).size == Image.open(source).size
+
+
+def test_strengths(tmp_path, sd1, images):
+    """0 is the autoencoder's own round trip, and the change grows with the strength."""
+    lora = write_lora(tmp_path / "run", sd1)
+    run("edit", "--lora", lora, "--input", images / "a.png", "--out", tmp_path / "out",
+        "--strengths", "0,0.5,1")  # fmt: skip
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"a_s0.png", "a_s0.5.png", "a_s1.png", "sheet.png"}
+    vae = load_vae(sd1)
+    mean, _ = vae.encode(to_tensor(load_image(images / "a.png"))[None])
+    trip = np.asarray(sample.decode(vae, mean.detach() * vae.scaling_factor)[0]).astype(int)
+    shown = [np.asarray(Image.open(tmp_path / "out" / f"a_s{s}.png")).astype(int) for s in ("0", "0.5", "1")]
+    assert np.abs(shown[0] - trip).max() <= 1
+    assert 2 < np.abs(shown[1] - shown[0]).mean() < np.abs(shown[2] - shown[0]).mean()
+
+
+def test_strength_0_of_a_slider_is_about_the_round_trip(tmp_path, sd1, images):
+    """Inversion and sampling at the same multiplier cancel, up to the step size."""
+    lora = write_lora(tmp_path / "run", sd1, objective="slider", multiplier=[2.0, -1.0])
+    vae = load_vae(sd1)
+    mean, _ = vae.encode(to_tensor(load_image(images / "a.png"))[None])
+    trip = np.asarray(sample.decode(vae, mean.detach() * vae.scaling_factor)[0]).astype(float)
+    off = []
+    for steps in (10, 100):
+        out = tmp_path / f"out{steps}"
+        run("edit", "--lora", lora, "--input", images / "a.png", "--out", out, "--strength", 0,
+            "--steps", steps, "--noise_level", 0.3)  # fmt: skip
+        off.append(np.abs(np.asarray(Image.open(out / "a.png")) - trip).mean())
+    assert off[1] < 0.5 * off[0]
+
+
+def test_padding_is_cropped_back_and_does_not_move_the_image(tmp_path, sd1):
+    """At strength 0 an odd-sized image comes back in place: its own round trip, not a shifted one."""
+    y, x = np.mgrid[0:21, 0:35]
+    smooth = np.stack([x * 7, y * 12, (x + y) * 4], axis=2).astype(np.uint8)
+    Image.fromarray(smooth).save(tmp_path / "odd.png")
+    lora = write_lora(tmp_path / "run", sd1)
+    run("edit", "--lora", lora, "--input", tmp_path / "odd.png", "--out", tmp_path / "out", "--strength", 0)
+    result = np.asarray(Image.open(tmp_path / "out" / "odd.png")).astype(float)
+    vae = load_vae(sd1)
+    padded = np.pad(smooth, ((0, 1), (0, 1), (0, 0)), mode="edge")
+    mean, _ = vae.encode(to_tensor(Image.fromarray(padded))[None])
+    trip = sample.decode(vae, mean.detach() * vae.scaling_factor)[0].crop((0, 0, 35, 21))
+    assert np.abs(result - np.asarray(trip)).max() <= 1
+
+
+def test_the_header_is_the_default_and_flags_come_first(tmp_path, sd1, images, monkeypatch):
+    lora = write_lora(tmp_path / "run", sd1, prompt="from the header")
+    asked = []
+    original = sample.TextEncoder.tokenize
+    monkeypatch.setattr(
+        sample.TextEncoder, "tokenize", lambda self, p, n=None: asked.append(p) or original(self, p, n)
+    )
+    args = ("edit", "--lora", lora, "--input", images / "a.png", "--out", tmp_path / "out")
+    run(*args)
+    assert asked == [["from the header"]]
+    run(*args, "--prompt", "from the flag", "--model", sd1)
+    assert asked[1:] == [["from the flag"]]
+
+
+def test_a_foreign_lora_needs_its_objective(tmp_path, sd1, images, capsys):
+    lora = write_lora(tmp_path / "run", sd1, objective=None)
+    args = ["edit", "--lora", str(lora), "--input", str(images), "--out", str(tmp_path / "out")]
+    assert sample.main(args) == 2
+    assert "does not say its objective: give --objective" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    run(*args, "--objective", "delta")
