@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from data import PairDataset, file_hash, shown
@@ -41,6 +42,10 @@ class Latents:
         """
         return self.mean[index] + self.std[index] * noise[:, None]  # (b, f, c, h, w)
 
+    def mask_of(self, index: Tensor) -> Tensor | None:
+        """(b, 1, h, w) for index (b,), if there are masks."""
+        return None if self.mask is None else self.mask[index]
+
     def to(self, device: torch.device | str) -> "Latents":
         mask = None if self.mask is None else self.mask.to(device)
         return Latents(self.mean.to(device), self.std.to(device), mask)
@@ -50,14 +55,25 @@ Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def _encode_shard(
-    dataset: PairDataset, encode: Encode, items: Sequence[int], batch_size: int, tick: Callable
+    dataset: PairDataset,
+    encode: Encode,
+    items: Sequence[int],
+    batch_size: int,
+    workers: int,
+    tick: Callable,
 ) -> dict[str, Tensor]:
     """mean and std (n, f, c, h, w), and mask (n, 1, h, w) if any pair of the data set has one."""
     states = ("after",) if dataset.pairs[0].before is None else ("before", "after")
     masked = any(pair.mask is not None for pair in dataset.pairs)
     parts: dict[str, list[Tensor]] = {"mean": [], "std": []} | ({"mask": []} if masked else {})
-    for start in range(0, len(items), batch_size):
-        batch = [dataset[i] for i in items[start : start + batch_size]]
+    loader = DataLoader(
+        Subset(dataset, items),
+        batch_size,
+        num_workers=workers,
+        collate_fn=list,
+        multiprocessing_context="spawn" if workers else None,
+    )
+    for batch in loader:
         with torch.no_grad():
             posteriors = [encode(torch.stack([item[state] for item in batch])) for state in states]
         mean = torch.stack([mean.float().cpu() for mean, _ in posteriors], 1)  # (b, f, c, h, w)
@@ -118,7 +134,8 @@ def cache_latents(
     key: str,
     batch_size: int = 8,
     shard_size: int = 256,
-    progress: bool = True,
+    workers: int = 0,
+    progress: bool | None = None,
 ) -> Latents:
     """Every item of the data set through the VAE once; with `cache_dir`, through it once ever.
 
@@ -126,6 +143,7 @@ def cache_latents(
     names the VAE and its precision. A shard's name is a hash of `key` and of what its items are
     made of: file bytes, the geometry drawn, background. So changed files are encoded anew,
     an interrupted run goes on where it was, and a new seed costs nothing where nothing is random.
+    `workers` processes read the images meanwhile; progress None: a bar on a terminal.
     """
     n, views = len(dataset), range(dataset.views)
     states = 1 if dataset.pairs[0].before is None else 2
@@ -137,7 +155,7 @@ def cache_latents(
         once = [{s: file_hash(p) for s, p in pair.files.items()} for pair in dataset.pairs]
         made_of = [hashes for _ in views for hashes in once]
     shards = []
-    with tqdm(total=n, desc="latents", disable=not progress) as bar:
+    with tqdm(total=n, desc="latents", disable=None if progress is None else not progress) as bar:
         for start in range(0, n, shard_size):
             items, path, shard = range(start, min(start + shard_size, n)), None, None
             if cache_dir is not None:
@@ -148,7 +166,7 @@ def cache_latents(
                 if shard := _load_shard(path, len(items), states, masked):
                     bar.update(len(items))
             if shard is None:
-                shard = _encode_shard(dataset, encode, items, batch_size, bar.update)
+                shard = _encode_shard(dataset, encode, items, batch_size, workers, bar.update)
                 if path is not None:
                     _save_shard(path, shard)
             shards.append(shard)

@@ -7,6 +7,7 @@ What must not be half there is written aside, flushed to the disk and renamed.
 """
 
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -108,6 +109,7 @@ class Run:
         *,
         resume: str | None = None,
         overwrite: bool = False,
+        tensorboard: str | None = None,
     ):
         self.folder = Path(folder)
         self.checkpoint: Path | None = None
@@ -127,6 +129,12 @@ class Run:
         self.resume_step = int(self.checkpoint.name.rpartition("-")[2]) if self.checkpoint else 0
         self._config = config
         self._metrics, self._early = None, []
+        self._tensorboard, self._writer = tensorboard, None
+        if tensorboard is not None and importlib.util.find_spec("tensorboard") is None:
+            raise ValueError(
+                "--report_to tensorboard needs the package: pip install tensorboard "
+                "(metrics.jsonl and loss.png are always written)"
+            )
 
     def start(self, fingerprints: dict) -> None:
         """Create or clear the folder. Called once everything that can be wrong has been looked at."""
@@ -157,6 +165,10 @@ class Run:
         )
         self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
         self.started = time.time()
+        if self._tensorboard is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(self.folder / self._tensorboard)
         for row in self._early:
             self._write(row)
 
@@ -211,14 +223,19 @@ class Run:
     def _write(self, row: dict) -> None:
         self._metrics.write(json.dumps(row, ensure_ascii=False) + "\n")
         self._metrics.flush()
+        if self._writer is not None and row["kind"] == "train":
+            for key in row.keys() - {"kind", "step"}:
+                self._writer.add_scalar(key, row[key], row["step"])
 
-    def save_checkpoint(self, step: int, write: Callable[[Path], None], limit: int | None) -> Path:
-        """checkpoint-STEP, filled by `write(folder)`; older ones beyond `limit` go once it is there."""
+    def save_checkpoint(
+        self, step: int, write: Callable[[Path, int], None], limit: int | None
+    ) -> Path:
+        """checkpoint-STEP, filled by `write(folder, step)`; older ones beyond `limit` go once it is there."""
         path = self.folder / f"checkpoint-{step}"
 
         def fill(aside: Path) -> None:
             aside.mkdir()
-            write(aside)
+            write(aside, step)
 
         write_aside(path, fill)
         if limit is not None:
@@ -231,6 +248,8 @@ class Run:
         if self._metrics is None:
             return
         self._metrics.close()
+        if self._writer is not None:
+            self._writer.close()
         rows = self.rows()
         steps = max((row["step"] for row in rows), default=0)
         write_json(

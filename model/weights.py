@@ -61,7 +61,9 @@ def locate(name_or_path: str | Path, file: str, revision: str | None = None) -> 
     try:
         return Path(hf_hub_download(repo, file, revision=revision))
     except errors.LocalEntryNotFoundError as error:
-        if _cached(repo, revision):  # offline with the rest of the repository here: it lacks the file
+        if _cached(
+            repo, revision
+        ):  # offline with the rest of the repository here: it lacks the file
             return None
         raise FileNotFoundError(
             f"{repo} is not in the hub's cache and the hub cannot be reached ({_first_line(error)}); "
@@ -76,7 +78,9 @@ def locate(name_or_path: str | Path, file: str, revision: str | None = None) -> 
     except errors.RevisionNotFoundError as error:
         raise FileNotFoundError(f"{repo} has no revision {revision!r}") from error
     except errors.RepositoryNotFoundError as error:
-        raise FileNotFoundError(f"the hub has no repository {repo}, and no directory is there") from error
+        raise FileNotFoundError(
+            f"the hub has no repository {repo}, and no directory is there"
+        ) from error
     except errors.HfHubHTTPError as error:
         raise FileNotFoundError(f"{repo}: the hub answered: {_first_line(error)}") from error
 
@@ -109,7 +113,9 @@ def _locate_component(
         path = locate(name_or_path, prefix + file, revision)
         if path is not None:
             return path, prefix
-    raise FileNotFoundError(f"{name_or_path} has no {folder}/{file}: not a checkpoint in diffusers' layout")
+    raise FileNotFoundError(
+        f"{name_or_path} has no {folder}/{file}: not a checkpoint in diffusers' layout"
+    )
 
 
 def read_json(path: Path) -> dict:
@@ -144,7 +150,9 @@ def _weight_files(
         shards = sorted(set(map(str, weight_map.values())))
         for shard in shards:
             if "/" in shard or "\\" in shard or shard.startswith("."):
-                raise ValueError(f"{index} names the shard {shard!r}, which is not a plain file name")
+                raise ValueError(
+                    f"{index} names the shard {shard!r}, which is not a plain file name"
+                )
         paths = [locate(name_or_path, prefix + shard, revision) for shard in shards]
         if None in paths:
             raise FileNotFoundError(f"{index} names {shards[paths.index(None)]}, which is missing")
@@ -154,7 +162,11 @@ def _weight_files(
         pickled = locate(name_or_path, f"{prefix}{old}{dot}.bin")
         if pickled is not None:
             return [pickled]
-        there = sorted(p.name for p in (Path(name_or_path) / prefix).glob("*") if p.suffix in (".safetensors", ".bin"))
+        there = sorted(
+            p.name
+            for p in (Path(name_or_path) / prefix).glob("*")
+            if p.suffix in (".safetensors", ".bin")
+        )
         hint = f"there is {', '.join(there)} (see --variant)" if there else "no weights are there"
     else:
         hint = "the repository has no safetensors file of that name (see --variant)"
@@ -174,7 +186,9 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # the unpickler raises whatever the bytes provoke
-            raise ValueError(f"{path} cannot be read without running code in it: {_first_line(error)}") from error
+            raise ValueError(
+                f"{path} cannot be read without running code in it: {_first_line(error)}"
+            ) from error
         if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
             raise ValueError(f"{path} is not a dictionary of tensors")
         yield from state.items()
@@ -188,7 +202,9 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
                     yield key, file.get_tensor(key)
     except SafetensorError as error:
         size = path.stat().st_size
-        raise ValueError(f"{path} ({size} bytes) is damaged or not safetensors: {_first_line(error)}") from error
+        raise ValueError(
+            f"{path} ({size} bytes) is damaged or not safetensors: {_first_line(error)}"
+        ) from error
 
 
 def load_strict(
@@ -223,7 +239,9 @@ def load_strict(
                     f"its config.json asks for {tuple(wanted[key])}"
                 )
             if not tensor.is_floating_point():
-                raise ValueError(f"{path} has {old} in {tensor.dtype}; a floating-point type was wanted")
+                raise ValueError(
+                    f"{path} has {old} in {tensor.dtype}; a floating-point type was wanted"
+                )
             low, high = (edge.item() for edge in tensor.aminmax())  # both NaN if any element is
             if not (-float("inf") < low <= high < float("inf")):
                 raise ValueError(f"{path} has NaN or infinity in {old}")
@@ -231,7 +249,10 @@ def load_strict(
     missing = [key for key in wanted if key not in loaded]
     if missing:
         where = files[0] if len(files) == 1 else f"{files[0].parent} ({len(files)} files)"
-        raise ValueError(f"{where} lacks {missing[0]}" + (f" and {len(missing) - 1} more keys" if missing[1:] else ""))
+        raise ValueError(
+            f"{where} lacks {missing[0]}"
+            + (f" and {len(missing) - 1} more keys" if missing[1:] else "")
+        )
     module.load_state_dict(loaded, strict=True, assign=True)
     for name, buffer in module.named_buffers():  # what is not stored but computed
         if buffer.is_meta:
@@ -247,7 +268,11 @@ def _component(name_or_path, folder, class_name, variant, revision):
     kind = config.get("_class_name", class_name)
     if kind != class_name:
         raise ValueError(f"{path} describes a {kind}; a Stable Diffusion {class_name} was wanted")
-    return config, path, _weight_files(name_or_path, prefix, "diffusion_pytorch_model", variant, revision)
+    return (
+        config,
+        path,
+        _weight_files(name_or_path, prefix, "diffusion_pytorch_model", variant, revision),
+    )
 
 
 def _build(network: Callable[[dict], nn.Module], config: dict, path: Path) -> nn.Module:
@@ -267,7 +292,9 @@ def load_unet(
     device: torch.device | str = "cpu",
 ) -> UNet:
     """The UNet of a checkpoint, frozen, in eval mode."""
-    config, path, files = _component(name_or_path, "unet", "UNet2DConditionModel", variant, revision)
+    config, path, files = _component(
+        name_or_path, "unet", "UNet2DConditionModel", variant, revision
+    )
     return load_strict(_build(UNet, config, path), files, dtype=dtype, device=device)
 
 
@@ -289,7 +316,9 @@ def load_vae(
 ) -> VAE:
     """The autoencoder of a checkpoint, or of a directory or repository that is one alone."""
     config, path, files = _component(name_or_path, "vae", "AutoencoderKL", variant, revision)
-    return load_strict(_build(VAE, config, path), files, rename=_vae_key, dtype=dtype, device=device)
+    return load_strict(
+        _build(VAE, config, path), files, rename=_vae_key, dtype=dtype, device=device
+    )
 
 
 def load_text(
@@ -307,7 +336,9 @@ def load_text(
     path, prefix = _locate_component(name_or_path, "text_encoder", "config.json", revision)
     config = read_json(path)
     if "CLIPTextModel" not in config.get("architectures", ["CLIPTextModel"]):
-        raise ValueError(f"{path} describes a {config['architectures'][0]}; a CLIPTextModel was wanted")
+        raise ValueError(
+            f"{path} describes a {config['architectures'][0]}; a CLIPTextModel was wanted"
+        )
     model = _build(lambda c: CLIPTextModel(CLIPTextConfig(**c)), config, path)
     files = _weight_files(name_or_path, prefix, "model", variant, revision)
 
@@ -320,7 +351,9 @@ def load_text(
         return f"text_model.{key}" if nested else key
 
     load_strict(model, files, rename=rename, dtype=dtype, device=device)
-    return TextEncoder(model, load_tokenizer(tokenizer or name_or_path, revision=None if tokenizer else revision))
+    return TextEncoder(
+        model, load_tokenizer(tokenizer or name_or_path, revision=None if tokenizer else revision)
+    )
 
 
 def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None):
@@ -365,8 +398,12 @@ def save_lora(
     if unet is not None:
         parts["unet"] = adapter_factors(unet)
     if text is not None:
-        names = adapter_factors(text.model)  # transformers >= 5.6 drops `text_model.`; clients want it
-        parts["text_encoder"] = {f"text_model.{n.removeprefix('text_model.')}": f for n, f in names.items()}
+        names = adapter_factors(
+            text.model
+        )  # transformers >= 5.6 drops `text_model.`; clients want it
+        parts["text_encoder"] = {
+            f"text_model.{n.removeprefix('text_model.')}": f for n, f in names.items()
+        }
     tensors, adapter = {}, {}
     for part, factors in parts.items():
         for name, f in factors.items():
@@ -383,7 +420,9 @@ def save_lora(
 def _sorted_header(file: bytes) -> bytes:
     """A safetensors file whose header entries stand in order, so that equal LoRAs are equal bytes."""
     size = int.from_bytes(file[:8], "little")
-    header = json.dumps(json.loads(file[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header = json.dumps(
+        json.loads(file[8 : 8 + size]), sort_keys=True, separators=(",", ":")
+    ).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header + file[8 + size :]
 
@@ -395,7 +434,11 @@ def _peft_config(part: str, factors: dict[str, Factors]) -> dict:
     ranks = {name: f.A.shape[0] for name, f in factors.items()}
     alphas = {name: f.scale * f.A.shape[0] for name, f in factors.items()}
     r, alpha = _commonest(ranks.values()), _commonest(alphas.values())
-    config = {f"{part}.r": r, f"{part}.lora_alpha": alpha, f"{part}.target_modules": sorted(factors)}
+    config = {
+        f"{part}.r": r,
+        f"{part}.lora_alpha": alpha,
+        f"{part}.target_modules": sorted(factors),
+    }
     for key, values, common in (("rank_pattern", ranks, r), ("alpha_pattern", alphas, alpha)):
         rest = {name: value for name, value in values.items() if value != common}
         if rest:
@@ -436,7 +479,9 @@ def read_lora(run_or_file: str | Path) -> tuple[dict[str, dict[str, Factors]], d
         part, _, rest = key.partition(".")
         name, _, kind = rest.rpartition(".lora_")
         if part not in ("unet", "text_encoder") or kind not in ("A.weight", "B.weight"):
-            raise ValueError(f"{path} has the key {key}, which the layout of diffusers does not know")
+            raise ValueError(
+                f"{path} has the key {key}, which the layout of diffusers does not know"
+            )
         if not A.isfinite().all():
             raise ValueError(f"{path} has NaN or infinity in {key}")
         partner = f"{part}.{name}.lora_{'B' if kind[0] == 'A' else 'A'}.weight"
@@ -472,5 +517,7 @@ def load_lora(
         attach(text.model, {f"text_model.{n}": f for n, f in flat.items()} if nested else flat)
     for part, model in (("unet", unet), ("text_encoder", text)):
         if part in parts and model is None:
-            warnings.warn(f"{run_or_file} also adapts the {part}, which is left as it is", stacklevel=2)
+            warnings.warn(
+                f"{run_or_file} also adapts the {part}, which is left as it is", stacklevel=2
+            )
     return metadata

@@ -195,6 +195,27 @@ def test_the_strength_survives_the_recompute(unet):
     assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(*grads))
 
 
+@pytest.mark.slow
+def test_a_compiled_block_follows_the_strength(sd1):
+    """Generated code for one transformer block: per-sample strengths, new ones without a recompile."""
+    unet = load_unet(sd1)
+    inject(unet, "attn,ff", rank=4)
+    trained(unet)
+    block = unet.mid_block.attentions[0].transformer_blocks[0]
+    x, ctx = draw(3, 16, 64, dtype=torch.float32), draw(3, 7, 32, seed=1, dtype=torch.float32)
+    strengths = torch.tensor([-1.0, 0.0, 0.7]), torch.tensor([0.5, 2.0, 1.0])
+    expected = []
+    for s in strengths:
+        set_strength(unet, s)
+        expected.append(block(x, ctx))
+    block.compile(fullgraph=True, dynamic=False)
+    with torch.compiler.set_stance("default"):
+        for i, (s, out) in enumerate(zip(strengths, expected)):
+            set_strength(unet, s)
+            with torch.compiler.set_stance("fail_on_recompile" if i else "default"):
+                torch.testing.assert_close(block(x, ctx), out, rtol=1e-4, atol=1e-5)
+
+
 def test_targets(unet):
     assert all(
         n.endswith(("to_q", "to_k", "to_v", "to_out.0")) for n in match_targets(unet, "attn")

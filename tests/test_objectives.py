@@ -14,9 +14,9 @@ from model.objectives import (
     noise_loss,
     slider_loss,
 )
+from model.pipeline import predictor
 from model.schedule import Schedule
 from model.weights import load_unet
-from sample import predictor
 from tests.test_schedule import SD15, noise
 
 PREDICTIONS = ["epsilon", "v_prediction"]
@@ -28,7 +28,11 @@ def schedule(prediction_type="epsilon"):
 
 
 def pair(seed=0, shape=(2, 4, 6, 6)):
-    return noise(seed, shape), noise(seed + 1, shape), Draws(noise(seed + 2, shape), torch.tensor([120, 870]))
+    return (
+        noise(seed, shape),
+        noise(seed + 1, shape),
+        Draws(noise(seed + 2, shape), torch.tensor([120, 870])),
+    )
 
 
 @pytest.fixture
@@ -182,7 +186,9 @@ def test_restore_enters_where_the_noise_level_says(start):
     z = noise(1)
     for level, first in ((1.0, 0), (0.5, 5), (0.1, 9)):
         seen.clear()
-        how = How(steps=10, start=start, noise_level=level, generator=torch.Generator().manual_seed(0))
+        how = How(
+            steps=10, start=start, noise_level=level, generator=torch.Generator().manual_seed(0)
+        )
         OBJECTIVES["slider"].edit(predict, sched, z, ONES, how)
         falling = [901, 801, 701, 601, 501, 401, 301, 201, 101, 1][first:]
         up = [(t, -1.0) for t in reversed(falling)] if start == "invert" else []

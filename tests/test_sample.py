@@ -7,8 +7,10 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 
 import sample
-from data import load_image, to_tensor
+from data import load_image, to_image, to_tensor
 from model.lora import inject, lora_layers
+from model.pipeline import decode
+from model.text import TextEncoder
 from model.weights import load_text, load_unet, load_vae, save_lora
 
 META = {"objective": "delta", "multiplier": [1.0, 0.0], "delta_t": 599, "prompt": "a square"}
@@ -38,8 +40,14 @@ def images(tmp_path):
     (root / "deep").mkdir(parents=True)
     rng = np.random.default_rng(0)
     for name, size in (("a.png", (32, 32)), ("deep/ü 1.jpg", (37, 22)), ("b.webp", (16, 48))):
-        Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(root / name)
+        Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(
+            root / name
+        )
     return root
+
+
+def round_trip(vae, mean):
+    return to_image(decode(vae, mean.detach() * vae.scaling_factor)[0])
 
 
 def run(*argv):
@@ -54,7 +62,9 @@ def test_generate_equals_the_diffusers_pipeline(tmp_path, sd1, guidance, text):
     run("generate", "--lora", lora, "--out", tmp_path / "out", "--num", 2, "--height", 32, "--width", 48,
         "--steps", 20, "--guidance", guidance, "--strength", 0.6, "--seed", 5)  # fmt: skip
     pipe = StableDiffusionPipeline.from_pretrained(sd1, safety_checker=None)
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
+    pipe.scheduler = DDIMScheduler.from_config(
+        pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False
+    )
     pipe.load_lora_weights(lora)
     pipe.set_adapters(["default_0"], [0.6])
     pipe.set_progress_bar_config(disable=True)
@@ -93,11 +103,19 @@ def test_strengths(tmp_path, sd1, images):
     lora = write_lora(tmp_path / "run", sd1)
     run("edit", "--lora", lora, "--input", images / "a.png", "--out", tmp_path / "out",
         "--strengths", "0,0.5,1")  # fmt: skip
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"a_s0.png", "a_s0.5.png", "a_s1.png", "sheet.png"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "a_s0.png",
+        "a_s0.5.png",
+        "a_s1.png",
+        "sheet.png",
+    }
     vae = load_vae(sd1)
     mean, _ = vae.encode(to_tensor(load_image(images / "a.png"))[None])
-    trip = np.asarray(sample.decode(vae, mean.detach() * vae.scaling_factor)[0]).astype(int)
-    shown = [np.asarray(Image.open(tmp_path / "out" / f"a_s{s}.png")).astype(int) for s in ("0", "0.5", "1")]
+    trip = np.asarray(round_trip(vae, mean)).astype(int)
+    shown = [
+        np.asarray(Image.open(tmp_path / "out" / f"a_s{s}.png")).astype(int)
+        for s in ("0", "0.5", "1")
+    ]
     assert np.abs(shown[0] - trip).max() <= 1
     assert 2 < np.abs(shown[1] - shown[0]).mean() < np.abs(shown[2] - shown[0]).mean()
 
@@ -107,7 +125,7 @@ def test_strength_0_of_a_slider_is_about_the_round_trip(tmp_path, sd1, images):
     lora = write_lora(tmp_path / "run", sd1, objective="slider", multiplier=[2.0, -1.0])
     vae = load_vae(sd1)
     mean, _ = vae.encode(to_tensor(load_image(images / "a.png"))[None])
-    trip = np.asarray(sample.decode(vae, mean.detach() * vae.scaling_factor)[0]).astype(float)
+    trip = np.asarray(round_trip(vae, mean)).astype(float)
     off = []
     for steps in (10, 100):
         out = tmp_path / f"out{steps}"
@@ -123,21 +141,31 @@ def test_padding_is_cropped_back_and_does_not_move_the_image(tmp_path, sd1):
     smooth = np.stack([x * 7, y * 12, (x + y) * 4], axis=2).astype(np.uint8)
     Image.fromarray(smooth).save(tmp_path / "odd.png")
     lora = write_lora(tmp_path / "run", sd1)
-    run("edit", "--lora", lora, "--input", tmp_path / "odd.png", "--out", tmp_path / "out", "--strength", 0)
+    run(
+        "edit",
+        "--lora",
+        lora,
+        "--input",
+        tmp_path / "odd.png",
+        "--out",
+        tmp_path / "out",
+        "--strength",
+        0,
+    )
     result = np.asarray(Image.open(tmp_path / "out" / "odd.png")).astype(float)
     vae = load_vae(sd1)
     padded = np.pad(smooth, ((0, 1), (0, 1), (0, 0)), mode="edge")
     mean, _ = vae.encode(to_tensor(Image.fromarray(padded))[None])
-    trip = sample.decode(vae, mean.detach() * vae.scaling_factor)[0].crop((0, 0, 35, 21))
+    trip = round_trip(vae, mean).crop((0, 0, 35, 21))
     assert np.abs(result - np.asarray(trip)).max() <= 1
 
 
 def test_the_header_is_the_default_and_flags_come_first(tmp_path, sd1, images, monkeypatch):
     lora = write_lora(tmp_path / "run", sd1, prompt="from the header")
     asked = []
-    original = sample.TextEncoder.tokenize
+    original = TextEncoder.tokenize
     monkeypatch.setattr(
-        sample.TextEncoder, "tokenize", lambda self, p, n=None: asked.append(p) or original(self, p, n)
+        TextEncoder, "tokenize", lambda self, p, n=None: asked.append(p) or original(self, p, n)
     )
     args = ("edit", "--lora", lora, "--input", images / "a.png", "--out", tmp_path / "out")
     run(*args)

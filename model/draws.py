@@ -1,0 +1,70 @@
+"""A step's randomness: a function of (seed, step) alone, drawn on the CPU for every device alike.
+
+So a resumed run draws what the uninterrupted one would have, and two arms of an ablation see the
+same images, noise and t. The draws are made for the whole step, whatever its micro-batches are.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Pick(NamedTuple):
+    """B items of a data set and the noise for them."""
+
+    index: Tensor  # (B,) int64
+    vae_noise: Tensor  # (B, 4, h, w): picks a latent from the VAE's posterior
+    eps: Tensor  # (B, 4, h, w)
+    t: Tensor  # (B,) int64
+
+    def part(self, k: int, size: int) -> "Pick":
+        """The k-th micro-batch of `size`."""
+        return Pick(*(x[k * size : (k + 1) * size] for x in self))
+
+    def to(self, device: torch.device) -> "Pick":
+        return Pick(*(x.to(device, non_blocking=True) for x in self))
+
+
+def seeded(seed: int, step: int) -> torch.Generator:
+    """The generator of a step."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+@lru_cache(maxsize=4)
+def shuffled(n: int, seed: int, epoch: int) -> Tensor:
+    """The order of the n pairs in an epoch, (n,)."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed((seed << 32) + epoch))
+
+
+def draw(
+    seed: int,
+    step: int,
+    size: int,
+    *,
+    pairs: int,
+    views: int,
+    shape: Sequence[int],
+    num_steps: int,
+    class_images: int = 0,
+) -> tuple[Pick, Pick | None]:
+    """`size` items of `pairs · views` (item = view · pairs + pair), and as many class images, if any.
+
+    Every pair comes once an epoch, epochs following each other without a seam. shape: (4, h, w).
+    """
+    rng = seeded(seed, step)
+    places = range(step * size, (step + 1) * size)  # in the endless sequence of epochs
+    pair = torch.stack([shuffled(pairs, seed, i // pairs)[i % pairs] for i in places])  # (B,)
+    view = torch.randint(views, (size,), generator=rng)
+
+    def pick(index: Tensor) -> Pick:
+        vae_noise = torch.randn((size, *shape), generator=rng)
+        eps = torch.randn((size, *shape), generator=rng)
+        return Pick(index, vae_noise, eps, torch.randint(num_steps, (size,), generator=rng))
+
+    own = pick(view * pairs + pair)
+    if not class_images:  # drawn last: an arm without them sees the same instance draws
+        return own, None
+    return own, pick(torch.randint(class_images, (size,), generator=rng))

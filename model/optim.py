@@ -1,0 +1,65 @@
+"""AdamW on one flat parameter, and the learning rate as a function of the step."""
+
+import math
+
+import torch
+from torch import nn
+
+SCHEDULERS = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+)
+
+
+def adamw(
+    flat: nn.Parameter,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    eight_bit: bool = False,
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101). ValueError if bitsandbytes is missing."""
+    settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    if eight_bit:
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise ValueError(
+                "--use_8bit_adam needs the package bitsandbytes: pip install bitsandbytes"
+            ) from error
+        return AdamW8bit([flat], **settings)
+    return torch.optim.AdamW([flat], fused=flat.is_cuda, **settings)
+
+
+def learning_rate(
+    name: str,
+    step: int,
+    steps: int,
+    *,
+    peak: float,
+    warmup: int = 0,
+    cycles: int = 1,
+    power: float = 1.0,
+) -> float:
+    """At optimizer step 0, 1, ... of `steps`: the six schedules of the published trainers."""
+    if name == "constant":
+        return peak
+    if step < warmup:
+        return peak * step / warmup
+    done = (step - warmup) / max(steps - warmup, 1)  # 0..1 after the warm-up
+    if name == "linear":
+        return peak * max(1 - done, 0.0)
+    if name == "cosine":
+        return peak * max(0.5 * (1 + math.cos(math.pi * done)), 0.0)
+    if name == "cosine_with_restarts":
+        return peak * 0.5 * (1 + math.cos(math.pi * (cycles * done % 1))) if done < 1 else 0.0
+    if name == "polynomial":
+        end = 1e-7
+        return (peak - end) * (1 - done) ** power + end if done < 1 else end
+    return peak  # constant_with_warmup

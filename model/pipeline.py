@@ -1,0 +1,220 @@
+"""A base model with its LoRA, put together: `predict`, pixels to latents and back, sampling.
+
+What train.py, sample.py and whatever else uses a trained model share.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.lora import set_strength
+from model.objectives import Predict
+from model.samplers import SAMPLERS, guided
+from model.schedule import Schedule
+from model.text import TextEncoder
+from model.unet import UNet
+from model.vae import VAE
+from model.weights import (
+    load_lora,
+    load_scheduler_config,
+    load_text,
+    load_unet,
+    load_vae,
+    lora_path,
+    read_lora,
+)
+
+DTYPES = {
+    "no": torch.float32,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+Context = Tensor | Callable[[Tensor], Tensor]  # (b, l, d), or a function of the LoRA's multipliers
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device asked for, or the best there is. ValueError if it is not there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except Exception as error:  # torch has a kind of its own for every backend
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} is not available: {reason}") from error
+    return device
+
+
+def pick_dtype(mixed_precision: str | None, device: torch.device) -> torch.dtype:
+    """bf16 on CUDA, fp32 elsewhere, unless told otherwise."""
+    if mixed_precision is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return DTYPES[mixed_precision]
+
+
+# ---- predict -------------------------------------------------------------------------------------
+
+
+def predictor(unet: UNet, ctx: Context) -> Predict:
+    """`predict(x_t, t, m)`: the UNet with its LoRA at multipliers m (b,), the context bound.
+
+    A context (b, l, d) is repeated where x_t holds the batch several times over; a function makes
+    it from m (a trained text encoder has the LoRA's multipliers too). Computes in the UNet's dtype,
+    answers in x_t's.
+    """
+    dtype = unet.conv_in.weight.dtype
+
+    def predict(x_t: Tensor, t: Tensor, m: Tensor) -> Tensor:
+        if hasattr(unet, "lora_adapters"):
+            set_strength(unet, m)
+        c = ctx(m) if callable(ctx) else ctx
+        c = c.to(dtype).repeat(len(x_t) // len(c), 1, 1)  # (b, l, d)
+        return unet(x_t.to(dtype), t, c).to(x_t.dtype)
+
+    return predict
+
+
+def text_context(text: TextEncoder, ids: Tensor, mask: Tensor | None) -> Callable:
+    """The context of a text encoder that carries a LoRA: ids (b, l), encoded at each call's m."""
+
+    def ctx(m: Tensor) -> Tensor:
+        times = len(m) // len(ids)
+        set_strength(text.model, m)
+        return text.encode(ids.repeat(times, 1), None if mask is None else mask.repeat(times, 1))
+
+    return ctx
+
+
+def guided_predictor(unet: UNet, ctx: Context, uncond: Context, scale: float) -> Predict:
+    """`predict` under classifier-free guidance, both halves in one pass; contexts of one prompt."""
+
+    def rows(c: Context, m: Tensor) -> Tensor:
+        return c(m) if callable(c) else c.expand(len(m), -1, -1)
+
+    def halves(m: Tensor) -> Tensor:  # m (2b,), [unconditional, conditional] -> (2b, l, d)
+        return torch.cat([rows(c, half) for c, half in zip((uncond, ctx), m.chunk(2))])
+
+    alone, both = predictor(unet, ctx), predictor(unet, halves)
+
+    def predict(x_t: Tensor, t: Tensor, m: Tensor) -> Tensor:
+        one = lambda x, tt: alone(x, tt, m)  # noqa: E731
+        two = lambda x, tt: both(x, tt, torch.cat([m, m]))  # noqa: E731
+        return guided(one, two, scale)(x_t, t)
+
+    return predict
+
+
+# ---- latents -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def encode(vae: VAE, pixels: Tensor) -> Tensor:
+    """pixels (b, 3, H, W) in [-1, 1] -> scaled posterior mean (b, 4, h, w) fp32."""
+    weight = vae.encoder.conv_in.weight
+    mean, _ = vae.encode(pixels.to(weight.device, weight.dtype))
+    return mean.float() * vae.scaling_factor
+
+
+@torch.no_grad()
+def decode(vae: VAE, z: Tensor) -> Tensor:
+    """Scaled latents (b, 4, h, w) -> pixels (b, 3, H, W) fp32 on the CPU; one by one, for memory."""
+    weight = vae.encoder.conv_in.weight
+    z = (z / vae.scaling_factor).to(weight.device, weight.dtype)
+    return torch.cat([vae.decode(one[None]).float().cpu() for one in z])
+
+
+@torch.no_grad()
+def generate_latents(
+    predict: Predict,
+    schedule: Schedule,
+    shape: Sequence[int],
+    seeds: Sequence[int],
+    *,
+    sampler: str = "ddim",
+    steps: int = 30,
+    multiplier: float = 1.0,
+) -> Tensor:
+    """One latent of `shape` (4, h, w) per seed, (b, 4, h, w), from pure noise.
+
+    The noise is drawn on the CPU: a seed means the same on every device.
+    """
+    device = schedule.alphas_cumprod.device
+    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    x_T = torch.stack(noise).to(device)  # (b, 4, h, w)
+    m = torch.full((len(seeds),), multiplier, device=device)
+    more = {"generator": torch.Generator().manual_seed(seeds[0])} if sampler == "ddpm" else {}
+    return SAMPLERS[sampler](lambda x, t: predict(x, t, m), x_T, schedule, steps, **more)
+
+
+# ---- all of it from files ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The parts on one device, and what the LoRA's header says about itself ({} without a LoRA)."""
+
+    base: str
+    unet: UNet
+    vae: VAE
+    text: TextEncoder
+    schedule: Schedule
+    meta: dict
+
+    def context(self, prompt: str) -> Context:
+        """(1, l, d), or a function of the multipliers where the LoRA reaches the text encoder."""
+        ids = self.text.tokenize([prompt], self.meta.get("tokenizer_max_length"))
+        mask = self.text.mask(ids) if self.meta.get("text_encoder_use_attention_mask") else None
+        if hasattr(self.text.model, "lora_adapters"):
+            return text_context(self.text, ids, mask)
+        with torch.no_grad():
+            return self.text.encode(ids, mask)
+
+    def predictors(self, prompt: str, guidance: float) -> tuple[Predict, Predict]:
+        """`predict` without guidance, and with it."""
+        ctx = self.context(prompt)
+        alone = predictor(self.unet, ctx)
+        if guidance == 1.0:
+            return alone, alone
+        return alone, guided_predictor(self.unet, ctx, self.context(""), guidance)
+
+    def multiplier(self, strength: float) -> float:
+        """The LoRA multiplier that a strength (0 = before, 1 = after) means for this LoRA."""
+        slope, offset = self.meta.get("multiplier", (1.0, 0.0))
+        return slope * strength + offset
+
+
+def load_pipeline(
+    base: str | None,
+    lora: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    vae_path: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Pipeline:
+    """Base and LoRA; without `base`, the one (and the VAE and tokenizer) the LoRA was trained on.
+
+    The VAE and the text encoder stay in fp32. ValueError or FileNotFoundError name what is wrong.
+    """
+    meta = read_lora(lora_path(lora))[1] if lora is not None else {}
+    if base is None:
+        if "base_model" not in meta:
+            said = f", and {lora} does not say what it was trained on" if lora is not None else ""
+            raise ValueError(f"--model is missing{said}")
+        base, revision, variant = meta["base_model"], meta.get("revision"), meta.get("variant")
+        vae_path = vae_path or meta.get("vae_path")
+    files = {"revision": revision, "variant": variant, "device": device}
+    schedule = Schedule.from_config(load_scheduler_config(base, revision=revision)).to(device)
+    text = load_text(base, **files, tokenizer=meta.get("tokenizer_name"))
+    vae = load_vae(vae_path, device=device) if vae_path else load_vae(base, **files)
+    unet = load_unet(base, **files, dtype=dtype)
+    if unet.in_channels != 4:
+        raise ValueError(f"{base} has a UNet of {unet.in_channels} input channels; 4 are wanted")
+    if lora is not None:
+        load_lora(lora, unet=unet, text=text)
+    return Pipeline(base, unet, vae, text, schedule, meta)
