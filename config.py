@@ -299,8 +299,9 @@ def check(cfg: TrainConfig) -> TrainConfig:
         f"--resolution must be a positive multiple of 8, got {cfg.resolution}",
     )
     for name in (
-        "train_batch_size", "gradient_accumulation_steps", "sample_batch_size", "checkpointing_steps",
-        "log_every", "lora_rank", "validation_epochs", "views", "lr_num_cycles",
+        "train_batch_size", "gradient_accumulation_steps", "sample_batch_size",
+        "checkpointing_steps", "log_every", "lora_rank", "validation_epochs", "views",
+        "lr_num_cycles",
     ):  # fmt: skip
         need(getattr(cfg, name) >= 1, f"--{name} must be at least 1, got {getattr(cfg, name)}")
     for name in (
@@ -313,8 +314,9 @@ def check(cfg: TrainConfig) -> TrainConfig:
         value = getattr(cfg, name)
         need(value is None or value >= 1, f"--{name} must be at least 1, got {value}")
     for name in (
-        "learning_rate", "adam_weight_decay", "lr_warmup_steps", "num_validation_images", "validation_pairs",
-        "dataloader_num_workers", "prior_loss_weight", "num_class_images", "seed",
+        "learning_rate", "adam_weight_decay", "lr_warmup_steps", "num_validation_images",
+        "validation_pairs", "dataloader_num_workers", "prior_loss_weight", "num_class_images",
+        "seed",
     ):  # fmt: skip
         need(getattr(cfg, name) >= 0, f"--{name} must not be negative, got {getattr(cfg, name)}")
     for name in ("max_grad_norm", "adam_epsilon", "lr_power"):
@@ -333,7 +335,7 @@ def check(cfg: TrainConfig) -> TrainConfig:
     )
     need(
         cfg.class_labels_conditioning is None,
-        "--class_labels_conditioning is for DeepFloyd IF; a Stable Diffusion UNet has no class labels",
+        "--class_labels_conditioning is for DeepFloyd IF; Stable Diffusion has no class labels",
     )
     need(
         not cfg.push_to_hub and cfg.hub_token is None and cfg.hub_model_id is None,

@@ -22,13 +22,13 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-# Fields that may differ when a run goes on: they change when it stops and what it writes, no step of it.
+# Fields that may differ when a run goes on: they change when it stops and what it writes, no step.
 FREE = {
     "max_train_steps", "num_train_epochs", "output_dir", "overwrite", "resume_from_checkpoint",
-    "checkpointing_steps", "checkpoints_total_limit", "log_every", "report_to", "logging_dir", "cache_dir",
-    "validation_steps", "validation_epochs", "num_validation_images", "validation_prompt",
-    "dataloader_num_workers", "local_rank", "pre_compute_text_embeddings", "compile", "device",
-    "enable_xformers_memory_efficient_attention",
+    "checkpointing_steps", "checkpoints_total_limit", "log_every", "report_to", "logging_dir",
+    "cache_dir", "validation_steps", "validation_epochs", "num_validation_images",
+    "validation_prompt", "dataloader_num_workers", "local_rank", "pre_compute_text_embeddings",
+    "compile", "device", "enable_xformers_memory_efficient_attention",
 }  # fmt: skip
 
 
@@ -137,7 +137,7 @@ class Run:
             )
 
     def start(self, fingerprints: dict) -> None:
-        """Create or clear the folder. Called once everything that can be wrong has been looked at."""
+        """Create or clear the folder; called once all that can be wrong has been looked at."""
         self.folder.mkdir(parents=True, exist_ok=True)
         rows = self.rows() if self.checkpoint else []
         if self.checkpoint is None:
@@ -163,7 +163,7 @@ class Run:
         write_aside(
             self.folder / "metrics.jsonl", lambda aside: aside.write_text(text, encoding="utf-8")
         )
-        self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
+        self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         self.started = time.time()
         if self._tensorboard is not None:
             from torch.utils.tensorboard import SummaryWriter
@@ -230,7 +230,7 @@ class Run:
     def save_checkpoint(
         self, step: int, write: Callable[[Path, int], None], limit: int | None
     ) -> Path:
-        """checkpoint-STEP, filled by `write(folder, step)`; older ones beyond `limit` go once it is there."""
+        """checkpoint-STEP, filled by `write(folder, step)`; older ones beyond `limit` go."""
         path = self.folder / f"checkpoint-{step}"
 
         def fill(aside: Path) -> None:
@@ -274,7 +274,7 @@ def _step(checkpoint: Path) -> int:
 def plot(
     points: list[tuple[float, float]], name: str, width: int = 720, height: int = 360
 ) -> Image.Image:
-    """A curve over steps with a running mean, on a logarithmic scale where all values are positive."""
+    """A curve over steps with a running mean; logarithmic where all values are positive."""
     left, right, top, bottom = 64, width - 16, 24, height - 32
     xs, ys = [x for x, _ in points], [y for _, y in points]
     finite = [y for y in ys if math.isfinite(y)] or [1.0]

@@ -98,7 +98,7 @@ def edit_image(
     strengths: Sequence[float],
     args: argparse.Namespace,
 ) -> list[Image.Image]:
-    """The image with the change at each strength. Sizes that do not fit are padded and cropped back."""
+    """The image with the change at each strength; odd sizes are padded and cropped back."""
     f = pipe.vae.downscale
     pad = (-image.width % f, -image.height % f)
     pixels = F.pad(to_tensor(image)[None], (0, pad[0], 0, pad[1]), mode="replicate")  # (1, 3, H, W)
@@ -146,7 +146,8 @@ def edit(args: argparse.Namespace) -> None:
     objective = args.objective or pipe.meta.get("objective")
     if objective is None:
         raise ValueError(
-            f"--lora {args.lora} does not say its objective: give --objective {'|'.join(OBJECTIVES)}"
+            f"--lora {args.lora} does not say its objective: "
+            f"give --objective {'|'.join(OBJECTIVES)}"
         )
     if objective not in OBJECTIVES:
         raise ValueError(

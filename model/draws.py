@@ -50,7 +50,7 @@ def draw(
     num_steps: int,
     class_images: int = 0,
 ) -> tuple[Pick, Pick | None]:
-    """`size` items of `pairs · views` (item = view · pairs + pair), and as many class images, if any.
+    """`size` items of `pairs · views` (item = view · pairs + pair); as many class images, if any.
 
     Every pair comes once an epoch, epochs following each other without a seam. shape: (4, h, w).
     """

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def read_config(config: dict, known: dict, neutral: dict, what: str) -> dict:
-    """The values of `known` (name: default) that `config` gives; refuses what would change the network.
+    """The values of `known` (name: default) that `config` gives; refuses what it cannot build.
 
     `neutral` lists the options of the published format that these modules do not build, with the
     value (or values, as a tuple of alternatives) at which they do nothing. An option that stands at
@@ -31,7 +31,7 @@ def read_config(config: dict, known: dict, neutral: dict, what: str) -> dict:
 
 
 class ResBlock(nn.Module):
-    """norm, SiLU, conv, twice, around a skip; the time embedding enters between the two (UNet only)."""
+    """norm, SiLU, conv, twice, around a skip; the time embedding enters between (UNet only)."""
 
     def __init__(
         self, c_in: int, c_out: int, groups: int, norm_eps: float, temb_dim: int | None = None
@@ -70,8 +70,8 @@ class Attention(nn.Module):
         ctx = x if ctx is None else ctx
         q, k, v = self.to_q(x), self.to_k(ctx), self.to_v(ctx)  # (b, n, c), (b, l, c), (b, l, c)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
-        # softmax(q kᵀ / √d) v. Every kernel behind it accumulates in fp32, so the `upcast_attention`
-        # that SD2.1 asks for (its q kᵀ overflows fp16) needs no code.
+        # softmax(q kᵀ / √d) v. Every kernel behind it accumulates in fp32, so `upcast_attention`,
+        # which SD2.1 asks for because its q kᵀ overflows fp16, needs no code.
         y = F.scaled_dot_product_attention(q, k, v)  # (b, heads, n, d)
         return self.to_out[0](y.transpose(1, 2).flatten(2))  # (b, n, c)
 
@@ -165,7 +165,7 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Double the size, or reach exactly `size`: an odd size halves to ⌈h/2⌉ and must come back to h."""
+    """Double the size, or reach `size`: an odd h halves to ⌈h/2⌉ and must come back to h."""
 
     def __init__(self, channels: int):
         super().__init__()

@@ -118,11 +118,11 @@ def inject(
     *,
     generator: torch.Generator | None = None,
 ) -> list[str]:
-    """Add a fresh adapter to the layers that match `targets`; freezes the base. Returns their paths.
+    """Add a fresh adapter to the layers that match `targets`; freeze the base; return their paths.
 
-    A ~ N(0, 1/r²) (the habit of the published trainers), B = 0: at first nothing changes. α defaults
-    to r, so that the scale α/r is 1 and survives tools that lose it. ValueError: unknown target, or
-    a rank that a layer cannot have.
+    A ~ N(0, 1/r²) (the habit of the published trainers), B = 0: at first nothing changes. α is r by
+    default, so that the scale α/r is 1 and survives tools that lose it. ValueError: unknown target,
+    or a rank that a layer cannot have.
     """
     names = match_targets(model, targets)
     factors = {}
@@ -146,7 +146,7 @@ def inject(
 def attach(model: nn.Module, factors: dict[str, Factors]) -> None:
     """Stack one more adapter onto `model`, layer by layer; freezes the base.
 
-    ValueError names a path that is not a Linear or Conv2d of the model, or a shape that does not fit.
+    ValueError names a path that is no Linear or Conv2d of the model, or a shape that does not fit.
     """
     for name, f in factors.items():  # all of them before anything changes
         layer = _find(model, name)
@@ -218,7 +218,7 @@ def set_strength(model: nn.Module, strength: float | Tensor) -> None:
 
 
 def keep_strength(model: nn.Module):
-    """A `context_fn` for activation checkpointing: the recompute runs at its own forward's strength."""
+    """A `context_fn` for activation checkpointing: the recompute has its forward's strength."""
 
     @contextmanager
     def at(strength: Tensor):

@@ -15,7 +15,7 @@ MIB = 2**20
 
 
 def peak_mib(device: torch.device) -> float:
-    """Highest memory since the last `phase` began: allocated on CUDA; elsewhere the process's RSS, ever."""
+    """Highest memory: on CUDA allocated since the last `phase` began, elsewhere RSS, ever."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / MIB
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -67,7 +67,7 @@ def flatten(params: Sequence[nn.Parameter]) -> nn.Parameter:
 def checkpoint_activations(
     model: nn.Module, kinds: tuple[type, ...], context_fn: Callable | None = None
 ) -> int:
-    """Make every block of the given kinds recompute its inside in the backward pass. Returns how many.
+    """Make all blocks of the given kinds recompute their inside in the backward pass; how many.
 
     Chen et al. 2016 (arXiv 1604.06174). `context_fn` restores what the recompute must see again,
     the strength of a LoRA for instance; a compiled graph has it as an input and needs no such help.

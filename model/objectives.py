@@ -65,7 +65,7 @@ def twice(draws: Draws) -> Draws:
     return Draws(torch.cat([draws.eps, draws.eps]), torch.cat([draws.t, draws.t]))
 
 
-# ---- delta: the change as a correction, no noise --------------------------------------------------
+# ---- delta: the change as a correction, no noise -------------------------------------------------
 
 
 def delta(predict: Predict, schedule: Schedule, z: Tensor, s: Tensor, knobs: Knobs) -> Tensor:
@@ -98,7 +98,10 @@ def delta_edit(predict, schedule, z, s, how):
 
 
 def slider_loss(predict, schedule, a, b, s, draws, knobs):
-    """½ ‖e_{−1}(a_t) − ε‖² + ½ ‖e_{2s−1}(b_t) − ε‖², same ε and t (Gandikota et al. 2023, 2311.12092)."""
+    """½ ‖e_{−1}(a_t) − ε‖² + ½ ‖e_{2s−1}(b_t) − ε‖², the same ε and t.
+
+    Gandikota et al. 2023 (arXiv 2311.12092), visual sliders.
+    """
     m = torch.cat([-torch.ones_like(s), 2 * s - 1])
     return noise_loss(predict, schedule, torch.cat([a, b]), m, twice(draws), knobs)
 
@@ -112,7 +115,7 @@ def slider_edit(predict, schedule, z, s, how):
 
 
 def after_loss(predict, schedule, a, b, s, draws, knobs):
-    """‖e_s(b_t) − ε‖²: the before image is not used. Also the DreamBooth loss (Ruiz et al. 2022)."""
+    """‖e_s(b_t) − ε‖²: the before image is not used. Also DreamBooth's loss (Ruiz et al. 2022)."""
     return noise_loss(predict, schedule, b, s, draws, knobs)
 
 
@@ -126,7 +129,7 @@ def restore(
 ) -> Tensor:
     """Take z part of the way to noise as a before image, and bring it back at multiplier m.
 
-    "invert" goes by DDIM inversion at m_before, guidance 1 (no change asked for then returns z, up to
+    "invert" goes by DDIM inversion at m_before and guidance 1 (m = m_before then returns z, up to
     the step size); "noise" by adding noise (SDEdit, Meng et al. 2022, arXiv 2108.01073).
     """
     start = min(max(round((1 - how.noise_level) * how.steps), 0), how.steps - 1)

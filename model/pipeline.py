@@ -121,7 +121,7 @@ def encode(vae: VAE, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decode(vae: VAE, z: Tensor) -> Tensor:
-    """Scaled latents (b, 4, h, w) -> pixels (b, 3, H, W) fp32 on the CPU; one by one, for memory."""
+    """Scaled latents (b, 4, h, w) -> pixels (b, 3, H, W) fp32 on the CPU; one at a time."""
     weight = vae.encoder.conv_in.weight
     z = (z / vae.scaling_factor).to(weight.device, weight.dtype)
     return torch.cat([vae.decode(one[None]).float().cpu() for one in z])

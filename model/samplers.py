@@ -18,7 +18,7 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 
 
 def timesteps(schedule: Schedule, steps: int, spacing: str = "leading") -> list[int]:
-    """`steps` values of t, falling. Lin et al. 2023 (arXiv 2305.08891), table 2, names the spacings."""
+    """`steps` values of t, falling; the spacings of Lin et al. 2023 (arXiv 2305.08891), table 2."""
     T = schedule.num_steps
     if not 1 <= steps <= T:
         raise ValueError(f"--steps must be between 1 and {T}, got {steps}")
@@ -135,8 +135,8 @@ def ddim_invert(
     """DDIM run backwards: the latent from which `ddim` at the same steps returns to x_0.
 
     Song et al. 2021, section 4.3: the same update with the two noise levels exchanged, ε taken at
-    the noisier level's t. Stops at the noise level of step `start`, so that the result goes straight
-    into `ddim(..., start=start)`. Run it at guidance 1: guidance has no inverse.
+    the noisier level's t. Stops at the noise level of step `start`: the result goes straight into
+    `ddim(..., start=start)`. Run it at guidance 1: guidance has no inverse.
     """
     rising = timesteps(schedule, steps, schedule.timestep_spacing or "leading")[::-1]
     stride = schedule.num_steps // steps

@@ -27,12 +27,13 @@ def make_betas(kind: str, start: float, end: float, steps: int) -> Tensor:
         ratio = [a_bar((i + 1) / steps) / a_bar(i / steps) for i in range(steps)]
         return torch.tensor([min(1 - r, 0.999) for r in ratio], dtype=torch.float64)
     raise ValueError(
-        f"scheduler config has beta_schedule={kind!r}; known are linear, scaled_linear, squaredcos_cap_v2"
+        f"scheduler config has beta_schedule={kind!r}; "
+        "known are linear, scaled_linear, squaredcos_cap_v2"
     )
 
 
 def zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Shift and scale √ā so that the last step keeps nothing of the image (Lin et al. 2023, alg. 1)."""
+    """Shift and scale √ā: the last step keeps nothing of the image (Lin et al. 2023, alg. 1)."""
     root = (1 - betas).cumprod(0).sqrt()
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])
     a_bar = root**2
@@ -66,12 +67,14 @@ class Schedule:
             )
         if known.get("variance_type", "fixed_small") != "fixed_small":
             raise ValueError(
-                f"scheduler config has variance_type={known['variance_type']!r}; supported is 'fixed_small'"
+                f"scheduler config has variance_type={known['variance_type']!r}; "
+                "supported is 'fixed_small'"
             )
         prediction_type = known.get("prediction_type", "epsilon")
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(
-                f"scheduler config has prediction_type={prediction_type!r}; known are {PREDICTION_TYPES}"
+                f"scheduler config has prediction_type={prediction_type!r}; "
+                f"known are {', '.join(PREDICTION_TYPES)}"
             )
         spacing = known.get("timestep_spacing")
         if spacing not in (None, *SPACINGS):
@@ -150,7 +153,11 @@ class Schedule:
         return signal * x_t - noise * pred
 
     def eps_hat(self, x_t: Tensor, pred: Tensor, t: Tensor) -> Tensor:
-        """The noise that `pred` implies: ε;  v: √ā_t v + √(1−ā_t) x_t;  x_0: (x_t − √ā_t x_0)/√(1−ā_t)."""
+        """The noise that `pred` implies.
+
+        v:    √ā_t v + √(1−ā_t) x_t
+        x_0:  (x_t − √ā_t x_0) / √(1−ā_t)
+        """
         if self.prediction_type == "epsilon":
             return pred
         signal, noise = self.roots(t, x_t)

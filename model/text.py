@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class TextEncoder(nn.Module):
-    """A CLIP text model and its tokenizer. `text.encode(text.tokenize([str])) -> ctx (b, l, d_ctx)`."""
+    """A CLIP text model and its tokenizer: `text.encode(text.tokenize([str]))` -> (b, l, d_ctx)."""
 
     def __init__(self, model: nn.Module, tokenizer):
         super().__init__()
@@ -35,7 +35,7 @@ class TextEncoder(nn.Module):
         return ids
 
     def mask(self, ids: Tensor) -> Tensor:
-        """(b, l) int64: 1 up to and including the first end-of-text token, 0 on the padding after it."""
+        """(b, l) int64: 1 up to and with the first end-of-text token, 0 on the padding after it."""
         ends = (
             ids == self.tokenizer.eos_token_id
         ).long()  # SD1 pads with the same token, SD2 does not

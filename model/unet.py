@@ -97,8 +97,8 @@ class UNet(nn.Module):
 
         widths, n = list(cfg["block_out_channels"]), len(cfg["block_out_channels"])
         per_level = lambda value: list(value) if isinstance(value, list | tuple) else [value] * n  # noqa: E731
-        # `attention_head_dim` holds the *number* of heads in every SD checkpoint; `num_attention_heads`,
-        # where a newer file has it, means what it says and comes first.
+        # `attention_head_dim` holds the *number* of heads in every SD checkpoint;
+        # `num_attention_heads`, where a newer file has it, means what it says and comes first.
         heads = per_level(cfg["num_attention_heads"] or cfg["attention_head_dim"])
         depth, layers = (
             per_level(cfg["transformer_layers_per_block"]),

@@ -150,7 +150,7 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(c, c, 1) if cfg["use_post_quant_conv"] else nn.Identity()
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """pixels (b, 3, H, W) in [-1, 1] -> mean and log-variance of q(z | pixels), (b, 4, H/8, W/8)."""
+        """pixels (b, 3, H, W) in [-1, 1] -> mean, logvar of q(z | pixels), (b, 4, H/8, W/8)."""
         mean, logvar = self.quant_conv(self.encoder(pixels)).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 

@@ -2,7 +2,7 @@
 
 A checkpoint is a directory in the layout of diffusers, or a repository of that layout on the hub:
 
-    unet/config.json  unet/diffusion_pytorch_model[.VARIANT].safetensors   (or .index.json and shards)
+    unet/config.json  unet/diffusion_pytorch_model[.VARIANT].safetensors  (or .index.json, shards)
     vae/...           text_encoder/config.json  text_encoder/model[.VARIANT].safetensors
     tokenizer/...     scheduler/scheduler_config.json
 
@@ -36,7 +36,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def is_local(name_or_path: str | Path) -> bool:
-    """A directory that exists, or something that cannot be meant as a hub repository "owner/name"."""
+    """A directory that exists, or what cannot be meant as a hub repository "owner/name"."""
     text = str(name_or_path)
     return Path(text).exists() or text.startswith((".", "/", "~")) or text.count("/") != 1
 
@@ -66,7 +66,7 @@ def locate(name_or_path: str | Path, file: str, revision: str | None = None) -> 
         ):  # offline with the rest of the repository here: it lacks the file
             return None
         raise FileNotFoundError(
-            f"{repo} is not in the hub's cache and the hub cannot be reached ({_first_line(error)}); "
+            f"{repo} is not cached and the hub cannot be reached ({_first_line(error)}); "
             "a local directory in the diffusers layout works too"
         ) from error
     except errors.EntryNotFoundError:
@@ -108,7 +108,7 @@ def moved_note(name_or_path: str | Path) -> str | None:
 def _locate_component(
     name_or_path: str | Path, folder: str, file: str, revision: str | None
 ) -> tuple[Path, str]:
-    """`file` in the checkpoint's folder, or at the root of a repository that is the component alone."""
+    """`file` in the checkpoint's folder, or at the root of one that is the component alone."""
     for prefix in (f"{folder}/", ""):
         path = locate(name_or_path, prefix + file, revision)
         if path is not None:
@@ -330,7 +330,7 @@ def load_text(
     device: torch.device | str = "cpu",
     tokenizer: str | Path | None = None,
 ) -> TextEncoder:
-    """The CLIP text encoder and its tokenizer (another one by `tokenizer`: a directory or hub id)."""
+    """The CLIP text encoder and its tokenizer (or the `tokenizer` of a directory or hub id)."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     path, prefix = _locate_component(name_or_path, "text_encoder", "config.json", revision)
@@ -357,7 +357,7 @@ def load_text(
 
 
 def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None):
-    """The CLIP tokenizer of a checkpoint (vocab.json, merges.txt and what says which token pads)."""
+    """The CLIP tokenizer of a checkpoint: vocab.json, merges.txt, and which token pads."""
     from transformers import CLIPTokenizer
 
     vocab, prefix = _locate_component(name_or_path, "tokenizer", "vocab.json", revision)
@@ -393,7 +393,7 @@ def save_lora(
     metadata: dict | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write the one adapter of each given model; `metadata` (JSON-able) comes back from `load_lora`."""
+    """Write the one adapter of each given model; `load_lora` returns `metadata` (JSON-able)."""
     parts = {}
     if unet is not None:
         parts["unet"] = adapter_factors(unet)
@@ -418,7 +418,7 @@ def save_lora(
 
 
 def _sorted_header(file: bytes) -> bytes:
-    """A safetensors file whose header entries stand in order, so that equal LoRAs are equal bytes."""
+    """A safetensors file with its header entries in order: equal LoRAs are equal bytes."""
     size = int.from_bytes(file[:8], "little")
     header = json.dumps(
         json.loads(file[8 : 8 + size]), sort_keys=True, separators=(",", ":")
@@ -462,7 +462,7 @@ def lora_path(run_or_file: str | Path) -> Path:
 
 
 def read_lora(run_or_file: str | Path) -> tuple[dict[str, dict[str, Factors]], dict]:
-    """({"unet": {path: Factors}, "text_encoder": {...}}, the `pairlora` metadata, {} if not ours)."""
+    """({"unet": {path: Factors}, "text_encoder": {...}}, our metadata or {} if it is not ours)."""
     path = lora_path(run_or_file)
     tensors = dict(read_tensors(path))
     with safe_open(path, framework="pt") as file:

@@ -18,8 +18,17 @@ from model.vae import VAE
 
 SIZES = {
     "tiny": dict(unet=(32, 64), vae=(16, 32), text=32, text_layers=2, groups=8, heads=4),
-    "small": dict(unet=(32, 64, 96, 96), vae=(16, 16, 32, 32), text=32, text_layers=2, groups=8, heads=4),
-    "full": dict(unet=(320, 640, 1280, 1280), vae=(128, 256, 512, 512), text=768, text_layers=12, groups=32, heads=8),
+    "small": dict(
+        unet=(32, 64, 96, 96), vae=(16, 16, 32, 32), text=32, text_layers=2, groups=8, heads=4
+    ),
+    "full": dict(
+        unet=(320, 640, 1280, 1280),
+        vae=(128, 256, 512, 512),
+        text=768,
+        text_layers=12,
+        groups=32,
+        heads=8,
+    ),
 }
 IN_CHANNELS = {"sd1": 4, "sd2": 4, "ip2p": 8, "inpaint": 9}
 SCHEDULER = {
@@ -124,11 +133,18 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
     write_json(folder / "special_tokens_map.json", special)
     write_json(
         folder / "tokenizer_config.json",
-        {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, **special},
+        {
+            "tokenizer_class": "CLIPTokenizer",
+            "model_max_length": 77,
+            "do_lower_case": True,
+            **special,
+        },
     )
 
 
-def random_state(shapes: dict[str, torch.Size], generator: torch.Generator, dtype: torch.dtype) -> dict:
+def random_state(
+    shapes: dict[str, torch.Size], generator: torch.Generator, dtype: torch.dtype
+) -> dict:
     """Gaussian weights at 1/√fan-in; norms near 1: activations stay of order one at any depth."""
     state = {}
     for key, shape in shapes.items():
@@ -157,7 +173,12 @@ def make_checkpoint(
     generator = torch.Generator().manual_seed(seed)
     clip = text_config(size)
     if family == "sd2" and size == "full":
-        clip |= {"hidden_size": 1024, "num_hidden_layers": 23, "num_attention_heads": 16, "hidden_act": "gelu"}
+        clip |= {
+            "hidden_size": 1024,
+            "num_hidden_layers": 23,
+            "num_attention_heads": 16,
+            "hidden_act": "gelu",
+        }
     with torch.device("meta"):
         networks = {
             "unet": (UNet(unet_config(family, size)), unet_config(family, size)),
@@ -167,8 +188,12 @@ def make_checkpoint(
     for folder, (network, config) in networks.items():
         write_json(root / folder / "config.json", config)
         shapes = {key: tensor.shape for key, tensor in network.state_dict().items()}
-        if folder == "text_encoder":  # published files carry the prefix that new transformers dropped
-            shapes = {f"text_model.{key.removeprefix('text_model.')}": s for key, s in shapes.items()}
+        if (
+            folder == "text_encoder"
+        ):  # published files carry the prefix that new transformers dropped
+            shapes = {
+                f"text_model.{key.removeprefix('text_model.')}": s for key, s in shapes.items()
+            }
         stem = "model" if folder == "text_encoder" else "diffusion_pytorch_model"
         state = random_state(shapes, generator, dtype)
         save_file(state, root / folder / f"{stem}.safetensors", metadata={"format": "pt"})
@@ -191,7 +216,9 @@ def make_checkpoint(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("--family", choices=IN_CHANNELS, default="sd1")
     parser.add_argument("--size", choices=SIZES, default="small")
