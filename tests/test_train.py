@@ -23,6 +23,7 @@ from model.lora import inject, lora_layers
 from model.memory import flatten
 from model.unet import UNet
 from model.weights import load_text, load_unet, read_lora
+from tests.pairs import write_pairs
 from train import make_dataset, rate, train, weighted_mean
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -30,18 +31,8 @@ LORA = "pytorch_lora_weights.safetensors"
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """Five pairs of 32 × 32: a smooth picture, and the same with a square in it; with masks."""
-    root = tmp_path_factory.mktemp("pairs")
-    rng = np.random.default_rng(0)
-    for i in range(5):
-        small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-        before = np.asarray(small.resize((32, 32), Image.Resampling.BICUBIC))
-        after, mask = before.copy(), np.zeros((32, 32), dtype=np.uint8)
-        after[8:20, 4 + i : 20 + i], mask[8:20, 4 + i : 20 + i] = (220, 30, 30), 255
-        for side, image in (("before", before), ("after", after), ("mask", mask)):
-            (root / side).mkdir(exist_ok=True)
-            Image.fromarray(image).save(root / side / f"{i}.png")
-    return root
+    """Five pairs of 32 × 32 with masks."""
+    return write_pairs(tmp_path_factory.mktemp("made") / "pairs", 5, 32)
 
 
 @pytest.fixture
