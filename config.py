@@ -326,6 +326,7 @@ def check(cfg: TrainConfig) -> TrainConfig:
         need(value is None or value > 0, f"--{name} must be positive, got {value}")
     for name in ("adam_beta1", "adam_beta2"):
         need(0 <= getattr(cfg, name) < 1, f"--{name} must be in [0, 1), got {getattr(cfg, name)}")
+    need(cfg.seed < 2**31, f"--seed must be less than 2147483648, got {cfg.seed}")
     need(0 <= cfg.mask_outside <= 1, f"--mask_outside must be in [0, 1], got {cfg.mask_outside}")
     need(cfg.random_scale >= 1, f"--random_scale must be at least 1, got {cfg.random_scale}")
     need(1 <= cfg.delta_t <= 999, f"--delta_t must be in 1..999, got {cfg.delta_t}")

@@ -8,10 +8,11 @@ same at four levels and f = 8; `full` is the real size (SD1.5: 686 + 248 tensors
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 
 from model.unet import UNet
 from model.vae import VAE
@@ -31,6 +32,11 @@ SIZES = {
     ),
 }
 IN_CHANNELS = {"sd1": 4, "sd2": 4, "ip2p": 8, "inpaint": 9}
+STEMS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+}
 SCHEDULER = {
     "_class_name": "PNDMScheduler",
     "beta_start": 0.00085,
@@ -148,13 +154,20 @@ def random_state(
     """Gaussian weights at 1/√fan-in; norms near 1: activations stay of order one at any depth."""
     state = {}
     for key, shape in shapes.items():
-        if len(shape) > 1:
+        if shape.numel() > 2**20:  # repeats itself: a billion draws would take minutes
+            block = torch.randn(2**20, generator=generator) / shape[1:].numel() ** 0.5
+            tensor = block.repeat(-(-shape.numel() // 2**20))[: shape.numel()].view(shape)
+        elif len(shape) > 1:
             tensor = torch.randn(shape, generator=generator) / shape[1:].numel() ** 0.5
         else:
             tensor = 0.05 * torch.randn(shape, generator=generator)
             tensor += float("norm" in key and key.endswith("weight"))
         state[key] = tensor.to(dtype)
     return state
+
+
+def weights_file(root: Path, folder: str, variant: str | None = None) -> Path:
+    return root / folder / ".".join(filter(None, [STEMS[folder], variant, "safetensors"]))
 
 
 def make_checkpoint(
@@ -194,9 +207,8 @@ def make_checkpoint(
             shapes = {
                 f"text_model.{key.removeprefix('text_model.')}": s for key, s in shapes.items()
             }
-        stem = "model" if folder == "text_encoder" else "diffusion_pytorch_model"
         state = random_state(shapes, generator, dtype)
-        save_file(state, root / folder / f"{stem}.safetensors", metadata={"format": "pt"})
+        save_file(state, weights_file(root, folder), metadata={"format": "pt"})
     write_tokenizer(root / "tokenizer", clip["vocab_size"])
     scheduler = dict(SCHEDULER)
     if prediction_type is not None:
@@ -213,6 +225,76 @@ def make_checkpoint(
     }
     write_json(root / "model_index.json", {"_class_name": "StableDiffusionPipeline", **parts})
     return root
+
+
+# ---- other forms of the same checkpoint, in place ------------------------------------------------
+
+
+def read_state(path: Path) -> dict[str, torch.Tensor]:
+    """A file's tensors, in memory: views of a mapped file would not outlive its rewriting."""
+    return load(path.read_bytes())
+
+
+def rewrite(path: Path, change: Callable[[dict], dict]) -> None:
+    """Put `change` of a file's tensors in their place."""
+    save_file(change(read_state(path)), path, metadata={"format": "pt"})
+
+
+def to_variant(root: Path, variant: str, dtype: torch.dtype) -> None:
+    """NAME.safetensors -> NAME.VARIANT.safetensors, cast."""
+    for folder in STEMS:
+        path = weights_file(root, folder)
+        rewrite(path, lambda state: {key: tensor.to(dtype) for key, tensor in state.items()})
+        path.rename(weights_file(root, folder, variant))
+
+
+def to_shards(root: Path, folder: str, *, variant: str | None = None, late: bool = False) -> Path:
+    """Three shards and their index, whose path comes back.
+
+    A variant stands in the index's name either before `.json` (the published way) or, `late` false,
+    before `.safetensors`: both are in use.
+    """
+    path = weights_file(root, folder, variant)
+    state, stem = read_state(path), STEMS[folder]
+    dot = f".{variant}" if variant else ""
+    keys, weight_map = list(state), {}
+    for i in range(3):
+        shard = f"{stem}{dot}-{i + 1:05}-of-00003.safetensors"
+        part = {key: state[key] for key in keys[i::3]}
+        save_file(part, path.with_name(shard), metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, shard)
+    path.unlink()
+    late_name = f"{stem}.safetensors.index{dot}.json"
+    index = path.with_name(late_name if late else f"{stem}{dot}.safetensors.index.json")
+    write_json(index, {"metadata": {"total_size": 0}, "weight_map": weight_map})
+    return index
+
+
+def to_bin(root: Path, folder: str, **options) -> Path:
+    """A pickle in place of the safetensors; `options` are torch.save's."""
+    path = weights_file(root, folder)
+    stem = "pytorch_model" if folder == "text_encoder" else STEMS[folder]
+    torch.save(read_state(path), path.with_name(f"{stem}.bin"), **options)
+    path.unlink()
+    return path.with_name(f"{stem}.bin")
+
+
+def to_old_vae(root: Path, convolutions: bool) -> None:
+    """The attention's names of 2022, as linear layers or (the very first) as 1×1 convolutions."""
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def change(state: dict) -> dict:
+        old = {}
+        for key, tensor in state.items():
+            for new_name, old_name in names.items():
+                if f".attentions.0.{new_name}." in key:
+                    key = key.replace(new_name, old_name)
+                    if convolutions and key.endswith(".weight"):
+                        tensor = tensor[:, :, None, None]
+            old[key] = tensor.contiguous()
+        return old
+
+    rewrite(weights_file(root, "vae"), change)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from model.objectives import (
 from model.pipeline import predictor
 from model.schedule import Schedule
 from model.weights import load_unet
-from tests.test_schedule import SD15, noise
+from tests.parity.test_schedule import SD15, noise
 
 PREDICTIONS = ["epsilon", "v_prediction"]
 ONES = torch.ones(2, dtype=torch.float64)
