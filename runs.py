@@ -299,9 +299,11 @@ def plot(
         draw.text((at(x, min(finite))[0] - 10, bottom + 8), f"{x:.0f}", fill="#444444")
     draw.text((left, 6), f"{name} over steps{', logarithmic' if log else ''}", fill="black")
     draw.line([at(x, y) for x, y in points if math.isfinite(y)], fill="#9fc5e8", width=1)
-    mean, means = finite[0], []
-    for x, y in points:
-        mean = 0.9 * mean + 0.1 * y if math.isfinite(y) else mean
-        means.append(at(x, mean))
+    half = len(points) // 40  # the mean over a twentieth of the run around each point
+    means = []
+    for i, (x, _) in enumerate(points):
+        around = [y for y in ys[max(i - half, 0) : i + half + 1] if math.isfinite(y)]
+        if around:
+            means.append(at(x, sum(around) / len(around)))
     draw.line(means, fill="#1f5fa8", width=2)
     return image

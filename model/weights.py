@@ -11,6 +11,9 @@ Whatever is wrong with a file is one ValueError or FileNotFoundError with its na
 """
 
 import json
+import os
+import pickle
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +25,9 @@ from torch import Tensor, nn
 
 from model.lora import Factors, adapter_factors, attach
 from model.text import TextEncoder
+from model.unet import KNOWN as UNET_OPTIONS
 from model.unet import UNet
+from model.vae import KNOWN as VAE_OPTIONS
 from model.vae import VAE
 
 MOVED = {  # repositories that are gone from the hub, and where their files are now
@@ -38,7 +43,42 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 def is_local(name_or_path: str | Path) -> bool:
     """A directory that exists, or what cannot be meant as a hub repository "owner/name"."""
     text = str(name_or_path)
-    return Path(text).exists() or text.startswith((".", "/", "~")) or text.count("/") != 1
+    return text.startswith((".", "/", "~")) or text.count("/") != 1 or os.path.exists(text)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _reason(error: Exception) -> str:
+    """Why the hub did not give a file, in one line and without addresses, which may be signed."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return f"it answered {status}" + ("; check HF_TOKEN" if status in (401, 403) else "")
+    return re.sub(r"\w+://\S+", "its address", _first_line(error))
+
+
+def _cached(repo: str, revision: str | None) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    probes = ("model_index.json", "unet/config.json", "vae/config.json", "text_encoder/config.json",
+              "scheduler/scheduler_config.json", "tokenizer/vocab.json", "config.json",
+              "vocab.json")  # fmt: skip
+    return any(isinstance(try_to_load_from_cache(repo, p, revision=revision), str) for p in probes)
+
+
+def _known_absent(repo: str, file: str, revision: str | None) -> bool:
+    """The hub said so at some time: its cache keeps a note of every file that it was asked for."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repo, file, revision=revision)
+    return found is not None and not isinstance(found, str)
 
 
 def locate(name_or_path: str | Path, file: str, revision: str | None = None) -> Path | None:
@@ -48,12 +88,16 @@ def locate(name_or_path: str | Path, file: str, revision: str | None = None) -> 
     FileNotFoundError: no such directory or repository, or the hub cannot be reached.
     """
     if is_local(name_or_path):
-        root = Path(name_or_path)
-        if not root.is_dir():
+        if os.path.isfile(name_or_path):
             raise FileNotFoundError(
-                f"{root} is not a directory, nor a hub repository of the form owner/name"
+                f"{name_or_path} is a file; a directory in diffusers' layout was wanted"
             )
-        return root / file if (root / file).is_file() else None
+        if not os.path.isdir(name_or_path):
+            raise FileNotFoundError(
+                f"{str(name_or_path)!r} is neither a directory nor a hub repository (owner/name)"
+            )
+        path = Path(name_or_path, file)
+        return path if os.path.isfile(path) else None
 
     from huggingface_hub import errors, hf_hub_download
 
@@ -61,13 +105,12 @@ def locate(name_or_path: str | Path, file: str, revision: str | None = None) -> 
     try:
         return Path(hf_hub_download(repo, file, revision=revision))
     except errors.LocalEntryNotFoundError as error:
-        if _cached(
-            repo, revision
-        ):  # offline with the rest of the repository here: it lacks the file
+        # The hub cannot be asked. A repository of which a part is here may well lack this file.
+        if _known_absent(repo, file, revision) or _cached(repo, revision):
             return None
         raise FileNotFoundError(
-            f"{repo} is not cached and the hub cannot be reached ({_first_line(error)}); "
-            "a local directory in the diffusers layout works too"
+            f"{repo} is not in the hub's cache, and the hub cannot be reached ({_reason(error)}); "
+            "a local directory in diffusers' layout works too"
         ) from error
     except errors.EntryNotFoundError:
         return None
@@ -76,25 +119,23 @@ def locate(name_or_path: str | Path, file: str, revision: str | None = None) -> 
             f"{repo} is gated: accept its licence on the hub and log in (or set HF_TOKEN)"
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise FileNotFoundError(f"{repo} has no revision {revision!r}") from error
+        raise FileNotFoundError(f"{repo} has no revision {revision or 'main'!r}") from error
     except errors.RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"the hub has no repository {repo}, and no directory is there"
+            f"the hub has no repository {repo} (or it is private), and no directory is there"
         ) from error
-    except errors.HfHubHTTPError as error:
-        raise FileNotFoundError(f"{repo}: the hub answered: {_first_line(error)}") from error
+    except Exception as error:  # connection, disk and downloader each raise kinds of their own
+        raise FileNotFoundError(
+            f"{file} of {repo} cannot be fetched from the hub: {_reason(error)}"
+        ) from error
 
 
-def _cached(repo: str, revision: str | None) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-
-    probes = ("model_index.json", "unet/config.json", "vae/config.json", "config.json",
-              "scheduler/scheduler_config.json", "text_encoder/config.json")  # fmt: skip
-    return any(isinstance(try_to_load_from_cache(repo, p, revision=revision), str) for p in probes)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _lacks(name_or_path: str | Path, file: str, revision: str | None) -> str:
+    """The start of an error about a file that `locate` did not find."""
+    repo = MOVED.get(str(name_or_path), str(name_or_path))
+    if is_local(name_or_path) or _known_absent(repo, file, revision):
+        return f"{name_or_path} has no {file}"
+    return f"{name_or_path} has no {file} in the hub's cache, and the hub cannot be reached"
 
 
 def moved_note(name_or_path: str | Path) -> str | None:
@@ -114,7 +155,8 @@ def _locate_component(
         if path is not None:
             return path, prefix
     raise FileNotFoundError(
-        f"{name_or_path} has no {folder}/{file}: not a checkpoint in diffusers' layout"
+        f"{_lacks(name_or_path, f'{folder}/{file}', revision)}; "
+        "a checkpoint in diffusers' layout was wanted"
     )
 
 
@@ -122,7 +164,7 @@ def read_json(path: Path) -> dict:
     """A JSON object. ValueError names the file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # bytes, syntax, or a number of too many digits
         raise ValueError(f"{path} is not JSON: {_first_line(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} should hold a JSON object, not {type(content).__name__}")
@@ -134,7 +176,8 @@ def _weight_files(
 ) -> list[Path]:
     """The files with a component's tensors: one, or the shards of an index."""
     dot = f".{variant}" if variant else ""
-    single = locate(name_or_path, f"{prefix}{stem}{dot}.safetensors", revision)
+    file = f"{prefix}{stem}{dot}.safetensors"
+    single = locate(name_or_path, file, revision)
     if single is not None:
         return [single]
     indices = [f"{stem}.safetensors.index{dot}.json"]
@@ -149,28 +192,31 @@ def _weight_files(
             raise ValueError(f"{index} has no weight_map")
         shards = sorted(set(map(str, weight_map.values())))
         for shard in shards:
-            if "/" in shard or "\\" in shard or shard.startswith("."):
+            plain = not set("/\\\0") & set(shard) and not shard.startswith(".")
+            if not plain or not shard.endswith(".safetensors"):
                 raise ValueError(
-                    f"{index} names the shard {shard!r}, which is not a plain file name"
+                    f"{index} names the shard {shard!r}; a plain NAME.safetensors was wanted"
                 )
-        paths = [locate(name_or_path, prefix + shard, revision) for shard in shards]
-        if None in paths:
-            raise FileNotFoundError(f"{index} names {shards[paths.index(None)]}, which is missing")
+        paths = []
+        for shard in shards:
+            path = locate(name_or_path, prefix + shard, revision)
+            if path is None:
+                lacks = _lacks(name_or_path, prefix + shard, revision)
+                raise FileNotFoundError(f"{lacks}; {index} names it")
+            paths.append(path)
         return paths
-    if is_local(name_or_path):  # from a stranger on the hub: safetensors only
-        old = {"diffusion_pytorch_model": stem, "model": "pytorch_model"}[stem]
-        pickled = locate(name_or_path, f"{prefix}{old}{dot}.bin")
-        if pickled is not None:
-            return [pickled]
-        there = sorted(
-            p.name
-            for p in (Path(name_or_path) / prefix).glob("*")
-            if p.suffix in (".safetensors", ".bin")
-        )
-        hint = f"there is {', '.join(there)} (see --variant)" if there else "no weights are there"
-    else:
-        hint = "the repository has no safetensors file of that name (see --variant)"
-    raise FileNotFoundError(f"{name_or_path} has no {prefix}{stem}{dot}.safetensors; {hint}")
+    lacks = _lacks(name_or_path, file, revision)
+    if not is_local(name_or_path):  # from a stranger on the hub: safetensors only
+        raise FileNotFoundError(f"{lacks}; from the hub only safetensors are read (see --variant)")
+    old = {"diffusion_pytorch_model": stem, "model": "pytorch_model"}[stem]
+    pickled = locate(name_or_path, f"{prefix}{old}{dot}.bin")
+    if pickled is not None:
+        return [pickled]
+    kinds = (".safetensors", ".bin", ".ckpt", ".msgpack", ".json")
+    there = sorted(p.name for p in Path(name_or_path, prefix).glob("*") if p.suffix in kinds)
+    there = [name for name in there if name != "config.json"]
+    hint = f"there is {', '.join(there)} (see --variant)" if there else "no weights are there"
+    raise FileNotFoundError(f"{lacks}; {hint}")
 
 
 # ---- tensors into modules ------------------------------------------------------------------------
@@ -179,19 +225,24 @@ def _weight_files(
 def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """(key, tensor) of a .safetensors, or of a .bin through the weights-only unpickler.
 
-    The file is mapped, and opened anew every 32 tensors: the kernel counts touched pages of a
-    mapping as the process's memory, and a cast copy of each would come on top.
+    Each tensor is a copy: a view of the mapped file changes with it, and the process dies of SIGBUS
+    when a file that it loaded is written over. The file is opened anew every 32 tensors: the kernel
+    counts the touched pages of a mapping as the process's memory. ValueError names the file.
     """
+    size = path.stat().st_size
     if path.suffix == ".bin":
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # the unpickler raises whatever the bytes provoke
+            more = isinstance(error, pickle.UnpicklingError)
+            why = "what else a pickle holds is not run" if more else _first_line(error)
             raise ValueError(
-                f"{path} cannot be read without running code in it: {_first_line(error)}"
+                f"{path} ({size} bytes) is damaged or not only tensors: {why}"
             ) from error
-        if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-            raise ValueError(f"{path} is not a dictionary of tensors")
-        yield from state.items()
+        if not isinstance(state, dict) or not all(map(_plain, state, state.values())):
+            raise ValueError(f"{path} is not a dictionary of plain tensors")
+        for key in list(state):
+            yield key, state.pop(key)
         return
     try:
         with safe_open(path, framework="pt") as file:
@@ -199,12 +250,20 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         for i in range(0, len(keys), 32):
             with safe_open(path, framework="pt") as file:
                 for key in keys[i : i + 32]:
-                    yield key, file.get_tensor(key)
-    except SafetensorError as error:
-        size = path.stat().st_size
+                    yield key, file.get_tensor(key).clone()
+    except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{path} ({size} bytes) is damaged or not safetensors: {_first_line(error)}"
         ) from error
+
+
+def _plain(key: object, value: object) -> bool:
+    named = isinstance(key, str) and isinstance(value, Tensor)
+    return named and value.layout == torch.strided and value.device.type == "cpu"
+
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def load_strict(
@@ -231,21 +290,22 @@ def load_strict(
                 raise ValueError(f"{path} has {old}, which the network of its config.json does not")
             if key in loaded:
                 raise ValueError(f"{path} has {old}, which was there before")
-            if tensor.shape != wanted[key] and tensor.squeeze().shape == wanted[key]:
-                tensor = tensor.squeeze()  # the attention of old VAEs: 1×1 convolutions for linears
+            if OLD_ATTENTION.keys() & set(old.split(".")) and tensor.shape == (*wanted[key], 1, 1):
+                tensor = tensor[:, :, 0, 0]  # the first VAEs had 1×1 convolutions for linears
             if tensor.shape != wanted[key]:
                 raise ValueError(
                     f"{path} has {old} with shape {tuple(tensor.shape)}; "
                     f"its config.json asks for {tuple(wanted[key])}"
                 )
-            if not tensor.is_floating_point():
+            if tensor.dtype not in FLOATS:
                 raise ValueError(
-                    f"{path} has {old} in {tensor.dtype}; a floating-point type was wanted"
+                    f"{path} has {old} in {tensor.dtype}; float16, bfloat16 or float32 was wanted"
                 )
+            tensor = tensor.detach().to(dtype).contiguous()
             low, high = (edge.item() for edge in tensor.aminmax())  # both NaN if any element is
             if not (-float("inf") < low <= high < float("inf")):
-                raise ValueError(f"{path} has NaN or infinity in {old}")
-            loaded[key] = tensor.to(device, dtype)
+                raise ValueError(f"{path} has NaN or infinity (in {dtype}) in {old}")
+            loaded[key] = tensor.to(device)
     missing = [key for key in wanted if key not in loaded]
     if missing:
         where = files[0] if len(files) == 1 else f"{files[0].parent} ({len(files)} files)"
@@ -262,25 +322,73 @@ def load_strict(
     return module.requires_grad_(False).eval()
 
 
-def _component(name_or_path, folder, class_name, variant, revision):
-    path, prefix = _locate_component(name_or_path, folder, "config.json", revision)
-    config = read_json(path)
-    kind = config.get("_class_name", class_name)
-    if kind != class_name:
-        raise ValueError(f"{path} describes a {kind}; a Stable Diffusion {class_name} was wanted")
-    return (
-        config,
-        path,
-        _weight_files(name_or_path, prefix, "diffusion_pytorch_model", variant, revision),
-    )
+CONFIGS = {UNet: ("UNet2DConditionModel", UNET_OPTIONS), VAE: ("AutoencoderKL", VAE_OPTIONS)}
+PER_LEVEL = {  # a number, or a list of one per level
+    "layers_per_block",
+    "transformer_layers_per_block",
+    "attention_head_dim",
+    "num_attention_heads",
+}
+
+
+def _is_like(value: object, example: object, most: int) -> bool:
+    if isinstance(example, tuple):
+        return (
+            isinstance(value, list)
+            and 0 < len(value) <= 64
+            and all(_is_like(v, example[0], most) for v in value)
+        )
+    if isinstance(example, bool | str) or isinstance(value, bool | str):
+        return type(value) is type(example)
+    number = isinstance(value, int if isinstance(example, int) else int | float)
+    return number and (value > 0 or value == example == 0) and value <= most
+
+
+def _check_kinds(config: dict, known: dict, path: Path) -> None:
+    """ValueError for an option whose value is not of the kind of its default."""
+    for key, default in known.items():
+        value = config.get(key)
+        if value is None or (default is None and key not in PER_LEVEL):
+            continue
+        if key in PER_LEVEL:
+            kinds, wanted = (1, (1,)), "a positive integer or a list of them"
+        else:
+            kinds, wanted = (default,), f"something like {json.dumps(default)}"
+        most = 64 if "layers" in key else 2**16  # more would take hours to build, then fail
+        if not any(_is_like(value, kind, most) for kind in kinds):
+            shown = repr(value) if len(repr(value)) < 60 else repr(value)[:60] + "..."
+            raise ValueError(f"{path} has {key} = {shown}; {wanted} was wanted")
 
 
 def _build(network: Callable[[dict], nn.Module], config: dict, path: Path) -> nn.Module:
     try:
         with torch.device("meta"):
-            return network(config)
-    except (TypeError, ValueError, KeyError, ZeroDivisionError, RuntimeError) as error:
+            module = network(config)
+    except Exception as error:  # a wrong value fails where it is first used, in any way
         raise ValueError(f"{path}: {_first_line(error)}") from error
+    for name, layer in module.named_modules():
+        heads = getattr(layer, "heads", 1)
+        if heads != 1 and layer.to_q.out_features % heads:
+            raise ValueError(
+                f"{path}: {heads} heads (attention_head_dim) do not divide the width "
+                f"{layer.to_q.out_features} of {name}"
+            )
+    return module
+
+
+def _component(
+    name_or_path: str | Path, folder: str, network: type, variant: str | None, revision: str | None
+) -> tuple[nn.Module, list[Path]]:
+    """The UNet or VAE that a config.json describes, without weights, and the files with them."""
+    wanted, known = CONFIGS[network]
+    path, prefix = _locate_component(name_or_path, folder, "config.json", revision)
+    config = read_json(path)
+    kind = config.get("_class_name", wanted)
+    if kind != wanted:
+        raise ValueError(f"{path} describes a {kind}; a Stable Diffusion {wanted} was wanted")
+    _check_kinds(config, known, path)
+    module = _build(network, config, path)  # first: a wrong config need not fetch gigabytes
+    return module, _weight_files(name_or_path, prefix, "diffusion_pytorch_model", variant, revision)
 
 
 def load_unet(
@@ -292,18 +400,15 @@ def load_unet(
     device: torch.device | str = "cpu",
 ) -> UNet:
     """The UNet of a checkpoint, frozen, in eval mode."""
-    config, path, files = _component(
-        name_or_path, "unet", "UNet2DConditionModel", variant, revision
-    )
-    return load_strict(_build(UNet, config, path), files, dtype=dtype, device=device)
-
-
-OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    module, files = _component(name_or_path, "unet", UNet, variant, revision)
+    return load_strict(module, files, dtype=dtype, device=device)
 
 
 def _vae_key(key: str) -> str:
-    *path, layer, kind = key.split(".")
-    return ".".join([*path, OLD_ATTENTION.get(layer, layer), kind]) if "attentions" in path else key
+    names = key.split(".")
+    if "attentions" in names:
+        names = [OLD_ATTENTION.get(name, name) for name in names]
+    return ".".join(names)
 
 
 def load_vae(
@@ -315,10 +420,8 @@ def load_vae(
     device: torch.device | str = "cpu",
 ) -> VAE:
     """The autoencoder of a checkpoint, or of a directory or repository that is one alone."""
-    config, path, files = _component(name_or_path, "vae", "AutoencoderKL", variant, revision)
-    return load_strict(
-        _build(VAE, config, path), files, rename=_vae_key, dtype=dtype, device=device
-    )
+    module, files = _component(name_or_path, "vae", VAE, variant, revision)
+    return load_strict(module, files, rename=_vae_key, dtype=dtype, device=device)
 
 
 def load_text(
@@ -335,10 +438,9 @@ def load_text(
 
     path, prefix = _locate_component(name_or_path, "text_encoder", "config.json", revision)
     config = read_json(path)
-    if "CLIPTextModel" not in config.get("architectures", ["CLIPTextModel"]):
-        raise ValueError(
-            f"{path} describes a {config['architectures'][0]}; a CLIPTextModel was wanted"
-        )
+    kinds = config.get("architectures") or ["CLIPTextModel"]
+    if kinds != ["CLIPTextModel"]:
+        raise ValueError(f"{path} describes a {kinds}; a CLIPTextModel was wanted")
     model = _build(lambda c: CLIPTextModel(CLIPTextConfig(**c)), config, path)
     files = _weight_files(name_or_path, prefix, "model", variant, revision)
 
@@ -351,9 +453,13 @@ def load_text(
         return f"text_model.{key}" if nested else key
 
     load_strict(model, files, rename=rename, dtype=dtype, device=device)
-    return TextEncoder(
-        model, load_tokenizer(tokenizer or name_or_path, revision=None if tokenizer else revision)
-    )
+    words = load_tokenizer(tokenizer or name_or_path, revision=None if tokenizer else revision)
+    if len(words) > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {tokenizer or name_or_path} has {len(words)} tokens; "
+            f"{path} has vocab_size = {model.config.vocab_size}"
+        )
+    return TextEncoder(model, words)
 
 
 def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None):
@@ -363,7 +469,7 @@ def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None):
     vocab, prefix = _locate_component(name_or_path, "tokenizer", "vocab.json", revision)
     for file in ("merges.txt", "tokenizer_config.json", "special_tokens_map.json"):
         if locate(name_or_path, prefix + file, revision) is None and file == "merges.txt":
-            raise FileNotFoundError(f"{name_or_path} has no {prefix}merges.txt")
+            raise FileNotFoundError(_lacks(name_or_path, prefix + file, revision))
     try:
         return CLIPTokenizer.from_pretrained(vocab.parent, local_files_only=True)
     except Exception as error:  # the tokenizer's parser raises its own kinds

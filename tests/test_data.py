@@ -708,7 +708,8 @@ def test_a_damaged_shard_is_made_again_with_a_warning(five, tmp_path, damage):
     shard = sorted((tmp_path / "c").iterdir())[0]
     content = shard.read_bytes()
     if damage == "other shape":
-        latent_cache.safetensors.torch.save_file({"mean": torch.ones(1, 2), "std": torch.ones(1)}, shard)
+        wrong = {"mean": torch.ones(1, 2), "std": torch.ones(1)}
+        latent_cache.safetensors.torch.save_file(wrong, shard)
     elif damage == "nan":
         bad = torch.full((2, 2, 4, 2, 2), float("nan"))
         latent_cache.safetensors.torch.save_file({"mean": bad, "std": bad.clone()}, shard)
@@ -722,7 +723,7 @@ def test_a_damaged_shard_is_made_again_with_a_warning(five, tmp_path, damage):
 def test_files_are_hashed_once_not_once_per_view(five, tmp_path, monkeypatch):
     hashed = []
     original = data.file_hash
-    monkeypatch.setattr(latent_cache, "file_hash", lambda path: hashed.append(path) or original(path))
+    monkeypatch.setattr(latent_cache, "file_hash", lambda p: hashed.append(p) or original(p))
     cached(five, tmp_path, views=3)
     assert sorted(hashed) == sorted(p for pair in five for p in (pair.before, pair.after))
 

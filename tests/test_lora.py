@@ -1,4 +1,4 @@
-"""Injection, strengths, merging, and the file: against peft and diffusers where they know better."""
+"""Injection, strengths, merging, the file: against peft and diffusers where they know better."""
 
 import copy
 import json
@@ -146,7 +146,7 @@ def test_merged_equals_unmerged_and_comes_back_to_the_bit(sd1, dtype):
 
 
 def test_several_adapters_at_once(sd1, unet):
-    """Stacked = the sum of their ΔW, each at its own strength, also where they touch different layers."""
+    """Stacked = the sum of their ΔW, each at its own strength, also on different layers."""
     one, two = copy.deepcopy(unet), copy.deepcopy(unet)
     inject(one, "attn", rank=4, alpha=2)
     inject(two, "attn2.to_q,ff,conv1", rank=3)
@@ -171,7 +171,7 @@ def test_several_adapters_at_once(sd1, unet):
 
 
 def test_the_strength_survives_the_recompute(unet):
-    """Two forwards at different strengths before one backward: gradients as without checkpointing."""
+    """Two forwards at different strengths before one backward: the gradients are the same."""
     from torch.utils.checkpoint import checkpoint
 
     inject(unet, ALL, rank=4)
@@ -197,7 +197,7 @@ def test_the_strength_survives_the_recompute(unet):
 
 @pytest.mark.slow
 def test_a_compiled_block_follows_the_strength(sd1):
-    """Generated code for one transformer block: per-sample strengths, new ones without a recompile."""
+    """Generated code for one block: per-sample strengths, new ones without a recompile."""
     unet = load_unet(sd1)
     inject(unet, "attn,ff", rank=4)
     trained(unet)
@@ -224,10 +224,10 @@ def test_targets(unet):
         "attn2" in n for n in match_targets(unet, "attn2.to_k")
     )
     assert all(n.startswith("down_blocks") for n in match_targets(unet, "down_blocks.*.to_q"))
-    with pytest.raises(ValueError, match="'to_z', which matches no layer.*to_q"):
+    with pytest.raises(ValueError, match=r"'to_z', which matches no layer.*to_q"):
         match_targets(unet, "attn,to_z")
     with pytest.raises(
-        ValueError, match="--lora_rank 64 does not fit .*, whose rank is at most 32"
+        ValueError, match=r"--lora_rank 64 does not fit .*, whose rank is at most 32"
     ):
         inject(unet, "attn", rank=64)
     with pytest.raises(ValueError, match="does not fit"):
@@ -312,9 +312,10 @@ def test_a_file_written_by_peft_loads(tmp_path, sd1):
         LoraConfig(r=4, lora_alpha=2, init_lora_weights=False, target_modules=["to_q", "to_out.0"])
     )
     theirs.save_lora_adapter(tmp_path)
+    adapter = {"r": 4, "lora_alpha": 2, "target_modules": ["to_q", "to_out.0"]}
     StableDiffusionPipeline.save_lora_weights(
         tmp_path, unet_lora_layers=get_peft_model_state_dict(theirs),
-        unet_lora_adapter_metadata={"r": 4, "lora_alpha": 2, "target_modules": ["to_q", "to_out.0"]},
+        unet_lora_adapter_metadata=adapter,
     )  # fmt: skip
     ours = load_unet(sd1)
     assert load_lora(tmp_path, unet=ours) == {}

@@ -120,7 +120,7 @@ def test_after_never_looks_at_before(predict):
 
 
 def test_the_network_is_told_the_t_that_made_the_noise():
-    """A network that undoes the noise of exactly the t it is told has no loss; 19 steps off it has."""
+    """A network that undoes the noise of exactly the t it is told has no loss; 19 off it has."""
     sched, (_, b, draws) = schedule(), pair()
 
     def undo(shift):
@@ -150,8 +150,8 @@ class Gaussian:
 
 @pytest.mark.parametrize("name", ["delta", "slider", "after"])
 def test_positive_strength_goes_from_before_to_after(name):
-    """Trained on before = −1, after = +1, each edit moves a new before image towards after, more with
-    more strength, and the other way below 0."""
+    """Trained on before = −1, after = +1, each edit moves a new before image towards after, more
+    with more strength, and the other way below 0."""
     sched = schedule()
     # what the base knows: for slider, both; for the others, the before images
     net = Gaussian(sched, mu=0.0 if name == "slider" else -1.0)

@@ -29,8 +29,10 @@ def write_lora(folder, base, *, text=False, **meta):
             layer.lora_B.data = 0.2 * torch.randn(layer.lora_B.shape, generator=g)
     save_lora(
         folder / "pytorch_lora_weights.safetensors",
-        unet=unet, text=encoder if text else None, metadata={**META, "base_model": str(base), **meta},
-    )  # fmt: skip
+        unet=unet,
+        text=encoder if text else None,
+        metadata={**META, "base_model": str(base), **meta},
+    )
     return folder
 
 
@@ -59,8 +61,9 @@ def run(*argv):
 def test_generate_equals_the_diffusers_pipeline(tmp_path, sd1, guidance, text):
     """Prompt, negative, guidance, 20 DDIM steps, LoRA at 0.6 on UNet and text encoder, decoding."""
     lora = write_lora(tmp_path / "run", sd1, text=text)
-    run("generate", "--lora", lora, "--out", tmp_path / "out", "--num", 2, "--height", 32, "--width", 48,
-        "--steps", 20, "--guidance", guidance, "--strength", 0.6, "--seed", 5)  # fmt: skip
+    size = ("--height", 32, "--width", 48)
+    how = ("--steps", 20, "--guidance", guidance, "--strength", 0.6, "--seed", 5)
+    run("generate", "--lora", lora, "--out", tmp_path / "out", "--num", 2, *size, *how)
     pipe = StableDiffusionPipeline.from_pretrained(sd1, safety_checker=None)
     pipe.scheduler = DDIMScheduler.from_config(
         pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False
@@ -71,8 +74,8 @@ def test_generate_equals_the_diffusers_pipeline(tmp_path, sd1, guidance, text):
     for seed in (5, 6):
         latents = torch.randn((1, 4, 16, 24), generator=torch.Generator().manual_seed(seed))
         # the tiny autoencoder halves once: tell the pipeline
-        expected = pipe("a square", latents=latents, num_inference_steps=20, guidance_scale=guidance,
-                        height=32, width=48, output_type="np").images[0]  # fmt: skip
+        expected = pipe("a square", latents=latents, num_inference_steps=20, height=32,
+                        guidance_scale=guidance, width=48, output_type="np").images[0]  # fmt: skip
         ours = np.asarray(Image.open(tmp_path / "out" / f"{seed:05d}.png")).astype(np.float64)
         assert ours.shape == (32, 48, 3)
         assert np.abs(ours - np.round(expected * 255)).max() <= 1
@@ -136,7 +139,7 @@ def test_strength_0_of_a_slider_is_about_the_round_trip(tmp_path, sd1, images):
 
 
 def test_padding_is_cropped_back_and_does_not_move_the_image(tmp_path, sd1):
-    """At strength 0 an odd-sized image comes back in place: its own round trip, not a shifted one."""
+    """At strength 0 an odd-sized image comes back in place: its own round trip, not shifted."""
     y, x = np.mgrid[0:21, 0:35]
     smooth = np.stack([x * 7, y * 12, (x + y) * 4], axis=2).astype(np.uint8)
     Image.fromarray(smooth).save(tmp_path / "odd.png")

@@ -124,7 +124,8 @@ def test_20_steps_equal_a_loop_of_diffusers_and_peft(config, family, dreambooth,
 def test_resume_equals_uninterrupted_to_the_bit(config, objective):
     cfg = replace(
         config, pair_objective=objective, checkpointing_steps=2, train_batch_size=2,
-        random_flip=True, lr_scheduler="cosine", log_every=3, train_text_encoder=objective == "slider",
+        random_flip=True, lr_scheduler="cosine", log_every=3,
+        train_text_encoder=objective == "slider",
     )  # fmt: skip
     whole = train(cfg)
     files = {
@@ -166,11 +167,13 @@ def test_checkpoints_total_limit(config):
 
 @pytest.mark.parametrize("objective", ["delta", "slider", "after"])
 def test_accumulation_is_the_larger_batch(config, objective):
-    """The draws of a step are made for the whole of it: 4 × 1, 2 × 2 and 1 × 4 take the same step."""
+    """The draws are made for the whole step: 4 × 1, 2 × 2 and 1 × 4 take the same one."""
     results = []
     for batch, accum in ((4, 1), (2, 2), (1, 4)):
-        cfg = replace(config, pair_objective=objective, train_batch_size=batch, max_train_steps=3,
-                      gradient_accumulation_steps=accum, output_dir=f"{config.output_dir}{batch}")  # fmt: skip
+        cfg = replace(
+            config, pair_objective=objective, train_batch_size=batch, max_train_steps=3,
+            gradient_accumulation_steps=accum, output_dir=f"{config.output_dir}{batch}",
+        )  # fmt: skip
         results.append(losses(train(cfg)))
     assert results[1] == pytest.approx(results[0], rel=1e-5)
     assert results[2] == pytest.approx(results[0], rel=1e-5)
@@ -188,7 +191,7 @@ def test_gradient_checkpointing_changes_nothing(config, objective):
                 train_text_encoder=True,
                 output_dir=f"{config.output_dir}{on}",
             )
-        )  # fmt: skip
+        )
         for on in (False, True)
     ]
     assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=1e-6)
@@ -198,7 +201,8 @@ def test_gradient_checkpointing_changes_nothing(config, objective):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "more", [{"pair_objective": "delta"}, {"pair_objective": "slider", "gradient_checkpointing": True}]
+    "more",
+    [{"pair_objective": "delta"}, {"pair_objective": "slider", "gradient_checkpointing": True}],
 )
 def test_compiled_equals_eager(config, more, monkeypatch):
     """The whole graph without a break, the strength an input of it, keys unchanged.
@@ -317,17 +321,18 @@ def test_masks_and_captions_reach_the_loss(config, pairs, tmp_path):
 
 def test_text_encoder_lora_is_trained_and_saved(config, sd1):
     folder = train(replace(config, pair_objective="after", train_text_encoder=True))
-    parts, meta = read_lora(folder)
+    parts, _ = read_lora(folder)
     n = load_text(sd1).model.config.num_hidden_layers
     assert len(parts["text_encoder"]) == 4 * n
     assert all(f.A.shape[0] == 4 and f.B.abs().max() > 0 for f in parts["text_encoder"].values())
 
 
 def test_prior_preservation(config, tmp_path):
-    """Missing class images are generated once; they change the training; pairs may have them too."""
+    """Missing class images are generated once; they change the training, with pairs too."""
     cfg = replace(
         config, pair_objective="after", with_prior_preservation=True, class_prompt="land",
-        class_data_dir=str(tmp_path / "class"), num_class_images=3, sample_batch_size=2, max_train_steps=2,
+        class_data_dir=str(tmp_path / "class"), num_class_images=3, sample_batch_size=2,
+        max_train_steps=2,
     )  # fmt: skip
     one = losses(train(cfg))
     images = {p.name: p.read_bytes() for p in (tmp_path / "class").iterdir()}
@@ -350,7 +355,8 @@ def test_the_folder_of_a_run(config):
     assert names == {
         "config.json", "revision.json", "metrics.jsonl", "loss.png", "summary.json", LORA,
         "samples/000003.png", "samples/000006.png",
-        *(f"checkpoint-{s}/{f}" for s in (4, 6) for f in (LORA, "optimizer.safetensors", "state.json")),
+        *(f"checkpoint-{step}/{name}" for step in (4, 6)
+          for name in (LORA, "optimizer.safetensors", "state.json")),
     }  # fmt: skip
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["status"], summary["steps"]) == ("finished", 6) and summary["peak_mib"] > 0

@@ -72,7 +72,7 @@ def test_vae(tmp_path, size):
 
 
 def test_a_wrong_padding_would_show(sd1):
-    """The parity above can fail: padding all sides (a known bug of re-implementations) is far off."""
+    """The parity above can fail: padding all sides (a bug of re-implementations) is far off."""
     vae = load_vae(sd1, **F64)
     pixels = draw(1, 3, 32, 32)
     right, _ = vae.encode(pixels)
