@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from config import Parser, report
 from data import contact_sheet, find_images, load_image, to_image, to_tensor
+from model.files import moved_note
 from model.objectives import OBJECTIVES, How, Knobs
 from model.pipeline import (
     Pipeline,
@@ -29,7 +30,6 @@ from model.pipeline import (
     pick_dtype,
 )
 from model.samplers import SAMPLERS
-from model.weights import moved_note
 
 
 def open_pipeline(args: argparse.Namespace) -> Pipeline:

@@ -37,8 +37,10 @@ from data import (
 )
 from latents import Latents, cache_latents
 from model.draws import draw, seeded
+from model.files import is_local, moved_note
 from model.layers import ResBlock, TransformerBlock
 from model.lora import inject, keep_strength, lora_layers
+from model.lora_files import LORA_FILE, read_lora, save_lora
 from model.memory import checkpoint_activations, flatten, peak_mib, phase
 from model.objectives import OBJECTIVES, Draws, How, Knobs, noise_loss
 from model.optim import adamw, learning_rate
@@ -55,17 +57,7 @@ from model.pipeline import (
     text_context,
 )
 from model.schedule import Schedule
-from model.weights import (
-    LORA_FILE,
-    is_local,
-    load_scheduler_config,
-    load_text,
-    load_unet,
-    load_vae,
-    moved_note,
-    read_lora,
-    save_lora,
-)
+from model.weights import load_scheduler_config, load_text, load_unet, load_vae
 from runs import Run, write_aside, write_json
 
 

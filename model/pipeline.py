@@ -11,21 +11,14 @@ import torch
 from torch import Tensor
 
 from model.lora import set_strength
+from model.lora_files import load_lora, lora_path, read_lora
 from model.objectives import Predict
 from model.samplers import SAMPLERS, guided
 from model.schedule import Schedule
 from model.text import TextEncoder
 from model.unet import UNet
 from model.vae import VAE
-from model.weights import (
-    load_lora,
-    load_scheduler_config,
-    load_text,
-    load_unet,
-    load_vae,
-    lora_path,
-    read_lora,
-)
+from model.weights import load_scheduler_config, load_text, load_unet, load_vae
 
 DTYPES = {
     "no": torch.float32,

@@ -23,7 +23,8 @@ from model.lora import (
     set_strength,
     unmerge,
 )
-from model.weights import load_lora, load_text, load_unet, read_lora, save_lora
+from model.lora_files import load_lora, read_lora, save_lora
+from model.weights import load_text, load_unet
 
 ALL = "attn,ff,proj,conv"
 

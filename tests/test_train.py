@@ -20,9 +20,10 @@ from config import TrainConfig
 from data import PairDataset, find_pairs
 from model.draws import draw, seeded
 from model.lora import inject, lora_layers
+from model.lora_files import read_lora
 from model.memory import flatten
 from model.unet import UNet
-from model.weights import load_text, load_unet, read_lora
+from model.weights import load_text, load_unet
 from tests.pairs import write_pairs
 from train import make_dataset, rate, train, weighted_mean
 
