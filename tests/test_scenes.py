@@ -1,0 +1,131 @@
+"""The renderer: determined by its seeds, exact outside the mask, continuous in time."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import find_pairs
+from scenes.render import (
+    CHANGES,
+    RANDOM_CHANGES,
+    caption,
+    change_mask,
+    main,
+    make_scene,
+    new_houses,
+    render,
+    surroundings,
+)
+
+SEEDS = range(12)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_change_shows_in_every_scene_and_is_nothing_at_time_0(change):
+    for seed in SEEDS:
+        scene = make_scene(seed)
+        before = render(scene)
+        assert (render(scene, {change: 0.0}) == before).all()
+        changed = change_mask(before, render(scene, {change: 1.0})).mean()
+        assert changed > 0.004, (seed, changed)
+
+
+@pytest.mark.parametrize("change", sorted(set(CHANGES) - {"snow", "autumn"}))
+def test_the_rest_of_the_picture_is_equal_in_every_state(change):
+    """Nothing outside the final mask differs in between, and the mask leaves much of the scene."""
+    for seed in SEEDS:
+        scene, around = make_scene(seed), surroundings(seed, change)
+        states = [render(scene, around | {change: t}) for t in (0, 0.3, 0.6, 1.0)]
+        # what is built, felled or shaded on the way may be gone at the end: houses only grow,
+        # so their shadows do too; a felled tree uncovers what its stump then covers
+        ever = np.logical_or.reduce([change_mask(states[0], s) for s in states])
+        assert ever.mean() < 0.6
+        final = change_mask(states[0], states[-1])
+        assert (ever & ~final).mean() < 0.02
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_progress_is_steady(change):
+    """Each state is nearer to the after than the one before it, and small steps change little."""
+    scene = make_scene(3)
+    times = np.linspace(0, 1, 21)
+    states = [render(scene, {change: t}).astype(float) for t in times]
+    left = [np.abs(states[-1] - s).mean() for s in states]
+    assert all(b <= a + 0.01 * left[0] for a, b in pairwise(left))  # edges fall on whole pixels
+    steps = [np.abs(b - a).mean() for a, b in pairwise(states)]
+    assert max(steps) < 0.25 * left[0]
+
+
+def test_seeds_decide_everything():
+    a, b = make_scene(5), make_scene(5)
+    state = {"urban": 0.6, "solar": 0.4, "autumn": 1.0}
+    assert (render(a, state) == render(b, state)).all()
+    assert (render(a) != render(make_scene(6))).mean() > 0.5
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_only_random_changes_have_outcomes(change):
+    differ = 0
+    for seed in SEEDS:
+        scene = make_scene(seed)
+        one, two = (render(scene, {change: 1.0}, outcome=k) for k in (0, 1))
+        differ += (one != two).any()
+    assert differ == (len(SEEDS) if change in RANDOM_CHANGES else 0)
+
+
+def test_new_houses_stand_on_dry_free_ground():
+    for seed in SEEDS:
+        scene = make_scene(seed)
+        houses = [house for _, house in new_houses(scene, outcome=seed)]
+        assert len(houses) >= 3
+        for house in houses:
+            gaps = np.hypot(*(np.array([h.at for h in scene.houses + houses]) - house.at).T)
+            assert sorted(gaps)[1] > 0.13 - 1e-9  # [0] is the house itself
+            assert np.hypot(*(scene.water - house.at).T).min() > scene.width + 0.075 - 1e-9
+
+
+@pytest.mark.parametrize("size", [32, 96, 200])
+def test_any_size_shows_the_same_scene(size):
+    """Drawn larger or smaller, it is the 64-pixel picture up to the resampling of its edges."""
+    scene = make_scene(7)
+    image = Image.fromarray(render(scene, {"solar": 1.0}, size=size))
+    assert image.size == (size, size)
+    reduced = np.asarray(image.resize((16, 16), Image.BOX), float)
+    plain = np.asarray(Image.fromarray(render(scene, {"solar": 1.0})).resize((16, 16), Image.BOX))
+    assert np.abs(reduced - plain).mean() < 3.0
+
+
+def test_wrong_states_are_named():
+    with pytest.raises(ValueError, match="'lava'; there are urban"):
+        render(make_scene(0), {"lava": 1.0})
+    with pytest.raises(ValueError, match=r"in \[0, 1\]"):
+        render(make_scene(0), {"snow": 1.5})
+
+
+def test_captions_say_what_is_to_be_seen():
+    text = caption(make_scene(0), {"autumn": 1.0, "solar": 0.9, "snow": 0.2})
+    assert text.startswith("an aerial view of fields with a ")
+    assert text.endswith(", in autumn, with solar farms")
+
+
+def test_the_command_writes_pairs_masks_states_and_outcomes(tmp_path, capsys):
+    out = tmp_path / "pairs"
+    arguments = (
+        f"--change urban --pairs 3 --seed 4 --size 48 --times 0,0.5 --outcomes 2 --out {out}"
+    )
+    assert main(arguments.split()) == 0
+    assert sorted(p.name for p in out.iterdir()) == [
+        "after", "before", "mask", "outcome-1", "time-0.00", "time-0.50"
+    ]  # fmt: skip
+    assert len(find_pairs(out / "before", out / "after")) == 3
+    read = {p.name: np.asarray(Image.open(p / "00001.png")) for p in out.iterdir()}
+    assert (read["time-0.00"] == read["before"]).all()
+    assert ((read["mask"] > 0) == change_mask(read["before"], read["after"])).all()
+    assert (read["outcome-1"] != read["after"]).any()
+    assert "with new houses" in (out / "after" / "00001.txt").read_text()
+    again = tmp_path / "again"
+    main(arguments.replace(str(out), str(again)).split())
+    for path in out.rglob("*.png"):
+        assert path.read_bytes() == (again / path.relative_to(out)).read_bytes()
