@@ -8,7 +8,6 @@ ValueError or FileNotFoundError with the file's name.
 
 import json
 import os
-import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -152,8 +151,9 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # the unpickler raises whatever the bytes provoke
-            more = isinstance(error, pickle.UnpicklingError)
-            why = "what else a pickle holds is not run" if more else first_line(error)
+            # Not in torch's words: they recommend the reader that runs what a pickle holds.
+            system = isinstance(error, OSError)
+            why = first_line(error) if system else "what else a pickle holds is not run"
             raise ValueError(
                 f"{path} ({size} bytes) is damaged or not only tensors: {why}"
             ) from error

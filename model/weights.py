@@ -165,12 +165,23 @@ def load_strict(
 
 
 CONFIGS = {UNet: ("UNet2DConditionModel", UNET_OPTIONS), VAE: ("AutoencoderKL", VAE_OPTIONS)}
-PER_LEVEL = {  # a number, or a list of one per level
+PER_LEVEL = {  # options of the UNet: a number, or a list of one per level
     "layers_per_block",
     "transformer_layers_per_block",
     "attention_head_dim",
     "num_attention_heads",
 }
+TEXT_OPTIONS = {  # what makes a CLIPTextModel, and what an absent one means; the rest is not read
+    "vocab_size": 49408,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+ACTIVATIONS = ("quick_gelu", "gelu")
 
 
 def _is_like(value: object, example: object, most: int) -> bool:
@@ -188,11 +199,12 @@ def _is_like(value: object, example: object, most: int) -> bool:
 
 def _check_kinds(config: dict, known: dict, path: Path) -> None:
     """ValueError for an option whose value is not of the kind of its default."""
+    per_level = PER_LEVEL if known is UNET_OPTIONS else ()
     for key, default in known.items():
         value = config.get(key)
-        if value is None or (default is None and key not in PER_LEVEL):
+        if value is None or (default is None and key not in per_level):
             continue
-        if key in PER_LEVEL:
+        if key in per_level:
             kinds, wanted = (1, (1,)), "a positive integer or a list of them"
         else:
             kinds, wanted = (default,), f"something like {json.dumps(default)}"
@@ -283,7 +295,20 @@ def load_text(
     kinds = config.get("architectures") or ["CLIPTextModel"]
     if kinds != ["CLIPTextModel"]:
         raise ValueError(f"{path} describes a {kinds}; a CLIPTextModel was wanted")
-    model = _build(lambda c: CLIPTextModel(CLIPTextConfig(**c)), config, path)
+    _check_kinds(config, TEXT_OPTIONS, path)
+    given = {key: config[key] for key in TEXT_OPTIONS if config.get(key) is not None}
+    options = TEXT_OPTIONS | given
+    if options["hidden_act"] not in ACTIVATIONS:
+        raise ValueError(
+            f"{path} has hidden_act = {options['hidden_act']!r}; "
+            f"{' or '.join(ACTIVATIONS)} was wanted"
+        )
+    width, heads = options["hidden_size"], options["num_attention_heads"]
+    if width % heads:
+        raise ValueError(f"{path}: {heads} num_attention_heads do not divide hidden_size = {width}")
+    # The token ids choose the pooled output, which nobody reads: those of the published files.
+    ids = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
+    model = _build(lambda c: CLIPTextModel(CLIPTextConfig(**c)), options | ids, path)
     files = _weight_files(name_or_path, prefix, "model", variant, revision)
 
     nested = any(key.startswith("text_model.") for key in model.state_dict())
@@ -296,12 +321,13 @@ def load_text(
 
     load_strict(model, files, rename=rename, dtype=dtype, device=device)
     words = load_tokenizer(tokenizer or name_or_path, revision=None if tokenizer else revision)
-    if len(words) > model.config.vocab_size:
+    last = max(words.get_vocab().values())
+    if last >= options["vocab_size"]:
         raise ValueError(
-            f"the tokenizer of {tokenizer or name_or_path} has {len(words)} tokens; "
-            f"{path} has vocab_size = {model.config.vocab_size}"
+            f"the tokenizer of {tokenizer or name_or_path} has token ids up to {last}; "
+            f"{path} has vocab_size = {options['vocab_size']}"
         )
-    return TextEncoder(model, words)
+    return TextEncoder(model, words).eval()
 
 
 def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None):
@@ -313,7 +339,10 @@ def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None):
         if locate(name_or_path, prefix + file, revision) is None and file == "merges.txt":
             raise FileNotFoundError(lacks(name_or_path, prefix + file, revision))
     try:
-        return CLIPTokenizer.from_pretrained(vocab.parent, local_files_only=True)
+        words = CLIPTokenizer.from_pretrained(vocab.parent, local_files_only=True)
+        length = min(words.model_max_length, 77)
+        words("a", padding="max_length", max_length=length, truncation=True)  # or it fails later
+        return words
     except Exception as error:  # the tokenizer's parser raises its own kinds
         raise ValueError(f"{vocab.parent} is not a CLIP tokenizer: {first_line(error)}") from error
 
