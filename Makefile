@@ -70,10 +70,10 @@ generate: $(READY) ## images from a prompt: PROMPT= [RUN=]
 
 test: $(READY) $(READY_DEV) ## all tests
 	$(PY) -m ruff check .
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n auto --maxprocesses 8 $(ARGS)
 
 test-fast: $(READY) $(READY_DEV) ## the tests that take seconds
-	$(PY) -m pytest -m "not slow" $(ARGS)
+	$(PY) -m pytest -n auto --maxprocesses 8 -m "not slow" $(ARGS)
 
 lint: $(READY_DEV) ## style
 	$(PY) -m ruff check .

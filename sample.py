@@ -7,13 +7,14 @@ Strength is one number everywhere: 0 = before, 1 = after, 0.5 = half way, negati
 """
 
 import argparse
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from config import Parser, report
@@ -30,6 +31,21 @@ from model.pipeline import (
     pick_dtype,
 )
 from model.samplers import SAMPLERS
+from runs import refuse_file
+
+
+def check(args: argparse.Namespace) -> None:
+    """ValueError or FileExistsError naming the flag that no picture could be made with."""
+    for name in ("strength", "guidance", "noise_level"):
+        if not math.isfinite(value := getattr(args, name, 1.0)):
+            raise ValueError(f"--{name} must be a finite number, got {value}")
+    if not 1 <= args.steps <= 1000:
+        raise ValueError(f"--steps must be between 1 and 1000, got {args.steps}")
+    if not 0 <= args.seed < 2**31:
+        raise ValueError(f"--seed must be in 0..2147483647, got {args.seed}")
+    if not 0 < getattr(args, "noise_level", 1.0) <= 1:
+        raise ValueError(f"--noise_level must be in (0, 1], got {args.noise_level}")
+    refuse_file(Path(args.out), "--out")
 
 
 def open_pipeline(args: argparse.Namespace) -> Pipeline:
@@ -91,33 +107,52 @@ def generate(args: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
-def edit_image(
+def edit_pixels(
     pipe: Pipeline,
     objective: str,
-    image: Image.Image,
+    pixels: Tensor,
     strengths: Sequence[float],
     args: argparse.Namespace,
-) -> list[Image.Image]:
-    """The image with the change at each strength; odd sizes are padded and cropped back."""
-    f = pipe.vae.downscale
-    pad = (-image.width % f, -image.height % f)
-    pixels = F.pad(to_tensor(image)[None], (0, pad[0], 0, pad[1]), mode="replicate")  # (1, 3, H, W)
-    z = encode(pipe.vae, pixels)
+    seed: int | None = None,
+) -> list[Tensor]:
+    """pixels (1, 3, H, W) with the change at each strength, each (3, H, W).
+
+    Sizes the autoencoder cannot take are padded and cropped back. `seed` stands for args.seed.
+    """
+    f, (height, width) = pipe.vae.downscale, pixels.shape[2:]
+    padded = F.pad(pixels, (0, -width % f, 0, -height % f), mode="replicate")
+    z = encode(pipe.vae, padded)
     alone, with_guidance = pipe.predictors(prompt_of(args, pipe), args.guidance)
     results = []
     for s in strengths:
+        rng = torch.Generator().manual_seed(args.seed if seed is None else seed)  # for every s
         how = How(
             steps=args.steps,
             start=args.start,
             noise_level=args.noise_level,
             guided=with_guidance,
-            generator=torch.Generator().manual_seed(args.seed),  # the same noise at every strength
+            generator=rng,
             knobs=Knobs(delta_t=pipe.meta.get("delta_t", Knobs().delta_t)),
         )
         strength = torch.full((1,), s, device=z.device)
         z_s = OBJECTIVES[objective].edit(alone, pipe.schedule, z, strength, how)
-        results.append(to_image(decode(pipe.vae, z_s)[0]).crop((0, 0, *image.size)))
+        results.append(decode(pipe.vae, z_s)[0, :, :height, :width])
     return results
+
+
+def objective_of(args: argparse.Namespace, pipe: Pipeline) -> str:
+    """The flag, or what the LoRA was trained with. ValueError if neither says a known one."""
+    objective = args.objective or pipe.meta.get("objective")
+    if objective is None:
+        raise ValueError(
+            f"--lora {args.lora} does not say its objective: "
+            f"give --objective {'|'.join(OBJECTIVES)}"
+        )
+    if objective not in OBJECTIVES:
+        raise ValueError(
+            f"--lora {args.lora} has the objective {objective!r}; known are {', '.join(OBJECTIVES)}"
+        )
+    return objective
 
 
 def edit(args: argparse.Namespace) -> None:
@@ -138,8 +173,6 @@ def edit(args: argparse.Namespace) -> None:
     if len(set(stems)) < len(stems):
         twice = next(stem for stem in stems if stems.count(stem) > 1)
         raise ValueError(f"--input {source} has two images of the stem {twice}")
-    if not 0 < args.noise_level <= 1:
-        raise ValueError(f"--noise_level must be in (0, 1], got {args.noise_level}")
     images = [load_image(file) for file in files]  # all of them before anything is written
 
     pipe = open_pipeline(args)
@@ -155,7 +188,8 @@ def edit(args: argparse.Namespace) -> None:
         )
     rows = []
     for image, stem in zip(tqdm(images, desc="edit", disable=None), stems):
-        results = edit_image(pipe, objective, image, strengths, args)
+        pixels = to_tensor(image)[None]  # (1, 3, H, W)
+        results = list(map(to_image, edit_pixels(pipe, objective, pixels, strengths, args)))
         for s, result in zip(strengths, results):
             suffix = "" if args.strengths is None else f"_s{s:g}"
             path = out / f"{stem}{suffix}.png"
@@ -169,29 +203,50 @@ def edit(args: argparse.Namespace) -> None:
 
 def numbers(text: str) -> list[float]:
     """ "0,0.5,1" -> [0.0, 0.5, 1.0]"""
-    return [float(part) for part in text.split(",")]
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = [math.nan]
+    if not all(map(math.isfinite, values)):
+        wanted = "numbers with commas between them"
+        raise argparse.ArgumentTypeError(f"{wanted} were wanted, such as 0,0.5,1, got {text!r}")
+    return values
+
+
+def add_common_flags(parser: argparse.ArgumentParser) -> None:
+    """What every use of a LoRA has."""
+    add = parser.add_argument
+    add("--lora", metavar="RUN_OR_FILE", help="a run's folder or a LoRA file")
+    add("--out", required=True, metavar="DIR", help="where the pictures go")
+    add("--model", help="base model: directory or hub id [what the LoRA was trained on]")
+    add("--revision", help="of the hub repository")
+    add("--variant", help="of the weight files, such as fp16")
+    add("--vae_path", help="another autoencoder")
+    add("--prompt", help="[what the LoRA was trained with]")
+    add("--steps", type=int, default=30, help="denoising steps [30]")
+    add("--seed", type=int, default=0, help="[0]")
+    add("--device", help="cuda, cpu, mps [the best there is]")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="[bf16 on CUDA, else no]")
+
+
+def add_edit_flags(parser: argparse.ArgumentParser) -> None:
+    """How a before image gets its change."""
+    add = parser.add_argument
+    add("--objective", choices=list(OBJECTIVES), help="[what the LoRA's header says]")
+    add("--guidance", type=float, default=1.0, help="for objectives that denoise, 1 = none [1]")
+    add(
+        "--start", choices=["invert", "noise"], default="invert",
+        help="how those leave the before image: DDIM inversion, or added noise (SDEdit) [invert]",
+    )  # fmt: skip
+    add("--noise_level", type=float, default=0.7, help="how far towards noise, 0..1 [0.7]")
 
 
 def make_parser() -> Parser:
     parser = Parser(prog="sample.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="generate|edit")
     common = Parser(add_help=False)
-    common.add_argument("--lora", metavar="RUN_OR_FILE", help="a run's folder or a LoRA file")
-    common.add_argument("--out", required=True, metavar="DIR", help="where the pictures go")
-    common.add_argument(
-        "--model", help="base model: directory or hub id [what the LoRA was trained on]"
-    )
-    common.add_argument("--revision", help="of the hub repository")
-    common.add_argument("--variant", help="of the weight files, such as fp16")
-    common.add_argument("--vae_path", help="another autoencoder")
-    common.add_argument("--prompt", help="[what the LoRA was trained with]")
+    add_common_flags(common)
     common.add_argument("--strength", type=float, default=1.0, help="0 = before, 1 = after [1]")
-    common.add_argument("--steps", type=int, default=30, help="denoising steps [30]")
-    common.add_argument("--seed", type=int, default=0, help="[0]")
-    common.add_argument("--device", help="cuda, cpu, mps [the best there is]")
-    common.add_argument(
-        "--mixed_precision", choices=["no", "fp16", "bf16"], help="[bf16 on CUDA, else no]"
-    )
 
     make = commands.add_parser("generate", parents=[common], help="images from a prompt")
     make.add_argument(
@@ -203,22 +258,10 @@ def make_parser() -> Parser:
     make.add_argument("--sampler", choices=list(SAMPLERS), default="ddim", help="[ddim]")
 
     change = commands.add_parser("edit", parents=[common], help="before images -> with the change")
+    add_edit_flags(change)
     change.add_argument("--input", required=True, metavar="IMAGE_OR_DIR", help="before images")
     change.add_argument(
         "--strengths", type=numbers, metavar="0,0.5,1", help="several, instead of --strength"
-    )
-    change.add_argument(
-        "--objective", choices=list(OBJECTIVES), help="[what the LoRA's header says]"
-    )
-    change.add_argument(
-        "--guidance", type=float, default=1.0, help="for objectives that denoise, 1 = none [1]"
-    )
-    change.add_argument(
-        "--start", choices=["invert", "noise"], default="invert",
-        help="how those leave the before image: DDIM inversion, or added noise (SDEdit) [invert]",
-    )  # fmt: skip
-    change.add_argument(
-        "--noise_level", type=float, default=0.7, help="how far they go towards noise, 0..1 [0.7]"
     )
     return parser
 
@@ -229,6 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.command == "edit" and args.lora is None:
             raise ValueError("edit needs --lora: a run's folder or a LoRA file")
+        check(args)
         {"generate": generate, "edit": edit}[args.command](args)
     except (ValueError, OSError) as error:
         return report("sample.py", error)

@@ -1,3 +1,4 @@
+import os
 import warnings
 
 import pytest
@@ -5,7 +6,9 @@ import torch
 
 from tests.checkpoints import make_checkpoint
 
-torch.set_num_threads(2)
+# the networks here are tiny: workers beside each other gain more than threads, and do not wait
+os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start
+torch.set_num_threads(1)
 warnings.filterwarnings("ignore", module="diffusers|huggingface_hub|transformers|peft")
 
 

@@ -1,0 +1,447 @@
+"""Did it learn the change? Numbers on held-out pairs, and a sheet to look at.
+
+    python evaluate.py --lora RUN --before_data_dir DIR --after_data_dir DIR --out DIR
+        [--mask_dir DIR] [--strengths 0,0.25,0.5,0.75,1]
+        [--between_dirs D ... --between_times 0.25 ...]    true states in between
+        [--outcome_dirs D ... --samples 8]                 other truths of a random change
+
+Writes evaluation.json, evaluation.md and sheet.png. Images are compared as 8-bit pictures in
+[0, 1], at the resolution of the training, centre-cropped. The same command gives the same bytes.
+"""
+
+import argparse
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from config import Parser, report
+from data import PairDataset, contact_sheet, find_pairs, fingerprint, to_image
+from model.pipeline import Pipeline, decode, encode
+from runs import write_aside, write_json
+from sample import (
+    add_common_flags,
+    add_edit_flags,
+    check,
+    edit_pixels,
+    numbers,
+    objective_of,
+    open_pipeline,
+)
+
+# ---- measures of one picture: (3, H, W) in [0, 1], float64 ---------------------------------------
+
+
+def mse(x: Tensor, y: Tensor, mask: Tensor | None = None) -> float:
+    """Mean squared error, over the pixels of mask (H, W) if given; NaN where it has none."""
+    error = (x - y).square().mean(0)  # (H, W)
+    return (error if mask is None else error[mask]).mean().item()
+
+
+def psnr(error: float) -> float:
+    """dB below full scale; 100 for errors beyond what 8 bits can tell."""
+    return min(-10 * math.log10(error), 100.0) if error > 0 else 100.0
+
+
+def ssim(x: Tensor, y: Tensor) -> float:
+    """Structural similarity (Wang et al. 2004, eq. 13) of grey images, 11 × 11 Gaussian, σ 1.5."""
+    at = torch.arange(11, dtype=x.dtype) - 5
+    bell = torch.exp(-at.square() / (2 * 1.5**2))
+    window = torch.outer(bell, bell).view(1, 1, 11, 11) / bell.sum() ** 2
+    luma = torch.tensor([0.299, 0.587, 0.114], dtype=x.dtype).view(3, 1, 1)
+    x, y = ((image * luma).sum(0)[None, None] for image in (x, y))  # (1, 1, H, W)
+    blur = lambda image: F.conv2d(image, window)  # noqa: E731
+    mu_x, mu_y = blur(x), blur(y)
+    var_x, var_y = blur(x * x) - mu_x**2, blur(y * y) - mu_y**2
+    cov = blur(x * y) - mu_x * mu_y
+    c_1, c_2 = 0.01**2, 0.03**2
+    same = (2 * mu_x * mu_y + c_1) * (2 * cov + c_2)
+    return (same / ((mu_x**2 + mu_y**2 + c_1) * (var_x + var_y + c_2))).mean().item()
+
+
+def cosine(x: Tensor, y: Tensor) -> float:
+    """Of two differences of images; 0 where one of them is nothing."""
+    length = (x.norm() * y.norm()).item()
+    return (x * y).sum().item() / length if length > 0 else 0.0
+
+
+def spearman(x: Sequence[float], y: Sequence[float]) -> float:
+    """Rank correlation, ties sharing their rank; 0 where all of one side are equal."""
+
+    def ranks(values: Sequence[float]) -> np.ndarray:
+        v = np.asarray(values)
+        return (v[:, None] > v).sum(1) + 0.5 * (v[:, None] == v).sum(1)
+
+    a, b = (r - r.mean() for r in (ranks(x), ranks(y)))
+    scale = math.sqrt(float((a**2).sum() * (b**2).sum()))
+    return float((a * b).sum()) / scale if scale > 0 else 0.0
+
+
+def statistics(before: Tensor, after: Tensor) -> dict[str, float]:
+    """What a change looks like, wherever it is: its area, its colours and its texture there."""
+    changed = (after - before).abs().amax(0) > 0.1  # (H, W)
+    some = changed if changed.any() else torch.ones_like(changed)
+    red, green, blue = (channel[some].mean().item() for channel in after)
+    grey = after.mean(0)
+    slope = F.pad(grey.diff(dim=0).abs(), (0, 0, 0, 1)) + F.pad(grey.diff(dim=1).abs(), (0, 1))
+    area, texture = changed.double().mean().item(), slope[some].mean().item()
+    return {"area": area, "red": red, "green": green, "blue": blue, "texture": texture}
+
+
+def distance(x: Sequence[float], y: Sequence[float]) -> float:
+    """Wasserstein-1 between two samples, in standard deviations of the second (the truth)."""
+    at = (np.arange(1000) + 0.5) / 1000
+    apart = np.abs(np.quantile(x, at) - np.quantile(y, at)).mean()
+    return float(apart / max(float(np.std(y)), 1e-12))
+
+
+# ---- over all pairs ------------------------------------------------------------------------------
+
+
+def summary(values: Sequence[float]) -> dict:
+    """Mean, standard error and n of what is a number."""
+    v = np.array([value for value in values if math.isfinite(value)])
+    if not len(v):
+        return {"mean": None, "se": None, "n": 0}
+    se = float(v.std(ddof=1) / math.sqrt(len(v))) if len(v) > 1 else None
+    return {"mean": float(v.mean()), "se": se, "n": len(v)}
+
+
+def gap_closed(
+    copied: Sequence[float], predicted: Sequence[float], ceiling: Sequence[float]
+) -> dict:
+    """(MSE_copy − MSE_pred) / (MSE_copy − MSE_ceiling) of the means over the pairs.
+
+    0 is copying the before image, 1 is as good as the autoencoder can show the after image. The
+    standard error is the jackknife's: a mean of ratios would be ruled by pairs of little change.
+    """
+    rows = np.array([copied, predicted, ceiling])
+
+    def gap(means: np.ndarray) -> float:
+        room = means[0] - means[2]
+        return float((means[0] - means[1]) / room) if room != 0 else math.nan
+
+    n = rows.shape[1]
+    left_out = (
+        np.array([gap(np.delete(rows, i, axis=1).mean(1)) for i in range(n)]) if n > 1 else []
+    )
+    se = (
+        float(np.sqrt((n - 1) / n * ((left_out - np.mean(left_out)) ** 2).sum())) if n > 1 else None
+    )
+    return {"mean": gap(rows.mean(1)), "se": se, "n": n}
+
+
+def judge(before: Tensor, after: Tensor, mask: Tensor | None, versions: dict[str, Tensor]) -> dict:
+    """For one pair and each version of its after image, by name: how far it is from the truth."""
+    row = {}
+    for name, image in versions.items():
+        error = mse(image, after)
+        row[name] = {"mse": error, "psnr": psnr(error), "ssim": ssim(image, after)}
+        if mask is not None:
+            for place, where in (("inside", mask), ("outside", ~mask)):
+                row[name][f"mse_{place}"] = error = mse(image, after, where)
+                row[name][f"psnr_{place}"] = psnr(error) if math.isfinite(error) else math.nan
+        row[name]["cosine"] = cosine(image - before, after - before)
+    return row
+
+
+def progress(states: Sequence[Tensor], before: Tensor, after: Tensor) -> list[float]:
+    """How far each state has gone from the first along (after − before), in shares of that way."""
+    way = after - before
+    whole = way.square().sum().item()
+    return [((s - states[0]) * way).sum().item() / max(whole, 1e-12) for s in states]
+
+
+def collect(rows: list[dict], strengths: Sequence[float]) -> dict:
+    """The per-pair rows as means with standard errors."""
+    columns = lambda name, key: [row[name][key] for row in rows]  # noqa: E731
+    names = ("copy", "predicted", "ceiling")
+    result = {n: {k: summary(columns(n, k)) for k in rows[0][n]} for n in names}
+    places = ["", *(("_inside", "_outside") if "mse_inside" in rows[0]["copy"] else ())]
+    result["gap_closed"] = {
+        place.strip("_") or "whole": gap_closed(*(columns(n, f"mse{place}") for n in names))
+        for place in places[:2]  # outside the mask there is no gap to close
+    }
+    if len(places) > 1:
+        outside = [result[n]["mse_outside"]["mean"] for n in ("predicted", "ceiling")]
+        result["outside_over_ceiling"] = outside[0] / outside[1] if None not in outside else None
+    result["strengths"] = {
+        "values": list(strengths),
+        "progress": [summary(column) for column in zip(*(row["progress"] for row in rows))],
+        "spearman": summary([row["spearman"] for row in rows]),
+        "identity_psnr": summary([row["identity_psnr"] for row in rows]),
+    }
+    if "between" in rows[0]:
+        result["between"] = {
+            time: {k: summary([row["between"][time][k] for row in rows]) for k in values}
+            for time, values in rows[0]["between"].items()
+        }
+    if "samples" in rows[0]:
+        result["samples"] = collect_samples([row["samples"] for row in rows])
+    return result
+
+
+def collect_samples(rows: list[dict]) -> dict:
+    result = {
+        key: summary([row[key] for row in rows])
+        for key in ("best_psnr", "best_truth_psnr", "spread", "spread_of_truth")
+        if key in rows[0]
+    }
+    kinds = [[one for row in rows for one in row[side]] for side in ("statistics", "truth")]
+    for key in kinds[0][0]:
+        ours, truth = ([one[key] for one in kind] for kind in kinds)
+        result[key] = {
+            "mean": float(np.mean(ours)),
+            "truth": float(np.mean(truth)),
+            "distance": distance(ours, truth),
+        }
+    return result
+
+
+def spread(images: Sequence[Tensor]) -> float:
+    """Root of the mean variance of a pixel over samples of the same thing."""
+    return torch.stack(list(images)).var(0).mean().sqrt().item()
+
+
+# ---- the run -------------------------------------------------------------------------------------
+
+
+def eight_bit(pixels: Tensor) -> Tensor:
+    """(3, H, W) in [-1, 1] -> what a saved picture holds, in [0, 1] float64."""
+    return torch.from_numpy(np.asarray(to_image(pixels))).permute(2, 0, 1).double() / 255
+
+
+def evaluate(args: argparse.Namespace) -> tuple[dict, Image.Image]:
+    """What evaluation.json holds, and the sheet."""
+    if len(args.between_dirs) != len(args.between_times):
+        raise ValueError(
+            f"--between_dirs names {len(args.between_dirs)} folders, "
+            f"--between_times {len(args.between_times)} times"
+        )
+    strengths = args.strengths
+    if not {0.0, 1.0} <= set(strengths):
+        raise ValueError(f"--strengths must have 0 and 1 among them, got {strengths}")
+    if args.samples < 1 or (args.outcome_dirs and args.samples < 2):
+        raise ValueError(f"--samples must be at least {1 + bool(args.outcome_dirs)}")
+    pairs = find_pairs(args.before_data_dir, args.after_data_dir, mask_dir=args.mask_dir)
+    pipe = open_pipeline(args)
+    objective = objective_of(args, pipe)
+    resolution = args.resolution or pipe.meta.get("resolution")
+    if resolution is None:
+        raise ValueError(f"--lora {args.lora} does not say its resolution: give --resolution")
+
+    def opened(folder: str) -> PairDataset:
+        """The pairs with their after images from `folder`; all cut alike."""
+        found = pairs if folder == args.after_data_dir else find_pairs(args.before_data_dir, folder)
+        return PairDataset(found, resolution, center_crop=True)
+
+    dataset = opened(args.after_data_dir)
+    between = {time: opened(d) for time, d in zip(args.between_times, args.between_dirs)}
+    outcomes = [opened(d) for d in args.outcome_dirs]
+    wanted = sorted({*strengths, *between})
+    rows, pictures = [], []
+    for i, pair in enumerate(tqdm(pairs, "evaluate", disable=None)):
+        item = dataset[i]
+        before, after = eight_bit(item["before"]), eight_bit(item["after"])
+        mask = item["mask"][0] > 0.5 if "mask" in item else None
+        edited = edit_pixels(pipe, objective, item["before"][None], wanted, args)
+        at = dict(zip(wanted, map(eight_bit, edited)))
+        before_seen, after_seen = round_trip(pipe, item["before"]), round_trip(pipe, item["after"])
+        states = [at[s] for s in strengths]
+        gone = progress([at[min(strengths)], *states], before, after)[1:]
+        row = {
+            "name": pair.name,
+            **judge(
+                before, after, mask, {"copy": before, "predicted": at[1.0], "ceiling": after_seen}
+            ),
+            "progress": gone,
+            "spearman": spearman(strengths, gone),
+            "identity_psnr": psnr(mse(at[0.0], before_seen)),
+        }
+        if between:
+            row["between"] = {}
+            for time, states_then in between.items():
+                truth = eight_bit(states_then[i]["after"])
+                fade = (1 - time) * at[0.0] + time * at[1.0]
+                said = {"predicted": at[time], "fade": fade, "before": before}
+                row["between"][f"{time:g}"] = {k: psnr(mse(x, truth)) for k, x in said.items()}
+        if args.samples > 1:
+            draws = [
+                eight_bit(edit_pixels(pipe, objective, item["before"][None], [1.0], args, seed)[0])
+                for seed in range(args.seed, args.seed + args.samples)
+            ]
+            truths = [after_seen, *(round_trip(pipe, o[i]["after"]) for o in outcomes)]
+            row["samples"] = judge_samples(before_seen, draws, truths)
+        rows.append(row)
+        error = (at[1.0] - after).abs().mean(0, keepdim=True).expand(3, -1, -1)
+        pictures.append([before, at[1.0], after, (3 * error).clamp(max=1)])
+
+    names = [f"{row['name']}  {row['predicted']['psnr']:.1f} dB" for row in rows]
+    columns = ["before", "predicted", "after", "error x 3"]
+    shown = [[to_image(2 * x - 1) for x in row] for row in pictures[:32]]
+    result = {
+        "lora": str(args.lora),
+        "base": pipe.base,
+        "objective": objective,
+        "resolution": resolution,
+        "data": fingerprint(pairs),
+        "pairs": len(pairs),
+        "seed": args.seed,
+        **collect(rows, strengths),
+        "per_pair": rows,
+    }
+    return result, contact_sheet(shown, columns, names)
+
+
+def round_trip(pipe: Pipeline, pixels: Tensor) -> Tensor:
+    """What the autoencoder makes of an image: the best that any prediction can show."""
+    return eight_bit(decode(pipe.vae, encode(pipe.vae, pixels[None]))[0])
+
+
+def judge_samples(before: Tensor, draws: list[Tensor], truths: list[Tensor]) -> dict:
+    """Several predictions for one image of a random change, and several truths."""
+    row = {
+        "best_psnr": max(psnr(mse(x, y)) for x in draws for y in truths),
+        "spread": spread(draws),
+        "statistics": [statistics(before, x) for x in draws],
+        "truth": [statistics(before, y) for y in truths],
+    }
+    if len(truths) > 1:  # how near one truth comes to another: the mark for "best"
+        others = [psnr(mse(x, y)) for k, x in enumerate(truths) for y in truths[:k]]
+        row |= {"best_truth_psnr": max(others), "spread_of_truth": spread(truths)}
+    return row
+
+
+def table(result: dict) -> str:
+    """evaluation.md: what a reader wants first."""
+
+    def cell(value: dict | None, digits: int) -> str:
+        if value is None or value["mean"] is None:
+            return "-"
+        se = "" if value["se"] is None else f" ± {value['se']:.{digits}f}"
+        return f"{value['mean']:.{digits}f}{se}"
+
+    kinds = ("copy", "predicted", "ceiling")
+    titles = ("copy of the before", "predicted", "autoencoder's ceiling")
+    lines = [
+        f"# {result['objective']}, {result['pairs']} held-out pairs",
+        "",
+        f"LoRA `{result['lora']}` on `{result['base']}`, {result['resolution']} px. "
+        "Means ± standard errors over the pairs.",
+        "",
+        "| | " + " | ".join(titles) + " |",
+        "|---|---|---|---|",
+    ]
+    digits = {"psnr": 2, "psnr_inside": 2, "psnr_outside": 2, "ssim": 3, "cosine": 3}
+    for key, places in digits.items():
+        if key in result["copy"]:
+            cells = " | ".join(cell(result[kind][key], places) for kind in kinds)
+            lines.append(f"| {key.replace('_', ' ')} | {cells} |")
+    lines.append("")
+    for place, value in result["gap_closed"].items():
+        lines.append(f"Gap closed ({place}): **{cell(value, 3)}**")
+    if result.get("outside_over_ceiling") is not None:
+        ratio = result["outside_over_ceiling"]
+        lines.append(f"Squared error outside the mask over the ceiling's: {ratio:.2f}")
+    s = result["strengths"]
+    lines += [
+        "",
+        "| strength | " + " | ".join(f"{value:g}" for value in s["values"]) + " |",
+        "|---|" + "---|" * len(s["values"]),
+        "| share of the way | " + " | ".join(cell(p, 2) for p in s["progress"]) + " |",
+        "",
+        f"Spearman of strength and progress {cell(s['spearman'], 3)}; "
+        f"strength 0 against the autoencoder's copy {cell(s['identity_psnr'], 1)} dB",
+    ]
+    if "between" in result:
+        lines += [
+            "",
+            "| state at | predicted | fade to own prediction | before |",
+            "|---|---|---|---|",
+        ]
+        for time, values in result["between"].items():
+            lines.append(f"| {time} | " + " | ".join(cell(v, 2) for v in values.values()) + " |")
+    if "samples" in result:
+        lines += [
+            "",
+            "| samples | ours | truth | distance (in σ of the truth) |",
+            "|---|---|---|---|",
+        ]
+        values = result["samples"]
+        for ours, truth in (("best_psnr", "best_truth_psnr"), ("spread", "spread_of_truth")):
+            cells = cell(values[ours], 3), cell(values.get(truth), 3)
+            lines.append(f"| {ours.replace('_', ' ')} | {cells[0]} | {cells[1]} | |")
+        for key, value in values.items():
+            if "distance" in value:
+                means = f"{value['mean']:.3f} | {value['truth']:.3f}"
+                lines.append(f"| {key} | {means} | {value['distance']:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def rounded(value):
+    """Six digits: what a change of library or thread count leaves alone."""
+    if isinstance(value, dict):
+        return {str(key): rounded(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [rounded(part) for part in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="evaluate.py", description=__doc__.split("\n")[0])
+    add_common_flags(parser)
+    add_edit_flags(parser)
+    parser.add_argument("--before_data_dir", required=True, metavar="DIR", help="held-out befores")
+    parser.add_argument("--after_data_dir", required=True, metavar="DIR", help="their true afters")
+    parser.add_argument("--mask_dir", metavar="DIR", help="where the change is, white")
+    parser.add_argument("--resolution", type=int, help="pixels [what the LoRA was trained at]")
+    parser.add_argument(
+        "--strengths", type=numbers, default=[0.0, 0.25, 0.5, 0.75, 1.0], metavar="0,0.5,1",
+        help="[0,0.25,0.5,0.75,1]",
+    )  # fmt: skip
+    parser.add_argument(
+        "--between_dirs", nargs="+", default=[], metavar="DIR", help="true states in between"
+    )
+    parser.add_argument(
+        "--between_times", nargs="+", type=float, default=[], metavar="T", help="their strengths"
+    )
+    parser.add_argument(
+        "--outcome_dirs", nargs="+", default=[], metavar="DIR", help="other true afters"
+    )
+    parser.add_argument("--samples", type=int, default=1, help="predictions per image [1]")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    warnings.showwarning = lambda message, *rest: print(f"warning: {message}")
+    try:
+        if args.lora is None:
+            raise ValueError("--lora is missing: a run's folder or a LoRA file")
+        check(args)
+        result, sheet = evaluate(args)
+        out = Path(args.out)
+        out.mkdir(parents=True, exist_ok=True)
+        text = table(result)
+        write_aside(out / "sheet.png", lambda aside: sheet.save(aside, format="PNG"))
+        write_aside(out / "evaluation.md", lambda aside: aside.write_text(text, encoding="utf-8"))
+        write_json(out / "evaluation.json", rounded(result))
+    except (ValueError, OSError) as error:
+        return report("evaluate.py", error)
+    print(text)
+    print(f"pictures  {out / 'sheet.png'}")
+    print(f"numbers   {out / 'evaluation.json'}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

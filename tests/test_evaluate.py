@@ -1,0 +1,224 @@
+"""The judge is judged: known predictions get known scores, and the same command the same bytes."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+from scenes.render import write_pairs
+from tests.test_sample import write_lora
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """Six solar pairs with two states in between, six urban ones with three truths."""
+    root = tmp_path_factory.mktemp("scenes")
+    write_pairs(root / "solar", "solar", 6, size=32, times=(0.25, 0.5))
+    write_pairs(root / "urban", "urban", 6, size=32, outcomes=3)
+    return root
+
+
+def flags(lora, folder, out, *more):
+    dirs = ["--before_data_dir", folder / "before", "--after_data_dir", folder / "after"]
+    dirs += ["--mask_dir", folder / "mask", "--resolution", 32]
+    return [str(a) for a in ("--lora", lora, "--out", out, *dirs, *more)]
+
+
+def score(monkeypatch, tmp_path, sd1, folder, predict, *more):
+    """evaluation.json with `predict(before, after, others, strength)` in the LoRA's place.
+
+    The autoencoder is exchanged too, for one that adds the same faint noise to every image: a
+    random one shows nothing.
+    """
+    lora = tmp_path / "lora"
+    if not lora.exists():
+        write_lora(lora, sd1)
+    pixels = {side: _read(folder / side) for side in ("before", "after")}
+    noise = 0.02 * torch.randn((3, 32, 32), generator=torch.Generator().manual_seed(0))
+
+    def edit(pipe, objective, image, strengths, args, seed=None):
+        i = int((pixels["before"] - image).abs().sum((1, 2, 3)).argmin())
+        before, after, others = image[0], pixels["after"][i], pixels["after"].roll(1, 0)[i]
+        rng = torch.Generator().manual_seed(seed or 0)
+        return [predict(before, after, others, s, rng) + noise for s in strengths]
+
+    monkeypatch.setattr(evaluate, "edit_pixels", edit)
+    monkeypatch.setattr(evaluate, "round_trip", lambda pipe, x: evaluate.eight_bit(x + noise))
+    out = tmp_path / "out"
+    assert evaluate.main(flags(lora, folder, out, *more)) == 0
+    return json.loads((out / "evaluation.json").read_text())
+
+
+def _read(folder):
+    images = [np.asarray(Image.open(p).convert("RGB")) for p in sorted(folder.glob("*.png"))]
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def fade(before, after, others, s, rng):
+    return before + s * (after - before)
+
+
+def test_a_perfect_prediction_closes_the_gap(monkeypatch, tmp_path, sd1, scenes):
+    result = score(monkeypatch, tmp_path, sd1, scenes / "solar", fade)
+    assert result["gap_closed"]["whole"]["mean"] == 1.0
+    assert result["gap_closed"]["inside"]["mean"] == 1.0
+    assert result["outside_over_ceiling"] == 1.0
+    assert result["predicted"]["cosine"]["mean"] > 0.97
+    assert result["strengths"]["spearman"]["mean"] == 1.0
+    assert result["strengths"]["identity_psnr"]["mean"] == 100.0
+    way = [value["mean"] for value in result["strengths"]["progress"]]
+    assert way == pytest.approx([0, 0.25, 0.5, 0.75, 1], abs=0.02)
+
+
+def test_copying_closes_nothing(monkeypatch, tmp_path, sd1, scenes):
+    result = score(monkeypatch, tmp_path, sd1, scenes / "solar", lambda b, *rest: b)
+    assert result["gap_closed"]["whole"]["mean"] == pytest.approx(0, abs=0.05)  # the faint noise
+    assert abs(result["predicted"]["cosine"]["mean"]) < 0.1
+    assert result["strengths"]["spearman"]["mean"] == 0.0
+    assert result["copy"]["mse_outside"]["mean"] == 0.0
+
+
+def test_the_after_of_another_pair_is_worse_than_copying(monkeypatch, tmp_path, sd1, scenes):
+    result = score(monkeypatch, tmp_path, sd1, scenes / "solar", lambda b, a, others, *rest: others)
+    assert result["gap_closed"]["whole"]["mean"] < -0.5
+    assert result["outside_over_ceiling"] > 10
+
+
+def test_half_of_the_change_closes_three_quarters(monkeypatch, tmp_path, sd1, scenes):
+    """Squared error at half way is a quarter of the copy's; backwards is worse than copying."""
+    half = score(monkeypatch, tmp_path, sd1, scenes / "solar", lambda b, a, *rest: (a + b) / 2)
+    assert half["gap_closed"]["whole"]["mean"] == pytest.approx(0.75, abs=0.02)
+    back = score(
+        monkeypatch, tmp_path, sd1, scenes / "solar", lambda b, a, o, s, rng: b + s * (b - a)
+    )
+    assert back["strengths"]["spearman"]["mean"] < -0.9
+    assert back["predicted"]["cosine"]["mean"] < -0.5
+
+
+def test_states_in_between_are_judged_beside_the_fade(monkeypatch, tmp_path, sd1, scenes):
+    """The fade itself scores as the fade; the true states score higher."""
+    folder = scenes / "solar"
+    more = ["--between_dirs", folder / "time-0.25", folder / "time-0.50"]
+    more += ["--between_times", 0.25, 0.5]
+    same = score(monkeypatch, tmp_path, sd1, folder, fade, *more)["between"]
+    assert same.keys() == {"0.25", "0.5"}
+    for values in same.values():
+        assert values["predicted"]["mean"] == pytest.approx(values["fade"]["mean"], abs=0.1)
+    states = {0.25: _read(folder / "time-0.25"), 0.5: _read(folder / "time-0.50")}
+    before_images = _read(folder / "before")
+
+    def truth(before, after, others, s, rng):
+        i = int((before_images - before).abs().sum((1, 2, 3)).argmin())
+        return states[s][i] if s in states else fade(before, after, others, s, rng)
+
+    right = score(monkeypatch, tmp_path, sd1, folder, truth, *more)["between"]
+    assert all(v["predicted"]["mean"] > v["fade"]["mean"] + 3 for v in right.values())
+
+
+def test_random_changes_are_judged_by_their_distribution(monkeypatch, tmp_path, sd1, scenes):
+    """Samples of the truth are near it in every statistic; a blur has no spread and is far off."""
+    folder = scenes / "urban"
+    truths = [folder / "outcome-1", folder / "outcome-2"]
+    more = ["--outcome_dirs", *truths, "--samples", 3]
+    stacks = [_read(t) for t in (folder / "after", *truths)]
+    before_images = _read(folder / "before")
+
+    def one_of(before, after, others, s, rng):
+        i = int((before_images - before).abs().sum((1, 2, 3)).argmin())
+        return stacks[int(torch.randint(3, (), generator=rng))][i]
+
+    def blur(before, after, others, s, rng):
+        i = int((before_images - before).abs().sum((1, 2, 3)).argmin())
+        return torch.stack([stack[i] for stack in stacks]).mean(0)
+
+    drawn = score(monkeypatch, tmp_path, sd1, folder, one_of, *more)["samples"]
+    blurred = score(monkeypatch, tmp_path, sd1, folder, blur, *more)["samples"]
+    assert blurred["spread"]["mean"] == 0 and drawn["spread"]["mean"] > 0.02
+    assert drawn["spread_of_truth"]["mean"] > 0.02
+    assert drawn["best_psnr"]["mean"] > blurred["best_psnr"]["mean"]
+    for key in ("green", "texture"):
+        assert drawn[key]["distance"] < 0.6 < blurred[key]["distance"]
+
+
+def test_the_same_command_gives_the_same_bytes(tmp_path, sd1, scenes):
+    """With a real LoRA and autoencoder, from the command line's entry."""
+    lora, files = write_lora(tmp_path / "lora", sd1), []
+    for name in ("one", "two"):
+        out = tmp_path / name
+        more = ("--strengths", "0,1", "--samples", 2)
+        assert evaluate.main(flags(lora, scenes / "solar", out, *more)) == 0
+        files.append({p.name: p.read_bytes() for p in out.iterdir()})
+    assert files[0] == files[1]
+    assert files[0].keys() == {"evaluation.json", "evaluation.md", "sheet.png"}
+    result = json.loads(files[0]["evaluation.json"])
+    assert result["pairs"] == 6 and len(result["per_pair"]) == 6
+    assert result["strengths"]["identity_psnr"]["mean"] == 100.0  # delta at 0 is the identity
+    assert "Gap closed (whole)" in files[0]["evaluation.md"].decode()
+
+
+def test_ssim_is_its_definition():
+    """Against sums over every window, written out; 1 for equal images, less for noisier ones."""
+    rng = np.random.default_rng(0)
+    x = rng.random((3, 14, 13))
+    y = np.clip(x + 0.1 * rng.standard_normal(x.shape), 0, 1)
+    grey = [(image * np.array([0.299, 0.587, 0.114])[:, None, None]).sum(0) for image in (x, y)]
+    bell = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2))
+    w = np.outer(bell, bell) / np.outer(bell, bell).sum()
+    values = []
+    for i in range(4):
+        for j in range(3):
+            a, b = (g[i : i + 11, j : j + 11] for g in grey)
+            mu_a, mu_b = (w * a).sum(), (w * b).sum()
+            var_a, var_b = (w * (a - mu_a) ** 2).sum(), (w * (b - mu_b) ** 2).sum()
+            cov = (w * (a - mu_a) * (b - mu_b)).sum()
+            top = (2 * mu_a * mu_b + 1e-4) * (2 * cov + 9e-4)
+            values.append(top / ((mu_a**2 + mu_b**2 + 1e-4) * (var_a + var_b + 9e-4)))
+    x, y = torch.from_numpy(x), torch.from_numpy(y)
+    assert evaluate.ssim(x, y) == pytest.approx(np.mean(values), abs=1e-9)
+    assert evaluate.ssim(x, x) == pytest.approx(1)
+    assert evaluate.ssim(x, 1 - x) < 0
+
+
+def test_rank_correlation():
+    assert evaluate.spearman([0, 0.5, 1], [-3, 7, 7.5]) == 1
+    assert evaluate.spearman([1, 2, 3, 4], [4, 3, 2, 1]) == -1
+    assert evaluate.spearman([1, 2, 3, 4, 5], [5, 6, 7, 8, 7]) == pytest.approx(0.8207826817)
+    assert evaluate.spearman([1, 2, 3], [1, 1, 1]) == 0
+
+
+def test_the_gap_and_its_error():
+    gap = evaluate.gap_closed([4.0, 6.0], [2.0, 4.0], [0.0, 2.0])
+    assert gap["mean"] == pytest.approx(0.5) and gap["n"] == 2
+    # jackknife of the two leave-one-out values 0.5 and 0.5: no spread
+    assert gap["se"] == pytest.approx(0, abs=1e-12)
+    uneven = evaluate.gap_closed([4.0, 4.0, 4.0], [0.0, 2.0, 4.0], [0.0, 0.0, 0.0])
+    left_out = np.array([0.25, 0.5, 0.75])
+    expected = math.sqrt(2 / 3 * ((left_out - 0.5) ** 2).sum())
+    assert (uneven["mean"], uneven["se"]) == pytest.approx((0.5, expected))
+
+
+def test_distance_between_samples():
+    assert evaluate.distance([1, 2, 3], [1, 2, 3]) == 0
+    assert evaluate.distance([2, 4], [1, 3]) == pytest.approx(1.0)  # shifted by 1, σ = 1
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["--strengths", "0.5,1"], "--strengths must have 0 and 1"),
+        (["--between_times", "0.5"], "--between_dirs names 0 folders"),
+        (["--between_dirs", "nowhere", "--between_times", "0.5"], "nowhere"),
+        (["--outcome_dirs", "nowhere"], "--samples must be at least 2"),
+        (["--samples", "0"], "--samples must be at least 1"),
+    ],
+)
+def test_mistakes_are_one_sentence(tmp_path, sd1, scenes, capsys, more, said):
+    lora = write_lora(tmp_path / "lora", sd1)
+    assert evaluate.main(flags(lora, scenes / "solar", tmp_path / "out", *more)) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and said in lines[0]
+    assert not (tmp_path / "out").exists()
