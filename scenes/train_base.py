@@ -11,19 +11,23 @@ changes in HELD_OUT; the autoencoder, a general part, sees the looks of all. Tra
 import argparse
 import json
 import math
+import re
+import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -133,28 +137,48 @@ def pixels(images: Tensor) -> Tensor:
 # ---- the tokenizer -------------------------------------------------------------------------------
 
 
+def learn_merges(captions: list[str], count: int) -> list[tuple[str, str]]:
+    """Byte-pair encoding (Sennrich et al. 2016): join the commonest pair, again and again.
+
+    Ties go to the first in the alphabet: the library's trainer takes them in any order.
+    """
+    words = Counter(word for text in captions for word in re.findall(r"\w+|[^\w\s]+", text))
+    split = {word: (*word[:-1], word[-1] + "</w>") for word in words}
+    merges = []
+    while len(merges) < count:
+        pairs = Counter()
+        for word, parts in split.items():
+            for pair in pairwise(parts):
+                pairs[pair] += words[word]
+        if not pairs:
+            break
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        for word, parts in split.items():
+            joined, i = [], 0
+            while i < len(parts):
+                step = 2 if parts[i : i + 2] == best else 1
+                joined.append("".join(parts[i : i + step]))
+                i += step
+            split[word] = tuple(joined)
+    return merges
+
+
 def write_tokenizer(folder: Path, captions: list[str], merges: int = 200) -> int:
-    """CLIP's byte-level BPE (Sennrich et al. 2016) learnt on captions. Returns the vocabulary size.
+    """CLIP's tokenizer with merges learnt on captions. Returns the vocabulary size.
 
     Every byte has its token, alone and at a word's end, so any prompt can be written.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    single = [*alphabet, *(c + "</w>" for c in alphabet)]
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(
-        vocab_size=len(single) + merges, end_of_word_suffix="</w>", show_progress=False
-    )
-    bpe.train_from_iterator(sorted(set(captions)), trainer)
-    pairs = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+    pairs = learn_merges(captions, merges)
     specials = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>"}
-    tokens = [*single, *("".join(pair) for pair in pairs), *specials.values()]
+    tokens = [*alphabet, *(c + "</w>" for c in alphabet), *map("".join, pairs)]
+    tokens += specials.values()
     specials |= {"pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "vocab.json", {token: i for i, token in enumerate(tokens)})
-    (folder / "merges.txt").write_text(
-        "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in pairs), encoding="utf-8"
-    )
+    lines = ["#version: 0.2", *(f"{a} {b}" for a, b in pairs)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     write_text(folder / "special_tokens_map.json", specials)
     more = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True}
     write_text(folder / "tokenizer_config.json", more | specials)
@@ -331,8 +355,10 @@ def unet_loss(
 
 
 @torch.no_grad()
-def sample_sheet(unet: UNet, text: TextEncoder, vae: VAE, schedule: Schedule) -> Image.Image:
-    """Four seeds of eight prompts, 30 DDIM steps, guidance 3; reconstructions are on top."""
+def sample_sheet(
+    unet: UNet, text: TextEncoder, vae: VAE, schedule: Schedule, steps: int
+) -> Image.Image:
+    """Reconstructions of held-out scenes; eight seeds of five prompts by DDIM, guidance 3."""
     rows, names = [], []
     for state in ({}, {"solar": 1.0}, {"snow": 1.0}):
         real = [render(make_scene(HELD_OUT_SCENES + i), state) for i in range(4)]
@@ -345,7 +371,7 @@ def sample_sheet(unet: UNet, text: TextEncoder, vae: VAE, schedule: Schedule) ->
         ctx, uncond = text.context([prompt]), text.context([""])
         predict = guided_predictor(unet, ctx, uncond, 3.0)
         shape = (4, *[VAE_CONFIG["sample_size"] // vae.downscale] * 2)
-        z = generate_latents(predict, schedule, shape, range(8), steps=30)
+        z = generate_latents(predict, schedule, shape, range(8), steps=steps)
         rows.append(to_images(decode(vae, z)))
         names.append(prompt)
     rows = [[Image.fromarray(image).resize((128, 128), 0) for image in row] for row in rows]
@@ -388,7 +414,8 @@ def save(folder: Path, networks: dict[str, tuple[nn.Module, dict]]) -> None:
 
 def card(args: argparse.Namespace, facts: dict) -> str:
     psnr = "\n".join(f"| {k} | {m:.1f} ± {e:.1f} |" for k, (m, e) in facts["psnr"].items())
-    lines = f"""# The embedded base model
+    minutes = facts["minutes"]
+    return f"""# The embedded base model
 
 Stable Diffusion's architecture, small: {facts["parameters"]} parameters. Trained from scratch by
 `scenes/train_base.py` on {args.images} scenes of `scenes/render.py` at 64 px (seeds from
@@ -402,10 +429,10 @@ nothing of the world.
 |---|---|
 | revision, machine | {facts["revision"]}, {facts["machine"]} |
 | seed | {args.seed} |
-| autoencoder | {args.vae_steps} steps of {args.vae_batch}, {facts["vae_minutes"]:.0f} min |
-| UNet and text encoder | {args.unet_steps} steps of {args.unet_batch}, {facts["unet_minutes"]:.0f} min |
+| autoencoder | {args.vae_steps} steps of {args.vae_batch}, {minutes[0]:.0f} min |
+| UNet, text encoder | {args.unet_steps} steps of {args.unet_batch}, {minutes[1]:.0f} min |
 | averaging | EMA, 0.999 |
-| UNet's held-out loss | {facts["held_out_loss"]:.4f} (ε, min-SNR-5 weights, {args.held_out} scenes) |
+| held-out loss | {facts["held_out_loss"]:.4f} (ε, min-SNR-5 weights, {args.held_out} scenes) |
 
 The files are fp16. Latents are whitened inside quant_conv, so scaling_factor is 1.
 
@@ -420,7 +447,6 @@ error:
 
 MIT licence, like the code.
 """
-    return lines
 
 
 def train_base(args: argparse.Namespace) -> Path:
@@ -474,8 +500,7 @@ def train_base(args: argparse.Namespace) -> Path:
         "machine": f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads"
         if device.type == "cpu"
         else f"torch {torch.__version__}, {torch.cuda.get_device_name(device)}",
-        "vae_minutes": vae_seconds / 60,
-        "unet_minutes": unet_seconds / 60,
+        "minutes": (vae_seconds / 60, unet_seconds / 60),
         "psnr": psnr,
         "held_out_loss": held_out_loss,
     }
@@ -484,8 +509,8 @@ def train_base(args: argparse.Namespace) -> Path:
     def write(folder: Path) -> None:
         configs = {"vae": VAE_CONFIG, "unet": UNET_CONFIG, "text_encoder": text_config}
         save(folder, {name: (networks[name], config) for name, config in configs.items()})
-        write_tokenizer(folder / "tokenizer", captions)
-        sample_sheet(unet, text, vae, schedule).save(folder / "samples.png")
+        shutil.copytree(args.work / "tokenizer", folder / "tokenizer")
+        sample_sheet(unet, text, vae, schedule, args.sheet_steps).save(folder / "samples.png")
         (folder / "README.md").write_text(card(args, facts), encoding="utf-8")
 
     write_aside(args.out, write)
@@ -506,6 +531,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--vae_batch", type=int, default=16)
     parser.add_argument("--unet_steps", type=int, default=8000)
     parser.add_argument("--unet_batch", type=int, default=32)
+    parser.add_argument("--sheet_steps", type=int, default=30, help="DDIM steps of samples.png")
     parser.add_argument("--held_out", type=int, default=128, help="scenes of the card's figures")
     parser.add_argument(
         "--mixed_precision", choices=("no", "bf16"), default="no",

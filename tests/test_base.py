@@ -1,0 +1,115 @@
+"""The base model's training: its result loads like any checkpoint, whitening changes nothing."""
+
+import shutil
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from model.vae import VAE
+from model.weights import load_scheduler_config, load_text, load_unet, load_vae
+from scenes import train_base
+from scenes.train_base import HELD_OUT, VAE_CONFIG, draw_state, pixels, posterior, whiten
+from tests.checkpoints import read_state, weights_file
+
+SMALL = "--images 24 --vae_batch 2 --unet_batch 2 --held_out 2 --sheet_steps 2"
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch):
+    """The same networks, narrower."""
+    thin = {"block_out_channels": [8, 8, 8], "norm_num_groups": 4}
+    monkeypatch.setattr(train_base, "VAE_CONFIG", VAE_CONFIG | thin)
+    unet = train_base.UNET_CONFIG | {"block_out_channels": [16, 16, 16], "norm_num_groups": 4}
+    monkeypatch.setattr(train_base, "UNET_CONFIG", unet)
+
+
+def run(tmp_path, vae_steps, unet_steps):
+    flags = ["--out", tmp_path / "base", "--work", tmp_path / "work"]
+    flags += ["--vae_steps", vae_steps, "--unet_steps", unet_steps, *SMALL.split()]
+    assert train_base.main(list(map(str, flags))) == 0
+    return tmp_path / "base"
+
+
+def test_what_is_written_is_a_checkpoint(tmp_path):
+    """Our loader takes it, and so does diffusers; the figures of the card are there."""
+    base = run(tmp_path, 3, 2)
+    unet, vae, text = load_unet(base), load_vae(base), load_text(base)
+    assert vae.downscale == 4 and vae.scaling_factor == 1.0
+    assert load_scheduler_config(base)["prediction_type"] == "epsilon"
+    ctx = text.context(["fields with a lake, in autumn", "日本 Ünï 42%"])
+    assert ctx.shape == (2, 77, 64) and not torch.equal(ctx[0], ctx[1])
+    words = text.tokenizer("an aerial view of fields with a river").input_ids
+    assert len(words) == 10  # whole words, and the two ends
+    pipe = StableDiffusionPipeline.from_pretrained(base, safety_checker=None, dtype=torch.float32)
+    x_t, t = torch.randn(2, 4, 16, 16), torch.tensor([7, 700])
+    with torch.no_grad():
+        theirs = pipe.unet(x_t, t, pipe.text_encoder(text.tokenize(["a", "b"]))[0]).sample
+        assert torch.allclose(unet(x_t, t, text.context(["a", "b"])), theirs, atol=1e-4)
+    card = (base / "README.md").read_text()
+    assert all(word in card for word in ("solar or snow", "| flood |", "--vae_steps 3", "seed"))
+    assert (base / "samples.png").stat().st_size > 10_000
+    assert not list(base.rglob("*.bin"))
+
+
+def test_a_stopped_training_goes_on(tmp_path, monkeypatch):
+    """Killed in the UNet's phase and started again: the same weights as without the interruption.
+
+    The learning rate's schedule and the draws are functions of the step.
+    """
+    whole = run(tmp_path / "a", 2, 4)
+    real, calls = train_base.unet_loss, []
+
+    def dies(*args, **kwargs):
+        loss = real(*args, **kwargs)
+
+        def step(i):
+            calls.append(i)
+            if i == 3:
+                raise KeyboardInterrupt
+            return loss(i)
+
+        return step
+
+    fit = train_base.fit
+    monkeypatch.setattr(train_base, "fit", lambda *a, **k: fit(*a, **k, save_every=2))
+    monkeypatch.setattr(train_base, "unet_loss", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "b", 2, 4)
+    assert not (tmp_path / "b" / "base").exists()
+    monkeypatch.setattr(train_base, "unet_loss", real)
+    again = run(tmp_path / "b", 2, 4)
+    for part in ("unet", "vae", "text_encoder"):
+        one, two = (read_state(weights_file(root, part)) for root in (whole, again))
+        assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+    shutil.rmtree(tmp_path / "b" / "base")
+
+
+def test_whitening_changes_the_latents_and_nothing_else():
+    """Each channel has mean 0 and variance 1; what is decoded is what was decoded before."""
+    torch.manual_seed(0)
+    vae = VAE(train_base.VAE_CONFIG).double().requires_grad_(False)
+    vae.post_quant_conv.weight.mul_(1.7)
+    vae.quant_conv.bias += torch.randn(8)
+    images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
+    x = pixels(images).double()
+    mean, logvar = vae.encode(x)
+    before = vae.decode(mean + (logvar / 2).exp())
+    whiten(vae, mean, (logvar / 2).exp())
+    mean, logvar = vae.encode(x)
+    assert torch.allclose(vae.decode(mean + (logvar / 2).exp()), before, atol=1e-9)
+    assert mean.mean((0, 2, 3)).abs().max() < 1e-9
+    total = mean.var((0, 2, 3)) + logvar.exp().mean((0, 2, 3))
+    assert torch.allclose(total, torch.ones(4).double(), atol=1e-9)
+    again, std = posterior(vae.float(), images, torch.device("cpu"))
+    assert torch.allclose(again, mean.float(), atol=1e-4)
+    assert torch.allclose(std, (logvar / 2).exp().float(), atol=1e-4)
+
+
+def test_the_held_out_changes_are_never_drawn():
+    known = tuple(c for c in train_base.CHANGES if c not in HELD_OUT)
+    states = [draw_state(seed, known) for seed in range(300)]
+    seen = {change for state in states for change in state}
+    assert seen == set(known) and not seen & set(HELD_OUT)
+    assert {len(state) for state in states} == {0, 1, 2}
+    assert all(0 <= time <= 1 for state in states for time in state.values())
