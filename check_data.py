@@ -30,6 +30,7 @@ from data import (
     read_caption,
     shown,
 )
+from runs import refuse_file
 
 NO_CHANGE = 0.5  # of 255, mean absolute difference: what saving as JPEG twice costs
 MIN_SHIFT = 2  # pixels of the original
@@ -230,6 +231,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/check-data"), metavar="DIR")
     args = parser.parse_args(argv)
     try:
+        if args.resolution < 8 or args.resolution % 8:
+            wanted = "a positive multiple of 8"
+            raise ValueError(f"--resolution must be {wanted}, got {args.resolution}")
+        refuse_file(args.out, "--out")
         report, sheet = check(args.before, args.after, args.mask_dir, args.resolution)
         if sheet:
             args.out.mkdir(parents=True, exist_ok=True)

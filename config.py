@@ -7,6 +7,7 @@ down to `lora_rank` are those of the DreamBooth-LoRA script this project descend
 import argparse
 import dataclasses
 import json
+import math
 import sys
 import types
 import typing
@@ -201,7 +202,7 @@ def read_file(path: str) -> dict:
     """The fields that a config.json gives. ValueError names a key that is none, or a wrong type."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # bytes, syntax, a number of 5000 digits
         raise ValueError(f"--config {path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"--config {path} should hold a JSON object")
@@ -212,23 +213,14 @@ def read_file(path: str) -> dict:
         kind = hints[key]
         allowed = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
         allowed = [typing.get_origin(k) or k for k in allowed]
-        if isinstance(value, list) and tuple in allowed:
+        if tuple in allowed and isinstance(value, list) and all(type(v) is str for v in value):
             content[key] = tuple(value)
-        elif (
-            isinstance(value, int)
-            and not isinstance(value, bool)
-            and float in allowed
-            and int not in allowed
-        ):
+        elif type(value) is int and float in allowed and abs(value) < 2**63:
             content[key] = float(value)
         elif type(value) not in allowed:
-            wanted = " or ".join(k.__name__ for k in allowed)
+            names = {tuple: "a list of strings", types.NoneType: "null"}
+            wanted = " or ".join(names.get(k, k.__name__) for k in allowed)
             raise ValueError(f"--config {path} has {key}={value!r}; {wanted} was wanted")
-        choices = TrainConfig.__dataclass_fields__[key].metadata["choices"]
-        if choices and value is not None and value not in choices:
-            raise ValueError(
-                f"--config {path} has {key}={value!r}; one of {', '.join(choices)} was wanted"
-            )
     return content
 
 
@@ -256,6 +248,9 @@ def parse(argv: list[str] | None = None, prog: str = "train.py") -> TrainConfig:
         parser.error(str(error))
 
 
+MAY_BE_EMPTY = ("instance_prompt", "validation_prompt", "class_prompt")
+
+
 def check(cfg: TrainConfig) -> TrainConfig:
     """The same config if it makes sense. ValueError: one sentence naming the flag."""
 
@@ -263,6 +258,14 @@ def check(cfg: TrainConfig) -> TrainConfig:
         if not condition:
             raise ValueError(sentence)
 
+    for f in dataclasses.fields(cfg):
+        value, choices = getattr(cfg, f.name), f.metadata["choices"]
+        if choices and value is not None:
+            need(value in choices, f"--{f.name} must be {' or '.join(choices)}, got {value!r}")
+        if isinstance(value, float):
+            need(math.isfinite(value), f"--{f.name} must be a finite number, got {value}")
+        # an empty path means the current folder, which is never what an unset $VARIABLE meant
+        need(value != "" or f.name in MAY_BE_EMPTY, f"--{f.name} is empty")
     pairs = is_pairs(cfg)
     need(
         pairs or cfg.instance_data_dir is not None,
@@ -328,7 +331,7 @@ def check(cfg: TrainConfig) -> TrainConfig:
         need(0 <= getattr(cfg, name) < 1, f"--{name} must be in [0, 1), got {getattr(cfg, name)}")
     need(cfg.seed < 2**31, f"--seed must be less than 2147483648, got {cfg.seed}")
     need(0 <= cfg.mask_outside <= 1, f"--mask_outside must be in [0, 1], got {cfg.mask_outside}")
-    need(cfg.random_scale >= 1, f"--random_scale must be at least 1, got {cfg.random_scale}")
+    need(1 <= cfg.random_scale <= 100, f"--random_scale must be in 1..100, got {cfg.random_scale}")
     need(1 <= cfg.delta_t <= 999, f"--delta_t must be in 1..999, got {cfg.delta_t}")
     need(
         not (cfg.pre_compute_text_embeddings and cfg.train_text_encoder),
@@ -344,6 +347,38 @@ def check(cfg: TrainConfig) -> TrainConfig:
         f"hf upload OWNER/NAME {cfg.output_dir}/pytorch_lora_weights.safetensors",
     )
     return cfg
+
+
+def without_effect(cfg: TrainConfig) -> list[str]:
+    """A sentence for each flag that was given and that nothing reads.
+
+    To warn of, not to stop for: an arm of an ablation may switch off what a flag before it tunes.
+    """
+    delta = is_pairs(cfg) and cfg.pair_objective in (None, "delta")
+    prior = cfg.with_prior_preservation
+    restarts = "cosine_with_restarts"
+    random_views = not cfg.center_crop or cfg.random_flip or cfg.random_scale > 1
+    rules = [
+        ("mask_outside", cfg.mask_dir is not None, "--mask_dir"),
+        ("allow_unmatched", is_pairs(cfg) or cfg.mask_dir is not None, "pairs or --mask_dir"),
+        ("views", random_views, "random crops, --random_flip or --random_scale"),
+        ("delta_t", delta, "--pair_objective delta"),
+        ("snr_gamma", prior or not delta, "noise: --pair_objective slider or after"),
+        ("lr_warmup_steps", cfg.lr_scheduler != "constant", "--lr_scheduler constant_with_warmup"),
+        ("lr_num_cycles", cfg.lr_scheduler == restarts, f"--lr_scheduler {restarts}"),
+        ("lr_power", cfg.lr_scheduler == "polynomial", "--lr_scheduler polynomial"),
+        ("logging_dir", cfg.report_to == "tensorboard", "--report_to tensorboard"),
+        ("prior_loss_weight", prior, "--with_prior_preservation"),
+        ("num_class_images", prior, "--with_prior_preservation"),
+        ("prior_generation_precision", prior, "--with_prior_preservation"),
+        ("sample_batch_size", prior, "--with_prior_preservation"),
+    ]
+    default = {f.name: f.default for f in dataclasses.fields(cfg)}
+    return [
+        f"--{name} {getattr(cfg, name)} has no effect without {wanted}"
+        for name, read, wanted in rules
+        if not read and getattr(cfg, name) != default[name]
+    ]
 
 
 def is_pairs(cfg: TrainConfig) -> bool:

@@ -96,6 +96,13 @@ def revision() -> dict:
     }
 
 
+def refuse_file(folder: Path, flag: str) -> None:
+    """FileExistsError if a file is where `folder`, or a folder above it, is wanted."""
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise FileExistsError(f"{flag} {folder}: {path} is a file, a folder was wanted")
+
+
 class Run:
     """Opens the folder: a new run, or (with `resume`) one to go on with from `self.resume_step`.
 
@@ -113,8 +120,7 @@ class Run:
     ):
         self.folder = Path(folder)
         self.checkpoint: Path | None = None
-        if self.folder.exists() and not self.folder.is_dir():
-            raise FileExistsError(f"--output_dir {folder} is a file")
+        refuse_file(self.folder, "--output_dir")
         there = (self.folder / "config.json").exists()
         if resume is not None and there:
             self._find_checkpoint(resume)
@@ -176,8 +182,10 @@ class Run:
         if resume == "latest":
             self.checkpoint = max(self.checkpoints(), key=_step, default=None)
             return
-        path = self.folder / Path(resume).name
-        if path not in self.checkpoints():
+        asked = Path(resume)
+        path = self.folder / asked.name
+        elsewhere = len(asked.parts) > 1 and asked.resolve() != path.resolve()
+        if path not in self.checkpoints() or elsewhere:
             have = ", ".join(p.name for p in sorted(self.checkpoints(), key=_step)) or "none"
             raise FileNotFoundError(
                 f"--resume_from_checkpoint {resume}: not in {self.folder}, which has: {have}"
@@ -185,7 +193,11 @@ class Run:
         self.checkpoint = path
 
     def _compare(self, config: dict) -> None:
-        old = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        path = self.folder / "config.json"
+        try:
+            old = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
         now = json.loads(json.dumps(config))
         other = [k for k in sorted(now) if k not in FREE and old.get(k) != now[k]]
         if other and self.checkpoint is not None:

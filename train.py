@@ -7,19 +7,18 @@ Big modules live one after the other: the text encoder, the VAE, the UNet. What 
 is a table of contexts and a table of latents; the loop needs nothing else.
 """
 
-import json
 import math
 import os
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -37,7 +36,7 @@ from data import (
 )
 from latents import Latents, cache_latents
 from model.draws import draw, seeded
-from model.files import is_local, moved_note
+from model.files import is_local, moved_note, read_json, read_tensors
 from model.layers import ResBlock, TransformerBlock
 from model.lora import inject, keep_strength, lora_layers
 from model.lora_files import LORA_FILE, read_lora, save_lora
@@ -64,16 +63,20 @@ from runs import Run, write_aside, write_json
 def train(cfg: TrainConfig) -> Path:
     """Run it all; returns the run's folder. ValueError or OSError for what the user can mend."""
     config.check(cfg)
+    for sentence in config.without_effect(cfg):
+        warnings.warn(sentence, stacklevel=2)
     if (world := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise ValueError(f"WORLD_SIZE is {world}; one process per run is supported so far")
     run = Run(
         cfg.output_dir,
-        asdict(cfg),
+        # without how this folder was opened, so that --config repeats the run elsewhere
+        asdict(replace(cfg, overwrite=False, resume_from_checkpoint=None)),
         resume=cfg.resume_from_checkpoint,
         overwrite=cfg.overwrite,
         tensorboard=cfg.logging_dir if cfg.report_to == "tensorboard" else None,
     )
     device = pick_device(cfg.device)
+    precision = torch.get_float32_matmul_precision()
     if cfg.allow_tf32:
         torch.set_float32_matmul_precision("high")
     status = "crashed"
@@ -84,6 +87,7 @@ def train(cfg: TrainConfig) -> Path:
         status = "stopped"
         raise
     finally:
+        torch.set_float32_matmul_precision(precision)
         run.finish(status, peak_mib=round(peak_mib(device), 1))
     return run.folder
 
@@ -97,6 +101,8 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
     objective, knobs = OBJECTIVES[name], Knobs(cfg.delta_t, cfg.snr_gamma)
     if note := moved_note(base):
         print(note)
+    if cfg.revision is not None and is_local(base):
+        raise ValueError(f"--revision {cfg.revision} is for the hub; {base} is a local directory")
 
     # ---- 1. data: looked at before anything is loaded or written
     pairs, shown = find_data(cfg)
@@ -118,6 +124,12 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
     prompt_of = torch.tensor([row[said] for said in own], device=device)  # (n,)
     with phase("text", device, run.log):
         text = load_text(base, **files, tokenizer=cfg.tokenizer_name)
+        most = text.model.config.max_position_embeddings
+        if (cfg.tokenizer_max_length or 0) > most:
+            raise ValueError(
+                f"--tokenizer_max_length is {cfg.tokenizer_max_length}, "
+                f"the text encoder takes {most} at most"
+            )
         ids = text.tokenize(prompts, cfg.tokenizer_max_length).to(device)  # (p, l)
         mask = text.mask(ids) if cfg.text_encoder_use_attention_mask else None
         with torch.no_grad():
@@ -201,8 +213,10 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
             how = How(generator=seeded(cfg.seed, 2), knobs=knobs)
             predict = predictor(unet, context_of(said))
             z_hat = objective.edit(predict, schedule, z, torch.ones(1, device=device), how)
-            images = [item["before"], decode(vae, z_hat)[0], item["after"]]
-            rows.append([to_image(pixels) for pixels in images if pixels is not None])
+            # one of --validation_images has no partner, and is a before image
+            first, *rest = [item[side] for side in ("before", "after") if side in item]
+            images = [first, decode(vae, z_hat)[0], *rest]
+            rows.append([to_image(pixels) for pixels in images])
         if not shown:
             predict = guided_predictor(unet, context_of(prompt), context_of(""), 7.5)
             seeds = range(cfg.seed, cfg.seed + cfg.num_validation_images)
@@ -291,7 +305,8 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
 def find_data(cfg: TrainConfig) -> tuple[list[Pair], list[Pair]]:
     """What to train on, and what to show: held-out pairs, given images, or some training pairs."""
     if not config.is_pairs(cfg):
-        return find_singles(cfg.instance_data_dir), []
+        masks = {"mask_dir": cfg.mask_dir, "allow_unmatched": cfg.allow_unmatched}
+        return find_singles(cfg.instance_data_dir, **masks), []
     dirs = cfg.before_data_dir, cfg.after_data_dir
     pairs = find_pairs(*dirs, mask_dir=cfg.mask_dir, allow_unmatched=cfg.allow_unmatched)
     if cfg.allow_unmatched and (skipped := sum(len(names) for names in unmatched(*dirs))):
@@ -330,18 +345,11 @@ def make_dataset(cfg: TrainConfig, pairs: list[Pair]) -> PairDataset:
     return PairDataset(pairs, cfg.resolution, views=1, **crop) if dataset.deterministic else dataset
 
 
-class Gallery(PairDataset):
-    """The pairs to show, centre-cropped; an image without a partner is a before image."""
-
-    def __getitem__(self, index: int) -> dict:
-        item = super().__getitem__(index)
-        return item if "before" in item else {**item, "before": item["after"], "after": None}
-
-
-def make_gallery(cfg: TrainConfig, shown: list[Pair]) -> Gallery | None:
+def make_gallery(cfg: TrainConfig, shown: list[Pair]) -> PairDataset | None:
+    """What is shown, centre-cropped."""
     if not shown:
         return None
-    return Gallery(shown, cfg.resolution, center_crop=True, background=cfg.background)
+    return PairDataset(shown, cfg.resolution, center_crop=True, background=cfg.background)
 
 
 def class_images(cfg: TrainConfig, device: torch.device, log: Callable) -> list[Pair]:
@@ -354,7 +362,6 @@ def class_images(cfg: TrainConfig, device: torch.device, log: Callable) -> list[
     some = folder.is_dir() and any(folder.iterdir())
     have = len(find_singles(folder, flag="--class_data_dir")) if some else 0
     if have < cfg.num_class_images:
-        folder.mkdir(parents=True, exist_ok=True)
         precision = cfg.prior_generation_precision or cfg.mixed_precision
         with phase("class images", device, log):
             pipe = load_pipeline(
@@ -366,6 +373,7 @@ def class_images(cfg: TrainConfig, device: torch.device, log: Callable) -> list[
                 device=device,
             )
             _, predict = pipe.predictors(cfg.class_prompt, 7.5)
+            folder.mkdir(parents=True, exist_ok=True)
             side = cfg.resolution // pipe.vae.downscale
             seeds = range(cfg.seed + have, cfg.seed + cfg.num_class_images)
             for i in tqdm(
@@ -453,8 +461,8 @@ def restore(checkpoint: Path, adapted: dict, opt: torch.optim.Optimizer, scaler)
         for name, layer in layers.items():
             layer.lora_A.data.copy_(saved[name].A)
             layer.lora_B.data.copy_(saved[name].B)
-    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    moments = load_file(checkpoint / "optimizer.safetensors")
+    state = read_json(checkpoint / "state.json")
+    moments = dict(read_tensors(checkpoint / "optimizer.safetensors"))
     groups = opt.state_dict()["param_groups"]
     opt.load_state_dict({"state": {0: {**moments, **state["optimizer"]}}, "param_groups": groups})
     scaler.load_state_dict(state["scaler"])

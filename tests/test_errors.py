@@ -1,0 +1,439 @@
+"""What a user can get wrong: one line that names it, exit status 2, and nothing is touched."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import check_data
+import sample
+import train
+from config import TrainConfig
+from model.lora_files import LORA_FILE
+from tests.pairs import write_pairs
+
+ROOT = Path(__file__).parents[1]
+
+
+def edit_json(path: Path, **values) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, sd1):
+    """A folder with good and bad things in it; what the tests call runs inside it."""
+    root, threads = tmp_path_factory.mktemp("place"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    shutil.copytree(sd1, root / "sd")
+    write_pairs(root / "pairs", 5, 32)
+    for bad in ("unmatched", "doubled", "broken", "oblong", "words"):
+        shutil.copytree(root / "pairs" / "before", root / bad)
+    (root / "unmatched" / "alone.png").write_bytes((root / "unmatched" / "0.png").read_bytes())
+    Image.new("RGB", (32, 32)).save(root / "doubled" / "0.bmp")
+    cut = (root / "broken" / "3.png").read_bytes()[:200]
+    (root / "broken" / "3.png").write_bytes(cut)
+    Image.new("RGB", (64, 32)).save(root / "oblong" / "2.png")
+    (root / "words" / "1.txt").write_bytes(b"\xff\xfe\xff")
+    shutil.copytree(root / "pairs" / "before", root / "strangers")
+    for path in list((root / "strangers").iterdir()):
+        path.rename(path.with_name(f"other{path.name}"))
+    (root / "empty").mkdir()
+    (root / "notes.txt").write_text("not a checkpoint")
+    (root / "array.json").write_text("[]")
+    (root / "cut.json").write_text('{"seed": 1')
+    for name, values in {
+        "key": {"sead": 1}, "type": {"seed": "1"}, "choice": {"lr_scheduler": "cosin"},
+        "list": {"validation_images": [1]}, "number": {"learning_rate": 10**400},
+        "negative": {"train_batch_size": -1},
+    }.items():  # fmt: skip
+        (root / f"{name}.json").write_text(json.dumps(values))
+    (root / "nan.json").write_text('{"learning_rate": NaN}')
+    for name in ("xl", "tiny vae", "no config", "no weights"):
+        shutil.copytree(sd1, root / name)
+    edit_json(root / "xl" / "unet" / "config.json", addition_embed_type="text_time")
+    edit_json(root / "tiny vae" / "vae" / "config.json", _class_name="AutoencoderTiny")
+    (root / "no config" / "unet" / "config.json").unlink()
+    (root / "no weights" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with contextlib.chdir(root):
+        train.train(TrainConfig(
+            pretrained_model_name_or_path="sd", before_data_dir="pairs/before",
+            after_data_dir="pairs/after", output_dir="run", resolution=16, lora_rank=2,
+            max_train_steps=2, checkpointing_steps=1, num_validation_images=0, device="cpu",
+        ))  # fmt: skip
+        shutil.copytree("run", "damaged")
+        (root / "damaged" / "checkpoint-2" / "optimizer.safetensors").write_text("?")
+        shutil.copytree("run", "wrong header")
+        (root / "wrong header" / "config.json").write_text("?")
+        shape = {"unet.conv_in.lora_A.weight": torch.ones(2, 3, 3, 3),
+                 "unet.conv_in.lora_B.weight": torch.ones(32, 2, 1, 1)}  # fmt: skip
+        save_file(shape, "misfit.safetensors")
+        save_file({"lora_unet_x.lora_up.weight": torch.ones(2, 2)}, "kohya.safetensors")
+        yield root
+    torch.set_num_threads(threads)
+
+
+def snapshot(root: Path) -> dict:
+    found = {path: path.stat() for path in root.rglob("*")}
+    return {path: (s.st_size, s.st_mtime_ns, s.st_ino) for path, s in found.items()}
+
+
+def complaint(root: Path, main, argv: list[str], status: int = 2) -> str:
+    """The only line on stderr, of a call that changes no file."""
+    before, err, out = snapshot(root), io.StringIO(), io.StringIO()
+    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(out):
+        try:
+            code = main([str(part) for part in argv])
+        except SystemExit as stop:
+            code = stop.code
+    lines = err.getvalue().splitlines()
+    assert (code, len(lines)) == (status, 1), lines
+    assert snapshot(root) == before
+    return lines[0]
+
+
+GOOD = ["--pretrained_model_name_or_path=sd", "--before_data_dir=pairs/before",
+        "--after_data_dir=pairs/after", "--output_dir=new", "--resolution=16", "--lora_rank=2",
+        "--max_train_steps=1", "--num_validation_images=0", "--device=cpu"]  # fmt: skip
+
+TRAIN = {
+    # the data
+    "--before_data_dir=nowhere": "Before images root doesn't exist: nowhere",
+    "--after_data_dir=no/where": "After images root doesn't exist: no/where",
+    "--before_data_dir=notes.txt": "Before images root is a file, wanted a folder: notes.txt",
+    "--before_data_dir=strangers": "No matching image pairs found: strangers holds 5 images "
+    "(other0, other1, other2, and 2 more), pairs/after holds 5 images (0, 1, 2, and 2 more)",
+    "--before_data_dir=empty": "No matching image pairs found: empty holds 0 images (none)",
+    "--before_data_dir=pairs/after": "are the same folder",
+    "--before_data_dir=unmatched": "1 of 6 before images has no partner in pairs/after: alone",
+    "--before_data_dir=doubled": "2 files are named 0, wanted one: doubled/0.bmp, doubled/0.png",
+    "--before_data_dir=broken": "broken/3.png cannot be read as an image",
+    "--after_data_dir=broken": "broken/3.png cannot be read as an image",
+    "--before_data_dir=oblong": "pair 2: before is 64x32, after is 32x32",
+    "--before_data_dir=words": "caption words/1.txt is not UTF-8 text",
+    "--before_data_dir=": "--before_data_dir is empty",
+    "--instance_data_dir=pairs/after": "--instance_data_dir and --before_data_dir exclude",
+    "--mask_dir=nowhere": "--mask_dir doesn't exist: nowhere",
+    "--mask_dir=strangers": "5 of 5 images have no mask in --mask_dir strangers",
+    "--validation_images nowhere.png": "--validation_images nowhere.png does not exist",
+    "--validation_images notes.txt --num_validation_images=1": "notes.txt cannot be read",
+    "--validation_pairs=5": "--validation_pairs 5 leaves none of 5 pairs",
+    "--background=beforish": "--background is 'beforish', wanted a colour",
+    "--cache_dir=notes.txt": "notes.txt",
+    # the base model
+    "--pretrained_model_name_or_path=notes.txt": "notes.txt is a file; a directory in diffusers'",
+    "--pretrained_model_name_or_path=./nowhere": "'./nowhere' is neither a directory nor a hub",
+    "--pretrained_model_name_or_path=empty": "empty has no scheduler/scheduler_config.json",
+    "--pretrained_model_name_or_path=xl": "xl/unet/config.json",
+    "--pretrained_model_name_or_path='tiny vae'": "config.json describes a AutoencoderTiny",
+    "--pretrained_model_name_or_path='no config'": "no config has no unet/config.json",
+    "--pretrained_model_name_or_path='no weights'": "no unet/diffusion_pytorch_model.safetensors",
+    "--variant=fp16": "no text_encoder/model.fp16.safetensors",
+    "--vae_path=pairs": "pairs has no vae/config.json",
+    "--tokenizer_name=pairs": "pairs has no tokenizer/vocab.json",
+    # flags
+    "--learning_rat=1": "unrecognized arguments: --learning_rat=1",
+    "--learning=1": "unrecognized arguments: --learning=1",
+    "--no-seed": "unrecognized arguments: --no-seed",
+    "surplus": "unrecognized arguments: surplus",
+    "--pair_objective=sliders": "--pair_objective: invalid choice: 'sliders'",
+    "--lr_scheduler=cosin": "--lr_scheduler: invalid choice: 'cosin'",
+    "--mixed_precision=fp8": "--mixed_precision: invalid choice: 'fp8'",
+    "--report_to=paper": "--report_to: invalid choice: 'paper'",
+    "--seed=one": "--seed: invalid int value: 'one'",
+    "--seed": "--seed: expected one argument",
+    "--seed=2147483648": "--seed must be less than 2147483648",
+    "--resolution=100": "--resolution must be a positive multiple of 8, got 100",
+    "--resolution=0": "--resolution must be a positive multiple of 8, got 0",
+    "--resolution=-8": "--resolution must be a positive multiple of 8, got -8",
+    "--delta_t=1000": "--delta_t must be in 1..999, got 1000",
+    "--random_scale=1e38": "--random_scale must be in 1..100",
+    "--adam_beta1=1": "--adam_beta1 must be in [0, 1), got 1.0",
+    "--adam_beta2=1": "--adam_beta2 must be in [0, 1), got 1.0",
+    "--mask_outside=1.5": "--mask_outside must be in [0, 1], got 1.5",
+    "--lora_rank=33": "--lora_rank 33 does not fit down_blocks.0",
+    "--lora_targets=to_z": "--lora_targets has 'to_z', which matches no layer; groups are attn",
+    "--lora_targets=,": "--lora_targets is empty",
+    "--device=nowhere": "--device nowhere is not available",
+    "--class_prompt=land": "--class_prompt needs --with_prior_preservation",
+    "--with_prior_preservation --class_prompt=land": "--with_prior_preservation needs --class_dat",
+    "--with_prior_preservation --class_prompt=land --class_data_dir=made "
+    "--pretrained_model_name_or_path='no weights'": "no weights has no unet/",
+    # the run's folder
+    "--output_dir=": "--output_dir is empty",
+    "--output_dir=notes.txt": "--output_dir notes.txt: notes.txt is a file, a folder was wanted",
+    "--output_dir=notes.txt/run": "--output_dir notes.txt/run: notes.txt is a file",
+    "--output_dir=run": "--output_dir run holds a run already: choose another folder",
+    "--output_dir=run --overwrite --before_data_dir=nowhere": "Before images root doesn't exist",
+    "--output_dir=run --overwrite --lora_rank=33": "--lora_rank 33 does not fit",
+    "--output_dir=run --overwrite --before_data_dir=broken": "broken/3.png cannot be read",
+    "--resume_from_checkpoint=checkpoint-1": "--resume_from_checkpoint checkpoint-1: new holds no",
+    "--output_dir=run --resume_from_checkpoint=checkpoint-9": "checkpoint-9: not in run, which "
+    "has: checkpoint-1, checkpoint-2",
+    "--output_dir=run --resume_from_checkpoint=damaged/checkpoint-1": "not in run, which has",
+    "--output_dir=run --resume_from_checkpoint=latest": "--max_train_steps 1 is less than the 2",
+    "--output_dir=run --resume_from_checkpoint=latest --lora_rank=3 --max_train_steps=3":
+    "the run in run had another config: lora_rank was 2 and is 3",
+    "--output_dir=damaged --resume_from_checkpoint=latest --max_train_steps=3":
+    "damaged/checkpoint-2/optimizer.safetensors (1 bytes) is damaged",
+    "--output_dir='wrong header' --resume_from_checkpoint=latest --max_train_steps=3":
+    "wrong header/config.json is damaged",
+    # --config
+    "--config=nowhere.json": "--config nowhere.json cannot be read",
+    "--config=pairs": "--config pairs cannot be read",
+    "--config=cut.json": "--config cut.json cannot be read",
+    "--config=array.json": "--config array.json should hold a JSON object",
+    "--config=list.json": "--config list.json has validation_images=[1]; a list of strings",
+    "--config=key.json": "--config key.json has the unknown key 'sead'",
+    "--config=type.json": "--config type.json has seed='1'; int was wanted",
+    "--config=choice.json": "--lr_scheduler must be linear or cosine or",
+    "--config=number.json": "--config number.json has learning_rate=1000",
+    "--config=nan.json": "--learning_rate must be a finite number, got nan",
+    "--config=negative.json": "--train_batch_size must be at least 1, got -1",
+}  # fmt: skip
+
+
+def words(line: str) -> list[str]:
+    """A command line as a shell splits it."""
+    return shlex.split(line)
+
+
+@pytest.mark.parametrize("asked", TRAIN)
+def test_train(place, asked):
+    """Good flags and then this one: one sentence, and no run begins or changes."""
+    later = {part.split("=")[0] for part in words(asked)}
+    flags = [flag for flag in GOOD if flag.split("=")[0] not in later]
+    said = complaint(place, train.main, [*flags, *words(asked)])
+    assert said.startswith("train.py: ") and TRAIN[asked] in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ([], "nothing to train on: give --before_data_dir and --after_data_dir, or --instance"),
+        (["--use_image_pairs"], "--use_image_pairs needs --before_data_dir"),
+        (["--before_data_dir=pairs/before"], "--use_image_pairs needs --after_data_dir"),
+        (["--instance_data_dir=nowhere"], "--instance_data_dir doesn't exist: nowhere"),
+        (["--instance_data_dir=empty"], "--instance_data_dir holds no images: empty"),
+        (["--instance_data_dir=doubled"], "2 files are named 0"),
+        (["--instance_data_dir=x", "--pair_objective=delta"], "--pair_objective needs --before"),
+        (["--instance_data_dir=x", "--validation_pairs=1"], "--validation_pairs needs --before"),
+    ],
+)
+def test_train_on_nothing(place, flags, sentence):
+    """Pairs or single images must be named, and the flags must be about what is named."""
+    rest = [flag for flag in GOOD if "data_dir" not in flag]
+    assert sentence in complaint(place, train.main, [*rest, *flags])
+
+
+def numeric() -> list[tuple[str, type]]:
+    hints, found = typing.get_type_hints(TrainConfig), []
+    for f in dataclasses.fields(TrainConfig):
+        kinds = typing.get_args(hints[f.name]) or (hints[f.name],)
+        kinds = [kind for kind in kinds if kind in (int, float)]
+        found += [(f.name, kind) for kind in kinds if f.name != "local_rank"]
+    return found
+
+
+@pytest.mark.parametrize(("name", "kind"), numeric())
+def test_no_number_may_be_negative_or_no_number(place, name, kind):
+    """Every numeric flag, on the command line and in a call, and each sentence names the flag."""
+    for value in ("-1", "nan", "inf", "-inf", "1,5"):
+        said = complaint(place, train.main, [*GOOD, f"--{name}={value}"])
+        assert f"--{name}" in said
+    for value in (-1, *([float("nan"), float("inf")] if kind is float else [])):
+        with pytest.raises(ValueError, match=f"--{name} "):
+            train.train(TrainConfig(instance_data_dir="x", output_dir="new", **{name: value}))
+
+
+def test_a_choice_is_checked_in_a_call_too(place):
+    with pytest.raises(ValueError, match="--pair_objective must be delta or slider or after, got"):
+        train.train(TrainConfig(before_data_dir="x", after_data_dir="y", pair_objective="both"))
+
+
+def test_one_process_only(place, monkeypatch):
+    """A launcher of several processes is told so."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "WORLD_SIZE is 2; one process per run" in complaint(place, train.main, GOOD)
+
+
+def test_an_unknown_device_of_a_good_name(place):
+    """CUDA where there is none is a sentence too."""
+    if torch.cuda.is_available():
+        pytest.skip("there is CUDA")
+    assert "--device cuda is not available" in complaint(
+        place, train.main, [*GOOD, "--device=cuda"]
+    )
+
+
+def test_what_diverges_is_no_mistake_of_the_command(place):
+    """Exit status 1 and the last good checkpoint; the run is kept, and marked as crashed."""
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+        flags = ["--learning_rate=1e30", "--max_grad_norm=1e30", "--max_train_steps=5"]
+        more = ["--output_dir=diverged", "--pair_objective=after", "--checkpointing_steps=1"]
+        assert train.main([*GOOD, *flags, *more]) == 1
+    assert "last good checkpoint: checkpoint-" in err.getvalue().splitlines()[-1]
+    assert json.loads((place / "diverged" / "summary.json").read_text())["status"] == "crashed"
+
+
+# ---- sample.py -----------------------------------------------------------------------------------
+
+COMMON = {
+    "--lora nowhere": f"--lora nowhere: no {LORA_FILE} there",
+    "--lora pairs": f"--lora pairs: no {LORA_FILE} there",
+    "--lora notes.txt": "notes.txt (16 bytes) is damaged or not safetensors",
+    "--lora kohya.safetensors": "has the key lora_unet_x.lora_up.weight",
+    "--model sd --lora misfit.safetensors": "conv_in has A (2, 3, 3, 3) and B",
+    "--model nowhere": "'nowhere' is neither a directory nor a hub repository",
+    "--model notes.txt": "notes.txt is a file; a directory in diffusers' layout was wanted",
+    "--model xl": "xl/unet/config.json",
+    "--vae_path nowhere": "'nowhere' is neither",
+    "--out notes.txt": "--out notes.txt: notes.txt is a file, a folder was wanted",
+    "--out notes.txt/new": "--out notes.txt/new: notes.txt is a file, a folder was wanted",
+    "--strength nan": "--strength must be a finite number, got nan",
+    "--strength=-inf": "--strength must be a finite number, got -inf",
+    "--strength a": "--strength: invalid float value: 'a'",
+    "--guidance nan": "--guidance must be a finite number, got nan",
+    "--steps 0": "--steps must be between 1 and 1000, got 0",
+    "--steps=-5": "--steps must be between 1 and 1000, got -5",
+    "--steps 1001": "--steps must be between 1 and 1000, got 1001",
+    "--seed=-1": "--seed must be in 0..2147483647, got -1",
+    "--seed 2147483648": "--seed must be in 0..2147483647, got 2147483648",
+    "--device nowhere": "--device nowhere is not available",
+    "--mixed_precision fp8": "--mixed_precision: invalid choice: 'fp8'",
+    "--stren 1": "unrecognized arguments: --stren 1",
+    "--colour red": "unrecognized arguments: --colour red",
+}
+EDIT = {
+    **COMMON,
+    "--lora misfit.safetensors": "--model is missing, and misfit.safetensors does not say",
+    "--input nowhere": "--input nowhere does not exist",
+    "--input empty": "--input empty holds no images",
+    "--input notes.txt": "notes.txt cannot be read as an image",
+    "--input broken": "broken/3.png cannot be read as an image",
+    "--input doubled": "--input doubled has two images of the stem 0",
+    "--out pairs/before": "--out pairs/before is the folder of the input",
+    "--strengths a,b": "--strengths: numbers with commas between them were wanted",
+    "--strengths 0,,1": "--strengths: numbers with commas between them were wanted",
+    "--strengths 0,nan": "such as 0,0.5,1, got '0,nan'",
+    "--objective both": "--objective: invalid choice: 'both'",
+    "--start middle": "--start: invalid choice: 'middle'",
+    "--noise_level 0": "--noise_level must be in (0, 1], got 0.0",
+    "--noise_level nan": "--noise_level must be a finite number, got nan",
+    "--num 3": "unrecognized arguments: --num 3",
+}
+GENERATE = {
+    **COMMON,
+    "--num 0": "--num must be at least 1, got 0",
+    "--height 12": "--height must be a positive multiple of 8, got 12",
+    "--width=-8": "--width must be a positive multiple of 8, got -8",
+    "--sampler none": "--sampler: invalid choice: 'none'",
+    "--sampler dpm_solver --steps 0": "--steps must be between 1 and 1000, got 0",
+    "--input pairs/before": "unrecognized arguments: --input pairs/before",
+}
+
+
+@pytest.mark.parametrize("asked", EDIT)
+def test_sample_edit(place, asked):
+    """Good flags and then this one: no picture is written."""
+    good = ["edit", "--lora", "run", "--input", "pairs/before", "--out", "new", "--device", "cpu"]
+    said = complaint(place, sample.main, [*good, *words(asked)])
+    assert said.startswith(("sample.py: ", "sample.py edit: ")) and EDIT[asked] in said
+
+
+@pytest.mark.parametrize("asked", GENERATE)
+def test_sample_generate(place, asked):
+    """Good flags and then this one: no picture is written."""
+    good = ["generate", "--model", "sd", "--lora", "run", "--out", "new", "--num", "1"]
+    small = ["--height", "16", "--width", "16", "--steps", "2", "--device", "cpu"]
+    said = complaint(place, sample.main, [*good, *small, *words(asked)])
+    assert said.startswith(("sample.py: ", "sample.py generate: ")) and GENERATE[asked] in said
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        ([], "the following arguments are required: generate|edit"),
+        (["draw", "--out", "new"], "invalid choice: 'draw'"),
+        (["edit", "--input", "pairs/before", "--out", "new"], "edit needs --lora"),
+        (["edit", "--lora", "run", "--out", "new"], "are required: --input"),
+        (["generate", "--model", "sd"], "are required: --out"),
+        (["generate", "--out", "new"], "--model is missing"),
+    ],
+)
+def test_sample_without_what_it_needs(place, argv, sentence):
+    """What is missing is named."""
+    assert sentence in complaint(place, sample.main, argv)
+
+
+# ---- check_data.py -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--before nowhere", "Before images root doesn't exist: nowhere"),
+        ("--after no/where", "After images root doesn't exist: no/where"),
+        ("--after notes.txt", "After images root is a file, wanted a folder: notes.txt"),
+        ("--mask_dir nowhere", "--mask_dir doesn't exist: nowhere"),
+        ("--before strangers", "strangers holds 5 images (other0, other1, other2, and 2 more)"),
+        ("--before empty", "No matching image pairs found: empty holds 0 images (none)"),
+        ("--before pairs/after", "are the same folder"),
+        ("--resolution 100", "--resolution must be a positive multiple of 8, got 100"),
+        ("--resolution=-8", "--resolution must be a positive multiple of 8, got -8"),
+        ("--resolution nan", "--resolution: invalid int value: 'nan'"),
+        ("--out notes.txt", "--out notes.txt: notes.txt is a file, a folder was wanted"),
+        ("--bef x", "unrecognized arguments: --bef x"),
+    ],
+)
+def test_check_data(place, flags, sentence):
+    """What cannot be looked at at all."""
+    good = ["--before", "pairs/before", "--after", "pairs/after", "--out", "new"]
+    said = complaint(place, check_data.main, [*good, *words(flags)])
+    assert said.startswith("check_data.py: ") and sentence in said
+
+
+@pytest.mark.parametrize("before", ["unmatched", "doubled", "broken", "oblong", "words"])
+def test_check_data_reports_what_would_stop_the_training(place, before, tmp_path):
+    """Exit status 1, the report on stdout, nothing on stderr, and only the sheet is written."""
+    known, out, err = snapshot(place), io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        flags = ["--before", before, "--after", "pairs/after", "--out", str(tmp_path / "new")]
+        assert check_data.main(flags) == 1
+    assert "PROBLEM" in out.getvalue() and err.getvalue() == "" and snapshot(place) == known
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["check-data.png"]
+
+
+# ---- as processes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["train.py", *GOOD, "--before_data_dir=strangers"],
+        ["sample.py", "edit", "--lora", "run", "--input", "pairs/before", "--out", "new",
+         "--strengths", "a,b"],
+        ["check_data.py", "--before", "nowhere", "--after", "pairs/after"],
+    ],
+    ids=lambda argv: argv[0],
+)  # fmt: skip
+def test_a_process_ends_with_status_2_and_one_line(place, argv):
+    """The shell sees what the calls above saw: no traceback, no warning of a library."""
+    before = snapshot(place)
+    argv = [sys.executable, str(ROOT / argv[0]), *argv[1:]]
+    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(argv, cwd=place, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and snapshot(place) == before
+    assert len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr + done.stdout

@@ -1,0 +1,1033 @@
+"""No flag is silently dead: a table says of every field what it does, and each entry is tried."""
+
+import contextlib
+import dataclasses
+import importlib.machinery
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from PIL import Image, ImageOps
+from safetensors.torch import load_file
+
+import config
+import latents
+import runs
+import train
+from config import TrainConfig
+from model import memory
+from model.layers import ResBlock
+from model.lora_files import LORA_FILE, read_lora
+from model.unet import UNet
+from tests.checkpoints import make_checkpoint, to_variant, weights_file
+from tests.pairs import write_pairs
+
+ROOT = Path(__file__).parents[1]
+FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """One thread for networks this small; nothing is flushed to the disk, no garbage collected."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "gc", types.SimpleNamespace(collect=lambda: 0))
+        patch.setattr(runs, "_flush", lambda path: None)
+        yield
+    torch.set_num_threads(threads)
+
+
+class Lab:
+    """Small runs in folders of their own. Equal questions are answered by one run."""
+
+    def __init__(self, root: Path, sd1: Path):
+        self.root, self.sd1, self.runs, self.said = root, sd1, {}, {}
+        self.other = make_checkpoint(root / "other", seed=1)
+        self.pairs = write_pairs(root / "pairs", 5, 32)
+        self.base = TrainConfig(
+            pretrained_model_name_or_path=str(sd1),
+            before_data_dir=str(self.pairs / "before"),
+            after_data_dir=str(self.pairs / "after"),
+            instance_prompt="a square",
+            resolution=16,
+            lora_rank=2,
+            max_train_steps=3,
+            learning_rate=1e-3,
+            log_every=1,
+            num_validation_images=0,
+            device="cpu",
+        )
+
+    def new(self) -> str:
+        """A path where nothing is yet."""
+        return str(self.root / f"new{len(list(self.root.glob('new*')))}")
+
+    def config(self, **changes) -> TrainConfig:
+        if "instance_data_dir" in changes:
+            changes = {"before_data_dir": None, "after_data_dir": None} | changes
+        return replace(self.base, **{"output_dir": self.new(), **changes})
+
+    def fresh(self, **changes) -> Path:
+        """A run of its own; what it prints is kept in `said`."""
+        cfg, out = self.config(**changes), io.StringIO()
+        with contextlib.redirect_stdout(out):
+            folder = train.train(cfg)
+        self.said[folder] = out.getvalue()
+        return folder
+
+    def run(self, **changes) -> Path:
+        key = repr(sorted(changes.items()))
+        if key not in self.runs:
+            self.runs[key] = self.fresh(**changes)
+        return self.runs[key]
+
+    def images(self, name: str, change) -> dict:
+        """The flags for pairs like the usual ones, every image put through `change`."""
+        root = self.root / name
+        for side in ("before", "after"):
+            (root / side).mkdir(parents=True, exist_ok=True)
+            for path in (self.pairs / side).iterdir():
+                change(Image.open(path)).save(root / side / path.name)
+        return {f"{side}_data_dir": str(root / side) for side in ("before", "after")}
+
+    def oblong(self) -> dict:
+        return self.images("oblong", lambda image: image.resize((48, 32)))
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory, sd1):
+    return Lab(tmp_path_factory.mktemp("flags"), sd1)
+
+
+def rows(folder: Path) -> list[dict]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [row for row in lines if row["kind"] == "train"]
+
+
+def column(folder: Path, key: str = "loss") -> list[float]:
+    return [row[key] for row in rows(folder)]
+
+
+def bytes_of(folder: Path) -> bytes:
+    return (folder / LORA_FILE).read_bytes()
+
+
+def meta(folder: Path) -> dict:
+    return read_lora(folder)[1]
+
+
+def size(folder: Path, letter: str) -> float:
+    """The largest weight of all A or all B."""
+    tensors = load_file(folder / LORA_FILE)
+    return max(t.abs().max().item() for k, t in tensors.items() if f"lora_{letter}" in k)
+
+
+def pictures(folder: Path) -> dict[str, Image.Image]:
+    return {p.name: Image.open(p).convert("RGB") for p in (folder / "samples").iterdir()}
+
+
+def command(cfg: TrainConfig) -> list[str]:
+    """The flags that make a config."""
+    argv = []
+    for name, f in FIELDS.items():
+        value = getattr(cfg, name)
+        if value == f.default:
+            continue
+        if isinstance(value, bool):
+            argv.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, tuple):
+            argv += [f"--{name}", *value]
+        else:
+            argv.append(f"--{name}={value}")
+    return argv
+
+
+def status(argv: list[str]) -> tuple[int, list[str]]:
+    """train.py's exit status, and the lines it leaves on stderr."""
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            code = train.main(argv)
+        except SystemExit as stop:
+            code = stop.code
+    return code, err.getvalue().splitlines()
+
+
+# ---- the three kinds of entries ------------------------------------------------------------------
+
+
+def effect(check):
+    """`check(lab, patch)` proves what the flag changes."""
+    return "effect", check
+
+
+def changes(at: int = 1, beside: dict | None = None, **flag):
+    """The losses before step `at` stay as they are, those from there on do not all.
+
+    The first loss of `delta` does not depend on the UNet: its LoRA is zero and its base taken off.
+    """
+
+    def check(lab, patch):
+        one, two = column(lab.run(**beside or {})), column(lab.run(**{**(beside or {}), **flag}))
+        assert len(one) == len(two) == 3
+        assert one[: at - 1] == pytest.approx(two[: at - 1], rel=1e-6)
+        assert one[at - 1 :] != pytest.approx(two[at - 1 :], rel=1e-6)
+
+    return "effect", check
+
+
+def stops(said: str, **flag):
+    """One sentence, exit status 2, and no folder."""
+
+    def check(lab, patch):
+        cfg = lab.config(**flag)
+        code, lines = status(command(cfg))
+        assert code == 2 and len(lines) == 1 and said in lines[0]
+        assert not Path(cfg.output_dir).exists()
+
+    return check
+
+
+def sentence(said: str, **flag):
+    """Asking for it stops."""
+    return "sentence", stops(said, **flag)
+
+
+def accepted(**flag):
+    """It asks for what always happens: the run is the same to the bit."""
+
+    def check(lab, patch):
+        assert bytes_of(lab.run(**flag)) == bytes_of(lab.run())
+        assert column(lab.run(**flag)) == column(lab.run())
+
+    return "accepted", check
+
+
+def both(*entries):
+    """The kind of the first of several entries."""
+
+    def check(lab, patch):
+        for _, one in entries:
+            one(lab, patch)
+
+    return entries[0][0], check
+
+
+# ---- what the flags change -----------------------------------------------------------------------
+
+
+def other_checkpoint(lab, patch):
+    folder = lab.run(pretrained_model_name_or_path=str(lab.other))
+    assert meta(folder)["base_model"] == str(lab.other) != meta(lab.run())["base_model"]
+    assert column(folder)[0] != column(lab.run())[0]
+
+
+def revision_of_the_hub(lab, patch):
+    """Every file of the base is asked for at that revision; a local directory has none."""
+    at = {None: lab.sd1, "next": lab.other}
+    patch.setattr(
+        huggingface_hub, "hf_hub_download", lambda repo, file, revision=None: at[revision] / file
+    )
+    hub = {"pretrained_model_name_or_path": "someone/model"}
+    other = lab.run(pretrained_model_name_or_path=str(lab.other))
+    assert column(lab.fresh(**hub)) == column(lab.run())
+    assert column(lab.fresh(**hub, revision="next")) == column(other)
+    stops("--revision next is for the hub", revision="next")(lab, patch)
+
+
+def variant(lab, patch):
+    """Files named fp16, with other weights in them, beside the plain ones."""
+    root = Path(lab.new())
+    shutil.copytree(lab.other, root)
+    to_variant(root, "fp16", torch.float16)
+    for part in ("unet", "vae", "text_encoder"):
+        shutil.copy(weights_file(lab.sd1, part), weights_file(root, part))
+    there = {"pretrained_model_name_or_path": str(root)}
+    assert column(lab.run(**there)) == column(lab.run())
+    other = column(lab.run(pretrained_model_name_or_path=str(lab.other)))
+    assert column(lab.run(**there, variant="fp16")) == pytest.approx(other, rel=1e-2)
+    assert column(lab.run())[0] != pytest.approx(other[0], rel=1e-2)
+
+
+def tokenizer(lab, patch):
+    """The same words under other numbers."""
+    root = Path(lab.new())
+    shutil.copytree(lab.sd1 / "tokenizer", root / "tokenizer")
+    file = root / "tokenizer" / "vocab.json"
+    words = json.loads(file.read_text())
+    file.write_text(json.dumps({w: (n + 256) % 512 if n < 512 else n for w, n in words.items()}))
+    changes(2, tokenizer_name=str(root))[1](lab, patch)
+
+
+def vae_path(lab, patch):
+    changes(vae_path=str(lab.other))[1](lab, patch)
+    assert meta(lab.run(vae_path=str(lab.other)))["vae_path"] == str(lab.other)
+
+
+def side(name):
+    def check(lab, patch):
+        inverted = lab.images("inverted", ImageOps.invert)
+        changes(**{name: inverted[name]})[1](lab, patch)
+
+    return effect(check)
+
+
+def use_image_pairs(lab, patch):
+    stops("--use_image_pairs needs --before_data_dir", use_image_pairs=True,
+          before_data_dir=None, after_data_dir=None)(lab, patch)  # fmt: skip
+
+
+def mask(lab, patch):
+    """The change is under the mask, of pairs and of single images."""
+    masks = {"mask_dir": str(lab.pairs / "mask")}
+    assert column(lab.run(**masks))[0] > 1.5 * column(lab.run())[0]
+    single = {"instance_data_dir": str(lab.pairs / "after")}
+    changes(beside=single, **masks)[1](lab, patch)
+
+
+def mask_outside(lab, patch):
+    masks = {"mask_dir": str(lab.pairs / "mask")}
+    assert column(lab.run(**masks, mask_outside=1.0)) == pytest.approx(column(lab.run()), rel=1e-4)
+    assert column(lab.run(**masks, mask_outside=0.0))[0] > column(lab.run(**masks))[0]
+
+
+def allow_unmatched(lab, patch):
+    dirs = lab.images("unmatched", lambda image: image)
+    Image.new("RGB", (32, 32)).save(Path(dirs["before_data_dir"]) / "alone.png")
+    stops("no partner", **dirs)(lab, patch)
+    folder = lab.run(**dirs, allow_unmatched=True)
+    assert column(folder) == column(lab.run())
+    assert "1 images without a partner are skipped" in lab.said[folder]
+
+
+def instance_data_dir(lab, patch):
+    folder = lab.run(instance_data_dir=str(lab.pairs / "after"))
+    assert meta(folder)["objective"] == "dreambooth" and "5 images" in lab.said[folder]
+
+
+def instance_prompt(lab, patch):
+    changes(2, instance_prompt="a circle")[1](lab, patch)
+    assert meta(lab.run(instance_prompt="a circle"))["prompt"] == "a circle"
+
+
+def resolution(lab, patch):
+    sides = []
+    for pixels in (16, 24):
+        folder = lab.run(resolution=pixels, num_validation_images=1)
+        sides.append(pictures(folder)["000003.png"].width)
+        assert meta(folder)["resolution"] == pixels
+    assert sides == [3 * (16 + 6) + 6, 3 * (24 + 6) + 6]
+
+
+def center_crop(lab, patch):
+    dirs = lab.oblong()
+    changes(beside=dirs, center_crop=True)[1](lab, patch)
+    assert "x 4 views" in lab.said[lab.run(**dirs)]
+    assert "x 1 views" in lab.said[lab.run(**dirs, center_crop=True)]
+
+
+def views(lab, patch):
+    changes(beside=lab.oblong(), views=3)[1](lab, patch)
+    assert "x 3 views" in lab.said[lab.run(**lab.oblong(), views=3)]
+
+
+def background(lab, patch):
+    def half_transparent(image):
+        image.putalpha(128)
+        return image
+
+    changes(beside=lab.images("alpha", half_transparent), background="#000")[1](lab, patch)
+
+
+def cache_dir(lab, patch):
+    """The second run reads what the first has written."""
+    cache = lab.new()
+    first = lab.fresh(cache_dir=cache)
+    assert list(Path(cache).glob("latents-*.safetensors"))
+    patch.setattr(latents, "_encode_shard", None)
+    assert column(lab.fresh(cache_dir=cache)) == column(first) == column(lab.run())
+
+
+def dataloader_num_workers(lab, patch):
+    asked, loader = [], latents.DataLoader
+
+    def recorded(*args, num_workers, multiprocessing_context, **more):
+        asked.append((num_workers, multiprocessing_context))
+        return loader(*args, **more)
+
+    patch.setattr(latents, "DataLoader", recorded)
+    assert column(lab.fresh(dataloader_num_workers=2)) == column(lab.run())
+    assert asked == [(2, "spawn")]
+
+
+def pair_objective(lab, patch):
+    said = {o: lab.run(pair_objective=o) for o in ("delta", "slider", "after")}
+    assert {o: meta(folder)["objective"] for o, folder in said.items()} == {o: o for o in said}
+    assert len({column(folder)[0] for folder in said.values()}) == 3
+    assert column(said["delta"]) == column(lab.run())
+
+
+def delta_t(lab, patch):
+    changes(2, delta_t=200)[1](lab, patch)
+    assert meta(lab.run(delta_t=200))["delta_t"] == 200
+
+
+def snr_gamma(lab, patch):
+    """min(SNR, γ)/SNR is a tiny weight where γ is."""
+    plain, weighted = (lab.run(pair_objective="after", snr_gamma=g) for g in (None, 1e-6))
+    assert 0 < column(weighted)[0] < 0.1 * column(plain)[0]
+
+
+def prior(lab, **more) -> dict:
+    return {
+        "pair_objective": "after", "with_prior_preservation": True, "num_class_images": 2,
+        "class_prompt": "land", "class_data_dir": str(lab.root / "class"), **more,
+    }  # fmt: skip
+
+
+def prior_preservation(lab, patch):
+    changes(beside={"pair_objective": "after"}, **prior(lab))[1](lab, patch)
+
+
+def class_data_dir(lab, patch):
+    """Images that are there are used as they are; without the folder's name nothing starts."""
+    lab.run(**prior(lab))
+    own = lab.images("class of its own", ImageOps.invert)["after_data_dir"]
+    before = sorted(Path(own).iterdir())
+    changes(beside=prior(lab), class_data_dir=own)[1](lab, patch)
+    assert sorted(Path(own).iterdir()) == before
+    stops("needs --class_data_dir", **prior(lab, class_data_dir=None))(lab, patch)
+
+
+def class_prompt(lab, patch):
+    changes(beside=prior(lab), class_prompt="water")[1](lab, patch)
+    stops("needs --class_prompt", **prior(lab, class_prompt=None))(lab, patch)
+
+
+def prior_loss_weight(lab, patch):
+    none = column(lab.run(**prior(lab, prior_loss_weight=0.0)))
+    assert none == column(lab.run(pair_objective="after"))
+    some = [column(lab.run(**prior(lab, prior_loss_weight=w)))[0] - none[0] for w in (1.0, 2.0)]
+    assert some[1] == pytest.approx(2 * some[0], rel=1e-4) and some[0] > 0
+
+
+def num_class_images(lab, patch):
+    lab.run(**prior(lab))
+    assert len(list((lab.root / "class").iterdir())) == 2
+    lab.fresh(**prior(lab, num_class_images=3))
+    assert len(list((lab.root / "class").iterdir())) == 3
+
+
+def prior_generation_precision(lab, patch):
+    made = []
+    for precision in (None, "fp32", "bf16"):
+        where = Path(lab.new())
+        lab.fresh(**prior(lab, class_data_dir=str(where), num_class_images=1, max_train_steps=1,
+                          prior_generation_precision=precision))  # fmt: skip
+        made.append((where / "generated_000000.png").read_bytes())
+    assert made[0] == made[1] != made[2]
+
+
+def sample_batch_size(lab, patch):
+    sizes, generate = [], train.generate_latents
+    patch.setattr(
+        train, "generate_latents", lambda *a, **k: sizes.append(len(a[3])) or generate(*a, **k)
+    )
+    lab.fresh(**prior(lab, class_data_dir=lab.new(), num_class_images=3, sample_batch_size=2))
+    assert sizes == [2, 1]
+
+
+def layers(folder: Path, part: str = "unet") -> dict:
+    return read_lora(folder)[0].get(part, {})
+
+
+def lora_rank(lab, patch):
+    assert {f.A.shape[0] for f in layers(lab.run(lora_rank=3)).values()} == {3}
+    assert meta(lab.run(lora_rank=3))["rank"] == 3
+
+
+def lora_alpha(lab, patch):
+    changes(2, lora_alpha=8.0)[1](lab, patch)
+    assert {f.scale for f in layers(lab.run(lora_alpha=8.0)).values()} == {4.0}
+    assert {f.scale for f in layers(lab.run()).values()} == {1.0}
+
+
+def lora_targets(lab, patch):
+    assert all(".attn" in name for name in layers(lab.run()))
+    assert list(layers(lab.run(lora_targets="conv_in"))) == ["conv_in"]
+
+
+def train_text_encoder(lab, patch):
+    assert layers(lab.run(train_text_encoder=True), "text_encoder")
+    assert not layers(lab.run(), "text_encoder")
+    stops("--pre_compute_text_embeddings", train_text_encoder=True,
+          pre_compute_text_embeddings=True)(lab, patch)  # fmt: skip
+
+
+class Stopped(Exception):
+    pass
+
+
+def steps_of(lab, patch, **flags) -> int:
+    """How many steps a run would take."""
+
+    def bar(total, **more):
+        if more.get("unit") == "step":
+            raise Stopped(total)
+        return tqdm(total=total, **more)
+
+    tqdm = train.tqdm
+    with patch.context() as inner, pytest.raises(Stopped) as stop:
+        inner.setattr(train, "tqdm", bar)
+        lab.fresh(**flags)
+    return stop.value.args[0]
+
+
+def max_train_steps(lab, patch):
+    assert column(lab.run(max_train_steps=2), "step") == [1, 2]
+    assert steps_of(lab, patch, max_train_steps=None) == 200
+    assert steps_of(lab, patch, max_train_steps=7, num_train_epochs=1) == 7
+
+
+def num_train_epochs(lab, patch):
+    """Passes over five pairs, two at a time: an odd one out is a step too."""
+    assert steps_of(lab, patch, max_train_steps=None, num_train_epochs=1) == 5
+    two = {"train_batch_size": 2, "num_train_epochs": 4}
+    assert steps_of(lab, patch, max_train_steps=None, **two) == 12
+
+
+def train_batch_size(lab, patch):
+    changes(train_batch_size=2)[1](lab, patch)
+    assert "3 steps of 2" in lab.said[lab.run(train_batch_size=2)]
+
+
+def accumulation(lab, patch):
+    changes(gradient_accumulation_steps=2)[1](lab, patch)
+    larger = column(lab.run(train_batch_size=2))
+    assert column(lab.run(gradient_accumulation_steps=2)) == pytest.approx(larger, rel=1e-5)
+
+
+def gradient_checkpointing(lab, patch):
+    """The blocks run again in the backward pass, and nothing else changes."""
+    calls, forward = [0], ResBlock.forward
+
+    def counted(block, *args):
+        calls[-1] += 1
+        return forward(block, *args)
+
+    patch.setattr(ResBlock, "forward", counted)
+    plain = lab.fresh(pair_objective="after")
+    calls.append(0)
+    again = lab.fresh(pair_objective="after", gradient_checkpointing=True)
+    assert column(again) == pytest.approx(column(plain), rel=1e-6)
+    assert calls[1] > 1.2 * calls[0]
+
+
+def learning_rate(lab, patch):
+    """AdamW's first step is the learning rate itself."""
+    one, two = (lab.run(max_train_steps=1, learning_rate=lr) for lr in (1e-3, 3e-3))
+    assert size(one, "B") == pytest.approx(1e-3, rel=1e-2)
+    assert size(two, "B") == pytest.approx(3 * size(one, "B"), rel=1e-4)
+
+
+def rates(expected: list[float], **flags):
+    """The learning rate of every step, in units of --learning_rate."""
+
+    def check(lab, patch):
+        folder = lab.run(**flags)
+        expected_lr = [lab.base.learning_rate * share for share in expected]
+        assert column(folder, "lr") == pytest.approx(expected_lr, rel=1e-3, abs=1e-7)
+
+    return effect(check)
+
+
+def eight_bit(lab, patch):
+    """The package's AdamW is what steps; without the package nothing starts."""
+    patch.setitem(sys.modules, "bitsandbytes.optim", None)
+    stops("--use_8bit_adam needs the package bitsandbytes", use_8bit_adam=True)(lab, patch)
+    made = []
+
+    class AdamW8bit(torch.optim.AdamW):
+        def __init__(self, params, **settings):
+            made.append(settings["lr"])
+            super().__init__(params, **settings)
+
+    patch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
+    patch.setitem(sys.modules, "bitsandbytes.optim", types.SimpleNamespace(AdamW8bit=AdamW8bit))
+    assert column(lab.fresh(use_8bit_adam=True)) == column(lab.run()) and made == [1e-3]
+
+
+def weight_decay(lab, patch):
+    """Two thirds of A go at every step."""
+    one, two = (lab.run(learning_rate=1e-4, adam_weight_decay=wd) for wd in (0.0, 1e4 * 2 / 3))
+    assert size(two, "A") < 0.1 * size(one, "A")
+
+
+def adam_epsilon(lab, patch):
+    assert size(lab.run(adam_epsilon=1e3), "B") < 1e-3 * size(lab.run(), "B")
+
+
+def max_grad_norm(lab, patch):
+    """Down to where AdamW's ε counts."""
+    clipped = lab.run(max_grad_norm=1e-9)
+    assert size(clipped, "B") < 0.5 * size(lab.run(), "B")
+    assert column(clipped, "grad_norm")[0] == column(lab.run(), "grad_norm")[0]  # as it was
+
+
+def tokenizer_max_length(lab, patch):
+    changes(2, tokenizer_max_length=5)[1](lab, patch)
+    assert meta(lab.run(tokenizer_max_length=5))["tokenizer_max_length"] == 5
+    stops("--tokenizer_max_length is 78, the text encoder takes 77",
+          tokenizer_max_length=78)(lab, patch)  # fmt: skip
+
+
+def output_dir(lab, patch):
+    where = Path(lab.new(), "deep")
+    assert lab.fresh(output_dir=str(where)) == where and (where / LORA_FILE).is_file()
+
+
+def overwrite(lab, patch):
+    where = lab.fresh()
+    lab.fresh(output_dir=str(where), overwrite=True, seed=1)
+    assert bytes_of(where) == bytes_of(lab.run(seed=1)) != bytes_of(lab.run())
+    (where / "samples" / "kept.txt").write_text("")
+    code, lines = status(command(lab.config(output_dir=str(where))))
+    assert code == 2 and "--overwrite" in lines[0] and (where / "samples" / "kept.txt").exists()
+
+
+def checkpoints(*names: str, **flags):
+    def check(lab, patch):
+        assert sorted(p.name for p in lab.run(**flags).glob("checkpoint-*")) == list(names)
+
+    return effect(check)
+
+
+def resume(lab, patch):
+    where = lab.fresh(checkpointing_steps=2, max_train_steps=2)
+    assert lab.fresh(output_dir=str(where), resume_from_checkpoint="latest") == where
+    assert bytes_of(where) == bytes_of(lab.run()) and column(where) == column(lab.run())
+    assert json.loads((where / "summary.json").read_text())["steps"] == 3
+
+
+def log_every(lab, patch):
+    """Each line is the mean since the last one; the last step always has one."""
+    folder = lab.run(log_every=2)
+    assert column(folder, "step") == [2, 3]
+    assert column(folder)[0] == pytest.approx(sum(column(lab.run())[:2]) / 2)
+
+
+class Writer:
+    def __init__(self, folder):
+        self.folder, self.seen = folder, []
+        Writer.made = self
+
+    def add_scalar(self, key, value, step):
+        self.seen.append((key, step))
+
+    def close(self):
+        pass
+
+
+def report_to(where: str, **flags):
+    """Every number of every line goes to the writer; without the package nothing starts."""
+
+    def check(lab, patch):
+        patch.setitem(sys.modules, "tensorboard", None)
+        stops("--report_to tensorboard needs the package", report_to="tensorboard")(lab, patch)
+        package = types.ModuleType("tensorboard")
+        package.__spec__ = importlib.machinery.ModuleSpec("tensorboard", None)
+        patch.setitem(sys.modules, "tensorboard", package)
+        module = types.SimpleNamespace(SummaryWriter=Writer)
+        patch.setitem(sys.modules, "torch.utils.tensorboard", module)
+        folder = lab.fresh(report_to="tensorboard", **flags)
+        assert column(folder) == column(lab.run())
+        assert Writer.made.folder == folder / where
+        assert {("loss", step) for step in (1, 2, 3)} <= set(Writer.made.seen)
+
+    return effect(check)
+
+
+def samples(*names: str, **flags):
+    def check(lab, patch):
+        assert sorted(pictures(lab.run(**flags))) == [f"{name}.png" for name in names]
+
+    return effect(check)
+
+
+def num_validation_images(lab, patch):
+    heights = [pictures(lab.run(num_validation_images=n))["000003.png"].height for n in (1, 3)]
+    assert heights == [16 + n * (16 + 16 + 6) for n in (1, 3)] and not pictures(lab.run())
+
+
+def validation_pairs(lab, patch):
+    """What is kept out is shown, not trained on."""
+    changes(validation_pairs=2)[1](lab, patch)
+    assert "3 pairs" in lab.said[lab.run(validation_pairs=2)]
+    shown = pictures(lab.run(validation_pairs=2, num_validation_images=4))["000003.png"]
+    assert shown.height == 16 + 2 * (16 + 16 + 6)
+
+
+def validation_images(lab, patch):
+    """The image stands in the first column; there is nothing for the third."""
+    Image.new("RGB", (40, 40), (0, 200, 0)).save(path := lab.root / "green.png")
+    folder = lab.run(validation_images=(str(path),), num_validation_images=4)
+    sheet = pictures(folder)["000003.png"]
+    assert sheet.getpixel((14, 24)) == (0, 200, 0)
+    assert sheet.getpixel((58, 24)) == (255, 255, 255) and sheet.height == 16 + 16 + 16 + 6
+
+
+def validation_prompt(lab, patch):
+    """For pairs and for single images; training does not see it."""
+    flags = {"num_validation_images": 1, "learning_rate": 0.1}
+    for mode in ({}, {"instance_data_dir": str(lab.pairs / "after")}):
+        one, two = (lab.run(**mode, **flags, validation_prompt=p) for p in (None, "something else"))
+        assert column(one) == column(two)
+        crops = [pictures(f)["000003.png"].crop((0, 16, 44, 32)).tobytes() for f in (one, two)]
+        assert crops[0] != crops[1]
+
+
+def mixed_precision(lab, patch):
+    """The base rounds; the pictures' latents and the loss do not."""
+    low, full = (column(lab.run(pair_objective="after", mixed_precision=p)) for p in ("bf16", "no"))
+    assert low != full and low == pytest.approx(full, rel=0.05)
+    assert "(bfloat16, cpu)" in lab.said[lab.run(pair_objective="after", mixed_precision="bf16")]
+
+
+def allow_tf32(lab, patch):
+    """In the run, and not after it."""
+    seen, before = [], torch.get_float32_matmul_precision()
+    load = train.load_unet
+
+    def recorded(*args, **more):
+        seen.append(torch.get_float32_matmul_precision())
+        return load(*args, **more)
+
+    patch.setattr(train, "load_unet", recorded)
+    for on in (True, False):
+        lab.fresh(allow_tf32=on, max_train_steps=1)
+    assert seen == ["high", before] and torch.get_float32_matmul_precision() == before
+
+
+def compiled(lab, patch):
+    asked = []
+    patch.setattr(UNet, "compile", lambda net, **how: asked.append(how))
+    lab.fresh(compile=True, max_train_steps=1)
+    lab.fresh(compile=False, max_train_steps=1)
+    lab.fresh(compile=None, max_train_steps=1)  # off where there is no CUDA
+    assert asked == [{"fullgraph": True, "dynamic": False}]
+
+
+def device(lab, patch):
+    assert "cpu)" in lab.said[lab.run()]
+    stops("--device nowhere is not available", device="nowhere")(lab, patch)
+
+
+HUB = "--push_to_hub, --hub_token and --hub_model_id are not supported yet"
+COSINES = {"lr_scheduler": "cosine_with_restarts", "max_train_steps": 4}
+FLAGS = {
+    "pretrained_model_name_or_path": effect(other_checkpoint),
+    "revision": effect(revision_of_the_hub),
+    "variant": effect(variant),
+    "tokenizer_name": effect(tokenizer),
+    "vae_path": effect(vae_path),
+    "before_data_dir": side("before_data_dir"),
+    "after_data_dir": side("after_data_dir"),
+    "use_image_pairs": both(accepted(use_image_pairs=True), effect(use_image_pairs)),
+    "mask_dir": effect(mask),
+    "mask_outside": effect(mask_outside),
+    "allow_unmatched": effect(allow_unmatched),
+    "instance_data_dir": effect(instance_data_dir),
+    "class_data_dir": effect(class_data_dir),
+    "instance_prompt": effect(instance_prompt),
+    "class_prompt": effect(class_prompt),
+    "resolution": effect(resolution),
+    "center_crop": effect(center_crop),
+    "random_flip": changes(beside={"seed": 2}, random_flip=True),
+    "random_scale": changes(random_scale=2.0),
+    "views": effect(views),
+    "background": effect(background),
+    "cache_dir": effect(cache_dir),
+    "dataloader_num_workers": effect(dataloader_num_workers),
+    "pair_objective": effect(pair_objective),
+    "delta_t": effect(delta_t),
+    "snr_gamma": effect(snr_gamma),
+    "with_prior_preservation": effect(prior_preservation),
+    "prior_loss_weight": effect(prior_loss_weight),
+    "num_class_images": effect(num_class_images),
+    "prior_generation_precision": effect(prior_generation_precision),
+    "sample_batch_size": effect(sample_batch_size),
+    "lora_rank": effect(lora_rank),
+    "lora_alpha": effect(lora_alpha),
+    "lora_targets": effect(lora_targets),
+    "train_text_encoder": effect(train_text_encoder),
+    "max_train_steps": effect(max_train_steps),
+    "num_train_epochs": effect(num_train_epochs),
+    "train_batch_size": effect(train_batch_size),
+    "gradient_accumulation_steps": effect(accumulation),
+    "gradient_checkpointing": effect(gradient_checkpointing),
+    "learning_rate": effect(learning_rate),
+    "scale_lr": rates([6, 6, 6], scale_lr=True, train_batch_size=2, gradient_accumulation_steps=3),
+    "lr_scheduler": rates([1, 2 / 3, 1 / 3], lr_scheduler="linear"),
+    "lr_warmup_steps": rates([0, 0.5, 1], lr_scheduler="constant_with_warmup", lr_warmup_steps=2),
+    "lr_num_cycles": both(
+        rates([1, 0.8536, 0.5, 0.1464], **COSINES),
+        rates([1, 0.5, 1, 0.5], **COSINES, lr_num_cycles=2),
+    ),
+    "lr_power": rates([1, 4 / 9, 1 / 9], lr_scheduler="polynomial", lr_power=2.0),
+    "use_8bit_adam": effect(eight_bit),
+    "adam_beta1": changes(3, adam_beta1=0.0),
+    "adam_beta2": changes(3, adam_beta2=0.1),
+    "adam_weight_decay": effect(weight_decay),
+    "adam_epsilon": effect(adam_epsilon),
+    "max_grad_norm": effect(max_grad_norm),
+    "seed": changes(seed=1),
+    "tokenizer_max_length": effect(tokenizer_max_length),
+    "text_encoder_use_attention_mask": changes(2, text_encoder_use_attention_mask=True),
+    "pre_compute_text_embeddings": accepted(pre_compute_text_embeddings=True),
+    "class_labels_conditioning": sentence(
+        "--class_labels_conditioning is for DeepFloyd IF", class_labels_conditioning="timesteps"
+    ),
+    "output_dir": effect(output_dir),
+    "overwrite": effect(overwrite),
+    "checkpointing_steps": checkpoints("checkpoint-2", "checkpoint-3", checkpointing_steps=2),
+    "checkpoints_total_limit": checkpoints(
+        "checkpoint-3", checkpointing_steps=1, checkpoints_total_limit=1
+    ),
+    "resume_from_checkpoint": effect(resume),
+    "log_every": effect(log_every),
+    "report_to": both(report_to("logs"), accepted(report_to="none")),
+    "logging_dir": report_to("elsewhere", logging_dir="elsewhere"),
+    "push_to_hub": sentence(HUB, push_to_hub=True),
+    "hub_token": sentence(HUB, hub_token="secret"),
+    "hub_model_id": sentence(HUB, hub_model_id="someone/lora"),
+    "validation_steps": samples("000002", "000003", num_validation_images=1, validation_steps=2),
+    "validation_epochs": samples(
+        "000002", "000003", num_validation_images=1, validation_epochs=2, train_batch_size=5
+    ),
+    "num_validation_images": effect(num_validation_images),
+    "validation_pairs": effect(validation_pairs),
+    "validation_images": effect(validation_images),
+    "validation_prompt": effect(validation_prompt),
+    "mixed_precision": effect(mixed_precision),
+    "allow_tf32": effect(allow_tf32),
+    "compile": effect(compiled),
+    "device": effect(device),
+    "enable_xformers_memory_efficient_attention": accepted(
+        enable_xformers_memory_efficient_attention=True
+    ),
+    "local_rank": accepted(local_rank=0),
+}  # fmt: skip
+
+
+def test_every_field_is_in_the_table():
+    """In its place, as one of three kinds, and nothing else is."""
+    assert list(FLAGS) == list(FIELDS)
+    assert {kind for kind, _ in FLAGS.values()} == {"effect", "sentence", "accepted"}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_flag(name, lab, monkeypatch):
+    """What the table says of it is so."""
+    FLAGS[name][1](lab, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "needs"),
+    [
+        ("mask_outside", 0.5, "--mask_dir"),
+        ("views", 2, "random crops"),
+        ("delta_t", 300, "--pair_objective delta"),
+        ("lr_warmup_steps", 5, "--lr_scheduler constant_with_warmup"),
+        ("lr_num_cycles", 2, "--lr_scheduler cosine_with_restarts"),
+        ("lr_power", 2.0, "--lr_scheduler polynomial"),
+        ("logging_dir", "there", "--report_to tensorboard"),
+        ("prior_loss_weight", 2.0, "--with_prior_preservation"),
+        ("num_class_images", 5, "--with_prior_preservation"),
+        ("prior_generation_precision", "fp32", "--with_prior_preservation"),
+        ("sample_batch_size", 2, "--with_prior_preservation"),
+    ],
+)
+def test_a_flag_that_another_flag_switches_off_is_warned_about(lab, flag, value, needs):
+    """An arm of an ablation may switch it off, so it does not stop; the sentence names both."""
+    quiet = {"pair_objective": "slider", "center_crop": True}
+    with pytest.warns(UserWarning, match=f"--{flag} {value} has no effect without .*{needs}"):
+        loud = lab.fresh(**quiet, **{flag: value}, max_train_steps=1)
+    assert column(loud) == column(lab.run(**quiet, max_train_steps=1))
+
+
+def test_flags_that_fit_each_other_are_not_warned_about(lab):
+    """Noise losses take γ, also those of class images; `delta` has none; masks need no pairs."""
+    said = config.without_effect
+    assert not said(lab.config()) and not said(lab.config(pair_objective="slider", snr_gamma=5.0))
+    assert not said(lab.config(**prior(lab, pair_objective="delta", snr_gamma=5.0)))
+    assert "--snr_gamma 5.0 has no effect" in said(lab.config(snr_gamma=5.0))[0]
+    single = lab.config(instance_data_dir="x", allow_unmatched=True)
+    assert "--allow_unmatched" in said(single)[0] and not said(replace(single, mask_dir="y"))
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+ANCESTOR = dict(
+    pretrained_model_name_or_path="runwayml/stable-diffusion-v1-5", revision=None,
+    tokenizer_name=None, vae_path=None, instance_data_dir=None, before_data_dir=None,
+    after_data_dir=None, use_image_pairs=False, class_data_dir=None, class_prompt=None,
+    validation_prompt=None, num_validation_images=4, validation_epochs=50,
+    with_prior_preservation=False, prior_loss_weight=1.0, num_class_images=100, seed=0,
+    resolution=512, center_crop=False, train_text_encoder=False, train_batch_size=1,
+    sample_batch_size=4, checkpointing_steps=250, checkpoints_total_limit=None,
+    resume_from_checkpoint=None, gradient_accumulation_steps=1, gradient_checkpointing=False,
+    learning_rate=2e-4, scale_lr=False, lr_scheduler="constant", lr_warmup_steps=0,
+    lr_num_cycles=1, lr_power=1.0, use_8bit_adam=False, adam_beta1=0.9, adam_beta2=0.999,
+    adam_weight_decay=1e-2, adam_epsilon=1e-8, max_grad_norm=1.0, push_to_hub=False,
+    hub_token=None, hub_model_id=None, allow_tf32=False, report_to=None, mixed_precision=None,
+    prior_generation_precision=None, enable_xformers_memory_efficient_attention=False,
+    pre_compute_text_embeddings=False, tokenizer_max_length=None,
+    text_encoder_use_attention_mask=False, validation_images=None,
+    class_labels_conditioning=None, lora_rank=16,
+)  # fmt: skip
+# no default is told of the first five; the last two have none here (experiments/LOG.md says why)
+ALSO = {"instance_prompt", "output_dir", "dataloader_num_workers", "logging_dir", "local_rank",
+        "num_train_epochs", "max_train_steps"}  # fmt: skip
+
+
+def test_the_ancestors_flags_and_defaults():
+    """All of them are there; the two without their default of old are explained in the log."""
+    cfg = config.parse(["--instance_data_dir=x"])
+    assert {name: getattr(cfg, name) for name in ANCESTOR} == {**ANCESTOR, "instance_data_dir": "x"}
+    assert FIELDS.keys() >= ALSO
+    assert cfg.max_train_steps is None and cfg.num_train_epochs is None
+    log = (ROOT / "experiments" / "LOG.md").read_text(encoding="utf-8")
+    assert "`max_train_steps` and `num_train_epochs` have no default" in log
+
+
+def test_every_flag_can_be_said_on_the_command_line(lab):
+    """All fields at values of their own, through flags and through a file, come back equal."""
+    cfg = lab.config(
+        resolution=24, learning_rate=3e-5, max_train_steps=None, lora_alpha=8.0, compile=False,
+        validation_images=("a b.png", "c.png"), random_flip=True, pair_objective="slider",
+        snr_gamma=5.0, instance_prompt="",
+    )  # fmt: skip
+    assert config.parse(command(cfg)) == cfg
+    parser = config.Parser()
+    config.add_fields(parser)
+    known = {name for action in parser._actions for name in action.option_strings}
+    assert {f"--{name}" for name in FIELDS} <= known
+    flags = [name for name, f in FIELDS.items() if f.default is False]
+    assert flags and all(f"--no-{name}" in known for name in flags)
+
+
+def test_rank_is_a_second_spelling():
+    argv = ["--instance_data_dir=x", "--rank", "5"]
+    assert config.parse(argv).lora_rank == 5
+    assert config.parse([*argv, "--lora_rank=6"]).lora_rank == 6
+
+
+def test_flags_over_file_over_defaults(tmp_path):
+    """The file wins over the defaults, a flag over the file, wherever it stands; also off."""
+    file = tmp_path / "config.json"
+    file.write_text('{"instance_data_dir": "x", "seed": 3, "lora_rank": 5, "center_crop": true}')
+    cfg = config.parse(["--seed=7", "--no-center_crop", "--config", str(file)])
+    assert (cfg.seed, cfg.lora_rank, cfg.center_crop, cfg.resolution) == (7, 5, False, 512)
+    assert config.parse(["--config", str(file)]).center_crop
+
+
+def test_config_json_replays_a_run_to_the_bit(lab):
+    """Also one that replaced another or went on from a checkpoint: that was about its folder."""
+    flags = {
+        "pair_objective": "slider", "random_flip": True, "lr_scheduler": "cosine",
+        "train_text_encoder": True, "checkpointing_steps": 2, "lora_alpha": 3.0,
+    }  # fmt: skip
+    first = lab.fresh(**flags)
+    lab.fresh(**flags, output_dir=str(first), overwrite=True)
+    shutil.rmtree(first / "checkpoint-3")
+    lab.fresh(**flags, output_dir=str(first), resume_from_checkpoint="checkpoint-2")
+    kept = {p: p.read_bytes() for p in first.rglob("*") if p.is_file()}
+    again = Path(lab.new())
+    argv = ["--config", str(first / "config.json"), "--output_dir", str(again)]
+    assert status(argv)[0] == 0
+    assert bytes_of(again) == bytes_of(first) and column(again) == column(first)
+    configs = [json.loads((run / "config.json").read_text()) for run in (first, again)]
+    assert configs[1] == {**configs[0], "output_dir": str(again)}
+    assert {p: p.read_bytes() for p in first.rglob("*") if p.is_file()} == kept
+    assert status(argv[:2])[0] == 2  # into the run's own folder: not without being told to
+
+
+# ---- the two documented commands -----------------------------------------------------------------
+
+FOR_BOTH = {
+    "pretrained_model_name_or_path": "runwayml/stable-diffusion-v1-5", "resolution": 512,
+    "train_batch_size": 1, "learning_rate": 2e-4, "lora_rank": 16,
+}  # fmt: skip
+DOCUMENTED = {
+    "lora_ckpt/image_pairs": {
+        **FOR_BOTH, "use_image_pairs": True, "before_data_dir": "data/before_images",
+        "after_data_dir": "data/after_images", "max_train_steps": 500,
+        "instance_prompt": "a photo showing the transformation from before to after state",
+    },
+    "lora_ckpt/dreambooth": {
+        **FOR_BOTH, "instance_data_dir": "data/single_images", "max_train_steps": 200,
+        "instance_prompt": "a photo of [cls]",
+    },
+}  # fmt: skip
+
+
+def documented() -> dict[str, list[str]]:
+    """{output_dir: flags} of the README's commands for a base model by name."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    found = [shlex.split(line) for line in re.findall(r"^    (python train\.py --.+)$", text, re.M)]
+    return {config.parse(argv[2:]).output_dir: argv[2:] for argv in found}
+
+
+def test_the_documented_commands_say_what_they_did():
+    """The README's two commands mean the ancestor's flags, value by value."""
+    commands = documented()
+    assert commands.keys() == DOCUMENTED.keys()
+    for where, argv in commands.items():
+        assert config.parse(argv) == TrainConfig(output_dir=where, **DOCUMENTED[where])
+
+
+@pytest.mark.parametrize(
+    ("where", "launcher"),
+    [
+        ("lora_ckpt/image_pairs", []),
+        ("lora_ckpt/dreambooth", []),
+        ("lora_ckpt/image_pairs", ["-m", "torch.distributed.run", "--standalone",
+                                   "--nproc_per_node", "1"]),
+    ],
+    ids=["pairs", "dreambooth", "torchrun"],
+)  # fmt: skip
+def test_the_documented_commands_run(lab, where, launcher, tmp_path):
+    """As written, only shorter and smaller, where a local directory has the base model's name.
+
+    Neither diffusers, peft nor accelerate can be imported meanwhile.
+    """
+    shutil.copytree(lab.sd1, tmp_path / "runwayml" / "stable-diffusion-v1-5")
+    for name, folder in (("before_images", "before"), ("after_images", "after"),
+                         ("single_images", "after")):  # fmt: skip
+        shutil.copytree(lab.pairs / folder, tmp_path / "data" / name)
+    (tmp_path / "blocked").mkdir()
+    (tmp_path / "blocked" / "sitecustomize.py").write_text(
+        "import sys\nsys.modules |= dict.fromkeys(['diffusers', 'peft', 'accelerate'])\n"
+    )
+    later = ["--max_train_steps=2", "--resolution=32", "--num_validation_images=1", "--device=cpu"]
+    argv = [sys.executable, *launcher, str(ROOT / "train.py"), *documented()[where], *later]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "blocked"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert str(Path(where, LORA_FILE)) in done.stdout and "gone from the hub" not in done.stdout
+    parts, said = read_lora(tmp_path / where)
+    assert said["steps"] == 2 and {f.A.shape[0] for f in parts["unet"].values()} == {16}
+    assert json.loads((tmp_path / where / "summary.json").read_text())["status"] == "finished"
+    assert (tmp_path / where / "samples" / "000002.png").is_file()

@@ -1,0 +1,255 @@
+"""Who may import whom, what an import does, and whether the README's names are real."""
+
+import ast
+import contextlib
+import io
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import check_data
+import sample
+import train
+
+ROOT = Path(__file__).parents[1]
+
+# Module -> the modules of this project that it may import. "*": the library, and sample.
+ARROWS = {
+    "config": [],
+    "data": [],
+    "runs": [],
+    "model.schedule": [],
+    "model.lora": [],
+    "model.layers": [],
+    "model.text": [],
+    "model.memory": [],
+    "model.files": [],
+    "model.draws": [],
+    "model.optim": [],
+    "latents": ["data"],
+    "model.unet": ["model.layers"],
+    "model.vae": ["model.layers"],
+    "model.lora_files": ["model.files", "model.lora", "model.text"],
+    "model.weights": ["model.files", "model.lora_files", "model.text", "model.unet", "model.vae"],
+    "model.samplers": ["model.schedule"],
+    "model.objectives": ["model.samplers", "model.schedule"],
+    "model.pipeline": [
+        "model.lora", "model.lora_files", "model.objectives", "model.samplers", "model.schedule",
+        "model.text", "model.unet", "model.vae", "model.weights",
+    ],
+    "check_data": ["config", "data", "runs"],
+    "sample": ["*"],
+    "train": ["*"],
+    "evaluate": ["*"],
+    "ablate": ["config", "runs"],
+}  # fmt: skip
+ROOTS = ("check_data", "sample", "train", "evaluate", "ablate")  # what a user starts
+FOLDERS = ("scenes", "bench", "tests")  # on top of all: nothing outside them imports them
+LIBRARIES = {  # beyond the standard library
+    "config": set(),
+    "data": {"torch", "numpy", "PIL"},
+}
+REFERENCES = ("diffusers", "peft", "accelerate")
+
+
+def project_files() -> list[Path]:
+    """What belongs to the project: what git knows or would take, else all that is not hidden."""
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        names = subprocess.run(listed, cwd=ROOT, capture_output=True, check=True).stdout.decode()
+        files = [ROOT / name for name in names.split("\0") if name]
+    except (OSError, subprocess.CalledProcessError):
+        ignored = ("runs", "data", "samples")
+        files = [p for p in ROOT.rglob("*") if p.relative_to(ROOT).parts[0] not in ignored]
+        files = [p for p in files if not any(x[0] == "." for x in p.relative_to(ROOT).parts)]
+    return sorted(p for p in files if p.is_file())
+
+
+FILES = project_files()
+SOURCES = {
+    ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p
+    for p in FILES
+    if p.suffix == ".py"
+}
+LIBRARY = [name for name in SOURCES if name != "model" and name.split(".")[0] not in FOLDERS]
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports at any place, names of packages' modules spelled out."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            inside = {f"{node.module}.{alias.name}" for alias in node.names} & SOURCES.keys()
+            found |= inside or {node.module}
+    return found
+
+
+def siblings(name: str) -> set[str]:
+    tops = {module.split(".")[0] for module in SOURCES}
+    return {module for module in imports(SOURCES[name]) if module.split(".")[0] in tops}
+
+
+def test_imports_go_along_the_arrows():
+    """Every module stands in the table, and imports what the table lets it."""
+    assert set(LIBRARY) <= ARROWS.keys()
+    order = list(ARROWS)
+    for name in LIBRARY:
+        above = [m for m in order[: order.index(name)] if m not in ("check_data", "train")]
+        allowed = above if ARROWS[name] == ["*"] else ARROWS[name]
+        assert siblings(name) <= set(allowed), name
+
+
+def test_the_arrows_have_no_circle():
+    """The table only points upwards, so that no chain of imports comes back."""
+    for i, (name, allowed) in enumerate(ARROWS.items()):
+        assert set(allowed) - {"*"} <= set(list(ARROWS)[:i]), name
+
+
+def test_only_roots_import_the_config():
+    """Library code takes plain arguments."""
+    assert {name for name in LIBRARY if "config" in siblings(name)} <= set(ROOTS)
+
+
+def test_libraries():
+    """The config needs nothing, data no more than arrays and pictures, and no file a reference."""
+    for name in LIBRARY:
+        outside = {m.split(".")[0] for m in imports(SOURCES[name]) - siblings(name)}
+        outside -= set(sys.stdlib_module_names)
+        assert outside <= LIBRARIES.get(name, outside), name
+    for name, path in SOURCES.items():
+        used = {module.split(".")[0] for module in imports(path)}
+        assert name.split(".")[0] in ("tests", "bench") or not used & set(REFERENCES), name
+
+
+IMPORTING = """
+import importlib, os, sys
+sys.dont_write_bytecode = True
+sys.modules |= dict.fromkeys(sys.argv[2].split(","))
+import torch
+torch.manual_seed(7)
+
+def state():
+    return (torch.get_rng_state().tolist(), torch.get_default_dtype(), torch.get_num_threads(),
+            torch.cuda.is_initialized(), torch.get_float32_matmul_precision(),
+            torch.is_grad_enabled(), os.getcwd(), sorted(os.listdir()),
+            {k: v for k, v in os.environ.items() if not k.startswith("TORCH")})
+
+for name in sys.argv[1].split(","):
+    before = state()
+    importlib.import_module(name)
+    for was, now in zip(before, state()):
+        assert was == now, (name, was, now)
+"""
+
+
+def test_importing_does_nothing(tmp_path):
+    """No output, no seeding, no setting, no device, no file; the references are not there."""
+    env = {"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path)}
+    names = [*LIBRARY, *(name for name in SOURCES if name.startswith("scenes"))]
+    argv = [sys.executable, "-c", IMPORTING, ",".join(names), ",".join(REFERENCES)]
+    done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())
+
+
+# ---- text ----------------------------------------------------------------------------------------
+
+
+def texts() -> dict[str, str]:
+    """The project's text files by relative path."""
+    found = {}
+    for path in FILES:
+        with contextlib.suppress(UnicodeDecodeError):
+            found[path.relative_to(ROOT).as_posix()] = path.read_text(encoding="utf-8")
+    return found
+
+
+def test_no_line_of_code_over_100_columns():
+    """A word to the linter at its end is not counted."""
+    long = [
+        f"{name}:{i}"
+        for name, text in texts().items()
+        if name.endswith(".py")
+        for i, line in enumerate(text.splitlines(), 1)
+        if len(re.sub(r" *# (noqa|fmt):.*$", "", line)) > 100
+    ]
+    assert not long
+
+
+def test_no_path_of_one_machine():
+    """Outside the tests, where such paths are data."""
+    pattern = re.compile(r"(?<![\w.~*}/-])/(?:work|tmp|root|home|mnt|Users)\b")
+    assert pattern.search("in /tmp/x") and not pattern.search("https://x.org/work and a/tmp")
+    said = {name: pattern.findall(text) for name, text in texts().items() if name[:6] != "tests/"}
+    assert {name for name, found in said.items() if found} == set()
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+VERBS = re.search(r"^\.PHONY: (.+)$", MAKEFILE, re.M)[1].split()
+
+
+def test_make_alone_lists_every_verb():
+    """Each .PHONY verb with a line of its own, and nothing is made."""
+    make = shutil.which("make")
+    if make is None:
+        pytest.skip("needs make")
+    done = subprocess.run([make], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert re.findall(r"^  make ([a-z-]+) +\S", done.stdout, re.M)[: len(VERBS)] == VERBS
+
+
+def test_the_readmes_make_verbs_and_variables_exist():
+    spoken = re.findall(r"(?:^    |`)make ([a-z-]+)(.*)$", README, re.M)
+    assert len(spoken) > 3 and {verb for verb, _ in spoken} <= set(VERBS)
+    variables = {name for _, rest in spoken for name in re.findall(r"\b([A-Z]+)=", rest)}
+    variables |= set(re.findall(r"`([A-Z]+)=", README))
+    assert {
+        v for v in variables if not re.search(rf"\$[({{]?{v}\b|^{v}\b", MAKEFILE, re.M)
+    } == set()
+
+
+def test_the_readmes_files_exist():
+    """Links, and names in the text; what a run leaves is no file of the project."""
+    links = re.findall(r"\]\((?!https?:|#)([^)\s]+)\)", README)
+    assert links and [link for link in links if not (ROOT / link.split("#")[0]).exists()] == []
+    named = set(re.findall(r"`((?:\w+/)*\w+\.(?:py|toml|md))`", README))
+    assert named and [name for name in named if not (ROOT / name).exists()] == []
+    modules = {f"{path}" for path in re.findall(r"python ((?:\w+/)*\w+\.py)", README)}
+    assert modules and [name for name in modules if not (ROOT / name).exists()] == []
+
+
+def flags(main, *command: str) -> set[str]:
+    """What a program's --help lists."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    assert stop.value.code == 0
+    return set(re.findall(r"--[a-zA-Z]\w*(?:-\w+)*", out.getvalue()))
+
+
+def test_the_readmes_flags_exist():
+    """Those of a command are flags of its program; those in the text are flags of some program."""
+    known = {
+        "train.py": flags(train.main),
+        "sample.py generate": flags(sample.main, "generate"),
+        "sample.py edit": flags(sample.main, "edit"),
+        "check_data.py": flags(check_data.main),
+    }
+    seen = set()
+    commands = re.findall(r"python (\w+\.py[^\n`]*)", README.replace("\\\n", " "))
+    for line in commands:
+        name = next((name for name in known if line.startswith(name)), None)
+        if name is None:
+            continue
+        seen.add(name)
+        assert set(re.findall(r"(?<!\S)--\w+", line)) <= known[name], line
+    assert {"train.py", "sample.py edit"} <= seen
+    spoken = set(re.findall(r"(?<![\w-])--[a-z]\w+", README))
+    assert spoken - set().union(*known.values()) == set()
