@@ -35,7 +35,7 @@ def pick_device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.ones(1, device=device).item()
     except Exception as error:  # torch has a kind of its own for every backend
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {name} is not available: {reason}") from error
@@ -199,7 +199,8 @@ def load_pipeline(
         if "base_model" not in meta:
             said = f", and {lora} does not say what it was trained on" if lora is not None else ""
             raise ValueError(f"--model is missing{said}")
-        base, revision, variant = meta["base_model"], meta.get("revision"), meta.get("variant")
+        base = meta["base_model"]
+        revision, variant = revision or meta.get("revision"), variant or meta.get("variant")
         vae_path = vae_path or meta.get("vae_path")
     files = {"revision": revision, "variant": variant, "device": device}
     schedule = Schedule.from_config(load_scheduler_config(base, revision=revision)).to(device)

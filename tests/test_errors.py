@@ -166,6 +166,7 @@ TRAIN = {
     "--lora_targets=to_z": "--lora_targets has 'to_z', which matches no layer; groups are attn",
     "--lora_targets=,": "--lora_targets is empty",
     "--device=nowhere": "--device nowhere is not available",
+    "--device=meta": "--device meta is not available",
     "--class_prompt=land": "--class_prompt needs --with_prior_preservation",
     "--with_prior_preservation --class_prompt=land": "--with_prior_preservation needs --class_dat",
     "--with_prior_preservation --class_prompt=land --class_data_dir=made "
