@@ -264,6 +264,10 @@ class Run:
             self._writer.close()
         rows = self.rows()
         steps = max((row["step"] for row in rows), default=0)
+        held_out = [row for row in rows if row["kind"] == "eval"]
+        if held_out:
+            best = min(held_out, key=lambda row: row["loss"])
+            values |= {"last_evaluation": held_out[-1], "best_evaluation": best}
         write_json(
             self.folder / "summary.json",
             {

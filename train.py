@@ -12,12 +12,11 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -25,16 +24,13 @@ from tqdm import tqdm
 import config
 from config import TrainConfig
 from data import (
-    Pair,
     PairDataset,
     contact_sheet,
-    find_pairs,
-    find_singles,
     fingerprint,
     to_image,
-    unmatched,
 )
-from latents import Latents, cache_latents
+from inputs import class_images, encode_all, find_data, make_dataset, make_gallery, save_image
+from latents import Latents
 from model.draws import draw, seeded
 from model.files import is_local, moved_note, read_json, read_tensors
 from model.layers import ResBlock, TransformerBlock
@@ -44,12 +40,10 @@ from model.memory import checkpoint_activations, flatten, peak_mib, phase
 from model.objectives import OBJECTIVES, Draws, How, Knobs, noise_loss
 from model.optim import adamw, learning_rate
 from model.pipeline import (
-    DTYPES,
     Context,
     decode,
     generate_latents,
     guided_predictor,
-    load_pipeline,
     pick_device,
     pick_dtype,
     predictor,
@@ -94,10 +88,10 @@ def train(cfg: TrainConfig) -> Path:
 
 def phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
     """Everything between opening the run's folder and closing it."""
-    base, pairwise = cfg.pretrained_model_name_or_path, config.is_pairs(cfg)
+    base, paired = cfg.pretrained_model_name_or_path, config.is_pairs(cfg)
     dtype = pick_dtype(cfg.mixed_precision, device)
     files = {"variant": cfg.variant, "revision": cfg.revision, "device": device}
-    name = cfg.pair_objective or ("delta" if pairwise else "dreambooth")
+    name = cfg.pair_objective or ("delta" if paired else "dreambooth")
     objective, knobs = OBJECTIVES[name], Knobs(cfg.delta_t, cfg.snr_gamma)
     if note := moved_note(base):
         print(note)
@@ -105,7 +99,8 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
         raise ValueError(f"--revision {cfg.revision} is for the hub; {base} is a local directory")
 
     # ---- 1. data: looked at before anything is loaded or written
-    pairs, shown = find_data(cfg)
+    pairs, held_out, shown = find_data(cfg)
+    held_out = held_out[:32]  # enough to see the loss by
     dataset = make_dataset(cfg, pairs)
     schedule = Schedule.from_config(load_scheduler_config(base, revision=cfg.revision)).to(device)
     class_pairs = class_images(cfg, device, run.log) if cfg.with_prior_preservation else []
@@ -117,9 +112,10 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
 
     # ---- 2. text: every prompt once; then the encoder goes, unless it is trained
     own = [pair.caption or cfg.instance_prompt for pair in pairs]
+    kept = [pair.caption or cfg.instance_prompt for pair in held_out]
     told = [cfg.validation_prompt or pair.caption or cfg.instance_prompt for pair in shown]
     prompt = cfg.validation_prompt or cfg.instance_prompt
-    prompts = list(dict.fromkeys([*own, *told, prompt, cfg.class_prompt or "", ""]))
+    prompts = list(dict.fromkeys([*own, *kept, *told, prompt, cfg.class_prompt or "", ""]))
     row = {said: i for i, said in enumerate(prompts)}
     prompt_of = torch.tensor([row[said] for said in own], device=device)  # (n,)
     with phase("text", device, run.log):
@@ -161,6 +157,7 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
         class_latents = encoded(make_dataset(cfg, class_pairs)) if class_pairs else None
         gallery = make_gallery(cfg, shown)
         z_shown = encoded(gallery).mean if shown else None  # (k, f, 4, h, w)
+        z_held_out = encoded(make_gallery(cfg, held_out)).mean if held_out else []
         vae.to("cpu")
     shape = latents.mean.shape[2:]  # (4, h, w)
 
@@ -191,7 +188,7 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
     meta = lora_metadata(cfg, name, schedule)
     run.start({"base": base, "data": fingerprint(pairs), "trained_parameters": flat.numel()})
     print(
-        f"{name}: {n} {'pairs' if pairwise else 'images'} x {dataset.views} views, "
+        f"{name}: {n} {'pairs' if paired else 'images'} x {dataset.views} views, "
         f"{steps} steps of {batch * accum}, {flat.numel():,} trained weights on {base} "
         f"({str(dtype).removeprefix('torch.')}, {device})"
     )
@@ -225,6 +222,25 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
             names = [f"{prompt}, step {done}"]
         vae.to("cpu")
         save_image(contact_sheet(rows, columns, names), run.folder / "samples" / f"{done:06d}.png")
+
+    @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")
+    def validate(done: int) -> None:
+        """The loss on held-out pairs, with the same noise every time, in ten bins of t."""
+        bins = schedule.num_steps * torch.arange(11 if objective.noisy else 2) // 10
+        by_t = []
+        for low, high in pairwise(bins.tolist()):
+            rng, errors = seeded(cfg.seed, 3), []
+            for z, said in zip(z_held_out, kept):  # z (f, 4, h, w)
+                eps = torch.randn((1, *shape), generator=rng).to(device)
+                t = torch.randint(low, high, (1,), generator=rng).to(device)
+                predict, z = predictor(unet, context_of(said)), z[:, None]
+                one = torch.ones(1, device=device)
+                how = (predict, schedule, z[0], z[-1], one, Draws(eps, t), knobs)
+                errors.append(objective.loss(*how).mean())
+            by_t.append(torch.stack(errors).mean().item())
+        by_t_named = {"loss_by_t": by_t} if objective.noisy else {}
+        run.log("eval", step=done, loss=sum(by_t) / len(by_t), pairs=len(kept), **by_t_named)
 
     # ---- 5. the loop: z -> error -> loss -> gradient -> step
     show_every = cfg.validation_steps or cfg.validation_epochs * per_epoch
@@ -289,6 +305,8 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
             run.save_checkpoint(done, save, cfg.checkpoints_total_limit)
         if showing:
             show(done)
+            if held_out:
+                validate(done)
         loss_sum.zero_()
         logged, clock = done, time.perf_counter()  # saving is not training time
     bar.close()
@@ -297,110 +315,6 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
         save_lora(aside, unet=unet, text=text, metadata={**meta, "steps": steps})
 
     write_aside(run.folder / LORA_FILE, result)
-
-
-# ---- data ----------------------------------------------------------------------------------------
-
-
-def find_data(cfg: TrainConfig) -> tuple[list[Pair], list[Pair]]:
-    """What to train on, and what to show: held-out pairs, given images, or some training pairs."""
-    if not config.is_pairs(cfg):
-        masks = {"mask_dir": cfg.mask_dir, "allow_unmatched": cfg.allow_unmatched}
-        return find_singles(cfg.instance_data_dir, **masks), []
-    dirs = cfg.before_data_dir, cfg.after_data_dir
-    pairs = find_pairs(*dirs, mask_dir=cfg.mask_dir, allow_unmatched=cfg.allow_unmatched)
-    if cfg.allow_unmatched and (skipped := sum(len(names) for names in unmatched(*dirs))):
-        print(f"--allow_unmatched: {skipped} images without a partner are skipped")
-    if cfg.validation_pairs >= len(pairs):
-        raise ValueError(
-            f"--validation_pairs {cfg.validation_pairs} leaves none of {len(pairs)} pairs to train"
-        )
-    held_out = spread(pairs, cfg.validation_pairs)
-    pairs = [pair for pair in pairs if pair not in held_out]
-    if cfg.validation_images is None:
-        return pairs, spread(held_out or pairs, cfg.num_validation_images)
-    for path in cfg.validation_images:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"--validation_images {path} does not exist")
-    paths = [Path(path) for path in cfg.validation_images][: cfg.num_validation_images]
-    return pairs, [Pair(name=path.stem, before=None, after=path) for path in paths]
-
-
-def spread(items: list, k: int) -> list:
-    """k of the items, or all, evenly spaced."""
-    k = min(k, len(items))
-    return [items[i * len(items) // k] for i in range(k)]
-
-
-def make_dataset(cfg: TrainConfig, pairs: list[Pair]) -> PairDataset:
-    """In as many views as there is something random about them."""
-    crop = {
-        "center_crop": cfg.center_crop,
-        "random_flip": cfg.random_flip,
-        "random_scale": cfg.random_scale,
-        "seed": cfg.seed,
-        "background": cfg.background,
-    }
-    dataset = PairDataset(pairs, cfg.resolution, views=cfg.views, **crop)
-    return PairDataset(pairs, cfg.resolution, views=1, **crop) if dataset.deterministic else dataset
-
-
-def make_gallery(cfg: TrainConfig, shown: list[Pair]) -> PairDataset | None:
-    """What is shown, centre-cropped."""
-    if not shown:
-        return None
-    return PairDataset(shown, cfg.resolution, center_crop=True, background=cfg.background)
-
-
-def class_images(cfg: TrainConfig, device: torch.device, log: Callable) -> list[Pair]:
-    """The images of --class_data_dir; what is missing to --num_class_images is generated first.
-
-    Prior preservation, Ruiz et al. 2022 (arXiv 2208.12242), section 3.3: what the base itself draws
-    for the class prompt.
-    """
-    folder = Path(cfg.class_data_dir)
-    some = folder.is_dir() and any(folder.iterdir())
-    have = len(find_singles(folder, flag="--class_data_dir")) if some else 0
-    if have < cfg.num_class_images:
-        precision = cfg.prior_generation_precision or cfg.mixed_precision
-        with phase("class images", device, log):
-            pipe = load_pipeline(
-                cfg.pretrained_model_name_or_path,
-                revision=cfg.revision,
-                variant=cfg.variant,
-                vae_path=cfg.vae_path,
-                dtype=DTYPES[precision] if precision else pick_dtype(None, device),
-                device=device,
-            )
-            _, predict = pipe.predictors(cfg.class_prompt, 7.5)
-            folder.mkdir(parents=True, exist_ok=True)
-            side = cfg.resolution // pipe.vae.downscale
-            seeds = range(cfg.seed + have, cfg.seed + cfg.num_class_images)
-            for i in tqdm(
-                range(0, len(seeds), cfg.sample_batch_size), "class images", disable=None
-            ):
-                batch = seeds[i : i + cfg.sample_batch_size]
-                z = generate_latents(predict, pipe.schedule, (4, side, side), batch, steps=50)
-                for seed, pixels in zip(batch, decode(pipe.vae, z)):
-                    save_image(to_image(pixels), folder / f"generated_{seed:06d}.png")
-            del pipe, predict
-    return find_singles(folder, flag="--class_data_dir")[: max(cfg.num_class_images, 1)]
-
-
-def encode_all(cfg: TrainConfig, vae, images: PairDataset, device: torch.device) -> Latents:
-    """The scaled posteriors of all images, on the device."""
-
-    def encode(pixels: Tensor) -> tuple[Tensor, Tensor]:
-        mean, logvar = vae.encode(pixels.to(device))
-        return mean * vae.scaling_factor, logvar + 2 * math.log(vae.scaling_factor)
-
-    # two sets of weights under one name are told apart by their sum
-    weights = sum(p.double().abs().sum().item() for p in vae.parameters())
-    key = f"{cfg.vae_path or cfg.pretrained_model_name_or_path} fp32 {weights:.10e}"
-    workers = cfg.dataloader_num_workers
-    return cache_latents(images, encode, cache_dir=cfg.cache_dir, key=key, workers=workers).to(
-        device
-    )
 
 
 # ---- the step ------------------------------------------------------------------------------------
@@ -466,10 +380,6 @@ def restore(checkpoint: Path, adapted: dict, opt: torch.optim.Optimizer, scaler)
     groups = opt.state_dict()["param_groups"]
     opt.load_state_dict({"state": {0: {**moments, **state["optimizer"]}}, "param_groups": groups})
     scaler.load_state_dict(state["scaler"])
-
-
-def save_image(image: Image.Image, path: Path) -> None:
-    write_aside(path, lambda aside: image.save(aside, format="PNG"))
 
 
 def lora_metadata(cfg: TrainConfig, objective: str, schedule: Schedule) -> dict:

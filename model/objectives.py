@@ -151,14 +151,13 @@ def restore(
 class Objective(NamedTuple):
     loss: Callable
     edit: Callable
-    multiplier: tuple[
-        float, float
-    ]  # strength s is the LoRA multiplier multiplier[0]·s + multiplier[1]
+    multiplier: tuple[float, float]  # strength s is the LoRA multiplier m[0]·s + m[1]
+    noisy: bool  # whether the loss reads ε and t
 
 
 OBJECTIVES = {
-    "delta": Objective(delta_loss, delta_edit, (1.0, 0.0)),
-    "slider": Objective(slider_loss, slider_edit, (2.0, -1.0)),
-    "after": Objective(after_loss, after_edit, (1.0, 0.0)),
-    "dreambooth": Objective(after_loss, after_edit, (1.0, 0.0)),
+    "delta": Objective(delta_loss, delta_edit, (1.0, 0.0), False),
+    "slider": Objective(slider_loss, slider_edit, (2.0, -1.0), True),
+    "after": Objective(after_loss, after_edit, (1.0, 0.0), True),
+    "dreambooth": Objective(after_loss, after_edit, (1.0, 0.0), True),
 }

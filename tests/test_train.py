@@ -19,6 +19,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from config import TrainConfig
 from data import PairDataset, find_pairs
+from inputs import make_dataset
 from model.draws import draw, seeded
 from model.lora import inject, lora_layers
 from model.lora_files import read_lora
@@ -26,7 +27,7 @@ from model.memory import flatten
 from model.unet import UNet
 from model.weights import load_text, load_unet
 from tests.pairs import write_pairs
-from train import make_dataset, rate, train, weighted_mean
+from train import rate, train, weighted_mean
 
 LORA = "pytorch_lora_weights.safetensors"
 
@@ -347,6 +348,29 @@ def test_prior_preservation(config, tmp_path):
                     output_dir=str(tmp_path / "alone"))  # fmt: skip
     assert losses(train(off)) == losses(train(alone))
     assert one[0] > 1.2 * losses(tmp_path / "off")[0]
+
+
+@pytest.mark.parametrize("objective", ["delta", "after"])
+def test_the_held_out_loss_has_the_same_noise_every_time(config, objective):
+    """At learning rate 0 it is the same at every validation; by t, where the objective has a t."""
+    cfg = replace(
+        config, pair_objective=objective, validation_pairs=2, validation_steps=2, max_train_steps=4
+    )
+    still = rows(train(replace(cfg, learning_rate=0.0)), "eval")
+    assert [row["step"] for row in still] == [2, 4] and still[0]["pairs"] == 2
+    assert still[0]["loss"] == still[1]["loss"] > 0
+    by_t = still[0].get("loss_by_t")
+    if objective == "delta":
+        assert by_t is None
+    else:
+        assert len(by_t) == 10 and len(set(by_t)) == 10
+        assert still[0]["loss"] == pytest.approx(sum(by_t) / 10)
+    moved = train(replace(cfg, learning_rate=1e-2, output_dir=f"{config.output_dir}2"))
+    first, last = rows(moved, "eval")
+    assert first["loss"] != last["loss"]
+    summary = json.loads((moved / "summary.json").read_text())
+    assert summary["last_evaluation"] == last
+    assert summary["best_evaluation"]["loss"] == min(first["loss"], last["loss"])
 
 
 def test_the_folder_of_a_run(config):

@@ -1,0 +1,131 @@
+"""What a run trains on: pairs found and held out, class images made, latents encoded."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+import config
+from config import TrainConfig
+from data import Pair, PairDataset, find_pairs, find_singles, to_image, unmatched
+from latents import Latents, cache_latents
+from model.memory import phase
+from model.pipeline import DTYPES, decode, generate_latents, load_pipeline, pick_dtype
+from runs import write_aside
+
+
+class Data(NamedTuple):
+    train: list[Pair]
+    held_out: list[Pair]  # never trained on
+    shown: list[Pair]  # what the pictures of the run are of
+
+
+def find_data(cfg: TrainConfig) -> Data:
+    """Shown are held-out pairs, the given images, or some training pairs, in this order."""
+    if not config.is_pairs(cfg):
+        masks = {"mask_dir": cfg.mask_dir, "allow_unmatched": cfg.allow_unmatched}
+        return Data(find_singles(cfg.instance_data_dir, **masks), [], [])
+    dirs = cfg.before_data_dir, cfg.after_data_dir
+    pairs = find_pairs(*dirs, mask_dir=cfg.mask_dir, allow_unmatched=cfg.allow_unmatched)
+    if cfg.allow_unmatched and (skipped := sum(len(names) for names in unmatched(*dirs))):
+        print(f"--allow_unmatched: {skipped} images without a partner are skipped")
+    if cfg.validation_pairs >= len(pairs):
+        raise ValueError(
+            f"--validation_pairs {cfg.validation_pairs} leaves none of {len(pairs)} pairs to train"
+        )
+    held_out = spread(pairs, cfg.validation_pairs)
+    pairs = [pair for pair in pairs if pair not in held_out]
+    if cfg.validation_images is None:
+        return Data(pairs, held_out, spread(held_out or pairs, cfg.num_validation_images))
+    for path in cfg.validation_images:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"--validation_images {path} does not exist")
+    paths = [Path(path) for path in cfg.validation_images][: cfg.num_validation_images]
+    given = [Pair(name=path.stem, before=None, after=path) for path in paths]
+    return Data(pairs, held_out, given)
+
+
+def spread(items: list, k: int) -> list:
+    """k of the items, or all, evenly spaced."""
+    k = min(k, len(items))
+    return [items[i * len(items) // k] for i in range(k)]
+
+
+def make_dataset(cfg: TrainConfig, pairs: list[Pair]) -> PairDataset:
+    """In as many views as there is something random about them."""
+    crop = {
+        "center_crop": cfg.center_crop,
+        "random_flip": cfg.random_flip,
+        "random_scale": cfg.random_scale,
+        "seed": cfg.seed,
+        "background": cfg.background,
+    }
+    dataset = PairDataset(pairs, cfg.resolution, views=cfg.views, **crop)
+    return PairDataset(pairs, cfg.resolution, views=1, **crop) if dataset.deterministic else dataset
+
+
+def make_gallery(cfg: TrainConfig, shown: list[Pair]) -> PairDataset | None:
+    """What is shown, centre-cropped."""
+    if not shown:
+        return None
+    return PairDataset(shown, cfg.resolution, center_crop=True, background=cfg.background)
+
+
+def class_images(cfg: TrainConfig, device: torch.device, log: Callable) -> list[Pair]:
+    """The images of --class_data_dir; what is missing to --num_class_images is generated first.
+
+    Prior preservation, Ruiz et al. 2022 (arXiv 2208.12242), section 3.3: what the base itself draws
+    for the class prompt.
+    """
+    folder = Path(cfg.class_data_dir)
+    some = folder.is_dir() and any(folder.iterdir())
+    have = len(find_singles(folder, flag="--class_data_dir")) if some else 0
+    if have < cfg.num_class_images:
+        precision = cfg.prior_generation_precision or cfg.mixed_precision
+        with phase("class images", device, log):
+            pipe = load_pipeline(
+                cfg.pretrained_model_name_or_path,
+                revision=cfg.revision,
+                variant=cfg.variant,
+                vae_path=cfg.vae_path,
+                dtype=DTYPES[precision] if precision else pick_dtype(None, device),
+                device=device,
+            )
+            _, predict = pipe.predictors(cfg.class_prompt, 7.5)
+            folder.mkdir(parents=True, exist_ok=True)
+            side = cfg.resolution // pipe.vae.downscale
+            seeds = range(cfg.seed + have, cfg.seed + cfg.num_class_images)
+            for i in tqdm(
+                range(0, len(seeds), cfg.sample_batch_size), "class images", disable=None
+            ):
+                batch = seeds[i : i + cfg.sample_batch_size]
+                z = generate_latents(predict, pipe.schedule, (4, side, side), batch, steps=50)
+                for seed, pixels in zip(batch, decode(pipe.vae, z)):
+                    save_image(to_image(pixels), folder / f"generated_{seed:06d}.png")
+            del pipe, predict
+    return find_singles(folder, flag="--class_data_dir")[: max(cfg.num_class_images, 1)]
+
+
+def encode_all(cfg: TrainConfig, vae, images: PairDataset, device: torch.device) -> Latents:
+    """The scaled posteriors of all images, on the device."""
+
+    def encode(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        mean, logvar = vae.encode(pixels.to(device))
+        return mean * vae.scaling_factor, logvar + 2 * math.log(vae.scaling_factor)
+
+    # two sets of weights under one name are told apart by their sum
+    weights = sum(p.double().abs().sum().item() for p in vae.parameters())
+    key = f"{cfg.vae_path or cfg.pretrained_model_name_or_path} fp32 {weights:.10e}"
+    workers = cfg.dataloader_num_workers
+    return cache_latents(images, encode, cache_dir=cfg.cache_dir, key=key, workers=workers).to(
+        device
+    )
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    write_aside(path, lambda aside: image.save(aside, format="PNG"))
