@@ -4,17 +4,28 @@
 # changed. VENV=DIR puts it elsewhere. PYTHON=/path/to/python uses that interpreter as it is and
 # installs nothing.
 
-MODEL    ?= runwayml/stable-diffusion-v1-5
 BEFORE   ?=
 AFTER    ?=
+MASK     ?=
 INSTANCE ?=
 OUT      ?=
 PROMPT   ?=
 STEPS    ?=
-RUN      ?= runs/pairs
-INPUT    ?= $(BEFORE)
 STRENGTH ?= 1
 ARGS     ?=
+
+# With no images given, everything is about the embedded scenes: their base model, 64 pairs to train
+# on, 32 others to judge by. CHANGE= takes another of their changes.
+CHANGE ?= solar
+SCENES := $(if $(strip $(BEFORE)$(AFTER)$(INSTANCE)),,data/scenes/$(CHANGE))
+MODEL  ?= $(if $(SCENES),scenes/base,runwayml/stable-diffusion-v1-5)
+RUN    ?= $(if $(SCENES),runs/$(CHANGE),runs/pairs)
+INPUT  ?= $(if $(SCENES),$(SCENES)/test/before,$(BEFORE))
+SCENE_FLAGS := --instance_prompt "an aerial view of fields" --resolution 64 --train_batch_size 8 \
+  --max_train_steps 300 --learning_rate 3e-3 --lr_scheduler cosine --lr_warmup_steps 20 \
+  --lora_targets attn,ff,conv,proj --checkpointing_steps 100 \
+  --validation_pairs 4 --validation_epochs 15 \
+  --resume_from_checkpoint latest
 
 VENV ?= .venv
 ifdef PYTHON
@@ -31,11 +42,12 @@ endif
 quote = '$(subst ','\'',$(1))'
 flag  = $(if $(2),$(1) $(call quote,$(2)))
 
-.PHONY: help setup check-data train sample generate test test-fast lint clean
+.PHONY: help setup check-data train evaluate base sample generate test test-fast lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
+	@echo '  make train                       on the embedded scenes, in minutes on a CPU, then evaluate'
 	@echo '  make train BEFORE=data/before AFTER=data/after PROMPT="..." [MODEL= OUT= STEPS= ARGS="--lora_rank 4"]'
 	@echo '  make train INSTANCE=data/images PROMPT="a photo of [cls]"'
 	@echo '  make sample RUN=runs/pairs INPUT=data/new OUT=samples [STRENGTH=0.5]'
@@ -54,11 +66,28 @@ $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 check-data: $(READY) ## look at pairs before training: BEFORE= AFTER=
 	$(PY) check_data.py $(call flag,--before,$(BEFORE)) $(call flag,--after,$(AFTER)) $(call flag,--out,$(OUT)) $(ARGS)
 
-train: $(READY) ## train a LoRA: BEFORE= AFTER= (pairs) or INSTANCE= (single images)
+train: $(READY) $(if $(SCENES),$(SCENES)/.done) ## train a LoRA: BEFORE= AFTER= (pairs), INSTANCE= (single images), or the scenes
 	$(PY) train.py --pretrained_model_name_or_path $(call quote,$(MODEL)) \
-	  $(call flag,--before_data_dir,$(BEFORE)) $(call flag,--after_data_dir,$(AFTER)) \
-	  $(call flag,--instance_data_dir,$(INSTANCE)) --output_dir $(call quote,$(or $(OUT),$(RUN))) \
+	  $(call flag,--before_data_dir,$(or $(BEFORE),$(SCENES:%=%/train/before))) \
+	  $(call flag,--after_data_dir,$(or $(AFTER),$(SCENES:%=%/train/after))) \
+	  $(call flag,--mask_dir,$(MASK)) $(call flag,--instance_data_dir,$(INSTANCE)) \
+	  --output_dir $(call quote,$(or $(OUT),$(RUN))) $(if $(SCENES),$(SCENE_FLAGS)) \
 	  $(call flag,--instance_prompt,$(PROMPT)) $(call flag,--max_train_steps,$(STEPS)) $(ARGS)
+	$(if $(SCENES),@$(MAKE) --no-print-directory evaluate RUN=$(call quote,$(or $(OUT),$(RUN))) OUT= ARGS=)
+
+evaluate: $(READY) $(if $(SCENES),$(SCENES)/.done) ## numbers on held-out pairs: RUN= BEFORE= AFTER= [MASK=]
+	$(PY) evaluate.py --lora $(call quote,$(RUN)) --out $(call quote,$(or $(OUT),$(RUN)/evaluation)) \
+	  --before_data_dir $(call quote,$(or $(BEFORE),$(SCENES)/test/before)) \
+	  --after_data_dir $(call quote,$(or $(AFTER),$(SCENES)/test/after)) \
+	  $(call flag,--mask_dir,$(or $(MASK),$(SCENES:%=%/test/mask))) $(ARGS)
+
+data/scenes/%/.done: scenes/render.py $(READY)
+	$(PY) -m scenes.render --change $* --pairs 64 --seed 0 --out $(@D)/train
+	$(PY) -m scenes.render --change $* --pairs 32 --seed 1 --out $(@D)/test
+	@touch $@
+
+base: $(READY) ## train the embedded base model again (two hours on two CPU cores)
+	$(PY) -m scenes.train_base --out $(call quote,$(or $(OUT),scenes/base)) $(ARGS)
 
 sample: $(READY) ## apply a LoRA to new before images: RUN= INPUT= STRENGTH=
 	$(PY) sample.py edit --lora $(call quote,$(RUN)) $(call flag,--input,$(INPUT)) \
