@@ -173,21 +173,14 @@ def edit(args: argparse.Namespace) -> None:
     if len(set(stems)) < len(stems):
         twice = next(stem for stem in stems if stems.count(stem) > 1)
         raise ValueError(f"--input {source} has two images of the stem {twice}")
-    images = [load_image(file) for file in files]  # all of them before anything is written
+    for file in files:  # all of them before anything is written
+        load_image(file)
 
     pipe = open_pipeline(args)
-    objective = args.objective or pipe.meta.get("objective")
-    if objective is None:
-        raise ValueError(
-            f"--lora {args.lora} does not say its objective: "
-            f"give --objective {'|'.join(OBJECTIVES)}"
-        )
-    if objective not in OBJECTIVES:
-        raise ValueError(
-            f"--lora {args.lora} has the objective {objective!r}; known are {', '.join(OBJECTIVES)}"
-        )
-    rows = []
-    for image, stem in zip(tqdm(images, desc="edit", disable=None), stems):
+    objective = objective_of(args, pipe)
+    rows = []  # of the sheet
+    for file, stem in zip(tqdm(files, desc="edit", disable=None), stems):
+        image = load_image(file)
         pixels = to_tensor(image)[None]  # (1, 3, H, W)
         results = list(map(to_image, edit_pixels(pipe, objective, pixels, strengths, args)))
         for s, result in zip(strengths, results):
@@ -195,10 +188,11 @@ def edit(args: argparse.Namespace) -> None:
             path = out / f"{stem}{suffix}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             result.save(path)
-        rows.append([image, *results])
+        if len(rows) < 64:
+            rows.append([image, *results])
     columns = ["before", *(f"strength {s:g}" for s in strengths)]
-    contact_sheet(rows[:64], columns, [str(stem) for stem in stems]).save(out / "sheet.png")
-    print(f"{len(rows) * len(strengths)} images and sheet.png in {out}")
+    contact_sheet(rows, columns, [str(stem) for stem in stems]).save(out / "sheet.png")
+    print(f"{len(files) * len(strengths)} images and sheet.png in {out}")
 
 
 def numbers(text: str) -> list[float]:
