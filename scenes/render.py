@@ -37,7 +37,9 @@ GREENS = {
 }
 WATER, MUD, ROAD = np.array([62, 96, 132]), np.array([121, 116, 98]), np.array([142, 140, 136])
 ROOFS = np.array([[166, 78, 62], [122, 88, 74], [186, 122, 92], [112, 116, 126]])
-PANEL, STUMP = np.array([36, 50, 92]), np.array([146, 118, 84])
+PANEL, GRAVEL = np.array([36, 50, 92]), np.array([74, 80, 104])
+PITCH = 0.1  # of the rows of panels
+STUMP = np.array([146, 118, 84])
 LEAVES, NEEDLES = np.array([66, 106, 52]), np.array([38, 74, 58])
 SNOW = np.array([238, 242, 247])
 
@@ -279,9 +281,9 @@ def render(
             colour = colour + time["autumn"] * np.array([38, -4, -14])
         paint.polygon(f.corners, snowy(colour, 0.95))
         if f.kind == "crop":
-            _rows(paint, f.corners, 0.11, 0.5, snowy(colour - 9, 0.95), 1.0)
+            _furrows(paint, f.corners, snowy(colour - 9, 0.95))
         if f.kind == "bare" and time["solar"] > 0:
-            _rows(paint, f.corners, 0.1, 0.66, snowy(PANEL, 0.9), time["solar"])
+            _panels(paint, f.corners, time["solar"], snowy(PANEL, 0.9), snowy(GRAVEL, 0.9))
 
     if time["flood"] > 0:  # the water comes out of its bed by the same distance everywhere
         paint.blob(scene.water, scene.width + 0.13 * time["flood"], MUD)
@@ -316,22 +318,36 @@ def render(
     return paint.finish(scene.light)
 
 
-def _rows(paint, corners, period, part, colour, filled) -> None:
-    """Strips along a field's longer side, `part` of each period, filled row after row."""
+def _furrows(paint, corners, colour) -> None:
+    """Darker strips along a field's longer side."""
     a, b, d = corners[0], corners[1], corners[3]
     across, along = (d - a, b - a) if np.hypot(*(b - a)) > np.hypot(*(d - a)) else (b - a, d - a)
-    count = max(1, round(float(np.hypot(*across)) / period))
+    count = max(1, round(float(np.hypot(*across)) / 0.11))
     edge = 0.012 / float(np.hypot(*along))  # a margin at both ends
+    left, right = a + edge * along, a + (1 - edge) * along
     for k in range(count):
-        length = np.clip(filled * count - k, 0, 1) * (1 - 2 * edge)
-        if length <= 0:
-            break
-        top, bottom = (k + (1 - part) / 2) / count, (k + (1 + part) / 2) / count
-        left, right = a + edge * along, a + (edge + length) * along
-        paint.polygon(
-            [left + top * across, right + top * across, right + bottom * across,
-             left + bottom * across], colour,
-        )  # fmt: skip
+        top, bottom = (k + 0.25) / count * across, (k + 0.75) / count * across
+        paint.polygon([left + top, right + top, right + bottom, left + bottom], colour)
+
+
+def _panels(paint, corners, time, panel, gravel) -> None:
+    """Rows of panels on gravel over a whole field, built one after the other from the north.
+
+    All of it follows from what is to be seen: rows run as the fields do, and a row's turn comes
+    by its place in the picture, whatever of its field lies outside.
+    """
+    a, along, across = corners[0], corners[1] - corners[0], corners[3] - corners[0]
+    depth = float(np.hypot(*across))
+    north_to_south = across / depth
+    for k in range(math.ceil(depth / PITCH)):
+        top, bottom = k * PITCH / depth, min((k + 1) * PITCH / depth, 1.0)
+        place = (a + along / 2 + top * across - 0.5) @ north_to_south + 0.5  # 0..1 in the picture
+        done = _done(time, float(np.clip((place + 0.2) / 1.4, 0, 1)) * (1 - DURATION))
+        for end, colour in ((bottom, gravel), (top + 0.7 * (bottom - top), panel)):
+            row = [a + top * across, a + done * along + top * across,
+                   a + done * along + end * across, a + end * across]  # fmt: skip
+            if done > 0:
+                paint.polygon(row, colour)
 
 
 def _draw_house(paint, house: House, done: float, roof: np.ndarray) -> None:

@@ -55,7 +55,7 @@ def test_progress_is_steady(change):
     left = [np.abs(states[-1] - s).mean() for s in states]
     assert all(b <= a + 0.01 * left[0] for a, b in pairwise(left))  # edges fall on whole pixels
     steps = [np.abs(b - a).mean() for a, b in pairwise(states)]
-    assert max(steps) < 0.25 * left[0]
+    assert max(steps) < 0.35 * left[0]
 
 
 def test_seeds_decide_everything():
