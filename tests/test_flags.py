@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 import config
+import inputs
 import latents
 import runs
 import train
@@ -441,9 +442,9 @@ def prior_generation_precision(lab, patch):
 
 
 def sample_batch_size(lab, patch):
-    sizes, generate = [], train.generate_latents
+    sizes, generate = [], inputs.generate_latents
     patch.setattr(
-        train, "generate_latents", lambda *a, **k: sizes.append(len(a[3])) or generate(*a, **k)
+        inputs, "generate_latents", lambda *a, **k: sizes.append(len(a[3])) or generate(*a, **k)
     )
     lab.fresh(**prior(lab, class_data_dir=lab.new(), num_class_images=3, sample_batch_size=2))
     assert sizes == [2, 1]
