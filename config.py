@@ -60,6 +60,8 @@ class TrainConfig:
     )
     delta_t: int = knob(599, "the one step of `delta`, 1..999")
     snr_gamma: float | None = knob(None, "min-SNR weighting of the noise losses; 5 is usual")
+    loss: str = knob("mse", "what an error costs", choices=("mse", "l1", "huber"))
+    huber_c: float = knob(0.1, "where huber turns from the square to a straight line")
     with_prior_preservation: bool = knob(False, "also train on class images, against drift")
     prior_loss_weight: float = knob(1.0, "weight of that loss")
     num_class_images: int = knob(100, "class images wanted; missing ones are generated")
@@ -324,7 +326,7 @@ def check(cfg: TrainConfig) -> TrainConfig:
         need(getattr(cfg, name) >= 0, f"--{name} must not be negative, got {getattr(cfg, name)}")
     for name in ("max_grad_norm", "adam_epsilon", "lr_power"):
         need(getattr(cfg, name) > 0, f"--{name} must be positive, got {getattr(cfg, name)}")
-    for name in ("snr_gamma", "lora_alpha"):
+    for name in ("snr_gamma", "lora_alpha", "huber_c"):
         value = getattr(cfg, name)
         need(value is None or value > 0, f"--{name} must be positive, got {value}")
     for name in ("adam_beta1", "adam_beta2"):
@@ -363,6 +365,7 @@ def without_effect(cfg: TrainConfig) -> list[str]:
         ("allow_unmatched", is_pairs(cfg) or cfg.mask_dir is not None, "pairs or --mask_dir"),
         ("views", random_views, "random crops, --random_flip or --random_scale"),
         ("delta_t", delta, "--pair_objective delta"),
+        ("huber_c", cfg.loss == "huber", "--loss huber"),
         ("snr_gamma", prior or not delta, "noise: --pair_objective slider or after"),
         ("lr_warmup_steps", cfg.lr_scheduler != "constant", "--lr_scheduler constant_with_warmup"),
         ("lr_num_cycles", cfg.lr_scheduler == restarts, f"--lr_scheduler {restarts}"),

@@ -92,7 +92,7 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
     dtype = pick_dtype(cfg.mixed_precision, device)
     files = {"variant": cfg.variant, "revision": cfg.revision, "device": device}
     name = cfg.pair_objective or ("delta" if paired else "dreambooth")
-    objective, knobs = OBJECTIVES[name], Knobs(cfg.delta_t, cfg.snr_gamma)
+    objective, knobs = OBJECTIVES[name], Knobs(cfg.delta_t, cfg.snr_gamma, cfg.loss, cfg.huber_c)
     if note := moved_note(base):
         print(note)
     if cfg.revision is not None and is_local(base):

@@ -35,6 +35,8 @@ class Knobs(NamedTuple):
 
     delta_t: int = 599
     snr_gamma: float | None = None
+    loss: str = "mse"
+    huber_c: float = 0.1
 
 
 class How(NamedTuple):
@@ -50,14 +52,25 @@ class How(NamedTuple):
     knobs: Knobs = Knobs()
 
 
+def penalty(error: Tensor, knobs: Knobs) -> Tensor:
+    """x², |x|, or 2c(√(x² + c²) − c): Charbonnier's, x² near 0 and 2c|x| far from it."""
+    if knobs.loss == "l1":
+        return error.abs()
+    if knobs.loss == "huber":
+        c = knobs.huber_c
+        return 2 * c * error**2 / ((error**2 + c**2).sqrt() + c)  # nothing cancels at large c
+    return error**2
+
+
 def noise_loss(
     predict: Predict, schedule: Schedule, x_0: Tensor, m: Tensor, draws: Draws, knobs: Knobs
 ) -> Tensor:
-    """w(t) ‖e_m(x_t, t) − target‖², the loss of DDPM (eq. 14) at LoRA multiplier m."""
+    """w(t) ‖e_m(x_t, t) − target‖², the loss of DDPM (eq. 14) at LoRA multiplier m; or another
+    `penalty` in the square's place."""
     x_t = schedule.add_noise(x_0, draws.eps, draws.t)
     pred = predict(x_t, draws.t, m)
     weight = schedule.loss_weight(draws.t, knobs.snr_gamma).to(pred.dtype).view(-1, 1, 1, 1)
-    return weight * (pred - schedule.target(x_0, draws.eps, draws.t)) ** 2
+    return weight * penalty(pred - schedule.target(x_0, draws.eps, draws.t), knobs)
 
 
 def twice(draws: Draws) -> Draws:
@@ -86,7 +99,7 @@ def delta(predict: Predict, schedule: Schedule, z: Tensor, s: Tensor, knobs: Kno
 
 def delta_loss(predict, schedule, a, b, s, draws, knobs):
     """‖D_s(a) − b‖²; b is the state at strength s, the after image at 1."""
-    return (delta(predict, schedule, a, s, knobs) - b) ** 2
+    return penalty(delta(predict, schedule, a, s, knobs) - b, knobs)
 
 
 def delta_edit(predict, schedule, z, s, how):

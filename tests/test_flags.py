@@ -385,6 +385,23 @@ def delta_t(lab, patch):
     assert meta(lab.run(delta_t=200))["delta_t"] == 200
 
 
+def loss(lab, patch):
+    """Of the same errors: l1 ≥ mse where they are below 1, huber below both."""
+    kinds = ("mse", "l1", "huber")
+    square, absolute, huber = (column(lab.run(loss=kind, learning_rate=0.0))[0] for kind in kinds)
+    assert huber < square < absolute
+
+
+def huber_c(lab, patch):
+    """A wide bend is the square, a narrow one the straight line 2c|x|."""
+    run = {"loss": "huber", "learning_rate": 0.0}
+    wide, narrow = (column(lab.run(**run, huber_c=c))[0] for c in (1e3, 1e-4))
+    assert wide == pytest.approx(column(lab.run(learning_rate=0.0))[0], rel=1e-2)
+    assert narrow == pytest.approx(
+        2e-4 * column(lab.run(loss="l1", learning_rate=0.0))[0], rel=0.05
+    )
+
+
 def snr_gamma(lab, patch):
     """min(SNR, γ)/SNR is a tiny weight where γ is."""
     plain, weighted = (lab.run(pair_objective="after", snr_gamma=g) for g in (None, 1e-6))
@@ -764,6 +781,8 @@ FLAGS = {
     "pair_objective": effect(pair_objective),
     "delta_t": effect(delta_t),
     "snr_gamma": effect(snr_gamma),
+    "loss": effect(loss),
+    "huber_c": effect(huber_c),
     "with_prior_preservation": effect(prior_preservation),
     "prior_loss_weight": effect(prior_loss_weight),
     "num_class_images": effect(num_class_images),

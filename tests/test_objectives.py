@@ -48,15 +48,17 @@ def predict(sd1):
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
+@pytest.mark.parametrize("loss", ["mse", "l1", "huber"])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_gradient_by_finite_differences(predict, name, prediction_type):
+def test_gradient_by_finite_differences(predict, name, loss, prediction_type):
     """d loss along a random direction in the space of all LoRA weights, central differences."""
     a, b, draws = pair()
-    arguments = (predict, schedule(prediction_type), a, b, 0.7 * ONES, draws, Knobs(snr_gamma=5.0))
+    knobs = Knobs(snr_gamma=5.0, loss=loss)
+    arguments = (predict, schedule(prediction_type), a, b, 0.7 * ONES, draws, knobs)
     OBJECTIVES[name].loss(*arguments).mean().backward()
     direction = [noise(20 + i, p.shape) for i, p in enumerate(predict.params)]
     slope = sum((p.grad * d).sum() for p, d in zip(predict.params, direction)).item()
-    h, values = 1e-5, []
+    h, values = 1e-6, []
     with torch.no_grad():
         for sign in (1, -1):
             for p, d in zip(predict.params, direction):
