@@ -17,13 +17,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from config import Parser, report
 from data import PairDataset, contact_sheet, find_pairs, fingerprint, to_image
+from measures import (
+    cosine,
+    distance,
+    gap_closed,
+    mse,
+    psnr,
+    spearman,
+    spread,
+    ssim,
+    statistics,
+    summary,
+)
 from model.pipeline import Pipeline, decode, encode
 from runs import write_aside, write_json
 from sample import (
@@ -36,106 +47,7 @@ from sample import (
     open_pipeline,
 )
 
-# ---- measures of one picture: (3, H, W) in [0, 1], float64 ---------------------------------------
-
-
-def mse(x: Tensor, y: Tensor, mask: Tensor | None = None) -> float:
-    """Mean squared error, over the pixels of mask (H, W) if given; NaN where it has none."""
-    error = (x - y).square().mean(0)  # (H, W)
-    return (error if mask is None else error[mask]).mean().item()
-
-
-def psnr(error: float) -> float:
-    """dB below full scale; 100 for errors beyond what 8 bits can tell."""
-    return min(-10 * math.log10(error), 100.0) if error > 0 else 100.0
-
-
-def ssim(x: Tensor, y: Tensor) -> float:
-    """Structural similarity (Wang et al. 2004, eq. 13) of grey images, 11 × 11 Gaussian, σ 1.5."""
-    at = torch.arange(11, dtype=x.dtype) - 5
-    bell = torch.exp(-at.square() / (2 * 1.5**2))
-    window = torch.outer(bell, bell).view(1, 1, 11, 11) / bell.sum() ** 2
-    luma = torch.tensor([0.299, 0.587, 0.114], dtype=x.dtype).view(3, 1, 1)
-    x, y = ((image * luma).sum(0)[None, None] for image in (x, y))  # (1, 1, H, W)
-    blur = lambda image: F.conv2d(image, window)  # noqa: E731
-    mu_x, mu_y = blur(x), blur(y)
-    var_x, var_y = blur(x * x) - mu_x**2, blur(y * y) - mu_y**2
-    cov = blur(x * y) - mu_x * mu_y
-    c_1, c_2 = 0.01**2, 0.03**2
-    same = (2 * mu_x * mu_y + c_1) * (2 * cov + c_2)
-    return (same / ((mu_x**2 + mu_y**2 + c_1) * (var_x + var_y + c_2))).mean().item()
-
-
-def cosine(x: Tensor, y: Tensor) -> float:
-    """Of two differences of images; 0 where one of them is nothing."""
-    length = (x.norm() * y.norm()).item()
-    return (x * y).sum().item() / length if length > 0 else 0.0
-
-
-def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """Rank correlation, ties sharing their rank; 0 where all of one side are equal."""
-
-    def ranks(values: Sequence[float]) -> np.ndarray:
-        v = np.asarray(values)
-        return (v[:, None] > v).sum(1) + 0.5 * (v[:, None] == v).sum(1)
-
-    a, b = (r - r.mean() for r in (ranks(x), ranks(y)))
-    scale = math.sqrt(float((a**2).sum() * (b**2).sum()))
-    return float((a * b).sum()) / scale if scale > 0 else 0.0
-
-
-def statistics(before: Tensor, after: Tensor) -> dict[str, float]:
-    """What a change looks like, wherever it is: its area, its colours and its texture there."""
-    changed = (after - before).abs().amax(0) > 0.1  # (H, W)
-    some = changed if changed.any() else torch.ones_like(changed)
-    red, green, blue = (channel[some].mean().item() for channel in after)
-    grey = after.mean(0)
-    slope = F.pad(grey.diff(dim=0).abs(), (0, 0, 0, 1)) + F.pad(grey.diff(dim=1).abs(), (0, 1))
-    area, texture = changed.double().mean().item(), slope[some].mean().item()
-    return {"area": area, "red": red, "green": green, "blue": blue, "texture": texture}
-
-
-def distance(x: Sequence[float], y: Sequence[float]) -> float:
-    """Wasserstein-1 between two samples, in standard deviations of the second (the truth)."""
-    at = (np.arange(1000) + 0.5) / 1000
-    apart = np.abs(np.quantile(x, at) - np.quantile(y, at)).mean()
-    return float(apart / max(float(np.std(y)), 1e-12))
-
-
 # ---- over all pairs ------------------------------------------------------------------------------
-
-
-def summary(values: Sequence[float]) -> dict:
-    """Mean, standard error and n of what is a number."""
-    v = np.array([value for value in values if math.isfinite(value)])
-    if not len(v):
-        return {"mean": None, "se": None, "n": 0}
-    se = float(v.std(ddof=1) / math.sqrt(len(v))) if len(v) > 1 else None
-    return {"mean": float(v.mean()), "se": se, "n": len(v)}
-
-
-def gap_closed(
-    copied: Sequence[float], predicted: Sequence[float], ceiling: Sequence[float]
-) -> dict:
-    """(MSE_copy − MSE_pred) / (MSE_copy − MSE_ceiling) of the means over the pairs.
-
-    0 is copying the before image, 1 is as good as the autoencoder can show the after image. The
-    standard error is the jackknife's: a mean of ratios would be ruled by pairs of little change.
-    """
-    rows = np.array([copied, predicted, ceiling])
-
-    def gap(means: np.ndarray) -> float:
-        room = means[0] - means[2]
-        return float((means[0] - means[1]) / room) if room != 0 else math.nan
-
-    n = rows.shape[1]
-    left_out = (
-        np.array([gap(np.delete(rows, i, axis=1).mean(1)) for i in range(n)]) if n > 1 else []
-    )
-    se = (
-        float(np.sqrt((n - 1) / n * ((left_out - np.mean(left_out)) ** 2).sum())) if n > 1 else None
-    )
-    return {"mean": gap(rows.mean(1)), "se": se, "n": n}
 
 
 def judge(before: Tensor, after: Tensor, mask: Tensor | None, versions: dict[str, Tensor]) -> dict:
@@ -205,17 +117,12 @@ def collect_samples(rows: list[dict]) -> dict:
     return result
 
 
-def spread(images: Sequence[Tensor]) -> float:
-    """Root of the mean variance of a pixel over samples of the same thing."""
-    return torch.stack(list(images)).var(0).mean().sqrt().item()
-
-
 # ---- the run -------------------------------------------------------------------------------------
 
 
 def eight_bit(pixels: Tensor) -> Tensor:
     """(3, H, W) in [-1, 1] -> what a saved picture holds, in [0, 1] float64."""
-    return torch.from_numpy(np.asarray(to_image(pixels))).permute(2, 0, 1).double() / 255
+    return torch.from_numpy(np.array(to_image(pixels))).permute(2, 0, 1).double() / 255
 
 
 def evaluate(args: argparse.Namespace) -> tuple[dict, Image.Image]:

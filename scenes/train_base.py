@@ -9,25 +9,20 @@ changes in HELD_OUT; the autoencoder, a general part, sees the looks of all. Tra
 """
 
 import argparse
-import json
 import math
-import re
 import shutil
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -42,6 +37,7 @@ from model.unet import UNet
 from model.vae import VAE
 from runs import revision, write_aside
 from scenes.render import CHANGES, caption, make_scene, render
+from scenes.tokenizer import write_text, write_tokenizer
 
 HELD_OUT = ("solar", "snow")  # of the UNet and the text encoder
 FIRST_SCENE = 2_000_000_000  # pairs of scenes.render have smaller seeds
@@ -132,62 +128,6 @@ def pictures(count: int, first: int, changes: tuple[str, ...]) -> tuple[Tensor, 
 
 def pixels(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
-
-
-# ---- the tokenizer -------------------------------------------------------------------------------
-
-
-def learn_merges(captions: list[str], count: int) -> list[tuple[str, str]]:
-    """Byte-pair encoding (Sennrich et al. 2016): join the commonest pair, again and again.
-
-    Ties go to the first in the alphabet: the library's trainer takes them in any order.
-    """
-    words = Counter(word for text in captions for word in re.findall(r"\w+|[^\w\s]+", text))
-    split = {word: (*word[:-1], word[-1] + "</w>") for word in words}
-    merges = []
-    while len(merges) < count:
-        pairs = Counter()
-        for word, parts in split.items():
-            for pair in pairwise(parts):
-                pairs[pair] += words[word]
-        if not pairs:
-            break
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        merges.append(best)
-        for word, parts in split.items():
-            joined, i = [], 0
-            while i < len(parts):
-                step = 2 if parts[i : i + 2] == best else 1
-                joined.append("".join(parts[i : i + step]))
-                i += step
-            split[word] = tuple(joined)
-    return merges
-
-
-def write_tokenizer(folder: Path, captions: list[str], merges: int = 200) -> int:
-    """CLIP's tokenizer with merges learnt on captions. Returns the vocabulary size.
-
-    Every byte has its token, alone and at a word's end, so any prompt can be written.
-    """
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pairs = learn_merges(captions, merges)
-    specials = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>"}
-    tokens = [*alphabet, *(c + "</w>" for c in alphabet), *map("".join, pairs)]
-    tokens += specials.values()
-    specials |= {"pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "vocab.json", {token: i for i, token in enumerate(tokens)})
-    lines = ["#version: 0.2", *(f"{a} {b}" for a, b in pairs)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    write_text(folder / "special_tokens_map.json", specials)
-    more = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True}
-    write_text(folder / "tokenizer_config.json", more | specials)
-    return len(tokens)
-
-
-def write_text(path: Path, content: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 # ---- one loop for both trainings -----------------------------------------------------------------
@@ -412,6 +352,13 @@ def save(folder: Path, networks: dict[str, tuple[nn.Module, dict]]) -> None:
     write_text(folder / "model_index.json", index)
 
 
+def command(args: argparse.Namespace) -> str:
+    """What trains the same model again."""
+    places = ("out", "work")
+    given = [f"--{k} {v}" for k, v in vars(args).items() if k not in places]
+    return " ".join(["python -m scenes.train_base --out scenes/base", *given])
+
+
 def card(args: argparse.Namespace, facts: dict) -> str:
     psnr = "\n".join(f"| {k} | {m:.1f} ± {e:.1f} |" for k, (m, e) in facts["psnr"].items())
     minutes = facts["minutes"]
@@ -495,7 +442,7 @@ def train_base(args: argparse.Namespace) -> Path:
         "parameters": ", ".join(
             f"{k} {sum(p.numel() for p in n.parameters()) / 1e6:.1f} M" for k, n in networks.items()
         ),
-        "command": "python -m scenes.train_base " + " ".join(args.given),
+        "command": command(args),
         "revision": str(ran.get("git"))[:12],
         "machine": f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads"
         if device.type == "cpu"
@@ -518,7 +465,6 @@ def train_base(args: argparse.Namespace) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         prog="python -m scenes.train_base", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -538,7 +484,6 @@ def main(argv: list[str] | None = None) -> int:
         help="bf16 autocast: on a GPU, or a CPU with AMX (on others it is many times slower)",
     )  # fmt: skip
     args = parser.parse_args(argv)
-    args.given = argv
     print(train_base(args))
     return 0
 

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import evaluate
+import measures
 from scenes.render import write_pairs
 from tests.test_sample import write_lora
 
@@ -178,32 +179,32 @@ def test_ssim_is_its_definition():
             top = (2 * mu_a * mu_b + 1e-4) * (2 * cov + 9e-4)
             values.append(top / ((mu_a**2 + mu_b**2 + 1e-4) * (var_a + var_b + 9e-4)))
     x, y = torch.from_numpy(x), torch.from_numpy(y)
-    assert evaluate.ssim(x, y) == pytest.approx(np.mean(values), abs=1e-9)
-    assert evaluate.ssim(x, x) == pytest.approx(1)
-    assert evaluate.ssim(x, 1 - x) < 0
+    assert measures.ssim(x, y) == pytest.approx(np.mean(values), abs=1e-9)
+    assert measures.ssim(x, x) == pytest.approx(1)
+    assert measures.ssim(x, 1 - x) < 0
 
 
 def test_rank_correlation():
-    assert evaluate.spearman([0, 0.5, 1], [-3, 7, 7.5]) == 1
-    assert evaluate.spearman([1, 2, 3, 4], [4, 3, 2, 1]) == -1
-    assert evaluate.spearman([1, 2, 3, 4, 5], [5, 6, 7, 8, 7]) == pytest.approx(0.8207826817)
-    assert evaluate.spearman([1, 2, 3], [1, 1, 1]) == 0
+    assert measures.spearman([0, 0.5, 1], [-3, 7, 7.5]) == 1
+    assert measures.spearman([1, 2, 3, 4], [4, 3, 2, 1]) == -1
+    assert measures.spearman([1, 2, 3, 4, 5], [5, 6, 7, 8, 7]) == pytest.approx(0.8207826817)
+    assert measures.spearman([1, 2, 3], [1, 1, 1]) == 0
 
 
 def test_the_gap_and_its_error():
-    gap = evaluate.gap_closed([4.0, 6.0], [2.0, 4.0], [0.0, 2.0])
+    gap = measures.gap_closed([4.0, 6.0], [2.0, 4.0], [0.0, 2.0])
     assert gap["mean"] == pytest.approx(0.5) and gap["n"] == 2
     # jackknife of the two leave-one-out values 0.5 and 0.5: no spread
     assert gap["se"] == pytest.approx(0, abs=1e-12)
-    uneven = evaluate.gap_closed([4.0, 4.0, 4.0], [0.0, 2.0, 4.0], [0.0, 0.0, 0.0])
+    uneven = measures.gap_closed([4.0, 4.0, 4.0], [0.0, 2.0, 4.0], [0.0, 0.0, 0.0])
     left_out = np.array([0.25, 0.5, 0.75])
     expected = math.sqrt(2 / 3 * ((left_out - 0.5) ** 2).sum())
     assert (uneven["mean"], uneven["se"]) == pytest.approx((0.5, expected))
 
 
 def test_distance_between_samples():
-    assert evaluate.distance([1, 2, 3], [1, 2, 3]) == 0
-    assert evaluate.distance([2, 4], [1, 3]) == pytest.approx(1.0)  # shifted by 1, σ = 1
+    assert measures.distance([1, 2, 3], [1, 2, 3]) == 0
+    assert measures.distance([2, 4], [1, 3]) == pytest.approx(1.0)  # shifted by 1, σ = 1
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ ARROWS = {
     "model.memory": [],
     "model.files": [],
     "model.draws": [],
+    "measures": [],
     "model.optim": [],
     "latents": ["data"],
     "model.unet": ["model.layers"],
