@@ -425,8 +425,9 @@ def write_pairs(
     size: int = 64,
     times: tuple[float, ...] = (),
     outcomes: int = 1,
+    captions: bool = False,
 ) -> None:
-    """before/ after/ mask/ of `pairs` scenes, and a caption beside each after image.
+    """before/ after/ mask/ of `pairs` scenes; with `captions`, NAME.txt beside each after image.
 
     `times` adds a folder per time (its true states in between), `outcomes` > 1 adds the folders
     outcome-1, outcome-2, ... with other truths of the same scenes.
@@ -450,8 +451,9 @@ def write_pairs(
             Image.fromarray(image).convert("L" if folder == "mask" else "RGB").save(
                 out / folder / name
             )
-        text = caption(scene, around | {change: 1.0})
-        (out / "after" / name).with_suffix(".txt").write_text(text + "\n")
+        if captions:
+            text = caption(scene, around | {change: 1.0})
+            (out / "after" / name).with_suffix(".txt").write_text(text + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -466,11 +468,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=64, help="pixels")
     parser.add_argument("--times", default="", help="states in between, such as 0,0.25,0.5,0.75,1")
     parser.add_argument("--outcomes", type=int, default=1, help="truths per scene, if random")
+    parser.add_argument("--captions", action="store_true", help="NAME.txt beside each after image")
     args = parser.parse_args(argv)
     times = tuple(float(t) for t in args.times.split(",")) if args.times else ()
     write_pairs(
         args.out, args.change, args.pairs,
         seed=args.seed, size=args.size, times=times, outcomes=args.outcomes,
+        captions=args.captions,
     )  # fmt: skip
     print(f"{args.pairs} pairs in {args.out}", file=sys.stderr)
     return 0
