@@ -200,7 +200,7 @@ def test_the_strength_survives_the_recompute(unet):
 def test_a_compiled_block_follows_the_strength(sd1):
     """Generated code for one block: per-sample strengths, new ones without a recompile."""
     unet = load_unet(sd1)
-    inject(unet, "attn,ff", rank=4)
+    inject(unet, "attn,ff", rank=4, generator=torch.Generator().manual_seed(0))
     trained(unet)
     block = unet.mid_block.attentions[0].transformer_blocks[0]
     x, ctx = draw(3, 16, 64, dtype=torch.float32), draw(3, 7, 32, seed=1, dtype=torch.float32)
@@ -214,7 +214,8 @@ def test_a_compiled_block_follows_the_strength(sd1):
         for i, (s, out) in enumerate(zip(strengths, expected)):
             set_strength(unet, s)
             with torch.compiler.set_stance("fail_on_recompile" if i else "default"):
-                torch.testing.assert_close(block(x, ctx), out, rtol=1e-4, atol=1e-5)
+                error = relative(block(x, ctx), out)
+                assert error < 1e-5  # of the largest output: both round at fp32's 6e-8 a sum
 
 
 def test_targets(unet):
