@@ -28,9 +28,9 @@ class Pick(NamedTuple):
         return Pick(*(x.to(device, non_blocking=True) for x in self))
 
 
-def seeded(seed: int, step: int) -> torch.Generator:
+def seeded(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
     """The generator of a step."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+    return torch.Generator(device).manual_seed(seed * 1_000_003 + step)
 
 
 @lru_cache(maxsize=4)
