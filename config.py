@@ -35,8 +35,21 @@ class TrainConfig:
     after_data_dir: str | None = knob(None, "folder of the after images, same stems")
     use_image_pairs: bool = knob(False, "train on pairs (implied by --before_data_dir)")
     mask_dir: str | None = knob(None, "masks of the change, same stems: white counts in full")
+    mask_from_change: bool = knob(
+        False, "pairs without a mask get one from where their two sides differ"
+    )
     mask_outside: float = knob(0.1, "weight of the loss outside the mask, inside being 1")
     allow_unmatched: bool = knob(False, "skip images without a partner instead of stopping")
+    sequence_dirs: tuple[str, ...] | None = knob(
+        None, "folders of the same places at several times, first to last, instead of pairs"
+    )
+    sequence_times: tuple[float, ...] | None = knob(
+        None, "their times, rising, on any scale; evenly spaced when not given"
+    )
+    frames_dir: str | None = knob(
+        None, "folder of clips instead: sub-folders of frames, or animated GIF, WebP, PNG"
+    )
+    frame_stride: int = knob(1, "take every so many-th frame of a clip")
     instance_data_dir: str | None = knob(None, "folder of single images (DreamBooth mode)")
     class_data_dir: str | None = knob(
         None, "class images for prior preservation; made when missing"
@@ -56,12 +69,23 @@ class TrainConfig:
         None,
         "what a pair means (model/objectives.py); delta when not given",
         group="objective",
-        choices=("delta", "slider", "after"),
+        choices=("delta", "bridge", "concat", "canvas", "slider", "anchored", "after"),
     )
     delta_t: int = knob(599, "the one step of `delta`, 1..999")
+    bridge_t: int = knob(600, "the step at which `bridge` starts from the before image, 2..999")
+    bridge_channels: bool = knob(True, "`bridge` sees the clean before image as more channels")
+    image_dropout: float = knob(
+        0.05, "share of the pairs in which `concat` does not see the before image"
+    )
+    t_min: int | None = knob(
+        None, "smallest step that the noise losses draw; 500 for `anchored`, else 0, when not given"
+    )
     snr_gamma: float | None = knob(None, "min-SNR weighting of the noise losses; 5 is usual")
     loss: str = knob("mse", "what an error costs", choices=("mse", "l1", "huber"))
     huber_c: float = knob(0.1, "where huber turns from the square to a straight line")
+    preserve_weight: float = knob(
+        0.0, "weight of a term that holds the base's prediction outside the mask"
+    )
     with_prior_preservation: bool = knob(False, "also train on class images, against drift")
     prior_loss_weight: float = knob(1.0, "weight of that loss")
     num_class_images: int = knob(100, "class images wanted; missing ones are generated")
@@ -192,7 +216,8 @@ def add_fields(parser: Parser, cls: type = TrainConfig) -> None:
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is tuple:
-            options |= {"nargs": "+", "type": str, "metavar": "PATH"}
+            each = typing.get_args(kind)[0]
+            options |= {"nargs": "+", "type": each, "metavar": {str: "PATH", float: "X"}[each]}
         else:
             options |= {"type": kind, "choices": f.metadata["choices"] or None}
             if not f.metadata["choices"]:
@@ -215,12 +240,14 @@ def read_file(path: str) -> dict:
         kind = hints[key]
         allowed = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
         allowed = [typing.get_origin(k) or k for k in allowed]
-        if tuple in allowed and isinstance(value, list) and all(type(v) is str for v in value):
-            content[key] = tuple(value)
+        each, fit = (str, {str}) if "str" in str(kind) else (float, {float, int})  # in a list
+        if tuple in allowed and isinstance(value, list) and {type(v) for v in value} <= fit:
+            content[key] = tuple(each(v) for v in value)
         elif type(value) is int and float in allowed and abs(value) < 2**63:
             content[key] = float(value)
         elif type(value) not in allowed:
-            names = {tuple: "a list of strings", types.NoneType: "null"}
+            wanted = "a list of numbers" if each is float else "a list of strings"
+            names = {tuple: wanted, types.NoneType: "null"}
             wanted = " or ".join(names.get(k, k.__name__) for k in allowed)
             raise ValueError(f"--config {path} has {key}={value!r}; {wanted} was wanted")
     return content
@@ -241,15 +268,15 @@ def parse(argv: list[str] | None = None, prog: str = "train.py") -> TrainConfig:
             parser.error(str(error))
     values = vars(parser.parse_args(argv))
     del values["config"]
-    if values["validation_images"] is not None:
-        values["validation_images"] = tuple(values["validation_images"])
-    cfg = TrainConfig(**values)
+    lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+    cfg = TrainConfig(**values | lists)
     try:
         return check(cfg)
     except ValueError as error:
         parser.error(str(error))
 
 
+SOURCES = ("before_data_dir", "sequence_dirs", "frames_dir", "instance_data_dir")
 MAY_BE_EMPTY = ("instance_prompt", "validation_prompt", "class_prompt")
 
 
@@ -273,14 +300,12 @@ def check(cfg: TrainConfig) -> TrainConfig:
         pairs or cfg.instance_data_dir is not None,
         "nothing to train on: give --before_data_dir and --after_data_dir, or --instance_data_dir",
     )
-    if pairs:
+    given = [name for name in SOURCES if getattr(cfg, name) is not None]
+    need(len(given) < 2, f"{' and '.join(f'--{name}' for name in given)} exclude each other")
+    if pairs and not cfg.sequence_dirs and not cfg.frames_dir:
         need(cfg.before_data_dir is not None, "--use_image_pairs needs --before_data_dir")
         need(cfg.after_data_dir is not None, "--use_image_pairs needs --after_data_dir")
-        need(
-            cfg.instance_data_dir is None,
-            "--instance_data_dir and --before_data_dir exclude each other",
-        )
-    else:
+    if not pairs:
         need(
             cfg.pair_objective is None,
             "--pair_objective needs --before_data_dir and --after_data_dir",
@@ -306,7 +331,7 @@ def check(cfg: TrainConfig) -> TrainConfig:
     for name in (
         "train_batch_size", "gradient_accumulation_steps", "sample_batch_size",
         "checkpointing_steps", "log_every", "lora_rank", "validation_epochs", "views",
-        "lr_num_cycles",
+        "lr_num_cycles", "frame_stride",
     ):  # fmt: skip
         need(getattr(cfg, name) >= 1, f"--{name} must be at least 1, got {getattr(cfg, name)}")
     for name in (
@@ -321,7 +346,7 @@ def check(cfg: TrainConfig) -> TrainConfig:
     for name in (
         "learning_rate", "adam_weight_decay", "lr_warmup_steps", "num_validation_images",
         "validation_pairs", "dataloader_num_workers", "prior_loss_weight", "num_class_images",
-        "seed",
+        "seed", "preserve_weight",
     ):  # fmt: skip
         need(getattr(cfg, name) >= 0, f"--{name} must not be negative, got {getattr(cfg, name)}")
     for name in ("max_grad_norm", "adam_epsilon", "lr_power"):
@@ -335,6 +360,18 @@ def check(cfg: TrainConfig) -> TrainConfig:
     need(0 <= cfg.mask_outside <= 1, f"--mask_outside must be in [0, 1], got {cfg.mask_outside}")
     need(1 <= cfg.random_scale <= 100, f"--random_scale must be in 1..100, got {cfg.random_scale}")
     need(1 <= cfg.delta_t <= 999, f"--delta_t must be in 1..999, got {cfg.delta_t}")
+    need(2 <= cfg.bridge_t <= 999, f"--bridge_t must be in 2..999, got {cfg.bridge_t}")
+    need(0 <= cfg.image_dropout < 1, f"--image_dropout must be in [0, 1), got {cfg.image_dropout}")
+    need(0 <= (cfg.t_min or 0) <= 999, f"--t_min must be in 0..999, got {cfg.t_min}")
+    masked = cfg.mask_dir is not None or cfg.mask_from_change
+    need(
+        masked or cfg.preserve_weight == 0,
+        "--preserve_weight needs --mask_dir or --mask_from_change: outside of what?",
+    )
+    need(
+        pairs or not cfg.mask_from_change,
+        "--mask_from_change needs --before_data_dir and --after_data_dir",
+    )
     need(
         not (cfg.pre_compute_text_embeddings and cfg.train_text_encoder),
         "--pre_compute_text_embeddings cannot be had with --train_text_encoder, which changes them",
@@ -356,17 +393,24 @@ def without_effect(cfg: TrainConfig) -> list[str]:
 
     To warn of, not to stop for: an arm of an ablation may switch off what a flag before it tunes.
     """
-    delta = is_pairs(cfg) and cfg.pair_objective in (None, "delta")
+    name = cfg.pair_objective or ("delta" if is_pairs(cfg) else "dreambooth")
+    noisy = cfg.with_prior_preservation or name not in ("delta", "bridge")
     prior = cfg.with_prior_preservation
     restarts = "cosine_with_restarts"
     random_views = not cfg.center_crop or cfg.random_flip or cfg.random_scale > 1
     rules = [
-        ("mask_outside", cfg.mask_dir is not None, "--mask_dir"),
+        ("mask_outside", cfg.mask_dir or cfg.mask_from_change, "--mask_dir or --mask_from_change"),
+        ("sequence_times", cfg.sequence_dirs, "--sequence_dirs"),
+        ("frame_stride", cfg.frames_dir, "--frames_dir"),
         ("allow_unmatched", is_pairs(cfg) or cfg.mask_dir is not None, "pairs or --mask_dir"),
         ("views", random_views, "random crops, --random_flip or --random_scale"),
-        ("delta_t", delta, "--pair_objective delta"),
+        ("delta_t", name == "delta", "--pair_objective delta"),
+        ("bridge_t", name == "bridge", "--pair_objective bridge"),
+        ("bridge_channels", name == "bridge", "--pair_objective bridge"),
+        ("image_dropout", name == "concat", "--pair_objective concat"),
+        ("t_min", noisy, "a loss on noise: not delta or bridge"),
         ("huber_c", cfg.loss == "huber", "--loss huber"),
-        ("snr_gamma", prior or not delta, "noise: --pair_objective slider or after"),
+        ("snr_gamma", noisy and name != "anchored", "a loss on noise: not delta, bridge, anchored"),
         ("lr_warmup_steps", cfg.lr_scheduler != "constant", "--lr_scheduler constant_with_warmup"),
         ("lr_num_cycles", cfg.lr_scheduler == restarts, f"--lr_scheduler {restarts}"),
         ("lr_power", cfg.lr_scheduler == "polynomial", "--lr_scheduler polynomial"),
@@ -385,4 +429,6 @@ def without_effect(cfg: TrainConfig) -> list[str]:
 
 
 def is_pairs(cfg: TrainConfig) -> bool:
-    return cfg.use_image_pairs or cfg.before_data_dir is not None or cfg.after_data_dir is not None
+    """Whether it trains on changes: pairs, sequences or clips."""
+    sources = (cfg.before_data_dir, cfg.after_data_dir, cfg.sequence_dirs, cfg.frames_dir)
+    return cfg.use_image_pairs or any(source is not None for source in sources)

@@ -1,6 +1,8 @@
 """Pairs of images: match them by name, load them, cut them in lockstep, cache their latents.
 
     find_pairs -> [Pair]     files that belong together, or one sentence on why they do not
+    find_sequences           states at several times: a pair for each, with its own strength
+    find_clips               frames of clips, likewise
     load_image               any file -> upright 8-bit RGB
     Geometry                 ONE draw of resize, crop and flip, for both sides and the mask
     PairDataset              pairs -> tensors; item i is a function of (seed, i) alone
@@ -21,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageDraw, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
@@ -32,17 +35,35 @@ MAX_ASPECT = 0.02  # 768x383 is 768x384 with a row lost; beyond 2 % it is anothe
 
 
 @dataclass(frozen=True)
+class Frame:
+    """One picture of an animated file; stands wherever a path does."""
+
+    path: Path
+    number: int
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __str__(self) -> str:
+        return f"{self.path} (frame {self.number})"
+
+    def with_suffix(self, suffix: str) -> Path:
+        return self.path.with_suffix(suffix)
+
+
+@dataclass(frozen=True)
 class Pair:
     """Files that show one place before and after. A DreamBooth image has `before=None`."""
 
     name: str  # relative path without suffix, posix
-    before: Path | None
-    after: Path
+    before: Path | Frame | None
+    after: Path | Frame
     mask: Path | None = None
     caption: str | None = None
+    strength: float = 1.0  # how much of the change `after` shows: below 1 for a state in between
 
     @property
-    def files(self) -> dict[str, Path]:
+    def files(self) -> dict[str, Path | Frame]:
         """What there is of before, after and mask."""
         sides = {"before": self.before, "after": self.after, "mask": self.mask}
         return {side: path for side, path in sides.items() if path is not None}
@@ -202,6 +223,90 @@ def find_pairs(
     ]
 
 
+def _shares(times: Sequence[float]) -> list[float]:
+    """Times on any scale -> shares of the way from the first (0) to the last (1)."""
+    return [(time - times[0]) / (times[-1] - times[0]) for time in times]
+
+
+def _states(
+    name: str, frames: Sequence[Path | Frame], shares: Sequence[float], mask: Path | None
+) -> list[Pair]:
+    """The first frame with each of the others."""
+    caption = read_caption(frames[-1], frames[0])
+    return [
+        Pair(name if s == 1 else f"{name} at {s:g}", frames[0], frame, mask, caption, s)
+        for s, frame in zip(shares[1:], frames[1:])
+    ]
+
+
+def find_sequences(
+    folders: Sequence[Path | str],
+    times: Sequence[float] | None = None,
+    *,
+    mask_dir: Path | str | None = None,
+    allow_unmatched: bool = False,
+) -> list[Pair]:
+    """States of the same places at k + 1 times, a folder each, matched by name as `find_pairs`
+    does: for every place k pairs of the first state with a later one, its strength the later one's
+    share of the time. Times rise on any scale; evenly spaced when not given."""
+    times = list(range(len(folders))) if times is None else list(times)
+    if len(folders) < 2:
+        raise ValueError(f"--sequence_dirs names {len(folders)} folder, wanted at least 2")
+    if len(times) != len(folders):
+        raise ValueError(
+            f"--sequence_times has {len(times)} times for {len(folders)} folders of --sequence_dirs"
+        )
+    if sorted(set(times)) != times:
+        raise ValueError(f"--sequence_times must rise, got {' '.join(f'{t:g}' for t in times)}")
+    first = find_pairs(folders[0], folders[-1], mask_dir=mask_dir, allow_unmatched=allow_unmatched)
+    between = [find_pairs(folders[0], f, allow_unmatched=allow_unmatched) for f in folders[1:-1]]
+    files = [{pair.name: pair.after for pair in state} for state in between]
+    pairs = []
+    for pair in first:
+        if any(pair.name not in state for state in files):
+            continue  # allow_unmatched: a place that lacks a state
+        frames = [pair.before, *(state[pair.name] for state in files), pair.after]
+        pairs += _states(pair.name, frames, _shares(times), pair.mask)
+    if not pairs:
+        raise ValueError("--sequence_dirs: no place is in all of the folders")
+    return pairs
+
+
+def find_clips(folder: Path | str, stride: int = 1, *, mask_dir: Path | str | None = None):
+    """Clips in a folder, each a sub-folder of frames in the order of their names, or an animated
+    GIF, WebP or PNG: every `stride`-th frame, the first being the before of all others. Strengths
+    are shares of the way from the first frame taken to the last. ValueError names a clip of fewer
+    than two frames."""
+    root = Path(folder)
+    if not root.is_dir():
+        raise FileNotFoundError(f"--frames_dir doesn't exist: {shown([folder])}")
+    clips: dict[str, list[Path | Frame]] = {}
+    for entry in sorted(root.iterdir()):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            clips[entry.name] = list(find_images(entry, "--frames_dir"))
+        elif entry.suffix.lower() in SUFFIXES | {".gif", ".apng"}:
+            with _reading(entry), Image.open(entry) as image:
+                count = getattr(image, "n_frames", 1)
+            clips[entry.stem] = [Frame(entry, i) for i in range(count)]
+    if not clips:
+        raise ValueError(
+            f"--frames_dir holds no clips (folders of frames or animated files): {shown([folder])}"
+        )
+    masks = _masks(list(clips), mask_dir, False) if mask_dir is not None else {}
+    pairs = []
+    for name, frames in clips.items():
+        taken = frames[::stride]
+        if len(taken) < 2:
+            raise ValueError(
+                f"--frames_dir: {shown([name])} has {len(frames)} frames, "
+                f"wanted at least two at --frame_stride {stride}"
+            )
+        pairs += _states(name, taken, _shares(range(len(taken))), masks.get(name))
+    return pairs
+
+
 def find_singles(
     folder: Path | str,
     *,
@@ -217,16 +322,17 @@ def find_singles(
     return [Pair(n, None, path, masks.get(n), read_caption(path)) for n, path in images.items()]
 
 
-def file_hash(path: Path) -> str:
-    """sha256 of the file's bytes, hex."""
+def file_hash(path: Path | Frame) -> str:
+    """sha256 of the file's bytes, hex; of a frame, with its number."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return f"{digest} {path.number}" if isinstance(path, Frame) else digest
 
 
 def fingerprint(pairs: Sequence[Pair]) -> str:
     """sha256 over names, captions and file bytes, hex: equal for equal data, wherever it lies."""
     rows = [
-        [p.name, p.caption, {side: file_hash(path) for side, path in p.files.items()}]
+        [p.name, p.caption, p.strength, {side: file_hash(path) for side, path in p.files.items()}]
         for p in pairs
     ]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
@@ -278,13 +384,15 @@ def _deep_grey(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
 
 
-def load_image(path: Path | str, background: str = "white") -> Image.Image:
+def load_image(path: Path | Frame | str, background: str = "white") -> Image.Image:
     """The (first) picture in a file: upright, RGB, alpha laid over the colour `background`.
 
     ValueError names a file that is broken, cut short, empty or larger than Pillow's bomb limit.
     """
     colour = ImageColor.getrgb(background)[:3]
     with _reading(path), Image.open(path) as opened:
+        if isinstance(path, Frame):
+            opened.seek(path.number)
         opened.load()
         image = ImageOps.exif_transpose(opened)
         if image.mode[0] in "IF":  # I;16, I;16B, I, F
@@ -408,6 +516,17 @@ def by(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
 
 
+def change_mask(before: Tensor, after: Tensor, low: float = 0.1, high: float = 0.3) -> Tensor:
+    """Where two images (3, H, W) in [-1, 1] differ: (1, H, W), 0 below `low`, 1 above `high`.
+
+    The largest difference of the three channels, averaged over 5 × 5 pixels: noise and edges that
+    are a pixel off count little.
+    """
+    apart = (after - before).abs().amax(0, keepdim=True)  # (1, H, W) in [0, 2]
+    smooth = F.avg_pool2d(apart, 5, stride=1, padding=2, count_include_pad=False)
+    return ((smooth - low) / (high - low)).clamp(0, 1)
+
+
 class PairDataset(torch.utils.data.Dataset):
     """Item i is pair i % len(pairs) in view i // len(pairs), cut by a draw from (seed, i) alone.
 
@@ -428,6 +547,7 @@ class PairDataset(torch.utils.data.Dataset):
         views: int = 1,
         seed: int = 0,
         background: str = "white",
+        change_masks: bool = False,
     ) -> None:
         if not pairs:
             raise ValueError("PairDataset got no pairs, wanted at least one")
@@ -447,6 +567,7 @@ class PairDataset(torch.utils.data.Dataset):
         self.pairs, self.resolution, self.views, self.seed = list(pairs), resolution, views, seed
         self.center_crop, self.random_flip = center_crop, random_flip
         self.random_scale, self.background = random_scale, background
+        self.change_masks = change_masks  # for pairs that have none of their own
         self.sizes, unequal = [], []
         for pair in self.pairs:
             sizes = {side: image_size(path) for side, path in pair.files.items()}
@@ -509,4 +630,6 @@ class PairDataset(torch.utils.data.Dataset):
                 mask = mask.resize(after.size, Image.Resampling.BOX)
             mask = np.array(apply(mask, geometry, Image.Resampling.BOX))
             item["mask"] = torch.from_numpy(mask)[None].float() / 255  # (1, R, R)
+        elif self.change_masks:
+            item["mask"] = change_mask(item["before"], item["after"])
         return item

@@ -170,7 +170,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, Image.Image]:
             ),
             "progress": gone,
             "spearman": spearman(strengths, gone),
-            "identity_psnr": psnr(mse(at[0.0], before_seen)),
+            "identity_psnr": psnr(mse(at[0.0], before if args.keep_detail else before_seen)),
         }
         if between:
             row["between"] = {}
@@ -265,7 +265,7 @@ def table(result: dict) -> str:
         "| share of the way | " + " | ".join(cell(p, 2) for p in s["progress"]) + " |",
         "",
         f"Spearman of strength and progress {cell(s['spearman'], 3)}; "
-        f"strength 0 against the autoencoder's copy {cell(s['identity_psnr'], 1)} dB",
+        f"strength 0 against the before image {cell(s['identity_psnr'], 1)} dB",
     ]
     if "between" in result:
         lines += [

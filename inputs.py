@@ -12,7 +12,16 @@ from tqdm import tqdm
 
 import config
 from config import TrainConfig
-from data import Pair, PairDataset, find_pairs, find_singles, to_image, unmatched
+from data import (
+    Pair,
+    PairDataset,
+    find_clips,
+    find_pairs,
+    find_sequences,
+    find_singles,
+    to_image,
+    unmatched,
+)
 from latents import Latents, cache_latents
 from model.memory import phase
 from model.pipeline import DTYPES, decode, generate_latents, load_pipeline, pick_dtype
@@ -30,18 +39,27 @@ def find_data(cfg: TrainConfig) -> Data:
     if not config.is_pairs(cfg):
         masks = {"mask_dir": cfg.mask_dir, "allow_unmatched": cfg.allow_unmatched}
         return Data(find_singles(cfg.instance_data_dir, **masks), [], [])
-    dirs = cfg.before_data_dir, cfg.after_data_dir
-    pairs = find_pairs(*dirs, mask_dir=cfg.mask_dir, allow_unmatched=cfg.allow_unmatched)
-    if cfg.allow_unmatched and (skipped := sum(len(names) for names in unmatched(*dirs))):
-        print(f"--allow_unmatched: {skipped} images without a partner are skipped")
-    if cfg.validation_pairs >= len(pairs):
+    how = {"mask_dir": cfg.mask_dir, "allow_unmatched": cfg.allow_unmatched}
+    if cfg.frames_dir:
+        pairs = find_clips(cfg.frames_dir, cfg.frame_stride, mask_dir=cfg.mask_dir)
+    elif cfg.sequence_dirs:
+        pairs = find_sequences(cfg.sequence_dirs, cfg.sequence_times, **how)
+    else:
+        dirs = cfg.before_data_dir, cfg.after_data_dir
+        pairs = find_pairs(*dirs, **how)
+        if cfg.allow_unmatched and (skipped := sum(len(names) for names in unmatched(*dirs))):
+            print(f"--allow_unmatched: {skipped} images without a partner are skipped")
+    places = list(dict.fromkeys(pair.before for pair in pairs))  # of a sequence, all states or none
+    if cfg.validation_pairs >= len(places):
         raise ValueError(
-            f"--validation_pairs {cfg.validation_pairs} leaves none of {len(pairs)} pairs to train"
+            f"--validation_pairs {cfg.validation_pairs} leaves none of {len(places)} pairs to train"
         )
-    held_out = spread(pairs, cfg.validation_pairs)
-    pairs = [pair for pair in pairs if pair not in held_out]
+    apart = set(spread(places, cfg.validation_pairs))
+    held_out = [pair for pair in pairs if pair.before in apart]
+    pairs = [pair for pair in pairs if pair.before not in apart]
+    whole = [pair for pair in held_out or pairs if pair.strength == 1]
     if cfg.validation_images is None:
-        return Data(pairs, held_out, spread(held_out or pairs, cfg.num_validation_images))
+        return Data(pairs, held_out, spread(whole, cfg.num_validation_images))
     for path in cfg.validation_images:
         if not Path(path).is_file():
             raise FileNotFoundError(f"--validation_images {path} does not exist")
@@ -64,6 +82,7 @@ def make_dataset(cfg: TrainConfig, pairs: list[Pair]) -> PairDataset:
         "random_scale": cfg.random_scale,
         "seed": cfg.seed,
         "background": cfg.background,
+        "change_masks": cfg.mask_from_change and pairs[0].before is not None,
     }
     dataset = PairDataset(pairs, cfg.resolution, views=cfg.views, **crop)
     return PairDataset(pairs, cfg.resolution, views=1, **crop) if dataset.deterministic else dataset

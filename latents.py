@@ -64,7 +64,7 @@ def _encode_shard(
 ) -> dict[str, Tensor]:
     """mean and std (n, f, c, h, w), and mask (n, 1, h, w) if any pair of the data set has one."""
     states = ("after",) if dataset.pairs[0].before is None else ("before", "after")
-    masked = any(pair.mask is not None for pair in dataset.pairs)
+    masked = dataset.change_masks or any(pair.mask is not None for pair in dataset.pairs)
     parts: dict[str, list[Tensor]] = {"mean": [], "std": []} | ({"mask": []} if masked else {})
     loader = DataLoader(
         Subset(dataset, items),
@@ -147,7 +147,7 @@ def cache_latents(
     """
     n, views = len(dataset), range(dataset.views)
     states = 1 if dataset.pairs[0].before is None else 2
-    masked = any(pair.mask is not None for pair in dataset.pairs)
+    masked = dataset.change_masks or any(pair.mask is not None for pair in dataset.pairs)
     made_of: list[dict[str, str]] = []
     if cache_dir is not None:
         Path(cache_dir).mkdir(parents=True, exist_ok=True)
@@ -160,7 +160,7 @@ def cache_latents(
             items, path, shard = range(start, min(start + shard_size, n)), None, None
             if cache_dir is not None:
                 rows = [[made_of[i], astuple(dataset.geometry(i))] for i in items]
-                recipe = [CACHE_FORMAT, key, dataset.background, masked, rows]
+                recipe = [CACHE_FORMAT, key, dataset.background, masked, dataset.change_masks, rows]
                 digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
                 path = Path(cache_dir) / f"latents-{start:07d}-{digest}.safetensors"
                 if shard := _load_shard(path, len(items), states, masked):

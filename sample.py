@@ -26,6 +26,7 @@ from model.pipeline import (
     decode,
     encode,
     generate_latents,
+    keep_detail,
     load_pipeline,
     pick_device,
     pick_dtype,
@@ -36,7 +37,7 @@ from runs import refuse_file
 
 def check(args: argparse.Namespace) -> None:
     """ValueError or FileExistsError naming the flag that no picture could be made with."""
-    for name in ("strength", "guidance", "noise_level"):
+    for name in ("strength", "guidance", "image_guidance", "noise_level"):
         if not math.isfinite(value := getattr(args, name, 1.0)):
             raise ValueError(f"--{name} must be a finite number, got {value}")
     if not 1 <= args.steps <= 1000:
@@ -122,6 +123,7 @@ def edit_pixels(
     f, (height, width) = pipe.vae.downscale, pixels.shape[2:]
     padded = F.pad(pixels, (0, -width % f, 0, -height % f), mode="replicate")
     z = encode(pipe.vae, padded)
+    seen = decode(pipe.vae, z) if args.keep_detail else None
     alone, with_guidance = pipe.predictors(prompt_of(args, pipe), args.guidance)
     results = []
     for s in strengths:
@@ -132,11 +134,15 @@ def edit_pixels(
             noise_level=args.noise_level,
             guided=with_guidance,
             generator=rng,
-            knobs=Knobs(delta_t=pipe.meta.get("delta_t", Knobs().delta_t)),
+            image_guidance=args.image_guidance,
+            knobs=Knobs(**{k: pipe.meta[k] for k in Knobs._fields if k in pipe.meta}),
         )
         strength = torch.full((1,), s, device=z.device)
         z_s = OBJECTIVES[objective].edit(alone, pipe.schedule, z, strength, how)
-        results.append(decode(pipe.vae, z_s)[0, :, :height, :width])
+        changed = decode(pipe.vae, z_s)  # (1, 3, H, W)
+        if seen is not None:
+            changed = keep_detail(padded, seen, changed)
+        results.append(changed[0, :, :height, :width])
     return results
 
 
@@ -233,6 +239,14 @@ def add_edit_flags(parser: argparse.ArgumentParser) -> None:
         help="how those leave the before image: DDIM inversion, or added noise (SDEdit) [invert]",
     )  # fmt: skip
     add("--noise_level", type=float, default=0.7, help="how far towards noise, 0..1 [0.7]")
+    add(
+        "--image_guidance", type=float, default=1.0,
+        help="how much more the before image counts for `concat`, 1 = no more [1]",
+    )  # fmt: skip
+    add(
+        "--keep_detail", action=argparse.BooleanOptionalAction, default=True,
+        help="give back what the autoencoder loses of the image where nothing changes [on]",
+    )  # fmt: skip
 
 
 def make_parser() -> Parser:

@@ -37,13 +37,22 @@ from model.layers import ResBlock, TransformerBlock
 from model.lora import inject, keep_strength, lora_layers
 from model.lora_files import LORA_FILE, read_lora, save_lora
 from model.memory import checkpoint_activations, flatten, peak_mib, phase
-from model.objectives import OBJECTIVES, Draws, How, Knobs, noise_loss
+from model.objectives import (
+    OBJECTIVES,
+    Draws,
+    How,
+    Knobs,
+    Predict,
+    extra_channels,
+    noise_loss,
+)
 from model.optim import adamw, learning_rate
 from model.pipeline import (
     Context,
     decode,
     generate_latents,
     guided_predictor,
+    keep_detail,
     pick_device,
     pick_dtype,
     predictor,
@@ -92,7 +101,8 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
     dtype = pick_dtype(cfg.mixed_precision, device)
     files = {"variant": cfg.variant, "revision": cfg.revision, "device": device}
     name = cfg.pair_objective or ("delta" if paired else "dreambooth")
-    objective, knobs = OBJECTIVES[name], Knobs(cfg.delta_t, cfg.snr_gamma, cfg.loss, cfg.huber_c)
+    objective = OBJECTIVES[name]
+    knobs = Knobs(**{field: getattr(cfg, field) for field in Knobs._fields})
     if note := moved_note(base):
         print(note)
     if cfg.revision is not None and is_local(base):
@@ -118,6 +128,7 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
     prompts = list(dict.fromkeys([*own, *kept, *told, prompt, cfg.class_prompt or "", ""]))
     row = {said: i for i, said in enumerate(prompts)}
     prompt_of = torch.tensor([row[said] for said in own], device=device)  # (n,)
+    strength_of = torch.tensor([pair.strength for pair in pairs], device=device)  # (n,)
     with phase("text", device, run.log):
         text = load_text(base, **files, tokenizer=cfg.tokenizer_name)
         most = text.model.config.max_position_embeddings
@@ -166,7 +177,11 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
         unet = load_unet(base, **files, dtype=dtype)
         if unet.in_channels != 4:
             raise ValueError(f"{base} has a UNet of {unet.in_channels} input channels, not 4")
-        inject(unet, cfg.lora_targets, cfg.lora_rank, cfg.lora_alpha, generator=seeded(cfg.seed, 0))
+        targets = cfg.lora_targets
+        if extra := extra_channels(name, knobs):
+            unet.widen(extra)
+            targets += ",conv_in"  # what reads the new channels
+        inject(unet, targets, cfg.lora_rank, cfg.lora_alpha, generator=seeded(cfg.seed, 0))
         adapted = {"unet": unet} | ({"text_encoder": text.model} if text else {})
         layers = [layer for model in adapted.values() for layer in lora_layers(model).values()]
         flat = flatten([p for layer in layers for p in (layer.lora_A, layer.lora_B)])
@@ -185,7 +200,7 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
             checkpoint_activations(unet, (ResBlock, TransformerBlock), keep_strength(unet))
         if cfg.compile or (cfg.compile is None and device.type == "cuda"):
             unet.compile(fullgraph=True, dynamic=False)  # in place: the keys stay clean
-    meta = lora_metadata(cfg, name, schedule)
+    meta = lora_metadata(cfg, name, knobs, schedule)
     run.start({"base": base, "data": fingerprint(pairs), "trained_parameters": flat.numel()})
     print(
         f"{name}: {n} {'pairs' if paired else 'images'} x {dataset.views} views, "
@@ -212,7 +227,8 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
             z_hat = objective.edit(predict, schedule, z, torch.ones(1, device=device), how)
             # one of --validation_images has no partner, and is a before image
             first, *rest = [item[side] for side in ("before", "after") if side in item]
-            images = [first, decode(vae, z_hat)[0], *rest]
+            drawn = keep_detail(first[None], decode(vae, z), decode(vae, z_hat))
+            images = [first, drawn[0], *rest]
             rows.append([to_image(pixels) for pixels in images])
         if not shown:
             predict = guided_predictor(unet, context_of(prompt), context_of(""), 7.5)
@@ -231,21 +247,21 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
         by_t = []
         for low, high in pairwise(bins.tolist()):
             rng, errors = seeded(cfg.seed, 3), []
-            for z, said in zip(z_held_out, kept):  # z (f, 4, h, w)
+            for z, said, pair in zip(z_held_out, kept, held_out):  # z (f, 4, h, w)
                 eps = torch.randn((1, *shape), generator=rng).to(device)
                 t = torch.randint(low, high, (1,), generator=rng).to(device)
                 predict, z = predictor(unet, context_of(said)), z[:, None]
-                one = torch.ones(1, device=device)
-                how = (predict, schedule, z[0], z[-1], one, Draws(eps, t), knobs)
-                errors.append(objective.loss(*how).mean())
+                s = torch.full((1,), pair.strength, device=device)
+                error = objective.loss(predict, schedule, z[0], z[-1], s, Draws(eps, t), knobs)
+                errors.append(error.mean())
             by_t.append(torch.stack(errors).mean().item())
         by_t_named = {"loss_by_t": by_t} if objective.noisy else {}
         run.log("eval", step=done, loss=sum(by_t) / len(by_t), pairs=len(kept), **by_t_named)
 
     # ---- 5. the loop: z -> error -> loss -> gradient -> step
     show_every = cfg.validation_steps or cfg.validation_epochs * per_epoch
-    ones = torch.ones(batch, device=device)  # the strength of the after image
-    loss_sum, logged, clock = torch.zeros((), device=device), run.resume_step, time.perf_counter()
+    ones = torch.ones(batch, device=device)
+    sums, logged, clock = torch.zeros(4, device=device), run.resume_step, time.perf_counter()
     bar = tqdm(total=steps, initial=logged, desc=name, unit="step", disable=None)
     for step in range(run.resume_step, steps):
         pick, class_pick = draw(
@@ -261,10 +277,19 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
         for k in range(accum):
             one = pick.part(k, batch).to(device)
             z = latents.draw(one.index, one.vae_noise)  # (b, f, 4, h, w)
+            mask = latents.mask_of(one.index)  # (b, 1, h, w) or None
+            s = strength_of[one.index % n]  # (b,), 1 but for states in between
             predict = predictor(unet, context(prompt_of[one.index % n]))
-            draws = Draws(one.eps, one.t)
-            error = objective.loss(predict, schedule, z[:, 0], z[:, -1], ones, draws, knobs)
-            loss = weighted_mean(error, latents.mask_of(one.index), cfg.mask_outside)
+            predict, heard = listened(predict) if cfg.preserve_weight else (predict, [])
+            draws = Draws(one.eps, one.t, one.u)
+            error = objective.loss(predict, schedule, z[:, 0], z[:, -1], s, draws, knobs)
+            loss = weighted_mean(error, mask, cfg.mask_outside)
+            parts = in_and_out(error.detach(), mask)  # (3,)
+            for x_t, t, e_s in heard:
+                with torch.no_grad():
+                    e_0 = predict(x_t, t, None)
+                kept_error = (e_s - e_0)[..., -mask.shape[3] :] ** 2  # of a canvas, the right half
+                loss = loss + cfg.preserve_weight * weighted_mean(kept_error, 1 - mask, 0.0)
             if class_pick:
                 one = class_pick.part(k, batch).to(device)
                 x_0 = class_latents.draw(one.index, one.vae_noise)[:, 0]  # (b, 4, h, w)
@@ -272,7 +297,7 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
                 prior = noise_loss(predict, schedule, x_0, ones, Draws(one.eps, one.t), knobs)
                 loss = loss + cfg.prior_loss_weight * prior.mean()
             scaler.scale(loss / accum).backward()
-            loss_sum += loss.detach() / accum  # stays on the device
+            sums += torch.cat([loss.detach()[None], parts]) / accum  # stays on the device
 
         scaler.unscale_(opt)
         grad_norm = torch.nn.utils.clip_grad_norm_([flat], cfg.max_grad_norm)
@@ -287,7 +312,8 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
         saving, showing = due(done, cfg.checkpointing_steps, steps), due(done, show_every, steps)
         if not (saving or showing or due(done, cfg.log_every, steps)):
             continue
-        mean_loss = loss_sum.item() / (done - logged)  # the loop's only wait for the device
+        means = (sums / (done - logged)).tolist()  # the loop's only wait for the device
+        mean_loss = means[0]
         step_ms = 1e3 * (time.perf_counter() - clock) / (done - logged)
         if not math.isfinite(mean_loss):
             kept = max((p.name for p in run.checkpoints()), key=len, default="none")
@@ -297,6 +323,8 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
             )
         peak = round(peak_mib(device), 1)
         numbers = {"loss": mean_loss, "lr": lr, "grad_norm": grad_norm.item()}
+        if latents.mask is not None:
+            numbers |= zip(("loss_inside", "loss_outside", "mask_coverage"), means[1:])
         run.log("train", step=done, **numbers, step_ms=round(step_ms, 2), peak_mib=peak)
         bar.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{lr:.1e}")
         if bar.disable and 10 * done // steps > 10 * logged // steps:
@@ -307,7 +335,7 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
             show(done)
             if held_out:
                 validate(done)
-        loss_sum.zero_()
+        sums.zero_()
         logged, clock = done, time.perf_counter()  # saving is not training time
     bar.close()
 
@@ -331,6 +359,29 @@ def weighted_mean(error: Tensor, mask: Tensor | None, outside: float) -> Tensor:
     w = outside + (1 - outside) * mask.repeat(len(error) // len(mask), 1, 1, 1)
     per_sample = (w * error).mean(dim=(1, 2, 3)) / w.mean(dim=(1, 2, 3)).clamp(min=1e-6)  # (n,)
     return per_sample.mean()
+
+
+def in_and_out(error: Tensor, mask: Tensor | None) -> Tensor:
+    """(3,): the mean of (n, 4, h, w) inside the mask and outside it, and how much is inside."""
+    if mask is None:
+        return error.new_zeros(3)
+    w = mask.repeat(len(error) // len(mask), 1, 1, 1)  # (n, 1, h, w)
+    by_place = error.mean(1, keepdim=True)
+    inside, outside = ((v * by_place).sum() / v.sum().clamp(min=1e-6) for v in (w, 1 - w))
+    return torch.stack([inside, outside, w.mean()])
+
+
+def listened(predict: Predict) -> tuple[Predict, list]:
+    """`predict`, and the list of (x_t, t, answer) it will have given with the LoRA on."""
+    heard = []
+
+    def listening(x_t: Tensor, t: Tensor, m: Tensor | None) -> Tensor:
+        answer = predict(x_t, t, m)
+        if m is not None:
+            heard.append((x_t, t, answer))
+        return answer
+
+    return listening, heard
 
 
 def rate(cfg: TrainConfig, step: int, steps: int) -> float:
@@ -382,12 +433,12 @@ def restore(checkpoint: Path, adapted: dict, opt: torch.optim.Optimizer, scaler)
     scaler.load_state_dict(state["scaler"])
 
 
-def lora_metadata(cfg: TrainConfig, objective: str, schedule: Schedule) -> dict:
+def lora_metadata(cfg: TrainConfig, objective: str, knobs: Knobs, schedule: Schedule) -> dict:
     """What whoever uses the LoRA must know."""
     base = cfg.pretrained_model_name_or_path
     slope, offset = OBJECTIVES[objective].multiplier
     said = f"0 = before, 1 = after; LoRA multiplier = {slope:g} * strength + {offset:g}"
-    kept = ("vae_path", "tokenizer_name", "revision", "variant", "resolution", "delta_t",
+    kept = ("vae_path", "tokenizer_name", "revision", "variant", "resolution",
             "tokenizer_max_length", "text_encoder_use_attention_mask")  # fmt: skip
     return {
         "objective": objective,
@@ -400,6 +451,7 @@ def lora_metadata(cfg: TrainConfig, objective: str, schedule: Schedule) -> dict:
         "targets": cfg.lora_targets,
         "prediction_type": schedule.prediction_type,
         **{key: getattr(cfg, key) for key in kept},
+        **knobs._asdict(),
     }
 
 

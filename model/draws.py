@@ -19,6 +19,7 @@ class Pick(NamedTuple):
     vae_noise: Tensor  # (B, 4, h, w): picks a latent from the VAE's posterior
     eps: Tensor  # (B, 4, h, w)
     t: Tensor  # (B,) int64
+    u: Tensor  # (B,) in [0, 1): what is left out by chance
 
     def part(self, k: int, size: int) -> "Pick":
         """The k-th micro-batch of `size`."""
@@ -62,7 +63,8 @@ def draw(
     def pick(index: Tensor) -> Pick:
         vae_noise = torch.randn((size, *shape), generator=rng)
         eps = torch.randn((size, *shape), generator=rng)
-        return Pick(index, vae_noise, eps, torch.randint(num_steps, (size,), generator=rng))
+        t = torch.randint(num_steps, (size,), generator=rng)
+        return Pick(index, vae_noise, eps, t, torch.rand(size, generator=rng))
 
     own = pick(view * pairs + pair)
     if not class_images:  # drawn last: an arm without them sees the same instance draws

@@ -40,13 +40,17 @@ class Adapters:
 
     def __init__(self):
         self.count = 0
-        self.strength = torch.ones(1, 1)  # (b or 1, k or 1), 1 meaning "the same for all"
+        # (b or 1, k or 1), 1 meaning "the same for all"; None: the base alone
+        self.strength: Tensor | None = torch.ones(1, 1)
+
+    def off(self, layer: nn.Module) -> bool:
+        return self.strength is None or layer.lora_merged is not None
 
 
 class LoRALinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
-        if self.lora_merged is not None:
+        if self.lora_adapters.off(self):
             return y
         h = F.linear(x, self.lora_A.to(x.dtype))  # (b, ..., r)
         m = _rank_factors(self).to(x.dtype)  # (b or 1, r)
@@ -57,7 +61,7 @@ class LoRALinear(nn.Linear):
 class LoRAConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
-        if self.lora_merged is not None:
+        if self.lora_adapters.off(self):
             return y
         h = F.conv2d(x, self.lora_A.to(x.dtype), None, self.stride, self.padding, self.dilation)
         m = _rank_factors(self).to(x.dtype)[:, :, None, None]  # (b or 1, r, 1, 1)
@@ -208,11 +212,15 @@ def detach(model: nn.Module) -> None:
         del model.lora_adapters
 
 
-def set_strength(model: nn.Module, strength: float | Tensor) -> None:
+def set_strength(model: nn.Module, strength: float | Tensor | None) -> None:
     """Set s for the forwards to come: a number, (b,) one per sample, or (b, k) one per adapter too.
 
-    The tensor is kept, not copied into: a backward that is still to come needs the old one.
+    None switches the adapters off: what 0 computes, without their products. A tensor is kept, not
+    copied into: a backward that is still to come needs the old one.
     """
+    if strength is None:
+        model.lora_adapters.strength = None
+        return
     s = torch.as_tensor(strength, dtype=torch.float32)
     model.lora_adapters.strength = s.view(-1, 1) if s.dim() < 2 else s
 
@@ -221,7 +229,7 @@ def keep_strength(model: nn.Module):
     """A `context_fn` for activation checkpointing: the recompute has its forward's strength."""
 
     @contextmanager
-    def at(strength: Tensor):
+    def at(strength: Tensor | None):
         shared = model.lora_adapters
         current, shared.strength = shared.strength, strength
         try:

@@ -149,6 +149,9 @@ def load_lora(
     """
     parts, metadata = read_lora(run_or_file)
     if unet is not None and "unet" in parts:
+        wide = parts["unet"].get("conv_in")  # trained with the before latent as more channels
+        if wide is not None and (extra := wide.A.shape[1] - unet.in_channels) > 0:
+            unet.widen(extra)
         attach(unet, parts["unet"])
     if text is not None and "text_encoder" in parts:
         nested = any(name.startswith("text_model.") for name, _ in text.model.named_modules())

@@ -2,13 +2,14 @@
 
     a, b       the before and the after latent, (b, 4, h, w), scaled
     s          strength, (b,): 0 = before, 1 = after; of a state in between, its share of the way
-    e_m(x, t)  predict(x, t, m): the UNet with its LoRA at multiplier m (b,), 0 being the base
+    e_m(x, t)  predict(x, t, m): the UNet with its LoRA at multiplier m (b,); m None is the base
 
 A loss takes `(predict, schedule, a, b, s, draws, knobs)` and gives its unreduced map, (n, 4, h, w)
 with n = b or 2b ([before half, after half]); train.py weights it by the mask and averages. An edit
 takes `(predict, schedule, z, s, how)` and gives the latent of z with the change at strength s.
 Neither sees the UNet, the LoRA, a file or a flag. `predict` repeats its context where a batch holds
-the pair twice. A new objective is two functions here and a line in OBJECTIVES.
+the pair twice, and takes more channels than four where the objective says so. A new objective is
+two functions here and a line in OBJECTIVES.
 """
 
 from collections.abc import Callable
@@ -20,20 +21,25 @@ from torch import Tensor
 from model.samplers import ddim, ddim_invert, timesteps
 from model.schedule import Schedule
 
-Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
+Predict = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class Draws(NamedTuple):
     """A step's randomness, the same for both sides of a pair."""
 
     eps: Tensor  # (b, 4, h, w)
-    t: Tensor  # (b,) int64
+    t: Tensor  # (b,) int64, over all steps; an objective that wants a part of them scales it
+    u: Tensor | None = None  # (b,) in [0, 1)
 
 
 class Knobs(NamedTuple):
-    """Numbers that an objective may read, in training and in use."""
+    """Numbers that an objective may read, in training and in use: fields of the config."""
 
     delta_t: int = 599
+    bridge_t: int = 600
+    bridge_channels: bool = True
+    image_dropout: float = 0.05
+    t_min: int | None = None
     snr_gamma: float | None = None
     loss: str = "mse"
     huber_c: float = 0.1
@@ -48,6 +54,7 @@ class How(NamedTuple):
         0.7  # share of the steps that is run: 1 forgets z (with "noise") altogether
     )
     guided: Predict | None = None  # predict under classifier-free guidance; None: guidance 1
+    image_guidance: float = 1.0  # `concat`: how much more the before image counts than none
     generator: torch.Generator | None = None
     knobs: Knobs = Knobs()
 
@@ -62,20 +69,32 @@ def penalty(error: Tensor, knobs: Knobs) -> Tensor:
     return error**2
 
 
+def noise_steps(t: Tensor, schedule: Schedule, t_min: int) -> Tensor:
+    """t over all steps -> over t_min and up, evenly."""
+    return t_min + t * (schedule.num_steps - t_min) // schedule.num_steps
+
+
 def noise_loss(
     predict: Predict, schedule: Schedule, x_0: Tensor, m: Tensor, draws: Draws, knobs: Knobs
 ) -> Tensor:
     """w(t) ‖e_m(x_t, t) − target‖², the loss of DDPM (eq. 14) at LoRA multiplier m; or another
     `penalty` in the square's place."""
-    x_t = schedule.add_noise(x_0, draws.eps, draws.t)
-    pred = predict(x_t, draws.t, m)
-    weight = schedule.loss_weight(draws.t, knobs.snr_gamma).to(pred.dtype).view(-1, 1, 1, 1)
-    return weight * penalty(pred - schedule.target(x_0, draws.eps, draws.t), knobs)
+    t = noise_steps(draws.t, schedule, knobs.t_min or 0)
+    x_t = schedule.add_noise(x_0, draws.eps, t)
+    pred = predict(x_t, t, m)
+    weight = schedule.loss_weight(t, knobs.snr_gamma).to(pred.dtype).view(-1, 1, 1, 1)
+    return weight * penalty(pred - schedule.target(x_0, draws.eps, t), knobs)
 
 
 def twice(draws: Draws) -> Draws:
     """The same ε and t for [before half, after half]."""
     return Draws(torch.cat([draws.eps, draws.eps]), torch.cat([draws.t, draws.t]))
+
+
+def noise_like(z: Tensor, generator: torch.Generator | None) -> Tensor:
+    """ε for z, from a CPU generator too: a seed means the same on every device."""
+    device = z.device if generator is None else generator.device
+    return torch.randn(z.shape, generator=generator, dtype=z.dtype, device=device).to(z.device)
 
 
 # ---- delta: the change as a correction, no noise -------------------------------------------------
@@ -92,7 +111,7 @@ def delta(predict: Predict, schedule: Schedule, z: Tensor, s: Tensor, knobs: Kno
     signal, _ = schedule.roots(t, z)
     x = signal * z
     with torch.no_grad():  # the frozen half has no gradient
-        e_0 = predict(x, t, torch.zeros_like(s))
+        e_0 = predict(x, t, None)
     e_s = predict(x, t, s)
     return z + (schedule.x_0_hat(x, e_s, t) - schedule.x_0_hat(x, e_0, t))
 
@@ -105,6 +124,111 @@ def delta_loss(predict, schedule, a, b, s, draws, knobs):
 def delta_edit(predict, schedule, z, s, how):
     """D_s(z): two forward passes, nothing drawn. Multiplier s."""
     return delta(predict, schedule, z, s, how.knobs)
+
+
+# ---- bridge: from the noised before to the clean after -------------------------------------------
+
+
+def beside(predict: Predict, z: Tensor, knobs: Knobs) -> Predict:
+    """`predict` that sees the clean before latent z as four more channels, if it is to."""
+    if not knobs.bridge_channels:
+        return predict
+    return lambda x_t, t, m: predict(torch.cat([x_t, z], 1), t, m)
+
+
+def bridge_loss(predict, schedule, a, b, s, draws, knobs):
+    """‖x̂_0(x_t) − b‖² at x_t = √ā_t (b + w (a − b)) + √(1−ā_t) ε,  w = t/τ,  t < τ.
+
+    The mean of x_t walks from the after (t = 0) to the before (t = τ) while the noise rises: a
+    bridge between the two, in the manner of BBDM (Li et al. 2023, arXiv 2205.07680) and I²SB (Liu
+    et al. 2023, arXiv 2302.05872), on the base's own noise levels. Noise decides what the before
+    image leaves open, so a random change stays sharp where `delta` averages.
+    """
+    t = draws.t * knobs.bridge_t // schedule.num_steps  # 0..τ−1
+    w = (t / knobs.bridge_t).to(a.dtype).view(-1, 1, 1, 1)
+    x_t = schedule.add_noise(b + w * (a - b), draws.eps, t)
+    pred = beside(predict, a, knobs)(x_t, t, s)
+    return penalty(schedule.x_0_hat(x_t, pred, t) - b, knobs)
+
+
+def bridge_edit(predict, schedule, z, s, how):
+    """Down the same path: x̂_0 from the network, ε̂ = what is left of x_t, and on to the next t.
+
+    DDIM's step (eq. 12) with b̂ + w (z − b̂) in the place of x̂_0. Starts from the noised z at τ−1,
+    whatever `how` says of the start. Multiplier s.
+    """
+    tau = how.knobs.bridge_t
+    ts = torch.linspace(tau - 1, 0, min(how.steps, tau), dtype=torch.float64).round().long()
+    e = beside(how.guided or predict, z, how.knobs)
+    at = lambda t: torch.full((z.shape[0],), int(t), device=z.device)  # noqa: E731
+    x = schedule.add_noise(z, noise_like(z, how.generator), at(ts[0]))
+    for t, t_next in zip(ts, [*ts[1:], None]):
+        b_hat = schedule.x_0_hat(x, e(x, at(t), s), at(t))
+        if t_next is None:
+            return b_hat
+        signal, noise = schedule.roots(at(t), x)
+        eps_hat = (x - signal * (b_hat + t / tau * (z - b_hat))) / noise
+        x = schedule.add_noise(b_hat + t_next / tau * (z - b_hat), eps_hat, at(t_next))
+
+
+# ---- concat: the before image as more channels ---------------------------------------------------
+
+
+def concat_loss(predict, schedule, a, b, s, draws, knobs):
+    """w(t) ‖e_s([b_t, a], t) − target‖², a as four more channels, zero for a share of the pairs.
+
+    InstructPix2Pix (Brooks et al. 2023, arXiv 2211.09800), section 3.2; `image_dropout` is what its
+    guidance by the image needs (section 3.2.1).
+    """
+    if draws.u is not None:  # not so in validation
+        a = a * (draws.u >= knobs.image_dropout).to(a.dtype).view(-1, 1, 1, 1)
+    seeing = lambda x_t, t, m: predict(torch.cat([x_t, a], 1), t, m)  # noqa: E731
+    return noise_loss(seeing, schedule, b, s, draws, knobs)
+
+
+def concat_edit(predict, schedule, z, s, how):
+    """From the base (multiplier 0) to s with z beside x_t, guided by g = `image_guidance`:
+    e([x, 0]) + g (e([x, z]) − e([x, 0]))."""
+
+    def guide(e: Predict) -> Predict:
+        def seeing(x_t: Tensor, t: Tensor, m: Tensor) -> Tensor:
+            seen = e(torch.cat([x_t, z], 1), t, m)
+            if how.image_guidance == 1:
+                return seen
+            blind = e(torch.cat([x_t, torch.zeros_like(z)], 1), t, m)
+            return blind + how.image_guidance * (seen - blind)
+
+        return seeing
+
+    guided = how._replace(guided=guide(how.guided or predict))
+    return restore(guide(predict), schedule, z, torch.zeros_like(s), s, guided)
+
+
+# ---- canvas: before and after side by side in one picture ----------------------------------------
+
+
+def on_canvas(predict: Predict, z: Tensor) -> Predict:
+    """`predict` for the right half of [z | x_t], z clean; the UNet's attention joins the halves."""
+
+    def right(x_t: Tensor, t: Tensor, m: Tensor | None) -> Tensor:
+        both = predict(torch.cat([z, x_t], dim=3), t, m)  # (b, 4, h, 2w)
+        return both[..., z.shape[3] :]
+
+    return right
+
+
+def canvas_loss(predict, schedule, a, b, s, draws, knobs):
+    """w(t) ‖right half of e_s([a | b_t], t) − target‖². No new weights: any client can hold it.
+
+    In-context LoRA (Huang et al. 2024, arXiv 2410.23775), with the before half clean.
+    """
+    return noise_loss(on_canvas(predict, a), schedule, b, s, draws, knobs)
+
+
+def canvas_edit(predict, schedule, z, s, how):
+    """From [z | z] at the base (multiplier 0) to [z | result] at s."""
+    how = how._replace(guided=on_canvas(how.guided, z) if how.guided else None)
+    return restore(on_canvas(predict, z), schedule, z, torch.zeros_like(s), s, how)
 
 
 # ---- slider: one LoRA, two poles -----------------------------------------------------------------
@@ -124,6 +248,24 @@ def slider_edit(predict, schedule, z, s, how):
     return restore(predict, schedule, z, -torch.ones_like(s), 2 * s - 1, how)
 
 
+# ---- anchored: each side answers as the base does on the other -----------------------------------
+
+
+def anchored_loss(predict, schedule, a, b, s, draws, knobs):
+    """½ ‖e_{−s}(a_t) − e_0(b_t)‖² + ½ ‖e_s(b_t) − e_0(a_t)‖², the same ε and t, t high; e_0 fixed.
+
+    At b_t the answer e_0(a_t) puts the clean image at x̂_0(a_t) + (b − a): what the base sees in
+    the before, moved by the whole change. The idea of ADDifT (the trainer TrainTrain): what the
+    base is wrong about on both sides alike cancels, and the LoRA holds the difference alone.
+    """
+    t = noise_steps(draws.t, schedule, 500 if knobs.t_min is None else knobs.t_min)
+    t, eps = torch.cat([t, t]), torch.cat([draws.eps, draws.eps])
+    x_t = schedule.add_noise(torch.cat([a, b]), eps, t)
+    with torch.no_grad():
+        of_a, of_b = predict(x_t, t, None).chunk(2)
+    return penalty(predict(x_t, t, torch.cat([-s, s])) - torch.cat([of_b, of_a]), knobs)
+
+
 # ---- after: what the ancestor did under the name of pairs ----------------------------------------
 
 
@@ -133,7 +275,7 @@ def after_loss(predict, schedule, a, b, s, draws, knobs):
 
 
 def after_edit(predict, schedule, z, s, how):
-    """From the base (multiplier 0) to s."""
+    """From the base (multiplier 0) to s. So is `anchored` used."""
     return restore(predict, schedule, z, torch.zeros_like(s), s, how)
 
 
@@ -152,10 +294,7 @@ def restore(
         )
     else:
         t = timesteps(schedule, how.steps, schedule.timestep_spacing or "leading")[start]
-        device = z.device if how.generator is None else how.generator.device
-        eps = torch.randn(z.shape, generator=how.generator, dtype=z.dtype, device=device).to(
-            z.device
-        )
+        eps = noise_like(z, how.generator)
         x = schedule.add_noise(z, eps, torch.full((z.shape[0],), t, device=z.device))
     e = how.guided or predict
     return ddim(lambda x_t, t: e(x_t, t, m), x, schedule, how.steps, start=start)
@@ -164,13 +303,22 @@ def restore(
 class Objective(NamedTuple):
     loss: Callable
     edit: Callable
-    multiplier: tuple[float, float]  # strength s is the LoRA multiplier m[0]·s + m[1]
-    noisy: bool  # whether the loss reads ε and t
+    multiplier: tuple[float, float] = (1.0, 0.0)  # strength s: LoRA multiplier m[0]·s + m[1]
+    noisy: bool = True  # whether the loss reads ε and t
 
 
 OBJECTIVES = {
-    "delta": Objective(delta_loss, delta_edit, (1.0, 0.0), False),
-    "slider": Objective(slider_loss, slider_edit, (2.0, -1.0), True),
-    "after": Objective(after_loss, after_edit, (1.0, 0.0), True),
-    "dreambooth": Objective(after_loss, after_edit, (1.0, 0.0), True),
+    "delta": Objective(delta_loss, delta_edit, noisy=False),
+    "bridge": Objective(bridge_loss, bridge_edit),
+    "concat": Objective(concat_loss, concat_edit),
+    "canvas": Objective(canvas_loss, canvas_edit),
+    "slider": Objective(slider_loss, slider_edit, (2.0, -1.0)),
+    "anchored": Objective(anchored_loss, after_edit),
+    "after": Objective(after_loss, after_edit),
+    "dreambooth": Objective(after_loss, after_edit),
 }
+
+
+def extra_channels(name: str, knobs: Knobs) -> int:
+    """How many channels beyond the UNet's own the objective shows it."""
+    return 4 if name == "concat" or (name == "bridge" and knobs.bridge_channels) else 0

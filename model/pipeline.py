@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.lora import set_strength
@@ -26,7 +27,7 @@ DTYPES = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
 }
-Context = Tensor | Callable[[Tensor], Tensor]  # (b, l, d), or a function of the LoRA's multipliers
+Context = Tensor | Callable[[Tensor | None], Tensor]  # (b, l, d), or a function of multipliers
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -55,18 +56,20 @@ def pick_dtype(mixed_precision: str | None, device: torch.device) -> torch.dtype
 def predictor(unet: UNet, ctx: Context) -> Predict:
     """`predict(x_t, t, m)`: the UNet with its LoRA at multipliers m (b,), the context bound.
 
-    A context (b, l, d) is repeated where x_t holds the batch several times over; a function makes
-    it from m (a trained text encoder has the LoRA's multipliers too). Computes in the UNet's dtype,
+    m None is the base alone. A context (b, l, d) is repeated where x_t holds the batch several
+    times over; a function makes it from m (a trained text encoder has the LoRA's multipliers too).
+    A widened UNet that gets no more than x_t sees zeros beside it. Computes in the UNet's dtype,
     answers in x_t's.
     """
     dtype = unet.conv_in.weight.dtype
 
-    def predict(x_t: Tensor, t: Tensor, m: Tensor) -> Tensor:
+    def predict(x_t: Tensor, t: Tensor, m: Tensor | None) -> Tensor:
         if hasattr(unet, "lora_adapters"):
             set_strength(unet, m)
         c = ctx(m) if callable(ctx) else ctx
         c = c.to(dtype).repeat(len(x_t) // len(c), 1, 1)  # (b, l, d)
-        return unet(x_t.to(dtype), t, c).to(x_t.dtype)
+        x = F.pad(x_t, (0, 0, 0, 0, 0, unet.in_channels - x_t.shape[1]))  # (b, c_in, h, w)
+        return unet(x.to(dtype), t, c).to(x_t.dtype)
 
     return predict
 
@@ -74,8 +77,8 @@ def predictor(unet: UNet, ctx: Context) -> Predict:
 def text_context(text: TextEncoder, ids: Tensor, mask: Tensor | None) -> Callable:
     """The context of a text encoder that carries a LoRA: ids (b, l), encoded at each call's m."""
 
-    def ctx(m: Tensor) -> Tensor:
-        times = len(m) // len(ids)
+    def ctx(m: Tensor | None) -> Tensor:
+        times = 1 if m is None else len(m) // len(ids)
         set_strength(text.model, m)
         return text.encode(ids.repeat(times, 1), None if mask is None else mask.repeat(times, 1))
 
@@ -118,6 +121,18 @@ def decode(vae: VAE, z: Tensor) -> Tensor:
     weight = vae.encoder.conv_in.weight
     z = (z / vae.scaling_factor).to(weight.device, weight.dtype)
     return torch.cat([vae.decode(one[None]).float().cpu() for one in z])
+
+
+def keep_detail(before: Tensor, seen: Tensor, changed: Tensor, reach: float = 0.2) -> Tensor:
+    """`changed` with what the autoencoder loses of the before image, where the image is unchanged.
+
+        x̂ = Dec(ẑ) + w (x − Dec(z)),   w = exp(−(|Dec(ẑ) − Dec(z)| / reach)²) at every pixel
+
+    before x, seen Dec(z), changed Dec(ẑ): (b, 3, H, W) in [-1, 1]; |.| is the largest of the three
+    channels. With ẑ = z it is the before image itself. It adds no change and takes none away.
+    """
+    change = (changed - seen).abs().amax(1, keepdim=True)  # (b, 1, H, W)
+    return changed + torch.exp(-((change / reach) ** 2)) * (before - seen)
 
 
 @torch.no_grad()

@@ -158,6 +158,20 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(groups, c, eps=cfg["norm_eps"])
         self.conv_out = nn.Conv2d(c, cfg["out_channels"], 3, padding=1)
 
+    @torch.no_grad()
+    def widen(self, channels: int) -> None:
+        """`channels` more inputs, whose weights are zero; the rest, the bias too, stays.
+
+        The output is what it was, whatever they hold, until an adapter of conv_in reads them
+        (InstructPix2Pix, Brooks et al. 2023, arXiv 2211.09800, section 3.2).
+        """
+        conv = self.conv_in
+        more = conv.weight.new_zeros(conv.out_channels, channels, *conv.kernel_size)
+        weight = torch.cat([conv.weight, more], dim=1)  # (c, c_in + channels, 3, 3)
+        conv.weight = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
+        conv.in_channels = self.in_channels = self.in_channels + channels
+        self.config["in_channels"] = self.in_channels
+
     def forward(self, x_t: Tensor, t: Tensor, ctx: Tensor) -> Tensor:
         t = t.expand(x_t.shape[0])  # (b,)
         emb = timestep_embedding(t, *self.embed)  # (b, c) fp32

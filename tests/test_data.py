@@ -16,7 +16,19 @@ from PIL import Image
 import check_data
 import data
 import latents as latent_cache
-from data import Geometry, Pair, PairDataset, find_pairs, load_image
+from config import TrainConfig
+from data import (
+    Geometry,
+    Pair,
+    PairDataset,
+    change_mask,
+    file_hash,
+    find_clips,
+    find_pairs,
+    find_sequences,
+    load_image,
+)
+from inputs import find_data
 from latents import Latents, cache_latents
 
 
@@ -884,3 +896,82 @@ def test_all_broken_is_reported_and_status_2(folders, tmp_path, capsys):
     captured = capsys.readouterr()
     assert "broken files: 1" in captured.out
     assert captured.err == "check_data.py: no pair can be used, see the problems above\n"
+
+
+# ---- sequences and clips -------------------------------------------------------------------------
+
+
+def state(root: Path, time: int, names=("a", "b")) -> Path:
+    """A folder of plain pictures whose grey says the time."""
+    folder = root / f"time{time}"
+    folder.mkdir(parents=True)
+    for name in names:
+        Image.new("RGB", (8, 8), (time, time, time)).save(folder / f"{name}.png")
+    return folder
+
+
+def test_a_sequence_is_a_pair_for_every_later_state(tmp_path):
+    """The first state is every pair's before; the strength is the share of the time."""
+    dirs = [state(tmp_path, t) for t in (0, 10, 40)]
+    pairs = find_sequences(dirs, [2000, 2005, 2020])
+    assert [(p.name, p.strength) for p in pairs] == [
+        ("a at 0.25", 0.25), ("a", 1.0), ("b at 0.25", 0.25), ("b", 1.0)
+    ]  # fmt: skip
+    assert {p.before.parent for p in pairs} == {dirs[0]}
+    assert [p.after.parent for p in pairs] == [dirs[1], dirs[2]] * 2
+    assert [p.strength for p in find_sequences(dirs)] == [0.5, 1.0] * 2
+    assert find_sequences(dirs[::2]) == find_pairs(dirs[0], dirs[2])
+
+
+def test_a_place_that_lacks_a_state_is_named(tmp_path):
+    dirs = [state(tmp_path, 0), state(tmp_path, 10, ("a",)), state(tmp_path, 40)]
+    with pytest.raises(ValueError, match=r"no partner in .*time10: b"):
+        find_sequences(dirs)
+    assert [p.name for p in find_sequences(dirs, allow_unmatched=True)] == ["a at 0.5", "a"]
+    with pytest.raises(ValueError, match="names 1 folder, wanted at least 2"):
+        find_sequences(dirs[:1])
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
+def test_clips_are_folders_and_animations_alike(tmp_path, suffix):
+    frames = [Image.new("RGB", (8, 8), (50 * i, 50 * i, 50 * i)) for i in range(5)]
+    root = tmp_path / "clips"
+    (root / "folder").mkdir(parents=True)
+    for i, frame in enumerate(frames):
+        frame.save(root / "folder" / f"{i:03d}.png")
+    how = {"lossless": True} if suffix == "webp" else {}
+    frames[0].save(root / f"moving.{suffix}", save_all=True, append_images=frames[1:], **how)
+    for stride, shares in ((1, [0.25, 0.5, 0.75, 1.0]), (2, [0.5, 1.0])):
+        pairs = find_clips(root, stride)
+        assert [p.strength for p in pairs] == shares * 2
+        dataset = PairDataset(pairs, 8)
+        for i, pair in enumerate(pairs):
+            grey = (dataset[i]["after"].mean().item() + 1) * 127.5
+            assert grey == pytest.approx(200 * pair.strength, abs=1.5)
+            assert dataset[i]["before"].max() == -1
+    assert len({file_hash(pair.after) for pair in pairs}) == 4
+    (root / "one").mkdir()
+    frames[0].save(root / "one" / "0.png")
+    with pytest.raises(ValueError, match="one has 1 frames, wanted at least two"):
+        find_clips(root)
+
+
+def test_sequences_are_held_out_whole(tmp_path):
+    """No state of a place that is kept for validation is trained on."""
+    dirs = [state(tmp_path, t, names="abcd") for t in (0, 10, 40)]
+    cfg = TrainConfig(sequence_dirs=tuple(map(str, dirs)), validation_pairs=2)
+    train, held_out, shown = find_data(cfg)
+    assert {p.name[0] for p in train} == {"b", "d"} and len(train) == 4
+    assert {p.name[0] for p in held_out} == {"a", "c"} and len(held_out) == 4
+    assert [p.name for p in shown] == ["a", "c"]
+
+
+def test_a_mask_of_the_change_is_where_the_sides_differ():
+    before = torch.zeros(3, 32, 32)
+    after = before.clone()
+    after[0, 8:24, 8:24] = 0.8  # one channel is enough
+    after += 0.04 * torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
+    mask = change_mask(before, after)
+    assert mask.shape == (1, 32, 32) and mask[0, 10:22, 10:22].min() == 1
+    assert mask[0, :5].max() == 0 and mask[0, :, 27:].max() == 0
+    assert not change_mask(after, after).any()

@@ -64,7 +64,7 @@ def fade(before, after, others, s, rng):
 
 
 def test_a_perfect_prediction_closes_the_gap(monkeypatch, tmp_path, sd1, scenes):
-    result = score(monkeypatch, tmp_path, sd1, scenes / "solar", fade)
+    result = score(monkeypatch, tmp_path, sd1, scenes / "solar", fade, "--no-keep_detail")
     assert result["gap_closed"]["whole"]["mean"] == 1.0
     assert result["gap_closed"]["inside"]["mean"] == 1.0
     assert result["outside_over_ceiling"] == 1.0

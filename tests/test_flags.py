@@ -149,7 +149,7 @@ def command(cfg: TrainConfig) -> list[str]:
         if isinstance(value, bool):
             argv.append(f"--{name}" if value else f"--no-{name}")
         elif isinstance(value, tuple):
-            argv += [f"--{name}", *value]
+            argv += [f"--{name}", *map(str, value)]
         else:
             argv.append(f"--{name}={value}")
     return argv
@@ -298,6 +298,83 @@ def mask(lab, patch):
     changes(beside=single, **masks)[1](lab, patch)
 
 
+def mask_from_change(lab, patch):
+    """The losses are those of a mask, and what the masks cover is logged; own masks come first."""
+    plain, made = lab.run(), lab.run(mask_from_change=True)
+    assert column(made)[0] > 1.5 * column(plain)[0] and "mask_coverage" not in rows(plain)[0]
+    assert 0.05 < column(made, "mask_coverage")[0] < 0.5
+    assert column(made, "loss_inside")[0] > column(made, "loss_outside")[0] >= 0
+    masks = {"mask_dir": str(lab.pairs / "mask")}
+    assert column(lab.run(**masks, mask_from_change=True)) == column(lab.run(**masks))
+    stops("--mask_from_change needs --before_data_dir", mask_from_change=True,
+          before_data_dir=None, after_data_dir=None, instance_data_dir="x")(lab, patch)  # fmt: skip
+
+
+def preserve_weight(lab, patch):
+    """At first nothing differs from the base; then the term counts, and where nothing else does,
+    outside the mask, the images stay nearer to what they were."""
+    stops("--preserve_weight needs --mask_dir or", preserve_weight=1.0)(lab, patch)
+    beside = {"mask_dir": str(lab.pairs / "mask")}
+    changes(2, beside=beside, preserve_weight=1.0)[1](lab, patch)
+    more = {**beside, "mask_outside": 0.0, "max_train_steps": 30, "learning_rate": 1e-2}
+    free, held = (lab.run(**more, preserve_weight=w) for w in (0.0, 10.0))
+    assert column(held, "loss_outside")[-1] < 0.5 * column(free, "loss_outside")[-1]
+
+
+def sequence_dirs(lab, patch):
+    """Two states are a pair, to the bit; a third is one more strength."""
+    sides = [str(lab.pairs / side) for side in ("before", "after")]
+    none = {"before_data_dir": None, "after_data_dir": None}
+    assert column(lab.run(**none, sequence_dirs=tuple(sides))) == column(lab.run())
+    half = lab.images("half", lambda image: image)["after_data_dir"]
+    three = {**none, "sequence_dirs": (sides[0], half, sides[1])}
+    folder = lab.run(**three)
+    assert "10 pairs" in lab.said[folder] and column(folder) != column(lab.run())
+    stops("sequence_dirs and --instance_data_dir exclude", **three, instance_data_dir="x")(
+        lab, patch
+    )
+
+
+def sequence_times(lab, patch):
+    sides = [str(lab.pairs / side) for side in ("before", "after")]
+    half = lab.images("half", lambda image: image)["after_data_dir"]
+    three = {"before_data_dir": None, "after_data_dir": None,
+             "sequence_dirs": (sides[0], half, sides[1])}  # fmt: skip
+    even = lab.run(**three, pair_objective="slider")
+    assert column(lab.run(**three, pair_objective="slider", sequence_times=(0.0, 5.0, 10.0))) == (
+        column(even)
+    )
+    changes(beside={**three, "pair_objective": "slider", "learning_rate": 1e-2, "seed": 1},
+            at=2, sequence_times=(2000.0, 2001.0, 2010.0))[1](lab, patch)  # fmt: skip
+    stops("--sequence_times must rise", **three, sequence_times=(0.0, 2.0, 1.0))(lab, patch)
+    stops("--sequence_times has 2 times for 3", **three, sequence_times=(0.0, 1.0))(lab, patch)
+
+
+def clips(lab) -> dict:
+    """Five clips of four frames, the square growing; the ends are the usual pairs."""
+    root = lab.root / "clips"
+    for path in sorted((lab.pairs / "before").iterdir()):
+        ends = [Image.open(lab.pairs / side / path.name) for side in ("before", "after")]
+        folder = root / path.stem
+        folder.mkdir(parents=True, exist_ok=True)
+        for i in range(4):
+            Image.blend(*ends, i / 3).save(folder / f"{i}.png")
+    return {"before_data_dir": None, "after_data_dir": None, "frames_dir": str(root)}
+
+
+def frames_dir(lab, patch):
+    folder = lab.run(**clips(lab))
+    assert "15 pairs" in lab.said[folder] and column(folder) != column(lab.run())
+    stops("--frames_dir doesn't exist", **{**clips(lab), "frames_dir": "nowhere"})(lab, patch)
+
+
+def frame_stride(lab, patch):
+    """Every third of four frames: the ends alone, which are the usual pairs."""
+    folder = lab.run(**clips(lab), frame_stride=3)
+    assert column(folder) == column(lab.run())
+    stops("wanted at least two at --frame_stride 4", **clips(lab), frame_stride=4)(lab, patch)
+
+
 def mask_outside(lab, patch):
     masks = {"mask_dir": str(lab.pairs / "mask")}
     assert column(lab.run(**masks, mask_outside=1.0)) == pytest.approx(column(lab.run()), rel=1e-4)
@@ -374,15 +451,47 @@ def dataloader_num_workers(lab, patch):
 
 
 def pair_objective(lab, patch):
-    said = {o: lab.run(pair_objective=o) for o in ("delta", "slider", "after")}
+    choices = FIELDS["pair_objective"].metadata["choices"]
+    said = {o: lab.run(pair_objective=o) for o in choices}
     assert {o: meta(folder)["objective"] for o, folder in said.items()} == {o: o for o in said}
-    assert len({column(folder)[0] for folder in said.values()}) == 3
+    assert len({tuple(column(folder)) for folder in said.values()}) == len(choices)
     assert column(said["delta"]) == column(lab.run())
 
 
 def delta_t(lab, patch):
     changes(2, delta_t=200)[1](lab, patch)
     assert meta(lab.run(delta_t=200))["delta_t"] == 200
+
+
+def bridge_t(lab, patch):
+    changes(beside={"pair_objective": "bridge"}, bridge_t=200)[1](lab, patch)
+    assert meta(lab.run(pair_objective="bridge", bridge_t=200))["bridge_t"] == 200
+
+
+def bridge_channels(lab, patch):
+    """The same at first, when their weights are zero; saved with the LoRA, as conv_in's."""
+    changes(2, beside={"pair_objective": "bridge"}, bridge_channels=False)[1](lab, patch)
+    wide, narrow = (lab.run(pair_objective="bridge", bridge_channels=c) for c in (True, False))
+    assert read_lora(wide)[0]["unet"]["conv_in"].A.shape[1] == 8
+    assert "conv_in" not in read_lora(narrow)[0]["unet"]
+
+
+def image_dropout(lab, patch):
+    """Without the before image in every pair its weights stay zero."""
+    never, often = (
+        read_lora(lab.run(pair_objective="concat", image_dropout=p))[0]["unet"]["conv_in"].A
+        for p in (0.0, 0.999)
+    )
+    assert not torch.equal(never[:, 4:], often[:, 4:])
+    changes(2, beside={"pair_objective": "concat"}, image_dropout=0.9)[1](lab, patch)
+
+
+def t_min(lab, patch):
+    """Noise that is high, only: other losses; `anchored` draws from 500 on of itself."""
+    changes(beside={"pair_objective": "after"}, t_min=900)[1](lab, patch)
+    usual, same = (lab.run(pair_objective="anchored", t_min=t) for t in (None, 500))
+    assert column(usual) == column(same)
+    changes(beside={"pair_objective": "anchored"}, t_min=0)[1](lab, patch)
 
 
 def loss(lab, patch):
@@ -764,8 +873,13 @@ FLAGS = {
     "after_data_dir": side("after_data_dir"),
     "use_image_pairs": both(accepted(use_image_pairs=True), effect(use_image_pairs)),
     "mask_dir": effect(mask),
+    "mask_from_change": effect(mask_from_change),
     "mask_outside": effect(mask_outside),
     "allow_unmatched": effect(allow_unmatched),
+    "sequence_dirs": effect(sequence_dirs),
+    "sequence_times": effect(sequence_times),
+    "frames_dir": effect(frames_dir),
+    "frame_stride": effect(frame_stride),
     "instance_data_dir": effect(instance_data_dir),
     "class_data_dir": effect(class_data_dir),
     "instance_prompt": effect(instance_prompt),
@@ -780,9 +894,14 @@ FLAGS = {
     "dataloader_num_workers": effect(dataloader_num_workers),
     "pair_objective": effect(pair_objective),
     "delta_t": effect(delta_t),
+    "bridge_t": effect(bridge_t),
+    "bridge_channels": effect(bridge_channels),
+    "image_dropout": effect(image_dropout),
+    "t_min": effect(t_min),
     "snr_gamma": effect(snr_gamma),
     "loss": effect(loss),
     "huber_c": effect(huber_c),
+    "preserve_weight": effect(preserve_weight),
     "with_prior_preservation": effect(prior_preservation),
     "prior_loss_weight": effect(prior_loss_weight),
     "num_class_images": effect(num_class_images),
@@ -867,6 +986,11 @@ def test_flag(name, lab, monkeypatch):
     ("flag", "value", "needs"),
     [
         ("mask_outside", 0.5, "--mask_dir"),
+        ("sequence_times", (0.0, 1.0), "--sequence_dirs"),
+        ("frame_stride", 2, "--frames_dir"),
+        ("bridge_t", 300, "--pair_objective bridge"),
+        ("bridge_channels", False, "--pair_objective bridge"),
+        ("image_dropout", 0.5, "--pair_objective concat"),
         ("views", 2, "random crops"),
         ("delta_t", 300, "--pair_objective delta"),
         ("lr_warmup_steps", 5, "--lr_scheduler constant_with_warmup"),
@@ -882,7 +1006,8 @@ def test_flag(name, lab, monkeypatch):
 def test_a_flag_that_another_flag_switches_off_is_warned_about(lab, flag, value, needs):
     """An arm of an ablation may switch it off, so it does not stop; the sentence names both."""
     quiet = {"pair_objective": "slider", "center_crop": True}
-    with pytest.warns(UserWarning, match=f"--{flag} {value} has no effect without .*{needs}"):
+    said = re.escape(f"--{flag} {value} has no effect without ")
+    with pytest.warns(UserWarning, match=f"{said}.*{needs}"):
         loud = lab.fresh(**quiet, **{flag: value}, max_train_steps=1)
     assert column(loud) == column(lab.run(**quiet, max_train_steps=1))
 
@@ -937,7 +1062,8 @@ def test_every_flag_can_be_said_on_the_command_line(lab):
     cfg = lab.config(
         resolution=24, learning_rate=3e-5, max_train_steps=None, lora_alpha=8.0, compile=False,
         validation_images=("a b.png", "c.png"), random_flip=True, pair_objective="slider",
-        snr_gamma=5.0, instance_prompt="",
+        snr_gamma=5.0, instance_prompt="", before_data_dir=None, after_data_dir=None,
+        sequence_dirs=("a", "b c"), sequence_times=(1999.5, 2024.0),
     )  # fmt: skip
     assert config.parse(command(cfg)) == cfg
     parser = config.Parser()

@@ -11,6 +11,7 @@ from model.objectives import (
     Knobs,
     delta,
     delta_loss,
+    extra_channels,
     noise_loss,
     slider_loss,
 )
@@ -31,14 +32,15 @@ def pair(seed=0, shape=(2, 4, 6, 6)):
     return (
         noise(seed, shape),
         noise(seed + 1, shape),
-        Draws(noise(seed + 2, shape), torch.tensor([120, 870])),
+        Draws(noise(seed + 2, shape), torch.tensor([120, 870]), torch.tensor([0.7, 0.01])),
     )
 
 
 @pytest.fixture
 def predict(sd1):
     unet = load_unet(sd1, dtype=torch.float64)
-    inject(unet, "attn,ff,conv", rank=2, generator=torch.Generator().manual_seed(0))
+    unet.widen(4)
+    inject(unet, "attn,ff,conv,conv_in", rank=2, generator=torch.Generator().manual_seed(0))
     g = torch.Generator().manual_seed(1)
     for layer in lora_layers(unet).values():
         layer.lora_B.data = 0.1 * torch.randn(layer.lora_B.shape, generator=g, dtype=torch.float64)
@@ -49,16 +51,17 @@ def predict(sd1):
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
 @pytest.mark.parametrize("loss", ["mse", "l1", "huber"])
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", [*OBJECTIVES, "bridge without channels"])
 def test_gradient_by_finite_differences(predict, name, loss, prediction_type):
     """d loss along a random direction in the space of all LoRA weights, central differences."""
     a, b, draws = pair()
-    knobs = Knobs(snr_gamma=5.0, loss=loss)
+    knobs = Knobs(snr_gamma=5.0, loss=loss, bridge_channels=name == "bridge")
+    name = name.split()[0]
     arguments = (predict, schedule(prediction_type), a, b, 0.7 * ONES, draws, knobs)
     OBJECTIVES[name].loss(*arguments).mean().backward()
     direction = [noise(20 + i, p.shape) for i, p in enumerate(predict.params)]
     slope = sum((p.grad * d).sum() for p, d in zip(predict.params, direction)).item()
-    h, values = 1e-6, []
+    h, values = 1e-7, []
     with torch.no_grad():
         for sign in (1, -1):
             for p, d in zip(predict.params, direction):
@@ -145,12 +148,13 @@ class Gaussian:
         self.theta = torch.zeros((), dtype=torch.float64, requires_grad=True)
 
     def __call__(self, x_t, t, m):
+        x_t = x_t[:, :4]
         a = self.sched.a(t, x_t)
-        mu = self.mu + m.view(-1, 1, 1, 1) * self.theta
+        mu = self.mu + (0 if m is None else m.view(-1, 1, 1, 1) * self.theta)
         return (1 - a).sqrt() * (x_t - a.sqrt() * mu) / (a * self.sigma**2 + 1 - a)
 
 
-@pytest.mark.parametrize("name", ["delta", "slider", "after"])
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_positive_strength_goes_from_before_to_after(name):
     """Trained on before = −1, after = +1, each edit moves a new before image towards after, more
     with more strength, and the other way below 0."""
@@ -204,9 +208,122 @@ def test_the_multiplier_saved_is_the_multiplier_used():
         used = []
 
         def predict(x_t, t, m, used=used):
-            used.append(float(m[0]))
-            return torch.zeros_like(x_t)
+            used.append(0.0 if m is None else float(m[0]))
+            return torch.zeros_like(x_t[:, :4])
 
         objective.edit(predict, sched, z, 0.75 * ONES, How(steps=2))
         slope, offset = objective.multiplier
         assert used[-1] == slope * 0.75 + offset, name
+
+
+def recorder(answer=lambda x_t, t, m: torch.zeros_like(x_t[:, :4])):
+    """A `predict` that keeps what it was asked."""
+    calls = []
+
+    def predict(x_t, t, m):
+        calls.append((x_t, t, m))
+        return answer(x_t, t, m)
+
+    return predict, calls
+
+
+def test_anchored_swaps_the_bases_answers_with_the_same_noise_and_high_t():
+    sched, (a, b, draws), s = schedule(), pair(), torch.tensor([1.0, 0.5], dtype=torch.float64)
+    predict, calls = recorder(lambda x_t, t, m: x_t if m is None else torch.zeros_like(x_t))
+    loss = OBJECTIVES["anchored"].loss(predict, sched, a, b, s, draws, Knobs())
+    (x_base, t_base, none), (x, t, m) = calls
+    assert none is None and torch.equal(x_base, x) and torch.equal(t_base, t)
+    high = 500 + draws.t // 2
+    assert torch.equal(t, torch.cat([high, high]))
+    x_a, x_b = (sched.add_noise(z, draws.eps, high) for z in (a, b))
+    assert torch.equal(x, torch.cat([x_a, x_b]))
+    assert torch.equal(m, torch.cat([-s, s]))
+    torch.testing.assert_close(loss, torch.cat([x_b, x_a]) ** 2)
+
+
+def test_bridge_trains_on_the_path_that_its_edit_walks():
+    """With the true after as its clean estimate, sampling meets √ā (b + w (a − b)) + √(1−ā) ε at
+    every step, with one ε all the way, and ends in b; training draws points of the same path."""
+    sched, (a, b, draws), tau = schedule(), pair(), 400
+
+    def eps_for(x_t, t):  # the ε-prediction whose clean estimate is b
+        signal, level = sched.roots(t, b)
+        return (x_t[:, :4] - signal * b) / level
+
+    predict, calls = recorder(lambda x_t, t, m: eps_for(x_t, t))
+    knobs = Knobs(bridge_t=tau)
+    loss = OBJECTIVES["bridge"].loss(predict, sched, a, b, ONES, draws, knobs)
+    ((x, t, _),) = calls
+    assert loss.abs().max() < 1e-20
+    assert torch.equal(t, draws.t * tau // 1000) and torch.equal(x[:, 4:], a)
+    w = (t / tau).view(-1, 1, 1, 1)
+    torch.testing.assert_close(x[:, :4], sched.add_noise(b + w * (a - b), draws.eps, t))
+
+    calls.clear()
+    how = How(steps=7, knobs=knobs, generator=torch.Generator().manual_seed(0))
+    end = OBJECTIVES["bridge"].edit(predict, sched, a, ONES, how)
+    torch.testing.assert_close(end, b, rtol=0, atol=1e-9)
+    assert [int(t[0]) for _, t, _ in calls] == [399, 332, 266, 200, 133, 66, 0]
+    noises = []
+    for x, t, m in calls:
+        signal, level = sched.roots(t, b)
+        w = t[0] / tau
+        noises.append((x[:, :4] - signal * (b + w * (a - b))) / level)
+        assert torch.equal(x[:, 4:], a) and torch.equal(m, ONES)
+    for eps in noises[1:]:
+        torch.testing.assert_close(eps, noises[0], rtol=0, atol=1e-9)
+
+
+def test_canvas_keeps_the_before_half_clean_and_learns_on_the_other():
+    sched, (a, b, draws) = schedule(), pair()
+    predict, calls = recorder(lambda x_t, t, m: 0 * x_t)
+    loss = OBJECTIVES["canvas"].loss(predict, sched, a, b, ONES, draws, Knobs())
+    ((x, t, _),) = calls
+    assert torch.equal(x, torch.cat([a, sched.add_noise(b, draws.eps, draws.t)], dim=3))
+    assert torch.equal(t, draws.t)
+    torch.testing.assert_close(loss, draws.eps**2)
+
+
+def test_concat_leaves_the_before_out_for_a_share_of_the_pairs():
+    sched, (a, b, draws) = schedule(), pair()
+    predict, calls = recorder()
+    for dropout in (0.0, 0.5):
+        OBJECTIVES["concat"].loss(predict, sched, a, b, ONES, draws, Knobs(image_dropout=dropout))
+    (always, *_), (half, *_) = calls  # u is 0.7 and 0.01
+    assert torch.equal(always[:, 4:], a)
+    assert torch.equal(half[0, 4:], a[0]) and not half[1, 4:].any()
+
+
+def test_image_guidance_is_its_formula():
+    sched, z = schedule(), noise(1)
+    predict, calls = recorder(lambda x_t, t, m: x_t[:, 4:] + 0.1 * m.view(-1, 1, 1, 1))
+    how = How(steps=1, start="noise", image_guidance=3.0, noise_level=1.0)
+    result = OBJECTIVES["concat"].edit(predict, sched, z, ONES, how)
+    (x, t, _), (blind, _, _) = calls
+    assert torch.equal(x[:, 4:], z) and not blind[:, 4:].any()
+    eps_hat = 0.1 + 3.0 * z
+    end = sched.alphas_cumprod[0]  # where DDIM's last step ends
+    expected = end.sqrt() * sched.x_0_hat(x[:, :4], eps_hat, t) + (1 - end).sqrt() * eps_hat
+    torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("name", ["concat", "canvas", "bridge"])
+def test_a_fresh_lora_changes_nothing(sd1, name):
+    """Whatever lies in the new channels, or on the other half of the canvas: step 0 is the base."""
+    plain = predictor(load_unet(sd1, dtype=torch.float64), noise(9, (2, 7, 32)))
+    unet = load_unet(sd1, dtype=torch.float64)
+    if extra := extra_channels(name, Knobs()):
+        unet.widen(extra)
+    targets = "attn,ff,conv" + (",conv_in" if extra else "")
+    inject(unet, targets, rank=2, generator=torch.Generator().manual_seed(0))
+    fresh, t = predictor(unet, noise(9, (2, 7, 32))), torch.tensor([10, 700])
+    x = noise(3, (2, 4 + extra, 6, 12))
+    assert extra == (0 if name == "canvas" else 4)
+    assert torch.equal(fresh(x, t, ONES), fresh(x, t, None))
+    torch.testing.assert_close(fresh(x, t, ONES), plain(x[:, :4], t, ONES), rtol=0, atol=1e-12)
+
+
+def test_the_base_alone_is_strength_0(predict):
+    x, t = noise(3), torch.tensor([10, 700])
+    assert torch.equal(predict(x, t, None), predict(x, t, 0 * ONES))
+    assert not torch.equal(predict(x, t, None), predict(x, t, ONES))

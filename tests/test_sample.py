@@ -9,7 +9,7 @@ from PIL import Image
 import sample
 from data import load_image, to_image, to_tensor
 from model.lora import inject, lora_layers
-from model.pipeline import decode
+from model.pipeline import decode, keep_detail
 from model.text import TextEncoder
 from model.weights import load_text, load_unet, load_vae, save_lora
 
@@ -101,11 +101,13 @@ def test_edit_writes_one_png_per_input_of_its_size(tmp_path, sd1, images, object
         assert Image.open(tmp_path / "out" / name).size == Image.open(source).size
 
 
-def test_strengths(tmp_path, sd1, images):
-    """0 is the autoencoder's own round trip, and the change grows with the strength."""
+@pytest.mark.parametrize("keep", [True, False])
+def test_strengths(tmp_path, sd1, images, keep):
+    """0 is the image itself, or without its detail the autoencoder's round trip; the change grows
+    with the strength."""
     lora = write_lora(tmp_path / "run", sd1)
     run("edit", "--lora", lora, "--input", images / "a.png", "--out", tmp_path / "out",
-        "--strengths", "0,0.5,1")  # fmt: skip
+        "--strengths", "0,0.5,1", "--keep_detail" if keep else "--no-keep_detail")  # fmt: skip
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         "a_s0.png",
         "a_s0.5.png",
@@ -114,13 +116,16 @@ def test_strengths(tmp_path, sd1, images):
     }
     vae = load_vae(sd1)
     mean, _ = vae.encode(to_tensor(load_image(images / "a.png"))[None])
-    trip = np.asarray(round_trip(vae, mean)).astype(int)
+    same = load_image(images / "a.png") if keep else round_trip(vae, mean)
+    trip = np.asarray(same).astype(int)
     shown = [
         np.asarray(Image.open(tmp_path / "out" / f"a_s{s}.png")).astype(int)
         for s in ("0", "0.5", "1")
     ]
-    assert np.abs(shown[0] - trip).max() <= 1
-    assert 2 < np.abs(shown[1] - shown[0]).mean() < np.abs(shown[2] - shown[0]).mean()
+    assert np.abs(shown[0] - trip).max() <= (0 if keep else 1)
+    assert 2 < np.abs(shown[1] - shown[0]).mean()
+    if not keep:  # this autoencoder is random: its pictures are all far from the image
+        assert np.abs(shown[1] - shown[0]).mean() < np.abs(shown[2] - shown[0]).mean()
 
 
 def test_strength_0_of_a_slider_is_about_the_round_trip(tmp_path, sd1, images):
@@ -133,7 +138,7 @@ def test_strength_0_of_a_slider_is_about_the_round_trip(tmp_path, sd1, images):
     for steps in (10, 100):
         out = tmp_path / f"out{steps}"
         run("edit", "--lora", lora, "--input", images / "a.png", "--out", out, "--strength", 0,
-            "--steps", steps, "--noise_level", 0.3)  # fmt: skip
+            "--steps", steps, "--noise_level", 0.3, "--no-keep_detail")  # fmt: skip
         off.append(np.abs(np.asarray(Image.open(out / "a.png")) - trip).mean())
     assert off[1] < 0.5 * off[0]
 
@@ -144,17 +149,8 @@ def test_padding_is_cropped_back_and_does_not_move_the_image(tmp_path, sd1):
     smooth = np.stack([x * 7, y * 12, (x + y) * 4], axis=2).astype(np.uint8)
     Image.fromarray(smooth).save(tmp_path / "odd.png")
     lora = write_lora(tmp_path / "run", sd1)
-    run(
-        "edit",
-        "--lora",
-        lora,
-        "--input",
-        tmp_path / "odd.png",
-        "--out",
-        tmp_path / "out",
-        "--strength",
-        0,
-    )
+    run("edit", "--lora", lora, "--input", tmp_path / "odd.png", "--out", tmp_path / "out",
+        "--strength", 0, "--no-keep_detail")  # fmt: skip
     result = np.asarray(Image.open(tmp_path / "out" / "odd.png")).astype(float)
     vae = load_vae(sd1)
     padded = np.pad(smooth, ((0, 1), (0, 1), (0, 0)), mode="edge")
@@ -184,3 +180,21 @@ def test_a_foreign_lora_needs_its_objective(tmp_path, sd1, images, capsys):
     assert "does not say its objective: give --objective" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     run(*args, "--objective", "delta")
+
+
+def test_detail_is_kept_where_nothing_changes():
+    """ẑ = z gives the image itself; where it changes by far, the decoder's picture is untouched;
+    in between, the weight is that of the formula."""
+    g = torch.Generator().manual_seed(0)
+    before = torch.rand((1, 3, 8, 8), generator=g) * 2 - 1
+    seen = 0.5 * before  # an autoencoder that loses half
+    torch.testing.assert_close(keep_detail(before, seen, seen), before)
+    changed = seen.clone()
+    changed[:, 0, :4] += 2.0
+    changed[:, 1, 6] += 0.1
+    result = keep_detail(before, seen, changed)
+    torch.testing.assert_close(result[:, :, :4], changed[:, :, :4])
+    torch.testing.assert_close(result[:, :, 4:6], before[:, :, 4:6])
+    weight = torch.tensor(-0.25).exp()
+    expected = changed[:, :, 6] + weight * (before - seen)[:, :, 6]
+    torch.testing.assert_close(result[:, :, 6], expected)

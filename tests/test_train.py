@@ -24,12 +24,14 @@ from model.draws import draw, seeded
 from model.lora import inject, lora_layers
 from model.lora_files import read_lora
 from model.memory import flatten
+from model.objectives import OBJECTIVES
 from model.unet import UNet
 from model.weights import load_text, load_unet
 from tests.pairs import write_pairs
 from train import rate, train, weighted_mean
 
 LORA = "pytorch_lora_weights.safetensors"
+PAIRED = [name for name in OBJECTIVES if name != "dreambooth"]
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +170,7 @@ def test_checkpoints_total_limit(config):
     assert not list(folder.glob(".*"))
 
 
-@pytest.mark.parametrize("objective", ["delta", "slider", "after"])
+@pytest.mark.parametrize("objective", PAIRED)
 def test_accumulation_is_the_larger_batch(config, objective):
     """The draws are made for the whole step: 4 × 1, 2 × 2 and 1 × 4 take the same one."""
     results = []
@@ -178,11 +180,12 @@ def test_accumulation_is_the_larger_batch(config, objective):
             gradient_accumulation_steps=accum, output_dir=f"{config.output_dir}{batch}",
         )  # fmt: skip
         results.append(losses(train(cfg)))
-    assert results[1] == pytest.approx(results[0], rel=1e-5)
-    assert results[2] == pytest.approx(results[0], rel=1e-5)
+    rel = 1e-4 if objective == "anchored" else 1e-5  # the square of a difference of nearly equals
+    assert results[1] == pytest.approx(results[0], rel=rel)
+    assert results[2] == pytest.approx(results[0], rel=rel)
 
 
-@pytest.mark.parametrize("objective", ["delta", "slider", "after"])
+@pytest.mark.parametrize("objective", PAIRED)
 def test_gradient_checkpointing_changes_nothing(config, objective):
     runs = [
         train(
@@ -350,7 +353,7 @@ def test_prior_preservation(config, tmp_path):
     assert one[0] > 1.2 * losses(tmp_path / "off")[0]
 
 
-@pytest.mark.parametrize("objective", ["delta", "after"])
+@pytest.mark.parametrize("objective", PAIRED)
 def test_the_held_out_loss_has_the_same_noise_every_time(config, objective):
     """At learning rate 0 it is the same at every validation; by t, where the objective has a t."""
     cfg = replace(
