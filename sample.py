@@ -118,15 +118,19 @@ def edit_pixels(
 ) -> list[Tensor]:
     """pixels (1, 3, H, W) with the change at each strength, each (3, H, W).
 
-    Sizes the autoencoder cannot take are padded and cropped back. `seed` stands for args.seed.
+    Strengths in [0, 1] of a LoRA that knows the two ends alone fade from one to the other: what
+    came first cannot be learnt from them, and at other multipliers the LoRA was never trained
+    (`args.between`). Sizes the autoencoder cannot take are padded and cropped back. `seed` stands
+    for args.seed.
     """
     f, (height, width) = pipe.vae.downscale, pixels.shape[2:]
     padded = F.pad(pixels, (0, -width % f, 0, -height % f), mode="replicate")
     z = encode(pipe.vae, padded)
-    seen = decode(pipe.vae, z) if args.keep_detail else None
+    seen = decode(pipe.vae, z)  # (1, 3, H, W)
+    before = padded if args.keep_detail else seen
     alone, with_guidance = pipe.predictors(prompt_of(args, pipe), args.guidance)
-    results = []
-    for s in strengths:
+
+    def edited(s: float) -> Tensor:
         rng = torch.Generator().manual_seed(args.seed if seed is None else seed)  # for every s
         how = How(
             steps=args.steps,
@@ -140,10 +144,19 @@ def edit_pixels(
         strength = torch.full((1,), s, device=z.device)
         z_s = OBJECTIVES[objective].edit(alone, pipe.schedule, z, strength, how)
         changed = decode(pipe.vae, z_s)  # (1, 3, H, W)
-        if seen is not None:
-            changed = keep_detail(padded, seen, changed)
-        results.append(changed[0, :, :height, :width])
-    return results
+        return keep_detail(padded, seen, changed) if args.keep_detail else changed
+
+    fades = (args.between or states_between(pipe)) == "fade"
+    whole = edited(1.0) if fades and any(0 < s <= 1 for s in strengths) else before
+    results = [
+        torch.lerp(before, whole, s) if fades and 0 <= s <= 1 else edited(s) for s in strengths
+    ]
+    return [result[0, :, :height, :width] for result in results]
+
+
+def states_between(pipe: Pipeline) -> str:
+    """How this LoRA shows the states between before and after: see `edit_pixels`."""
+    return "lora" if pipe.meta.get("states", 2) > 2 else "fade"
 
 
 def objective_of(args: argparse.Namespace, pipe: Pipeline) -> str:
@@ -242,6 +255,11 @@ def add_edit_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--image_guidance", type=float, default=1.0,
         help="how much more the before image counts for `concat`, 1 = no more [1]",
+    )  # fmt: skip
+    add(
+        "--between", choices=["fade", "lora"],
+        help="strengths between 0 and 1: fade the image at 1 in, or weaken the LoRA "
+        "[lora where it was trained on states in between, else fade]",
     )  # fmt: skip
     add(
         "--keep_detail", action=argparse.BooleanOptionalAction, default=True,

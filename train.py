@@ -200,7 +200,8 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
             checkpoint_activations(unet, (ResBlock, TransformerBlock), keep_strength(unet))
         if cfg.compile or (cfg.compile is None and device.type == "cuda"):
             unet.compile(fullgraph=True, dynamic=False)  # in place: the keys stay clean
-    meta = lora_metadata(cfg, name, knobs, schedule)
+    states = 1 + len({pair.strength for pair in pairs})
+    meta = {**lora_metadata(cfg, name, knobs, schedule), "states": states}
     run.start({"base": base, "data": fingerprint(pairs), "trained_parameters": flat.numel()})
     print(
         f"{name}: {n} {'pairs' if paired else 'images'} x {dataset.views} views, "

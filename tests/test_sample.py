@@ -123,7 +123,7 @@ def test_strengths(tmp_path, sd1, images, keep):
         for s in ("0", "0.5", "1")
     ]
     assert np.abs(shown[0] - trip).max() <= (0 if keep else 1)
-    assert 2 < np.abs(shown[1] - shown[0]).mean()
+    assert np.abs(shown[1] - shown[0]).mean() > 2
     if not keep:  # this autoencoder is random: its pictures are all far from the image
         assert np.abs(shown[1] - shown[0]).mean() < np.abs(shown[2] - shown[0]).mean()
 
@@ -138,7 +138,8 @@ def test_strength_0_of_a_slider_is_about_the_round_trip(tmp_path, sd1, images):
     for steps in (10, 100):
         out = tmp_path / f"out{steps}"
         run("edit", "--lora", lora, "--input", images / "a.png", "--out", out, "--strength", 0,
-            "--steps", steps, "--noise_level", 0.3, "--no-keep_detail")  # fmt: skip
+            "--steps", steps, "--noise_level", 0.3, "--no-keep_detail",
+            "--between", "lora")  # fmt: skip
         off.append(np.abs(np.asarray(Image.open(out / "a.png")) - trip).mean())
     assert off[1] < 0.5 * off[0]
 
@@ -198,3 +199,27 @@ def test_detail_is_kept_where_nothing_changes():
     weight = torch.tensor(-0.25).exp()
     expected = changed[:, :, 6] + weight * (before - seen)[:, :, 6]
     torch.testing.assert_close(result[:, :, 6], expected)
+
+
+def test_a_lora_of_two_states_fades_one_of_more_is_weakened(tmp_path, sd1, images):
+    """What the header says of its states is the default; beyond the ends the LoRA goes on."""
+    shown = {}
+    for states in (2, 3):
+        lora = write_lora(tmp_path / f"run{states}", sd1, states=states)
+        for more in ([], ["--between", "lora"], ["--between", "fade"]):
+            out = tmp_path / f"out{states}{''.join(more)}"
+            run("edit", "--lora", lora, "--input", images / "a.png", "--out", out,
+                "--strengths", "0.5,1,1.5", *more)  # fmt: skip
+            files = [out / f"a_s{s}.png" for s in ("0.5", "1", "1.5")]
+            shown[states, *more[1:]] = [np.asarray(Image.open(f)).astype(float) for f in files]
+    before = np.asarray(load_image(images / "a.png")).astype(float)
+    half, whole, more = shown[2, "fade"]
+    seen = (whole > 0) & (whole < 255)  # not clipped
+    assert seen.mean() > 0.2 and np.abs(half - (before + whole) / 2)[seen].max() <= 1
+    weak = shown[2, "lora"][0]
+    assert np.abs(half - weak).mean() > 1
+    for states, default in ((2, "fade"), (3, "lora")):
+        assert np.array_equal(shown[states,], shown[states, default])
+    for a, b in zip(shown[2, "fade"][1:], shown[2, "lora"][1:]):
+        assert np.array_equal(a, b)
+    assert np.abs(more - whole).mean() > 1
