@@ -6,8 +6,8 @@
 A scene is a vector drawing in the unit square, fixed by its seed: fields in a rotated frame, a
 road, a river or a lake, woods, houses with roofs and shadows. A change has a time in [0, 1]; it
 adds, moves or recolours objects and touches nothing else, so every pixel outside its mask is equal
-in all states. `urban` and `clearing` are random given the scene (each outcome seed is one truth);
-the others follow from what the before image shows.
+in all states. `urban`, `clearing` and `craters` are random given the scene (each outcome seed is
+one truth); the others follow from what the before image shows.
 """
 
 import argparse
@@ -26,8 +26,9 @@ CHANGES = {  # name: what a caption says
     "clearing": "with felled trees",
     "snow": "in snow",
     "solar": "with solar farms",
+    "craters": "with craters",
 }
-RANDOM_CHANGES = ("urban", "clearing")
+RANDOM_CHANGES = ("urban", "clearing", "craters")
 
 SUN = np.array([0.018, 0.022])  # where shadows fall, per unit of height
 BARE = np.array([191, 161, 118])
@@ -40,6 +41,7 @@ ROOFS = np.array([[166, 78, 62], [122, 88, 74], [186, 122, 92], [112, 116, 126]]
 PANEL, GRAVEL = np.array([36, 50, 92]), np.array([74, 80, 104])
 PITCH = 0.1  # of the rows of panels
 STUMP = np.array([146, 118, 84])
+RIM, PIT = np.array([206, 188, 156]), np.array([74, 60, 50])
 LEAVES, NEEDLES = np.array([66, 106, 52]), np.array([38, 74, 58])
 SNOW = np.array([238, 242, 247])
 
@@ -248,6 +250,25 @@ def felled(scene: Scene, outcome: int) -> dict[int, float]:
     return dict(zip(order[:count], _starts(count)))
 
 
+def craters(scene: Scene, outcome: int) -> list[tuple[float, np.ndarray, float]]:
+    """(when it appears, centre, radius) of one outcome of `craters`: anywhere on dry open land."""
+    rng = np.random.default_rng([scene.seed, 6, outcome])
+    wanted, found = rng.integers(5, 11), []
+    for _ in range(400):
+        if len(found) == wanted:
+            break
+        at, radius = rng.uniform(0.06, 0.94, 2), rng.uniform(0.045, 0.075)
+        clear = radius + 0.02
+        if (
+            _to_water(at, scene.water, scene.width) > clear
+            and all(np.hypot(*(h.at - at)) > clear + 0.07 for h in scene.houses)
+            and all(np.hypot(*(t.at - at)) > clear + t.radius for t in scene.trees)
+            and all(np.hypot(*(other - at)) > clear + r for other, r in found)
+        ):
+            found.append((at, radius))
+    return [(start, *one) for start, one in zip(_starts(len(found)), found)]
+
+
 DURATION = 0.2  # of the building of a house or the felling of a tree, in units of time
 
 
@@ -290,6 +311,13 @@ def render(
     paint.blob(scene.water, scene.width, WATER)
     for road in scene.roads:
         paint.blob(road, 0.021, snowy(ROAD, 0.3))
+
+    if time["craters"] > 0:
+        for start, at, radius in craters(scene, outcome):
+            r = radius * _done(time["craters"], start)
+            if r > 0:
+                paint.disc(at, r, snowy(RIM, 0.7))
+                paint.disc(at + SUN * r / 0.3, 0.68 * r, snowy(PIT, 0.4))
 
     houses = [(1.0, house) for house in scene.houses]
     if time["urban"] > 0:

@@ -39,7 +39,7 @@ from runs import revision, write_aside
 from scenes.render import CHANGES, caption, make_scene, render
 from scenes.tokenizer import write_text, write_tokenizer
 
-HELD_OUT = ("solar", "snow")  # of the UNet and the text encoder
+HELD_OUT = ("solar", "snow", "craters")  # of the UNet and the text encoder
 FIRST_SCENE = 2_000_000_000  # pairs of scenes.render have smaller seeds
 HELD_OUT_SCENES = 3_000_000_000  # what the figures of the card are measured on
 
