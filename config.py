@@ -23,13 +23,20 @@ def knob(default, help: str, *, group: str | None = None, choices: tuple = ()):
 class TrainConfig:
     pretrained_model_name_or_path: str = knob(
         "runwayml/stable-diffusion-v1-5",
-        "Stable Diffusion checkpoint: a directory in the diffusers layout, or a hub id",
+        "Stable Diffusion checkpoint: a directory in the diffusers layout, a hub id, or one file",
         group="base model",
     )
     revision: str | None = knob(None, "revision of the hub repository: branch, tag or commit")
-    variant: str | None = knob(None, "variant of the weight files, such as fp16 or bf16")
+    variant: str | None = knob(
+        None, "variant of the weight files, such as fp16; `ema`: the averaged UNet of one file"
+    )
     tokenizer_name: str | None = knob(None, "another tokenizer: a directory or hub id")
-    vae_path: str | None = knob(None, "another autoencoder: a directory or hub id")
+    vae_path: str | None = knob(None, "another autoencoder: a directory, hub id or one file")
+    prediction_type: str | None = knob(
+        None,
+        "what the base predicts; what the checkpoint says when not given",
+        choices=("epsilon", "v_prediction"),
+    )
 
     before_data_dir: str | None = knob(None, "folder of the before images", group="data")
     after_data_dir: str | None = knob(None, "folder of the after images, same stems")

@@ -112,6 +112,8 @@ def class_images(cfg: TrainConfig, device: torch.device, log: Callable) -> list[
                 revision=cfg.revision,
                 variant=cfg.variant,
                 vae_path=cfg.vae_path,
+                tokenizer_name=cfg.tokenizer_name,
+                prediction_type=cfg.prediction_type,
                 dtype=DTYPES[precision] if precision else pick_dtype(None, device),
                 device=device,
             )

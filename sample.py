@@ -61,6 +61,8 @@ def open_pipeline(args: argparse.Namespace) -> Pipeline:
         revision=args.revision,
         variant=args.variant,
         vae_path=args.vae_path,
+        tokenizer_name=args.tokenizer_name,
+        prediction_type=args.prediction_type,
         dtype=dtype,
         device=device,
     )
@@ -231,10 +233,15 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--lora", metavar="RUN_OR_FILE", help="a run's folder or a LoRA file")
     add("--out", required=True, metavar="DIR", help="where the pictures go")
-    add("--model", help="base model: directory or hub id [what the LoRA was trained on]")
+    add("--model", help="base model: directory, hub id or one file [the LoRA's]")
     add("--revision", help="of the hub repository")
     add("--variant", help="of the weight files, such as fp16")
     add("--vae_path", help="another autoencoder")
+    add("--tokenizer_name", help="another tokenizer")
+    add(
+        "--prediction_type", choices=["epsilon", "v_prediction"],
+        help="what the base predicts [what it says]",
+    )  # fmt: skip
     add("--prompt", help="[what the LoRA was trained with]")
     add("--steps", type=int, default=30, help="denoising steps [30]")
     add("--seed", type=int, default=0, help="[0]")

@@ -112,7 +112,9 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
     pairs, held_out, shown = find_data(cfg)
     held_out = held_out[:32]  # enough to see the loss by
     dataset = make_dataset(cfg, pairs)
-    schedule = Schedule.from_config(load_scheduler_config(base, revision=cfg.revision)).to(device)
+    schedule = Schedule.from_config(
+        load_scheduler_config(base, revision=cfg.revision, prediction_type=cfg.prediction_type)
+    ).to(device)
     class_pairs = class_images(cfg, device, run.log) if cfg.with_prior_preservation else []
     n, batch, accum = len(pairs), cfg.train_batch_size, cfg.gradient_accumulation_steps
     per_epoch = math.ceil(n / (batch * accum))

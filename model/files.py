@@ -9,7 +9,8 @@ ValueError or FileNotFoundError with the file's name.
 import json
 import os
 import re
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -22,10 +23,20 @@ MOVED = {  # repositories that are gone from the hub, and where their files are 
 }
 
 
+PICKLED = (".bin", ".ckpt", ".pt")
+
+
 def is_local(name_or_path: str | Path) -> bool:
-    """A directory that exists, or what cannot be meant as a hub repository "owner/name"."""
+    """A path that exists, or what cannot be meant as a hub repository "owner/name"."""
     text = str(name_or_path)
-    return text.startswith((".", "/", "~")) or text.count("/") != 1 or os.path.exists(text)
+    named = text.startswith((".", "/", "~")) or text.endswith((".safetensors", *PICKLED))
+    return named or text.count("/") != 1 or os.path.exists(text)
+
+
+def single_file(name_or_path: str | Path) -> Path | None:
+    """The path of a checkpoint that is one file with tensors, no directory or repository."""
+    path = Path(name_or_path)
+    return path if path.suffix in (".safetensors", *PICKLED) and path.is_file() else None
 
 
 def first_line(error: Exception) -> str:
@@ -72,7 +83,8 @@ def locate(name_or_path: str | Path, file: str, revision: str | None = None) -> 
     if is_local(name_or_path):
         if os.path.isfile(name_or_path):
             raise FileNotFoundError(
-                f"{name_or_path} is a file; a directory in diffusers' layout was wanted"
+                f"{name_or_path} is a file; a directory in diffusers' layout was wanted, or one "
+                "file of a whole checkpoint where that is possible: .safetensors or .ckpt"
             )
         if not os.path.isdir(name_or_path):
             raise FileNotFoundError(
@@ -120,6 +132,69 @@ def lacks(name_or_path: str | Path, file: str, revision: str | None) -> str:
     return f"{name_or_path} has no {file} in the hub's cache, and the hub cannot be reached"
 
 
+def locate_component(
+    name_or_path: str | Path, folder: str, file: str, revision: str | None
+) -> tuple[Path, str]:
+    """`file` in the checkpoint's folder, or at the root of one that is the component alone."""
+    for prefix in (f"{folder}/", ""):
+        path = locate(name_or_path, prefix + file, revision)
+        if path is not None:
+            return path, prefix
+    raise FileNotFoundError(
+        f"{lacks(name_or_path, f'{folder}/{file}', revision)}; "
+        "a checkpoint in diffusers' layout was wanted"
+    )
+
+
+def _shards(
+    name_or_path: str | Path, prefix: str, index: Path, kind: str, revision: str | None
+) -> list[Path]:
+    """The files that an index names, each a plain NAME.kind in its folder."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} has no weight_map")
+    paths = []
+    for shard in sorted(set(map(str, weight_map.values()))):
+        plain = not set("/\\\0") & set(shard) and not shard.startswith(".")
+        if not plain or not shard.endswith(f".{kind}"):
+            raise ValueError(f"{index} names the shard {shard!r}; a plain NAME.{kind} was wanted")
+        path = locate(name_or_path, prefix + shard, revision)
+        if path is None:
+            absent = lacks(name_or_path, prefix + shard, revision)
+            raise FileNotFoundError(f"{absent}; {index} names it")
+        paths.append(path)
+    return paths
+
+
+def weight_files(
+    name_or_path: str | Path, prefix: str, stem: str, variant: str | None, revision: str | None
+) -> list[Path]:
+    """The files with a component's tensors: one, or the shards of an index."""
+    dot = f".{variant}" if variant else ""
+    kinds = [(stem, "safetensors")]
+    if is_local(name_or_path):  # from a stranger on the hub: safetensors only
+        old = {"diffusion_pytorch_model": stem, "model": "pytorch_model"}[stem]
+        kinds.append((old, "bin"))
+    for name, kind in kinds:
+        single = locate(name_or_path, f"{prefix}{name}{dot}.{kind}", revision)
+        if single is not None:
+            return [single]
+        # a variant stands in an index's name at either place
+        late, early = f"{name}.{kind}.index{dot}.json", f"{name}{dot}.{kind}.index.json"
+        for index in dict.fromkeys((late, early)):
+            path = locate(name_or_path, prefix + index, revision)
+            if path is not None:
+                return _shards(name_or_path, prefix, path, kind, revision)
+    absent = lacks(name_or_path, f"{prefix}{stem}{dot}.safetensors", revision)
+    if not is_local(name_or_path):
+        raise FileNotFoundError(f"{absent}; from the hub only safetensors are read (see --variant)")
+    suffixes = (".safetensors", ".bin", ".ckpt", ".msgpack", ".json")
+    there = sorted(p.name for p in Path(name_or_path, prefix).glob("*") if p.suffix in suffixes)
+    there = [name for name in there if name != "config.json"]
+    hint = f"there is {', '.join(there)} (see --variant)" if there else "no weights are there"
+    raise FileNotFoundError(f"{absent}; {hint}")
+
+
 def moved_note(name_or_path: str | Path) -> str | None:
     """A sentence for the user when the repository that was asked for is gone."""
     new = MOVED.get(str(name_or_path))
@@ -139,40 +214,81 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """(key, tensor) of a .safetensors, or of a .bin through the weights-only unpickler.
+def read_shapes(path: Path) -> tuple[dict[str, torch.Size], dict[str, str]]:
+    """Key -> shape of what `read_tensors` would yield, and a safetensors file's own metadata."""
+    if path.suffix in PICKLED:
+        return {key: tensor.shape for key, tensor in _unpickle(path).items()}, {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {key: torch.Size(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            return shapes, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def read_tensors(
+    path: Path, wanted: Callable[[str], bool] = lambda key: True
+) -> Iterator[tuple[str, Tensor]]:
+    """(key, tensor) of a .safetensors, or of a pickle through the weights-only unpickler.
 
     Each tensor is a copy: a view of the mapped file changes with it, and the process dies of SIGBUS
     when a file that it loaded is written over. The file is opened anew every 32 tensors: the kernel
     counts the touched pages of a mapping as the process's memory. ValueError names the file.
     """
-    size = path.stat().st_size
-    if path.suffix == ".bin":
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # the unpickler raises whatever the bytes provoke
-            # Not in torch's words: they recommend the reader that runs what a pickle holds.
-            system = isinstance(error, OSError)
-            why = first_line(error) if system else "what else a pickle holds is not run"
-            raise ValueError(
-                f"{path} ({size} bytes) is damaged or not only tensors: {why}"
-            ) from error
-        if not isinstance(state, dict) or not all(map(_plain, state, state.values())):
-            raise ValueError(f"{path} is not a dictionary of plain tensors")
+    if path.suffix in PICKLED:
+        state = _unpickle(path)
         for key in list(state):
-            yield key, state.pop(key)
+            tensor = state.pop(key)
+            if wanted(key):
+                yield key, tensor.clone()
         return
     try:
         with safe_open(path, framework="pt") as file:
-            keys = list(file.keys())
+            keys = [key for key in file.keys() if wanted(key)]  # noqa: SIM118
         for i in range(0, len(keys), 32):
             with safe_open(path, framework="pt") as file:
                 for key in keys[i : i + 32]:
                     yield key, file.get_tensor(key).clone()
     except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} ({size} bytes) is damaged or not safetensors: {first_line(error)}"
-        ) from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    size = path.stat().st_size
+    return ValueError(f"{path} ({size} bytes) is damaged or not safetensors: {first_line(error)}")
+
+
+def _unpickle(path: Path) -> dict[str, Tensor]:
+    """A pickle's tensors, mapped where the format can be; the `state_dict` of one of Lightning's.
+
+    Lightning keys the state of its callbacks by their classes. Their names get empty stand-ins, so
+    that the unpickler, which runs nothing, also imports nothing.
+    """
+    try:
+        zipped, stand_ins = zipfile.is_zipfile(path), []
+        if zipped:
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            callbacks = [name for name in names if name.startswith("pytorch_lightning.callbacks.")]
+            stand_ins = [(type("Callback", (), {}), name) for name in callbacks]
+        with torch.serialization.safe_globals(stand_ins):
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # the unpickler raises whatever the bytes provoke
+        # Not in torch's words: they recommend the reader that runs what a pickle holds.
+        system = isinstance(error, OSError)
+        why = first_line(error) if system else "what else a pickle holds is not run"
+        if path.suffix != ".bin" and not system:
+            why += (
+                "; take the model's .safetensors, or make one, in a container as this runs it: "
+                "safetensors.torch.save_file(torch.load(FILE, weights_only=False)['state_dict'], "
+                "'new.safetensors')"
+            )
+        size = path.stat().st_size
+        raise ValueError(f"{path} ({size} bytes) is damaged or not only tensors: {why}") from error
+    if path.suffix != ".bin" and isinstance(state, dict):
+        state = state.get("state_dict", state)
+    if not isinstance(state, dict) or not all(map(_plain, state, state.values())):
+        raise ValueError(f"{path} is not a dictionary of plain tensors")
+    return dict(state)
 
 
 def _plain(key: object, value: object) -> bool:

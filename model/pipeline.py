@@ -202,6 +202,8 @@ def load_pipeline(
     revision: str | None = None,
     variant: str | None = None,
     vae_path: str | None = None,
+    tokenizer_name: str | None = None,
+    prediction_type: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Pipeline:
@@ -217,9 +219,12 @@ def load_pipeline(
         base = meta["base_model"]
         revision, variant = revision or meta.get("revision"), variant or meta.get("variant")
         vae_path = vae_path or meta.get("vae_path")
+        prediction_type = prediction_type or meta.get("prediction_type")
     files = {"revision": revision, "variant": variant, "device": device}
-    schedule = Schedule.from_config(load_scheduler_config(base, revision=revision)).to(device)
-    text = load_text(base, **files, tokenizer=meta.get("tokenizer_name"))
+    schedule = Schedule.from_config(
+        load_scheduler_config(base, revision=revision, prediction_type=prediction_type)
+    ).to(device)
+    text = load_text(base, **files, tokenizer=tokenizer_name or meta.get("tokenizer_name"))
     vae = load_vae(vae_path, device=device) if vae_path else load_vae(base, **files)
     unet = load_unet(base, **files, dtype=dtype)
     if unet.in_channels != 4:

@@ -1,6 +1,7 @@
 """Published checkpoints to modules, strictly.
 
-A checkpoint is a directory in the layout of diffusers, or a repository of that layout on the hub:
+A checkpoint is a file (model/single_file.py), or a directory in the layout of diffusers, or a
+repository of that layout on the hub:
 
     unet/config.json  unet/diffusion_pytorch_model[.VARIANT].safetensors  (or .index.json, shards)
     vae/...           text_encoder/config.json  text_encoder/model[.VARIANT].safetensors
@@ -11,14 +12,26 @@ LoRA files are in model/lora_files.py; `load_lora` and `save_lora` can be had fr
 """
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from model.files import first_line, is_local, lacks, locate, read_json, read_tensors
+from model.files import (
+    first_line,
+    lacks,
+    locate,
+    locate_component,
+    read_json,
+    read_tensors,
+    single_file,
+    weight_files,
+)
 from model.lora_files import load_lora, save_lora
+from model.single_file import Part, renamer, text_part, unet_part, vae_part
+from model.single_file import scheduler_config as single_file_scheduler
 from model.text import TextEncoder
 from model.unet import KNOWN as UNET_OPTIONS
 from model.unet import UNet
@@ -36,123 +49,70 @@ __all__ = [
     "save_lora",
 ]
 
-# ---- which files a component has -----------------------------------------------------------------
-
-
-def _locate_component(
-    name_or_path: str | Path, folder: str, file: str, revision: str | None
-) -> tuple[Path, str]:
-    """`file` in the checkpoint's folder, or at the root of one that is the component alone."""
-    for prefix in (f"{folder}/", ""):
-        path = locate(name_or_path, prefix + file, revision)
-        if path is not None:
-            return path, prefix
-    raise FileNotFoundError(
-        f"{lacks(name_or_path, f'{folder}/{file}', revision)}; "
-        "a checkpoint in diffusers' layout was wanted"
-    )
-
-
-def _weight_files(
-    name_or_path: str | Path, prefix: str, stem: str, variant: str | None, revision: str | None
-) -> list[Path]:
-    """The files with a component's tensors: one, or the shards of an index."""
-    dot = f".{variant}" if variant else ""
-    file = f"{prefix}{stem}{dot}.safetensors"
-    single = locate(name_or_path, file, revision)
-    if single is not None:
-        return [single]
-    indices = [f"{stem}.safetensors.index{dot}.json"]
-    if variant:
-        indices.append(f"{stem}{dot}.safetensors.index.json")
-    for name in indices:
-        index = locate(name_or_path, prefix + name, revision)
-        if index is None:
-            continue
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{index} has no weight_map")
-        shards = sorted(set(map(str, weight_map.values())))
-        for shard in shards:
-            plain = not set("/\\\0") & set(shard) and not shard.startswith(".")
-            if not plain or not shard.endswith(".safetensors"):
-                raise ValueError(
-                    f"{index} names the shard {shard!r}; a plain NAME.safetensors was wanted"
-                )
-        paths = []
-        for shard in shards:
-            path = locate(name_or_path, prefix + shard, revision)
-            if path is None:
-                absent = lacks(name_or_path, prefix + shard, revision)
-                raise FileNotFoundError(f"{absent}; {index} names it")
-            paths.append(path)
-        return paths
-    absent = lacks(name_or_path, file, revision)
-    if not is_local(name_or_path):  # from a stranger on the hub: safetensors only
-        raise FileNotFoundError(f"{absent}; from the hub only safetensors are read (see --variant)")
-    old = {"diffusion_pytorch_model": stem, "model": "pytorch_model"}[stem]
-    pickled = locate(name_or_path, f"{prefix}{old}{dot}.bin")
-    if pickled is not None:
-        return [pickled]
-    kinds = (".safetensors", ".bin", ".ckpt", ".msgpack", ".json")
-    there = sorted(p.name for p in Path(name_or_path, prefix).glob("*") if p.suffix in kinds)
-    there = [name for name in there if name != "config.json"]
-    hint = f"there is {', '.join(there)} (see --variant)" if there else "no weights are there"
-    raise FileNotFoundError(f"{absent}; {hint}")
-
-
 # ---- tensors into modules ------------------------------------------------------------------------
 
 
+REST = "the rest of the file"  # what tells the sizes of a network in a single file
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+CONVOLVED = OLD_ATTENTION.keys() | {"attn_1"}
+
+
+def _finite(tensor: Tensor, dtype: torch.dtype, path: Path, key: str) -> Tensor:
+    if tensor.dtype not in FLOATS:
+        raise ValueError(
+            f"{path} has {key} in {tensor.dtype}; float16, bfloat16 or float32 was wanted"
+        )
+    tensor = tensor.detach().to(dtype).contiguous()
+    low, high = (edge.item() for edge in tensor.aminmax())  # both NaN if any element is
+    if not (-float("inf") < low <= high < float("inf")):
+        raise ValueError(f"{path} has NaN or infinity (in {dtype}) in {key}")
+    return tensor
 
 
 def load_strict(
     module: nn.Module,
     files: list[Path],
     *,
-    rename: Callable[[str], str | None] = lambda key: key,
+    rename: Callable[[str], str | tuple[str, ...] | None] = lambda key: key,
+    spell: Callable[[str], str] = lambda key: key,
+    source: str = "its config.json",
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> nn.Module:
     """Fill a module built on the meta device, tensor by tensor, each cast as it is read.
 
-    `rename` maps a file's key to the module's (None: known and not needed). ValueError names file
-    and key for a tensor that is missing, extra, double, misshapen or not finite.
+    `rename` maps a file's key to the module's (None: known and not needed; several: its rows belong
+    to each in turn), `spell` a key of the module's to the file's. ValueError names file and key for
+    a tensor that is missing, extra, double, misshapen or not finite; `source` told the shapes.
     """
     wanted = {key: tensor.shape for key, tensor in module.state_dict().items()}
     loaded: dict[str, Tensor] = {}
     for path in files:
-        for old, tensor in read_tensors(path):
-            key = rename(old)
-            if key is None:
-                continue
-            if key not in wanted:
-                raise ValueError(f"{path} has {old}, which the network of its config.json does not")
-            if key in loaded:
-                raise ValueError(f"{path} has {old}, which was there before")
-            if OLD_ATTENTION.keys() & set(old.split(".")) and tensor.shape == (*wanted[key], 1, 1):
-                tensor = tensor[:, :, 0, 0]  # the first VAEs had 1×1 convolutions for linears
-            if tensor.shape != wanted[key]:
-                raise ValueError(
-                    f"{path} has {old} with shape {tuple(tensor.shape)}; "
-                    f"its config.json asks for {tuple(wanted[key])}"
-                )
-            if tensor.dtype not in FLOATS:
-                raise ValueError(
-                    f"{path} has {old} in {tensor.dtype}; float16, bfloat16 or float32 was wanted"
-                )
-            tensor = tensor.detach().to(dtype).contiguous()
-            low, high = (edge.item() for edge in tensor.aminmax())  # both NaN if any element is
-            if not (-float("inf") < low <= high < float("inf")):
-                raise ValueError(f"{path} has NaN or infinity (in {dtype}) in {old}")
-            loaded[key] = tensor.to(device)
+        for old, tensor in read_tensors(path, lambda key: rename(key) is not None):
+            new = rename(old)
+            keys = (new,) if isinstance(new, str) else new
+            split = len(keys) > 1 and tensor.ndim > 0
+            parts = [part.clone() for part in tensor.chunk(len(keys))] if split else [tensor]
+            for key, part in zip(keys, parts):
+                if key not in wanted:
+                    raise ValueError(f"{path} has {old}, which the network of {source} does not")
+                if key in loaded:
+                    raise ValueError(f"{path} has {old}, which was there before")
+                if CONVOLVED & set(old.split(".")) and part.shape == (*wanted[key], 1, 1):
+                    part = part[:, :, 0, 0]  # the first VAEs had 1×1 convolutions for linears
+                if part.shape != wanted[key]:
+                    raise ValueError(
+                        f"{path} has {old} with shape {tuple(tensor.shape)}; "
+                        f"{source} asks for {tuple(wanted[key])}"
+                        + (f" {len(keys)} times" if len(keys) > 1 else "")
+                    )
+                loaded[key] = _finite(part, dtype, path, old).to(device)
     missing = [key for key in wanted if key not in loaded]
     if missing:
         where = files[0] if len(files) == 1 else f"{files[0].parent} ({len(files)} files)"
         raise ValueError(
-            f"{where} lacks {missing[0]}"
+            f"{where} lacks {spell(missing[0])}"
             + (f" and {len(missing) - 1} more keys" if missing[1:] else "")
         )
     module.load_state_dict(loaded, strict=True, assign=True)
@@ -230,19 +190,40 @@ def _build(network: Callable[[dict], nn.Module], config: dict, path: Path) -> nn
     return module
 
 
-def _component(
-    name_or_path: str | Path, folder: str, network: type, variant: str | None, revision: str | None
-) -> tuple[nn.Module, list[Path]]:
-    """The UNet or VAE that a config.json describes, without weights, and the files with them."""
+def _vae_key(key: str) -> str:
+    names = key.split(".")
+    if "attentions" in names:
+        names = [OLD_ATTENTION.get(name, name) for name in names]
+    return ".".join(names)
+
+
+def _network(network: type, config: dict, path: Path) -> nn.Module:
+    """The UNet or VAE that the config (of `path`) describes, without weights."""
     wanted, known = CONFIGS[network]
-    path, prefix = _locate_component(name_or_path, folder, "config.json", revision)
-    config = read_json(path)
     kind = config.get("_class_name", wanted)
     if kind != wanted:
         raise ValueError(f"{path} describes a {kind}; a Stable Diffusion {wanted} was wanted")
     _check_kinds(config, known, path)
-    module = _build(network, config, path)  # first: a wrong config need not fetch gigabytes
-    return module, _weight_files(name_or_path, prefix, "diffusion_pytorch_model", variant, revision)
+    return _build(network, config, path)
+
+
+def _load_part(
+    network: type, part: Part, path: Path, dtype: torch.dtype, device: torch.device | str
+) -> nn.Module:
+    """The UNet or VAE in a single file."""
+    module = _network(network, part.config, path)
+    own = renamer(part, module.state_dict())
+    how = {"spell": part.name, "source": REST, "dtype": dtype, "device": device}
+    return load_strict(module, [path], rename=lambda key: own(_vae_key(key)), **how)
+
+
+def _component(
+    name_or_path: str | Path, folder: str, network: type, variant: str | None, revision: str | None
+) -> tuple[nn.Module, list[Path]]:
+    """The UNet or VAE that a config.json describes, without weights, and the files with them."""
+    path, prefix = locate_component(name_or_path, folder, "config.json", revision)
+    module = _network(network, read_json(path), path)  # a wrong config need not fetch gigabytes
+    return module, weight_files(name_or_path, prefix, "diffusion_pytorch_model", variant, revision)
 
 
 def load_unet(
@@ -254,15 +235,10 @@ def load_unet(
     device: torch.device | str = "cpu",
 ) -> UNet:
     """The UNet of a checkpoint, frozen, in eval mode."""
+    if path := single_file(name_or_path):
+        return _load_part(UNet, unet_part(path, variant), path, dtype, device)
     module, files = _component(name_or_path, "unet", UNet, variant, revision)
     return load_strict(module, files, dtype=dtype, device=device)
-
-
-def _vae_key(key: str) -> str:
-    names = key.split(".")
-    if "attentions" in names:
-        names = [OLD_ATTENTION.get(name, name) for name in names]
-    return ".".join(names)
 
 
 def load_vae(
@@ -273,9 +249,54 @@ def load_vae(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> VAE:
-    """The autoencoder of a checkpoint, or of a directory or repository that is one alone."""
+    """The autoencoder of a checkpoint, or of a file, directory or repository that is one alone."""
+    if path := single_file(name_or_path):
+        return _load_part(VAE, vae_part(path, variant), path, dtype, device)
     module, files = _component(name_or_path, "vae", VAE, variant, revision)
     return load_strict(module, files, rename=_vae_key, dtype=dtype, device=device)
+
+
+def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None):
+    """The CLIP tokenizer of a checkpoint: vocab.json, merges.txt, and which token pads."""
+    from transformers import CLIPTokenizer
+
+    vocab, prefix = locate_component(name_or_path, "tokenizer", "vocab.json", revision)
+    for file in ("merges.txt", "tokenizer_config.json", "special_tokens_map.json"):
+        if locate(name_or_path, prefix + file, revision) is None and file == "merges.txt":
+            raise FileNotFoundError(lacks(name_or_path, prefix + file, revision))
+    try:
+        words = CLIPTokenizer.from_pretrained(vocab.parent, local_files_only=True)
+        length = min(words.model_max_length, 77)
+        words("a", padding="max_length", max_length=length, truncation=True)  # or it fails later
+        return words
+    except Exception as error:  # the tokenizer's parser raises its own kinds
+        raise ValueError(f"{vocab.parent} is not a CLIP tokenizer: {first_line(error)}") from error
+
+
+CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # the words of SD 1.x, and of 2.x
+
+
+def _tokenizer_for(single: Path, tokenizer: str | Path | None, open_clip: bool):
+    """The given tokenizer, or the one that SD's single files were trained with."""
+    if tokenizer is not None:
+        words = load_tokenizer(tokenizer)
+        if open_clip and words.pad_token_id != 0:
+            warnings.warn(
+                f"--tokenizer_name {tokenizer} pads with {words.pad_token!r}; "
+                f"{single} is of Stable Diffusion 2.x, which was trained with '!'",
+                stacklevel=3,
+            )
+        return words
+    try:
+        words = load_tokenizer(CLIP_TOKENIZER)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{single} has no tokenizer in it: give --tokenizer_name, a directory with vocab.json "
+            f"and merges.txt or a hub id; the usual one cannot be had: {error}"
+        ) from error
+    if open_clip:
+        words.pad_token = "!"  # OpenCLIP pads with 0, the number of this token
+    return words
 
 
 def load_text(
@@ -287,11 +308,19 @@ def load_text(
     device: torch.device | str = "cpu",
     tokenizer: str | Path | None = None,
 ) -> TextEncoder:
-    """The CLIP text encoder and its tokenizer (or the `tokenizer` of a directory or hub id)."""
+    """The CLIP text encoder and its tokenizer (or the `tokenizer` of a directory or hub id).
+
+    A single file has none: without `tokenizer`, the usual one comes from the hub.
+    """
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    path, prefix = _locate_component(name_or_path, "text_encoder", "config.json", revision)
-    config = read_json(path)
+    single = single_file(name_or_path)
+    if single:
+        path, part = single, text_part(single, variant)
+        config = part.config
+    else:
+        path, prefix = locate_component(name_or_path, "text_encoder", "config.json", revision)
+        config = read_json(path)
     kinds = config.get("architectures") or ["CLIPTextModel"]
     if kinds != ["CLIPTextModel"]:
         raise ValueError(f"{path} describes a {kinds}; a CLIPTextModel was wanted")
@@ -309,8 +338,6 @@ def load_text(
     # The token ids choose the pooled output, which nobody reads: those of the published files.
     ids = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
     model = _build(lambda c: CLIPTextModel(CLIPTextConfig(**c)), options | ids, path)
-    files = _weight_files(name_or_path, prefix, "model", variant, revision)
-
     nested = any(key.startswith("text_model.") for key in model.state_dict())
 
     def rename(key: str) -> str | None:  # files of any age into transformers of any age
@@ -319,35 +346,33 @@ def load_text(
         key = key.removeprefix("text_model.")
         return f"text_model.{key}" if nested else key
 
-    load_strict(model, files, rename=rename, dtype=dtype, device=device)
-    words = load_tokenizer(tokenizer or name_or_path, revision=None if tokenizer else revision)
+    how = {"dtype": dtype, "device": device}
+    if single:
+        own = renamer(part, model.state_dict())
+        load_strict(model, [single], rename=own, spell=part.name, source=REST, **how)
+        words = _tokenizer_for(single, tokenizer, part.config["hidden_act"] == "gelu")
+    else:
+        files = weight_files(name_or_path, prefix, "model", variant, revision)
+        load_strict(model, files, rename=rename, **how)
+        words = load_tokenizer(tokenizer or name_or_path, revision=None if tokenizer else revision)
     last = max(words.get_vocab().values())
     if last >= options["vocab_size"]:
         raise ValueError(
-            f"the tokenizer of {tokenizer or name_or_path} has token ids up to {last}; "
+            f"the tokenizer {words.name_or_path} has token ids up to {last}; "
             f"{path} has vocab_size = {options['vocab_size']}"
         )
     return TextEncoder(model, words).eval()
 
 
-def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None):
-    """The CLIP tokenizer of a checkpoint: vocab.json, merges.txt, and which token pads."""
-    from transformers import CLIPTokenizer
+def load_scheduler_config(
+    name_or_path: str | Path, *, revision: str | None = None, prediction_type: str | None = None
+) -> dict:
+    """scheduler/scheduler_config.json, for `Schedule.from_config`.
 
-    vocab, prefix = _locate_component(name_or_path, "tokenizer", "vocab.json", revision)
-    for file in ("merges.txt", "tokenizer_config.json", "special_tokens_map.json"):
-        if locate(name_or_path, prefix + file, revision) is None and file == "merges.txt":
-            raise FileNotFoundError(lacks(name_or_path, prefix + file, revision))
-    try:
-        words = CLIPTokenizer.from_pretrained(vocab.parent, local_files_only=True)
-        length = min(words.model_max_length, 77)
-        words("a", padding="max_length", max_length=length, truncation=True)  # or it fails later
-        return words
-    except Exception as error:  # the tokenizer's parser raises its own kinds
-        raise ValueError(f"{vocab.parent} is not a CLIP tokenizer: {first_line(error)}") from error
-
-
-def load_scheduler_config(name_or_path: str | Path, *, revision: str | None = None) -> dict:
-    """scheduler/scheduler_config.json, for `Schedule.from_config`."""
-    path, _ = _locate_component(name_or_path, "scheduler", "scheduler_config.json", revision)
-    return read_json(path)
+    `prediction_type` stands in place of what is said there.
+    """
+    if path := single_file(name_or_path):
+        return single_file_scheduler(path, prediction_type)
+    path, _ = locate_component(name_or_path, "scheduler", "scheduler_config.json", revision)
+    config = read_json(path)
+    return config if prediction_type is None else config | {"prediction_type": prediction_type}

@@ -279,6 +279,25 @@ def to_bin(root: Path, folder: str, **options) -> Path:
     return path.with_name(f"{stem}.bin")
 
 
+def to_bin_shards(
+    root: Path, folder: str, *, variant: str | None = None, late: bool = False
+) -> Path:
+    """As `to_shards`, of pickles."""
+    path = weights_file(root, folder)
+    state, stem = read_state(path), STEMS[folder]
+    stem = "pytorch_model" if folder == "text_encoder" else stem
+    dot = f".{variant}" if variant else ""
+    keys, weight_map = list(state), {}
+    for i in range(2):
+        shard = f"{stem}{dot}-{i + 1:05}-of-00002.bin"
+        torch.save({key: state[key] for key in keys[i::2]}, path.with_name(shard))
+        weight_map |= dict.fromkeys(keys[i::2], shard)
+    path.unlink()
+    index = f"{stem}.bin.index{dot}.json" if late else f"{stem}{dot}.bin.index.json"
+    write_json(path.with_name(index), {"weight_map": weight_map})
+    return path.with_name(index)
+
+
 def to_old_vae(root: Path, convolutions: bool) -> None:
     """The attention's names of 2022, as linear layers or (the very first) as 1×1 convolutions."""
     names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}

@@ -869,6 +869,9 @@ FLAGS = {
     "variant": effect(variant),
     "tokenizer_name": effect(tokenizer),
     "vae_path": effect(vae_path),
+    "prediction_type": changes(
+        beside={"pair_objective": "slider"}, prediction_type="v_prediction"
+    ),
     "before_data_dir": side("before_data_dir"),
     "after_data_dir": side("after_data_dir"),
     "use_image_pairs": both(accepted(use_image_pairs=True), effect(use_image_pairs)),

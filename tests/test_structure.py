@@ -35,7 +35,11 @@ ARROWS = {
     "model.unet": ["model.layers"],
     "model.vae": ["model.layers"],
     "model.lora_files": ["model.files", "model.lora", "model.text"],
-    "model.weights": ["model.files", "model.lora_files", "model.text", "model.unet", "model.vae"],
+    "model.single_file": ["model.files"],
+    "model.weights": [
+        "model.files", "model.lora_files", "model.single_file", "model.text", "model.unet",
+        "model.vae",
+    ],
     "model.samplers": ["model.schedule"],
     "model.objectives": ["model.samplers", "model.schedule"],
     "model.pipeline": [

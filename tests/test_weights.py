@@ -27,6 +27,7 @@ from tests.checkpoints import (
     read_state,
     rewrite,
     to_bin,
+    to_bin_shards,
     to_old_vae,
     to_shards,
     to_variant,
@@ -135,6 +136,14 @@ def test_shards_as_diffusers_and_transformers_write_them(root, plain, variant):
         network.save_pretrained(root / folder, variant=variant, max_shard_size=size[1])
         assert not (root / folder / size[0]).exists()
         assert len(list((root / folder).glob("*-of-*.safetensors"))) > 1
+    assert_same(contents(root, variant=variant), plain)
+
+
+@pytest.mark.parametrize("variant, late", [(None, False), ("fp16", False), ("fp16", True)])
+def test_shards_of_pickles(root, plain, variant, late):
+    """`pytorch_model.bin.index.json` and its likes, as transformers and diffusers wrote them."""
+    for folder in STEMS:
+        to_bin_shards(root, folder, variant=variant, late=late)
     assert_same(contents(root, variant=variant), plain)
 
 
@@ -406,6 +415,21 @@ def test_a_bin_cut_short(root, keep):
 
 @pytest.mark.parametrize(
     "shard",
+    ["../vae/diffusion_pytorch_model.bin", "/tmp/x.bin", "a/b.bin", "..\\x.bin", "..", ".x.bin",
+     "a\0.bin", "model.safetensors", "", 3, None, []],
+)  # fmt: skip
+@pytest.mark.parametrize("folder", ["unet", "text_encoder"])
+def test_an_index_of_pickles_reaches_only_its_own_folder(root, folder, shard):
+    index = to_bin_shards(root, folder)
+    content = json.loads(index.read_text())
+    content["weight_map"]["x"] = shard
+    write_json(index, content)
+    sentence = refusal(LOAD[folder], root)
+    assert f"{index} names the shard" in sentence and "a plain NAME.bin was wanted" in sentence
+
+
+@pytest.mark.parametrize(
+    "shard",
     ["../vae/diffusion_pytorch_model.safetensors", "/tmp/x.safetensors", "a/b.safetensors",
      "..\\x.safetensors", "..", ".x.safetensors", "a\0.safetensors", "model.bin", "", 3, None, []],
 )  # fmt: skip
@@ -471,7 +495,9 @@ def test_other_files_that_are_absent(root, tmp_path):
     for name in (tmp_path / "nowhere", "nowhere", "./nowhere/at", "a/b/c"):
         assert f"{str(name)!r} is neither a directory nor" in refusal(load_unet, name)
     file = weights_file(root, "unet")
-    assert f"{file} is a file; a directory" in refusal(load_unet, file)
+    assert f"{file} is a file in diffusers' layout; the directory" in refusal(load_unet, file)
+    (tmp_path / "notes.txt").write_text("not a checkpoint")
+    assert "notes.txt is a file; a directory" in refusal(load_unet, tmp_path / "notes.txt")
 
 
 # ---- config.json ---------------------------------------------------------------------------------

@@ -1,0 +1,369 @@
+"""Whole checkpoints in one file, as CompVis and Stability published them: sizes and names.
+
+    model.diffusion_model.*          the UNet: input_blocks, middle_block, output_blocks
+    first_stage_model.*              the autoencoder; without the prefix in a file that is one alone
+    cond_stage_model.transformer.*   SD 1.x: CLIP under transformers' names, `text_model.` or not
+    cond_stage_model.model.*         SD 2.x: OpenCLIP, whose q, k and v are one matrix
+    model_ema.*                      the UNet's averaged weights, read with --variant ema
+
+There is no config.json: sizes are read off the shapes. What leaves no trace in them is as
+published: 8 heads in SD 1.x, heads of width 64 in SD 2.x and in CLIP, 32 groups, SD's betas, a
+scaling factor of 0.18215. Names are made by rule, from a key in diffusers' layout to the file's.
+"""
+
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterable
+from itertools import count
+from pathlib import Path
+from typing import NamedTuple
+
+from model.files import read_json, read_shapes, read_tensors
+
+UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
+CLIP, OPEN_CLIP = f"{TEXT}transformer.", f"{TEXT}model."
+NOT_NEEDED = re.compile(  # averages, training losses, the schedule, heads that SD does not use
+    r"model_ema\..+|(first_stage_model\.)?(loss|model_ema)\..+"
+    r"|cond_stage_model\.([\w.]+\.)?(position_ids|attn_mask|logit_scale|text_projection(\.\w+)?)"
+    r"|\w*alphas_cumprod(_prev)?|betas|posterior_\w+|lvlb_weights|logvar|v_pred|ztsnr"
+)
+
+
+class Part(NamedTuple):
+    """One network of a file: its config.json, and the file's name for each of its keys."""
+
+    config: dict
+    name: Callable[[str], str]
+    prefix: str = ""
+    dropped: str | None = None  # prefix of layers that are there and not used
+
+
+class Contents(NamedTuple):
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+    metadata: dict[str, str]
+
+    def size(self, key: str, axis: int) -> int:
+        if len(self.shapes.get(key, ())) <= axis:
+            found = f"has {key} with shape {tuple(self.shapes[key])}" if key in self.shapes else ""
+            raise ValueError(f"{self.path} {found or f'lacks {key}'}")
+        return self.shapes[key][axis]
+
+    def has(self, prefix: str) -> bool:
+        return any(key.startswith(prefix) for key in self.shapes)
+
+    def number(self, pattern: str) -> int:
+        """How many of pattern.format(0), pattern.format(1), ... there are in a row."""
+        return next(i for i in count() if pattern.format(i) not in self.shapes)
+
+
+def _read(path: Path, variant: str | None = None) -> Contents:
+    """ValueError for a file of another kind."""
+    file = Contents(path, *read_shapes(path))
+    if variant not in (None, "ema"):
+        raise ValueError(
+            f"--variant {variant} is for directories and the hub; of {path} it can be `ema`"
+        )
+    if file.has("conditioner.embedders."):
+        raise ValueError(f"{path} is an SDXL checkpoint; Stable Diffusion 1.x or 2.x was wanted")
+    for prefix in ("label_emb.", "joint_blocks.", "double_blocks."):
+        if file.has(UNET + prefix):
+            raise ValueError(
+                f"{path} has {UNET}{prefix}*, which Stable Diffusion 1.x and 2.x do not have"
+            )
+    if file.has("down_blocks."):
+        raise ValueError(
+            f"{path} is a file in diffusers' layout; the directory with its config.json was wanted"
+        )
+    return file
+
+
+def _part_of(file: Contents, prefix: str, what: str) -> None:
+    if not file.has(prefix):
+        raise ValueError(f"{file.path} has no {what} of Stable Diffusion ({prefix}*)")
+
+
+def _groups(widths: Iterable[int]) -> int:
+    """Of the norms: 32 in all that is published, of whose widths 32 is a divisor."""
+    return math.gcd(32, *widths)
+
+
+def _scalar(values: list[int]) -> int | list[int]:
+    return values[0] if len(set(values)) == 1 else values
+
+
+# ---- UNet ----------------------------------------------------------------------------------------
+
+RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+ENDS = {
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+
+
+def _unet_config(file: Contents) -> dict:
+    block = f"{UNET}input_blocks.{{}}."
+    levels: list[list[int]] = [[]]  # the numbers of a level's blocks, its downsampler left out
+    for i in count(1):
+        if not file.has(block.format(i)):
+            break
+        if f"{block.format(i)}0.op.weight" in file.shapes:
+            levels.append([])
+        else:
+            levels[-1].append(i)
+    if not all(levels):
+        raise ValueError(f"{file.path} has a level without layers in {UNET}input_blocks")
+    first = [block.format(level[0]) for level in levels]
+    attends = [file.has(f"{name}1.") for name in first]
+    if not any(attends):
+        raise ValueError(f"{file.path} has no cross-attention in {UNET}input_blocks")
+    some = first[attends.index(True)] + "1."
+    widths = [file.size(f"{name}0.out_layers.3.weight", 0) for name in first]
+    depth = [
+        file.number(f"{name}1.transformer_blocks.{{}}.norm1.weight") if attend else 1
+        for name, attend in zip(first, attends)
+    ]
+    linear = len(file.shapes.get(f"{some}proj_in.weight", ())) == 2  # SD 2.x
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "in_channels": file.size(f"{UNET}input_blocks.0.0.weight", 1),
+        "out_channels": file.size(f"{UNET}out.2.weight", 0),
+        "block_out_channels": widths,
+        "layers_per_block": _scalar([len(level) for level in levels]),
+        "transformer_layers_per_block": _scalar(depth),
+        "down_block_types": [f"{'CrossAttn' * a}DownBlock2D" for a in attends],
+        "up_block_types": [f"{'CrossAttn' * a}UpBlock2D" for a in reversed(attends)],
+        "cross_attention_dim": file.size(f"{some}transformer_blocks.0.attn2.to_k.weight", 1),
+        "attention_head_dim": [max(width // 64, 1) for width in widths] if linear else 8,
+        "use_linear_projection": linear,
+        "norm_num_groups": _groups(widths),
+    }
+
+
+def _unet_name(key: str, layers: list[int], up_attends: list[bool]) -> str:
+    """down_blocks.1.attentions.0.norm.weight -> input_blocks.4.1.norm.weight and so on."""
+    way, *names = key.split(".")
+    if way not in ("down_blocks", "mid_block", "up_blocks"):
+        end, _, kind = key.rpartition(".")
+        return f"{ENDS[end]}.{kind}"
+    level = 0 if way == "mid_block" else int(names.pop(0))
+    role, i, *names = names
+    i = int(i)
+    if role == "resnets":
+        names[0] = RESNET[names[0]]
+    if way == "mid_block":  # ResBlock, attention, ResBlock
+        return ".".join(["middle_block", str(2 * i if role == "resnets" else 1), *names])
+    if way == "down_blocks":  # the first convolution is block 0, a downsampler ends a level
+        start, n = 1 + sum(layers[:level]) + level, layers[level]
+        if role == "downsamplers":
+            return f"input_blocks.{start + n}.0.op.{names[-1]}"
+        return ".".join([f"input_blocks.{start + i}.{int(role == 'attentions')}", *names])
+    more = [n + 1 for n in reversed(layers)]  # an upsampler is the last part of a level's last
+    start = sum(more[:level])
+    if role == "upsamplers":
+        last = start + more[level] - 1
+        return ".".join([f"output_blocks.{last}.{1 + up_attends[level]}", *names])
+    return ".".join([f"output_blocks.{start + i}.{int(role == 'attentions')}", *names])
+
+
+def unet_part(path: Path, variant: str | None = None) -> Part:
+    """The UNet; with variant `ema` its averaged weights, whose names have lost their dots."""
+    file = _read(path, variant)
+    _part_of(file, UNET, "UNet")
+    config = _unet_config(file)
+    layers = config["layers_per_block"]
+    layers = [layers] * len(config["block_out_channels"]) if isinstance(layers, int) else layers
+    up_attends = [kind.startswith("CrossAttn") for kind in config["up_block_types"]]
+
+    def name(key: str) -> str:
+        plain = _unet_name(key, layers, up_attends)
+        if variant == "ema":
+            return f"model_ema.diffusion_model{plain.replace('.', '')}"
+        return UNET + plain
+
+    return Part(config, name, "model_ema." if variant == "ema" else UNET)
+
+
+# ---- autoencoder ---------------------------------------------------------------------------------
+
+VAE_NAMES = (
+    (r"conv_norm_out", "norm_out"),
+    (r"conv_shortcut", "nin_shortcut"),
+    (r"mid_block\.attentions\.0", "mid.attn_1"),
+    (r"group_norm", "norm"),
+    (r"to_out\.0", "proj_out"),
+    (r"to_([qkv])", r"\1"),
+    (r"mid_block\.resnets\.(\d+)", lambda m: f"mid.block_{int(m[1]) + 1}"),
+    (r"(down|up)_blocks", r"\1"),
+    (r"resnets", "block"),
+    (r"(down|up)samplers\.0", r"\1sample"),
+)
+
+
+def vae_part(path: Path, variant: str | None = None) -> Part:
+    """The autoencoder of a checkpoint, or a file that is one alone, also in diffusers' layout."""
+    file = _read(path, variant)
+    prefix = VAE if file.has(VAE) else ""
+    _part_of(file, f"{prefix}encoder.conv_in.", "autoencoder")
+    theirs = file.has(f"{prefix}encoder.down_blocks.")
+    if theirs and (path.parent / "config.json").is_file():  # it may know another scaling factor
+        return Part(read_json(path.parent / "config.json"), lambda key: key)
+    block = "down_blocks.{}.resnets.{}" if theirs else "down.{}.block.{}"
+    block = f"{prefix}encoder.{block}.conv1.weight"
+    levels = file.number(block.format("{}", 0))
+    widths = [file.size(block.format(i, 0), 0) for i in range(levels)]
+    config = {
+        "_class_name": "AutoencoderKL",
+        "in_channels": file.size(f"{prefix}encoder.conv_in.weight", 1),
+        "out_channels": file.size(f"{prefix}decoder.conv_out.weight", 0),
+        "latent_channels": file.size(f"{prefix}decoder.conv_in.weight", 1),
+        "block_out_channels": widths,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "layers_per_block": file.number(block.format(0, "{}")),
+        "norm_num_groups": _groups(widths),
+        "scaling_factor": 0.18215,
+    }
+
+    def name(key: str) -> str:
+        if theirs:
+            return prefix + key
+        for pattern, new in VAE_NAMES:
+            key = re.sub(pattern, new, key)
+        # the decoder counts its levels as the encoder does, from the widest picture down
+        return prefix + re.sub(r"\.up\.(\d+)", lambda m: f".up.{levels - 1 - int(m[1])}", key)
+
+    return Part(config, name, prefix)
+
+
+# ---- text ----------------------------------------------------------------------------------------
+
+OPEN_CLIP_NAMES = (
+    (r"embeddings\.token_embedding", "token_embedding"),
+    (r"embeddings\.position_embedding\.weight", "positional_embedding"),
+    (r"encoder\.layers", "transformer.resblocks"),
+    (r"self_attn\.[qkv]_proj\.", "attn.in_proj_"),
+    (r"self_attn", "attn"),
+    (r"layer_norm(\d)", r"ln_\1"),
+    (r"final_layer_norm", "ln_final"),
+    (r"fc1", "c_fc"),
+    (r"fc2", "c_proj"),
+)
+
+
+def text_part(path: Path, variant: str | None = None) -> Part:
+    """The text encoder. SD 2.x takes OpenCLIP's last layer but one, so that the last is dropped.
+
+    A file that was made from diffusers' layout has lost that layer and the projection after it.
+    """
+    file = _read(path, variant)
+    _part_of(file, TEXT, "text encoder")
+    open_clip = file.has(OPEN_CLIP)
+    if open_clip:
+        prefix, tokens, positions = OPEN_CLIP, "token_embedding.weight", "positional_embedding"
+        layer, wide = f"{prefix}transformer.resblocks.{{}}.", "mlp.c_fc.weight"
+        layers = file.number(f"{layer}ln_1.weight")
+        if layers == 24 or (layers != 23 and f"{prefix}text_projection" in file.shapes):
+            layers -= 1
+    else:
+        prefix = f"{CLIP}text_model." if file.has(f"{CLIP}text_model.") else CLIP
+        tokens, positions = (
+            f"embeddings.{kind}_embedding.weight" for kind in ("token", "position")
+        )
+        layer, wide = f"{prefix}encoder.layers.{{}}.", "mlp.fc1.weight"
+        layers = file.number(f"{layer}layer_norm1.weight")
+    width = file.size(prefix + tokens, 1)
+    config = {
+        "architectures": ["CLIPTextModel"],
+        "vocab_size": file.size(prefix + tokens, 0),
+        "max_position_embeddings": file.size(prefix + positions, 0),
+        "hidden_size": width,
+        "intermediate_size": file.size(layer.format(0) + wide, 0),
+        "num_hidden_layers": layers,
+        "num_attention_heads": max(width // 64, 1),
+        "hidden_act": "gelu" if open_clip else "quick_gelu",
+    }
+
+    def name(key: str) -> str:
+        key = key.removeprefix("text_model.")
+        for pattern, new in OPEN_CLIP_NAMES if open_clip else ():
+            key = re.sub(pattern, new, key)
+        return prefix + key
+
+    return Part(config, name, TEXT, layer.format(layers) if open_clip else None)
+
+
+# ---- all of them ---------------------------------------------------------------------------------
+
+
+def renamer(part: Part, keys: Iterable[str]) -> Callable[[str], str | tuple[str, ...] | None]:
+    """The file's key -> the network's; several where a matrix is split into rows, in their order.
+
+    None for what is known and not needed; a key that nobody knows comes back as it is.
+    """
+    names: dict[str, tuple[str, ...]] = {}
+    # transformers lists k, v, q; the rows of OpenCLIP's matrix are q, k, v
+    for key in sorted(keys, key=lambda key: "q_proj k_proj v_proj".find(key.split(".")[-2])):
+        names[part.name(key)] = (*names.get(part.name(key), ()), key)
+    others = tuple({UNET, VAE, TEXT} - {part.prefix})
+
+    def rename(old: str) -> str | tuple[str, ...] | None:
+        if ".attn_1." in old:  # a file made from diffusers' layout may have its names here
+            old = old.replace(".to_out.0.", ".proj_out.").replace(".to_", ".")
+        if old in names:
+            return names[old] if len(names[old]) > 1 else names[old][0]
+        dropped = part.dropped is not None and old.startswith(part.dropped)
+        needless = dropped or old.startswith(others) or NOT_NEEDED.fullmatch(old)
+        return None if needless else old
+
+    return rename
+
+
+def scheduler_config(path: Path, prediction_type: str | None = None) -> dict:
+    """What a scheduler_config.json would say.
+
+    The file may say what it predicts: by a key `v_pred`, or in its metadata (ModelSpec). Else
+    SD 1.x predicts ε, and SD 2.x either, without a word. There the spread of one bias tells the
+    published files apart (ComfyUI's rule): a guess, and warned about.
+    """
+    file = _read(path)
+    _part_of(file, UNET, "UNet")
+    said = file.metadata.get("modelspec.prediction_type", "")
+    if prediction_type is None and ("v_pred" in file.shapes or said in ("v", "v_prediction")):
+        prediction_type = "v_prediction"
+    config = _unet_config(file)
+    may_be_v = config["use_linear_projection"] and config["in_channels"] == 4
+    if prediction_type is None and may_be_v and said != "epsilon":
+        last = file.number(f"{UNET}output_blocks.{{}}.0.in_layers.0.weight") - 1
+        key = f"{UNET}output_blocks.{last}.1.transformer_blocks.0.norm1.bias"
+        spread = [t.float().std(correction=0).item() for _, t in read_tensors(path, key.__eq__)]
+        prediction_type = "v_prediction" if spread and spread[0] > 0.09 else "epsilon"
+        warnings.warn(
+            f"{path} does not say what it predicts; {prediction_type} is a guess: "
+            "--prediction_type says it",
+            stacklevel=2,
+        )
+    return {
+        "_class_name": "PNDMScheduler",
+        "num_train_timesteps": 1000,
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "clip_sample": False,
+        "skip_prk_steps": True,
+        "prediction_type": prediction_type or "epsilon",
+        "rescale_betas_zero_snr": "ztsnr" in file.shapes,
+    }
