@@ -258,18 +258,32 @@ def _damaged(path: Path, error: Exception) -> ValueError:
     return ValueError(f"{path} ({size} bytes) is damaged or not safetensors: {first_line(error)}")
 
 
+BESIDES = re.compile(
+    r"pytorch_lightning\.callbacks\.[\w.]+|numpy\._?core\.multiarray\.scalar|numpy\.dtype"
+)
+
+
+class _Empty:
+    """Takes what a pickle gives it, and keeps none of it."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
 def _unpickle(path: Path) -> dict[str, Tensor]:
     """A pickle's tensors, mapped where the format can be; the `state_dict` of one of Lightning's.
 
-    Lightning keys the state of its callbacks by their classes. Their names get empty stand-ins, so
-    that the unpickler, which runs nothing, also imports nothing.
+    Lightning keys the state of its callbacks by their classes, with a loss in it as numpy's number.
+    Those names get empty stand-ins: the unpickler, which runs nothing, has nothing to import.
     """
     try:
         zipped, stand_ins = zipfile.is_zipfile(path), []
         if zipped:
             names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-            callbacks = [name for name in names if name.startswith("pytorch_lightning.callbacks.")]
-            stand_ins = [(type("Callback", (), {}), name) for name in callbacks]
+            stand_ins = [(type("StandIn", (_Empty,), {}), n) for n in names if BESIDES.fullmatch(n)]
         with torch.serialization.safe_globals(stand_ins):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # the unpickler raises whatever the bytes provoke

@@ -8,6 +8,7 @@ import types
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
@@ -148,7 +149,7 @@ def test_a_flat_text_encoder(state, sd, tmp_path):
 
 @pytest.mark.parametrize("form", ["plain", "state_dict", "legacy", "lightning"])
 def test_pickles(state, sd, tmp_path, monkeypatch, form):
-    """Through the weights-only reader; Lightning's with a callback's class among its keys."""
+    """Through the weights-only reader; Lightning's with a class among its keys, numpy's numbers."""
     content, file = state, tmp_path / "model.ckpt"
     if form != "plain":
         content = {"state_dict": state, "global_step": 470000, "epoch": 3}
@@ -160,7 +161,8 @@ def test_pickles(state, sd, tmp_path, monkeypatch, form):
             parent = ".".join(name.split(".")[:i])
             there = module if i == 3 else types.ModuleType(parent)
             monkeypatch.setitem(sys.modules, parent, there)
-        content |= {"callbacks": {module.ModelCheckpoint: {"best_model_score": torch.zeros(())}}}
+        state_of = {"best_model_score": np.float64(0.1), "best_model_path": "somewhere.ckpt"}
+        content |= {"callbacks": {module.ModelCheckpoint: state_of}}
     torch.save(content, file, _use_new_zipfile_serialization=form != "legacy")
     monkeypatch.undo()
     assert_same(contents(file, sd), contents(sd))
