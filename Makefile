@@ -27,6 +27,11 @@ SCENE_FLAGS := --instance_prompt "an aerial view of fields" --resolution 64 --tr
   --checkpointing_steps 100 --validation_pairs 4 --validation_epochs 25 \
   --resume_from_checkpoint latest
 
+# make ablate F=FILE makes the scenes, and the base that has learnt nothing, that the file speaks of
+F      ?= experiments/objective.txt
+SEEDS  ?= 0
+NEEDED  = $(addsuffix /.done,$(sort $(shell grep -oshE 'data/(scenes/[a-z]+|random_base)' $(call quote,$(F)))))
+
 VENV ?= .venv
 ifdef PYTHON
   PY    := $(PYTHON)
@@ -42,7 +47,7 @@ endif
 quote = '$(subst ','\'',$(1))'
 flag  = $(if $(2),$(1) $(call quote,$(2)))
 
-.PHONY: help setup check-data train evaluate base sample generate test test-fast lint clean
+.PHONY: help setup check-data train evaluate ablate base sample generate test test-fast lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -81,9 +86,16 @@ evaluate: $(READY) $(if $(SCENES),$(SCENES)/.done) ## numbers on held-out pairs:
 	  --after_data_dir $(call quote,$(or $(AFTER),$(SCENES)/test/after)) \
 	  $(call flag,--mask_dir,$(or $(MASK),$(SCENES:%=%/test/mask))) $(ARGS)
 
-data/scenes/%/.done: scenes/render.py $(READY)
+ablate: $(READY) $(NEEDED) ## compare the arms of a file, a training each and seed: F= [SEEDS="0 1 2" OUT=]
+	$(PY) ablate.py $(call quote,$(F)) --seeds $(SEEDS) $(call flag,--out,$(OUT)) $(ARGS)
+
+data/scenes/%/.done: scenes/render.py Makefile $(READY)
 	$(PY) -m scenes.render --change $* --pairs 64 --seed 0 --out $(@D)/train
-	$(PY) -m scenes.render --change $* --pairs 32 --seed 1 --out $(@D)/test
+	$(PY) -m scenes.render --change $* --pairs 32 --seed 1 --times 0.25,0.5,0.75 --outcomes 4 --out $(@D)/test
+	@touch $@
+
+data/random_base/.done: scenes/random_base.py $(READY)
+	$(PY) -m scenes.random_base --out $(@D)
 	@touch $@
 
 base: $(READY) ## train the embedded base model again (two hours on two CPU cores)

@@ -57,6 +57,7 @@ class TrainConfig:
         None, "folder of clips instead: sub-folders of frames, or animated GIF, WebP, PNG"
     )
     frame_stride: int = knob(1, "take every so many-th frame of a clip")
+    max_pairs: int | None = knob(None, "train on the first N pairs only, without those kept apart")
     instance_data_dir: str | None = knob(None, "folder of single images (DreamBooth mode)")
     class_data_dir: str | None = knob(
         None, "class images for prior preservation; made when missing"
@@ -260,13 +261,19 @@ def read_file(path: str) -> dict:
     return content
 
 
-def parse(argv: list[str] | None = None, prog: str = "train.py") -> TrainConfig:
-    """Flags over --config over defaults. Exits with status 2 and one sentence on a mistake."""
+def make_parser(prog: str = "train.py") -> Parser:
+    """The flags one by one; whether they go together is `check`'s."""
     parser = Parser(prog=prog, description="Train a LoRA on pairs of images, or on single ones.")
     parser.add_argument(
         "--config", metavar="FILE", help="a config.json to start from, of an earlier run say"
     )
     add_fields(parser)
+    return parser
+
+
+def parse(argv: list[str] | None = None, prog: str = "train.py") -> TrainConfig:
+    """Flags over --config over defaults. Exits with status 2 and one sentence on a mistake."""
+    parser = make_parser(prog)
     first, _ = parser.parse_known_args(argv)
     if first.config is not None:
         try:
@@ -325,6 +332,7 @@ def check(cfg: TrainConfig) -> TrainConfig:
             cfg.validation_images is None,
             "--validation_images needs --before_data_dir and --after_data_dir",
         )
+        need(cfg.max_pairs is None, "--max_pairs needs --before_data_dir and --after_data_dir")
     if cfg.with_prior_preservation:
         need(cfg.class_data_dir is not None, "--with_prior_preservation needs --class_data_dir")
         need(bool(cfg.class_prompt), "--with_prior_preservation needs --class_prompt")
@@ -342,6 +350,7 @@ def check(cfg: TrainConfig) -> TrainConfig:
     ):  # fmt: skip
         need(getattr(cfg, name) >= 1, f"--{name} must be at least 1, got {getattr(cfg, name)}")
     for name in (
+        "max_pairs",
         "max_train_steps",
         "num_train_epochs",
         "checkpoints_total_limit",

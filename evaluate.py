@@ -4,6 +4,7 @@
         [--mask_dir DIR] [--strengths 0,0.25,0.5,0.75,1]
         [--between_dirs D ... --between_times 0.25 ...]    true states in between
         [--outcome_dirs D ... --samples 8]                 other truths of a random change
+        [--pictures 6]                                     the first pairs as files as well
 
 Writes evaluation.json, evaluation.md and sheet.png. Images are compared as 8-bit pictures in
 [0, 1], at the resolution of the training, centre-cropped. The same command gives the same bytes.
@@ -125,8 +126,8 @@ def eight_bit(pixels: Tensor) -> Tensor:
     return torch.from_numpy(np.array(to_image(pixels))).permute(2, 0, 1).double() / 255
 
 
-def evaluate(args: argparse.Namespace) -> tuple[dict, Image.Image]:
-    """What evaluation.json holds, and the sheet."""
+def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
+    """What evaluation.json holds, and before, predicted, after and error of every pair."""
     if len(args.between_dirs) != len(args.between_times):
         raise ValueError(
             f"--between_dirs names {len(args.between_dirs)} folders, "
@@ -188,11 +189,9 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, Image.Image]:
             row["samples"] = judge_samples(before_seen, draws, truths)
         rows.append(row)
         error = (at[1.0] - after).abs().mean(0, keepdim=True).expand(3, -1, -1)
-        pictures.append([before, at[1.0], after, (3 * error).clamp(max=1)])
+        shown = before, at[1.0], after, (3 * error).clamp(max=1)
+        pictures.append([to_image(2 * x - 1) for x in shown])
 
-    names = [f"{row['name']}  {row['predicted']['psnr']:.1f} dB" for row in rows]
-    columns = ["before", "predicted", "after", "error x 3"]
-    shown = [[to_image(2 * x - 1) for x in row] for row in pictures[:32]]
     result = {
         "lora": str(args.lora),
         "base": pipe.base,
@@ -204,7 +203,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, Image.Image]:
         **collect(rows, strengths),
         "per_pair": rows,
     }
-    return result, contact_sheet(shown, columns, names)
+    return result, pictures
 
 
 def round_trip(pipe: Pipeline, pixels: Tensor) -> Tensor:
@@ -325,6 +324,9 @@ def make_parser() -> Parser:
         "--outcome_dirs", nargs="+", default=[], metavar="DIR", help="other true afters"
     )
     parser.add_argument("--samples", type=int, default=1, help="predictions per image [1]")
+    parser.add_argument(
+        "--pictures", type=int, default=0, metavar="N", help="first pairs saved as files too [0]"
+    )
     return parser
 
 
@@ -335,10 +337,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.lora is None:
             raise ValueError("--lora is missing: a run's folder or a LoRA file")
         check(args)
-        result, sheet = evaluate(args)
+        result, pictures = evaluate(args)
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
         text = table(result)
+        columns = ["before", "predicted", "after", "error x 3"]
+        names = [f"{row['name']}  {row['predicted']['psnr']:.1f} dB" for row in result["per_pair"]]
+        sheet = contact_sheet(pictures[:32], columns, names)
+        for i, row in enumerate(pictures[: max(args.pictures, 0)]):
+            for kind, image in zip(columns[:3], row):
+                (out / "pictures").mkdir(exist_ok=True)
+                image.save(out / "pictures" / f"{i:03d}-{kind}.png")
         write_aside(out / "sheet.png", lambda aside: sheet.save(aside, format="PNG"))
         write_aside(out / "evaluation.md", lambda aside: aside.write_text(text, encoding="utf-8"))
         write_json(out / "evaluation.json", rounded(result))

@@ -55,8 +55,9 @@ def find_data(cfg: TrainConfig) -> Data:
             f"--validation_pairs {cfg.validation_pairs} leaves none of {len(places)} pairs to train"
         )
     apart = set(spread(places, cfg.validation_pairs))
+    kept = set([place for place in places if place not in apart][: cfg.max_pairs])
     held_out = [pair for pair in pairs if pair.before in apart]
-    pairs = [pair for pair in pairs if pair.before not in apart]
+    pairs = [pair for pair in pairs if pair.before in kept]
     whole = [pair for pair in held_out or pairs if pair.strength == 1]
     if cfg.validation_images is None:
         return Data(pairs, held_out, spread(whole, cfg.num_validation_images))
