@@ -18,7 +18,6 @@ and sheet.png, written again after every run.
 
 import dataclasses
 import json
-import math
 import os
 import re
 import shlex
@@ -31,11 +30,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, ImageDraw
-
+import comparison
 import config
 from config import Parser, TrainConfig, report
-from data import contact_sheet
 from runs import refuse_file, write_aside, write_json
 
 ROOT = Path(__file__).parent
@@ -189,13 +186,13 @@ def run(job: Job, threads: int | None) -> dict:
     judged, log = job.folder / "evaluation", job.folder.with_suffix(".log")
     # flags.json is of the run's last end: another end is another run to judge
     now = {"flags": job.arm.evaluate, "run": str(job.run), "end": trained}
-    kept = read(judged / "flags.json") == now
+    kept = read(judged / "flags.json") == now and read(judged / "evaluation.json")
     if not kept:
         own = ["--lora", str(job.run), "--out", str(judged), "--pictures", str(SHOWN)]
         call("evaluate.py", [*job.arm.evaluate, *own], log, threads)
         write_json(judged / "flags.json", now)
-    values = figures(read(judged / "evaluation.json"), job.run)
-    told = ", ".join(f"{name} {value:.{COLUMNS[name][0]}f}" for name, (value, _) in values.items())
+    values = comparison.figures(read(judged / "evaluation.json"), job.run)
+    told = ", ".join(f"{k} {v:.{comparison.COLUMNS[k][0]}f}" for k, (v, _) in values.items())
     print(f"{title(job)}: {'kept: ' if kept else ''}{told}", flush=True)
     return values
 
@@ -217,84 +214,7 @@ def title(job: Job) -> str:
     return f"{job.arm.name}, seed {job.seed}"
 
 
-# ---- figures -------------------------------------------------------------------------------------
-
-COLUMNS = {  # decimals, and what the figure is
-    "gap closed": (3, "(MSE of copying - MSE) / (MSE of copying - MSE of the ceiling)"),
-    "inside": (3, "the same inside the mask"),
-    "outside / ceiling": (2, "squared error outside the mask over the autoencoder's own"),
-    "PSNR": (2, "at strength 1, dB"),
-    "Spearman": (3, "rank correlation of strength and progress"),
-    "between": (2, "PSNR of the states in between, mean over their times"),
-    "over fade": (2, "that, minus the PSNR of fading to the own prediction"),
-    "best sample": (2, "PSNR of the nearest pair of a sample and a truth"),
-    "statistics": (2, "mean distance of the statistics, in σ of the truth"),
-    "training s": (0, "steps only"),
-}
-
-
-def figures(result: dict, folder: Path) -> dict[str, tuple[float, float | None]]:
-    """Value and standard error over the pairs (None where there is none), by column."""
-    gap, between = result["gap_closed"], result.get("between")
-    found = {
-        "gap closed": gap["whole"],
-        "inside": gap.get("inside"),
-        "outside / ceiling": {"mean": result.get("outside_over_ceiling"), "se": None},
-        "PSNR": result["predicted"]["psnr"],
-        "Spearman": result["strengths"]["spearman"],
-    }
-    if between:
-        rows = [list(row["between"].values()) for row in result["per_pair"]]
-        reached = [[at["predicted"] for at in row] for row in rows]
-        over = [[at["predicted"] - at["fade"] for at in row] for row in rows]
-        found["between"] = mean_and_error([sum(row) / len(row) for row in reached])
-        found["over fade"] = mean_and_error([sum(row) / len(row) for row in over])
-    if samples := result.get("samples"):
-        apart = [value["distance"] for value in samples.values() if "distance" in value]
-        found["best sample"] = samples["best_psnr"]
-        found["statistics"] = {"mean": sum(apart) / len(apart), "se": None}
-    found["training s"] = {"mean": training_seconds(folder), "se": None}
-    return {k: (v["mean"], v["se"]) for k, v in found.items() if v and v["mean"] is not None}
-
-
-def training_seconds(folder: Path) -> float:
-    """Of all steps, also those before an interruption; without saving and showing."""
-    total, done = 0.0, 0
-    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        if row["kind"] == "train":
-            total, done = total + (row["step"] - done) * row["step_ms"] / 1000, row["step"]
-    return total
-
-
-def mean_and_error(values: Sequence[float]) -> dict:
-    n = len(values)
-    mean = sum(values) / n
-    error = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else None
-    return {"mean": mean, "se": error, "n": n}
-
-
-def over_seeds(runs: list[dict]) -> dict[str, dict]:
-    """Each column's mean over the seeds; with one seed, the error over its pairs."""
-    columns = [name for name in COLUMNS if any(name in run for run in runs)]
-    found = {
-        name: mean_and_error([run[name][0] for run in runs if name in run]) for name in columns
-    }
-    if len(runs) == 1:
-        found = {name: value | {"se": runs[0][name][1]} for name, value in found.items()}
-    return found
-
-
 # ---- what is left --------------------------------------------------------------------------------
-
-
-def shown(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, list):
-        return " ".join(map(str, value))
-    text = "-" if value is None else str(value)
-    return text.replace("|", "\\|")
 
 
 def differing(jobs: list[Job]) -> dict[str, dict[str, str]]:
@@ -302,126 +222,49 @@ def differing(jobs: list[Job]) -> dict[str, dict[str, str]]:
     configs = {job.arm.name: plain(job.cfg) for job in jobs}
     keys = [k for k in next(iter(configs.values())) if k != "seed"]
     keys = [k for k in keys if len({json.dumps(c[k]) for c in configs.values()}) > 1]
-    found = {name: {k: shown(c[k]) for k in keys} for name, c in configs.items()}
+    found = {name: {k: comparison.shown(c[k]) for k in keys} for name, c in configs.items()}
     if any(job.arm.own_evaluate for job in jobs):
         for job in jobs:
-            found[job.arm.name]["evaluate"] = shown(shlex.join(job.arm.own_evaluate) or None)
+            words = shlex.join(job.arm.own_evaluate)
+            found[job.arm.name]["evaluate"] = comparison.shown(words or None)
     return found
 
 
-def table(path: Path, flags: dict, summary: dict, runs: dict, seeds: list[int], notes: list) -> str:
-    """table.md. Arms without a finished run have dashes."""
-    fields = list(next(iter(flags.values())))
-    columns = [name for name in COLUMNS if any(name in values for values in summary.values())]
-    head = ["arm", *fields, *columns, "seeds"]
-    lines = [f"# {path.stem}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for name, values in summary.items():
-        cells = [cell(values.get(column), COLUMNS[column][0]) for column in columns]
-        done = f"{len(runs[name])}" + (f" of {len(seeds)}" if len(runs[name]) < len(seeds) else "")
-        lines.append(f"| {' | '.join([name, *flags[name].values(), *cells, done])} |")
-    several = (
-        "over the seeds; of an arm with one seed, over the pairs"
-        if len(seeds) > 1
-        else ("over the pairs")
-    )
-    meaning = [f"- {name}: {COLUMNS[name][1]}" for name in columns]
-    return "\n".join([*lines, "", f"± is the standard error {several}.", "", *meaning, *notes, ""])
+def leave(path: Path, jobs: list[Job], done: list, failed: list, out: Path) -> str:
+    """table.md, results.json, plot.png and sheet.png of what is done so far; returns the table.
 
-
-def cell(value: dict | None, digits: int) -> str:
-    if value is None:
-        return "-"
-    error = "" if value["se"] is None else f" ± {value['se']:.{digits}f}"
-    return f"{value['mean']:.{digits}f}{error}"
-
-
-def plot(summary: dict, runs: dict) -> Image.Image:
-    """A panel per figure and a line per arm: a dot per seed, the mean and its standard error."""
-    panels = ("gap closed", "inside", "outside / ceiling", "PSNR", "over fade", "statistics")
-    panels = [p for p in panels if any(p in values for values in summary.values())]
-    label, width, row, top = 8 + 6 * max(map(len, summary)), 230, 24, 26
-    image = Image.new("RGB", (label + width * len(panels), top + row * len(summary) + 24), "white")
-    pen = ImageDraw.Draw(image)
-    for i, name in enumerate(summary):
-        pen.text((4, top + row * i + 6), name, fill="black")
-    for j, panel in enumerate(panels):
-        left, right = label + width * j + 16, label + width * (j + 1) - 24
-        ends = [v[panel]["mean"] + k * (v[panel]["se"] or 0) for v in summary.values()
-                if panel in v for k in (-1, 1)]  # fmt: skip
-        ends += [run[panel][0] for each in runs.values() for run in each.values() if panel in run]
-        low, high = min(ends), max(ends)
-        span = (high - low) or 1.0
-        at = lambda x, low=low, span=span: left + (x - low) / span * (right - left)  # noqa: B023, E731
-        pen.text((left, 6), panel, fill="black")
-        for end, x in ((low, left), (high, right)):
-            pen.line([(x, top), (x, top + row * len(summary))], fill="#dddddd")
-            pen.text((x - 10, top + row * len(summary) + 6), f"{end:.3g}", fill="#444444")
-        for i, (name, values) in enumerate(summary.items()):
-            if panel not in values:
-                continue
-            y, mean, error = top + row * i + row // 2, values[panel]["mean"], values[panel]["se"]
-            pen.line([(at(mean - (error or 0)), y), (at(mean + (error or 0)), y)], "#1f5fa8", 2)
-            for run in runs[name].values():
-                x = at(run[panel][0])
-                pen.ellipse([x - 3, y - 3, x + 3, y + 3], outline="#6fa8dc")
-            pen.rectangle([at(mean) - 1, y - 7, at(mean) + 1, y + 7], fill="#1f5fa8")
-    return image
-
-
-def sheet(jobs: list[Job]) -> Image.Image | None:
-    """before | a column per arm | after, of the first pairs; `jobs` are finished, one per arm."""
-    judged = {job.arm.name: job.folder / "evaluation" for job in jobs}
-    results = {name: read(folder / "evaluation.json") for name, folder in judged.items()}
-    first = next(iter(results))
-    judged = {n: f for n, f in judged.items() if results[n]["data"] == results[first]["data"]}
-    rows = []
-    for i in range(min(SHOWN, results[first]["pairs"])):
-        path = lambda folder, kind, i=i: folder / "pictures" / f"{i:03d}-{kind}.png"  # noqa: E731
-        files = [path(judged[first], "before")]
-        files += [path(folder, "predicted") for folder in judged.values()]
-        rows.append([larger(Image.open(file)) for file in [*files, path(judged[first], "after")]])
-    names = [row["name"] for row in results[first]["per_pair"][:SHOWN]]
-    fits = max(image.width for row in rows for image in row) // 6  # letters of a column's title
-    columns = [name[:fits] for name in ("before", *judged, "after")]
-    return contact_sheet(rows, columns, names)
-
-
-def larger(image: Image.Image) -> Image.Image:
-    """Small pictures at two or more times their size, pixel by pixel."""
-    times = max(1, 144 // max(image.size))
-    return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
-
-
-def leave(path: Path, jobs: list[Job], done: dict, failed: dict, out: Path) -> str:
-    """table.md, results.json, plot.png and sheet.png of what has finished so far."""
-    seeds = list(dict.fromkeys(job.seed for job in jobs))
-    flags = differing(jobs)
+    `done` are pairs of a job and its figures, `failed` of a job and the reason.
+    """
+    seeds, flags = sorted({job.seed for job in jobs}), differing(jobs)
+    done = sorted(done, key=lambda pair: jobs.index(pair[0]))
     runs = {name: {job.seed: v for job, v in done if job.arm.name == name} for name in flags}
-    summary = {name: over_seeds(list(each.values())) for name, each in runs.items()}
-    results = [read(job.folder / "evaluation" / "evaluation.json") for job, _ in done]
-    versions = [read(job.run / "revision.json") for job, _ in done]
-    revisions = {f"{str(v.get('git'))[:12]}{' (changed)' * bool(v.get('diff'))}" for v in versions}
-    pairs = sorted({result["pairs"] for result in results})
-    notes = ["", f"Held-out pairs: {shown(pairs)}. Revision: {', '.join(sorted(revisions))}."]
-    notes += [f"Failed: {title(job)}: {why}" for job, why in failed]
-    text = table(path, flags, summary, runs, seeds, notes)
-    content = {
-        "file": str(path), "seeds": seeds, "pairs": pairs, "revisions": sorted(revisions),
-        "arms": {
-            name: {"flags": flags[name], "summary": summary[name], "runs": {
-                seed: {k: v for k, (v, _) in run.items()} for seed, run in runs[name].items()}}
-            for name in flags
-        },
-        "failed": {title(job): why for job, why in failed},
+    summary = {name: comparison.over_seeds(list(each.values())) for name, each in runs.items()}
+    judged = {job.arm.name: job.folder / "evaluation" for job, _ in reversed(done)}  # first seeds
+    judged = {name: judged[name] for name in flags if name in judged}
+    results = {name: read(folder / "evaluation.json") for name, folder in judged.items()}
+    pairs = {name: result["pairs"] for name, result in results.items()}
+    ran = [read(job.run / "revision.json") for job, _ in done]
+    revisions = sorted(
+        {f"{str(r.get('git'))[:12]}{' (changed)' * bool(r.get('diff'))}" for r in ran}
+    )
+    notes = [f"Failed: {title(job)}: {why}" for job, why in failed]
+    if done:
+        counts = " ".join(map(str, sorted(set(pairs.values()))))
+        notes = [f"Held-out pairs: {counts}. Revision: {', '.join(revisions)}.", *notes]
+    text = comparison.table(path.stem, flags, summary, runs, seeds, notes)
+    arms = {
+        name: {"flags": flags[name], "pairs": pairs.get(name), "summary": summary[name],
+               "runs": {seed: {k: v for k, (v, _) in run.items()} for seed, run in each.items()}}
+        for name, each in runs.items()
     }  # fmt: skip
+    content = {"arms": arms, "seeds": seeds, "revisions": revisions, "file": str(path)}
+    content["failed"] = {title(job): why for job, why in failed}
     write_aside(out / "table.md", lambda aside: aside.write_text(text, encoding="utf-8"))
     write_json(out / "results.json", content)
     if done:
-        first = {job.arm.name: job for job, _ in sorted(done, key=lambda d: -jobs.index(d[0]))}
-        ordered = [first[name] for name in flags if name in first]
-        pictures = {"plot.png": plot(summary, runs), "sheet.png": sheet(ordered)}
-        for name, picture in pictures.items():
-            write_aside(out / name, lambda aside, p=picture: p.save(aside, format="PNG"))
+        plot, sheet = comparison.plot(summary, runs), comparison.sheet(judged, results, SHOWN)
+        write_aside(out / "plot.png", lambda aside: plot.save(aside, format="PNG"))
+        write_aside(out / "sheet.png", lambda aside: sheet.save(aside, format="PNG"))
     return text
 
 
@@ -443,7 +286,8 @@ def ablate(path: Path, seeds: list[int], out: Path, workers: int) -> int:
         except KeyboardInterrupt:  # the program that ran was interrupted, with all others
             stop.set()
             raise
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError) as error:
+            print(f"{title(job)}: {error}", file=sys.stderr, flush=True)
             return str(error)
 
     with ThreadPoolExecutor(workers) as pool:
@@ -453,7 +297,6 @@ def ablate(path: Path, seeds: list[int], out: Path, workers: int) -> int:
                 job, result = waiting[future], future.result()
                 if isinstance(result, str):
                     failed.append((job, result))
-                    print(f"{title(job)}: {result}", file=sys.stderr, flush=True)
                 elif result is not None:
                     done.append((job, result))
                 text = leave(path, jobs, done, failed, out)

@@ -1,6 +1,7 @@
 """The base model's training: its result loads like any checkpoint, whitening changes nothing."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 
 from model.vae import VAE
 from model.weights import load_scheduler_config, load_text, load_unet, load_vae
-from scenes import train_base
+from scenes import random_base, train_base
 from scenes.train_base import HELD_OUT, VAE_CONFIG, draw_state, pixels, posterior, whiten
 from tests.checkpoints import read_state, weights_file
 
@@ -83,6 +84,25 @@ def test_a_stopped_training_goes_on(tmp_path, monkeypatch):
         one, two = (read_state(weights_file(root, part)) for root in (whole, again))
         assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
     shutil.rmtree(tmp_path / "b" / "base")
+
+
+def test_the_control_has_learnt_nothing(tmp_path):
+    """All is the base's but the UNet's weights, which are the same for the same seed."""
+    base, out = Path(__file__).parents[1] / "scenes" / "base", tmp_path / "random"
+    state = torch.get_rng_state()
+    assert random_base.main(["--out", str(out)]) == 0
+    assert torch.equal(torch.get_rng_state(), state)
+    for path in (p for p in base.rglob("*") if p.is_file() and p.parent != base):
+        same = (out / path.relative_to(base)).read_bytes() == path.read_bytes()
+        assert same == (path.name != "diffusion_pytorch_model.safetensors" or "vae" in path.parts)
+    fresh, trained = load_unet(out).state_dict(), load_unet(base).state_dict()
+    moved = [k for k in trained if "norm" not in k and k.endswith("weight")]
+    near = {k: torch.corrcoef(torch.stack([fresh[k].flatten(), trained[k].flatten()]))[0, 1].abs()
+            for k in moved if trained[k].numel() > 4000}  # fmt: skip
+    assert max(near.values()) < 0.2
+    files = [random_base.write_random_base(base, tmp_path / f"{s}", s) for s in (0, 1)]
+    weights = [weights_file(root, "unet").read_bytes() for root in (out, *files)]
+    assert weights[0] == weights[1] != weights[2]
 
 
 def test_whitening_changes_the_latents_and_nothing_else():

@@ -155,6 +155,13 @@ def test_the_same_command_gives_the_same_bytes(tmp_path, sd1, scenes):
         files.append({p.name: p.read_bytes() for p in out.iterdir()})
     assert files[0] == files[1]
     assert files[0].keys() == {"evaluation.json", "evaluation.md", "sheet.png"}
+    more = ("--strengths", "0,1", "--pictures", 2)
+    assert evaluate.main(flags(lora, scenes / "solar", tmp_path / "pictures", *more)) == 0
+    kept = sorted((tmp_path / "pictures" / "pictures").iterdir())
+    kinds = ("after", "before", "predicted")
+    assert [p.name for p in kept] == [f"{i:03d}-{kind}.png" for i in (0, 1) for kind in kinds]
+    truth = Image.open(scenes / "solar" / "after" / "00001.png").convert("RGB")
+    assert Image.open(kept[3]).tobytes() == truth.tobytes()
     result = json.loads(files[0]["evaluation.json"])
     assert result["pairs"] == 6 and len(result["per_pair"]) == 6
     assert result["strengths"]["identity_psnr"]["mean"] == 100.0  # delta at 0 is the identity

@@ -390,6 +390,28 @@ def allow_unmatched(lab, patch):
     assert "1 images without a partner are skipped" in lab.said[folder]
 
 
+def max_pairs(lab, patch):
+    """The first pairs in the order of their names, once those kept apart are taken out."""
+    few = {}
+    for side in ("before", "after"):
+        few[f"{side}_data_dir"] = folder = Path(lab.new())
+        folder.mkdir()
+        for name in ("0.png", "1.png"):
+            shutil.copy(lab.pairs / side / name, folder)
+    few = {flag: str(folder) for flag, folder in few.items()}
+    assert column(lab.run(max_pairs=2)) == column(lab.run(**few)) != column(lab.run())
+    assert "2 pairs" in lab.said[lab.run(max_pairs=2)]
+    assert column(lab.run(max_pairs=9)) == column(lab.run())
+    apart = [lab.run(max_pairs=2, validation_pairs=1), lab.run(validation_pairs=1)]
+    held_out = [json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["pairs"]
+                for folder in apart]  # fmt: skip
+    assert held_out == [1, 1] and "2 pairs" in lab.said[apart[0]]
+    stops("--max_pairs must be at least 1", max_pairs=0)(lab, patch)
+    stops("--max_pairs needs --before", max_pairs=2, instance_data_dir=str(lab.pairs / "after"))(
+        lab, patch
+    )
+
+
 def instance_data_dir(lab, patch):
     folder = lab.run(instance_data_dir=str(lab.pairs / "after"))
     assert meta(folder)["objective"] == "dreambooth" and "5 images" in lab.said[folder]
@@ -883,6 +905,7 @@ FLAGS = {
     "sequence_times": effect(sequence_times),
     "frames_dir": effect(frames_dir),
     "frame_stride": effect(frame_stride),
+    "max_pairs": effect(max_pairs),
     "instance_data_dir": effect(instance_data_dir),
     "class_data_dir": effect(class_data_dir),
     "instance_prompt": effect(instance_prompt),

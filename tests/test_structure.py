@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import ablate
 import check_data
 import sample
 import train
@@ -51,7 +52,8 @@ ARROWS = {
     "sample": ["*"],
     "train": ["*"],
     "evaluate": ["*"],
-    "ablate": ["config", "runs"],
+    "comparison": ["data", "measures"],
+    "ablate": ["comparison", "config", "runs"],
 }  # fmt: skip
 ROOTS = ("check_data", "sample", "train", "evaluate", "ablate")  # what a user starts
 FOLDERS = ("scenes", "bench", "tests")  # on top of all: nothing outside them imports them
@@ -247,6 +249,7 @@ def test_the_readmes_flags_exist():
         "sample.py generate": flags(sample.main, "generate"),
         "sample.py edit": flags(sample.main, "edit"),
         "check_data.py": flags(check_data.main),
+        "ablate.py": flags(ablate.main),
     }
     seen = set()
     commands = re.findall(r"python (\w+\.py[^\n`]*)", README.replace("\\\n", " "))

@@ -1,0 +1,171 @@
+"""What an ablation says: figures of its runs, a table, a plot and a contact sheet.
+
+Plain data in: `evaluation.json` of each run, and which flags differ.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+import measures
+from data import contact_sheet
+
+# ---- figures -------------------------------------------------------------------------------------
+
+COLUMNS = {  # decimals, and what the figure is
+    "gap closed": (3, "(MSE of copying - MSE) / (MSE of copying - MSE of the ceiling)"),
+    "inside": (3, "the same inside the mask"),
+    "outside / ceiling": (2, "squared error outside the mask over the autoencoder's own"),
+    "PSNR": (2, "at strength 1, dB"),
+    "Spearman": (3, "rank correlation of strength and progress"),
+    "between": (2, "PSNR of the states in between, mean over their times"),
+    "over fade": (2, "that, minus the PSNR of fading to the own prediction"),
+    "best sample": (2, "PSNR of the nearest pair of a sample and a truth"),
+    "statistics": (2, "mean distance of the statistics, in σ of the truth"),
+    "training s": (0, "steps only"),
+}
+
+
+def figures(result: dict, folder: Path) -> dict[str, tuple[float, float | None]]:
+    """Value and standard error over the pairs (None where there is none), by column."""
+    gap, between = result["gap_closed"], result.get("between")
+    found = {
+        "gap closed": gap["whole"],
+        "inside": gap.get("inside"),
+        "outside / ceiling": {"mean": result.get("outside_over_ceiling"), "se": None},
+        "PSNR": result["predicted"]["psnr"],
+        "Spearman": result["strengths"]["spearman"],
+    }
+    if between:
+        rows = [list(row["between"].values()) for row in result["per_pair"]]
+        reached = [[at["predicted"] for at in row] for row in rows]
+        over = [[at["predicted"] - at["fade"] for at in row] for row in rows]
+        found["between"] = measures.summary([sum(row) / len(row) for row in reached])
+        found["over fade"] = measures.summary([sum(row) / len(row) for row in over])
+    if samples := result.get("samples"):
+        apart = [value["distance"] for value in samples.values() if "distance" in value]
+        found["best sample"] = samples["best_psnr"]
+        found["statistics"] = {"mean": sum(apart) / len(apart), "se": None}
+    found["training s"] = {"mean": training_seconds(folder), "se": None}
+    return {k: (v["mean"], v["se"]) for k, v in found.items() if v and v["mean"] is not None}
+
+
+def training_seconds(folder: Path) -> float:
+    """Of all steps, also those before an interruption; without saving and showing."""
+    total, done = 0.0, 0
+    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row["kind"] == "train":
+            total, done = total + (row["step"] - done) * row["step_ms"] / 1000, row["step"]
+    return total
+
+
+def over_seeds(runs: list[dict]) -> dict[str, dict]:
+    """Each column's mean over the seeds; with one seed, the error over its pairs."""
+    columns = [name for name in COLUMNS if any(name in run for run in runs)]
+    found = {
+        name: measures.summary([run[name][0] for run in runs if name in run]) for name in columns
+    }
+    if len(runs) == 1:
+        found = {name: value | {"se": runs[0][name][1]} for name, value in found.items()}
+    return found
+
+
+# ---- what is left --------------------------------------------------------------------------------
+
+
+def shown(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    text = "-" if value is None else str(value)
+    return text.replace("|", "\\|")
+
+
+def table(
+    title: str, flags: dict, summary: dict, runs: dict, seeds: Sequence[int], notes: Sequence[str]
+) -> str:
+    """table.md: a line per arm, with dashes where no run has finished.
+
+    flags[arm] is what differs, by field; summary[arm] is `over_seeds`; runs[arm][seed] `figures`.
+    """
+    fields = list(next(iter(flags.values())))
+    columns = [name for name in COLUMNS if any(name in values for values in summary.values())]
+    head = ["arm", *fields, *columns, "seeds"]
+    lines = [f"# {title}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for name, values in summary.items():
+        cells = [cell(values.get(column), COLUMNS[column][0]) for column in columns]
+        missing = f" of {len(seeds)}" if len(runs[name]) < len(seeds) else ""
+        cells = [name, *flags[name].values(), *cells, f"{len(runs[name])}{missing}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    seeded = "over the seeds; of an arm with one seed, " if len(seeds) > 1 else ""
+    meaning = [f"- {name}: {COLUMNS[name][1]}" for name in columns]
+    lines += ["", f"± is the standard error {seeded}over the pairs.", "", *meaning]
+    return "\n".join([*lines, *(line for note in notes for line in ("", note)), ""])
+
+
+def cell(value: dict | None, digits: int) -> str:
+    if value is None:
+        return "-"
+    error = "" if value["se"] is None else f" ± {value['se']:.{digits}f}"
+    return f"{round(value['mean'], digits) + 0.0:.{digits}f}{error}"  # no minus before a zero
+
+
+def plot(summary: dict, runs: dict) -> Image.Image:
+    """A panel per figure and a line per arm: a dot per seed, the mean and its standard error."""
+    panels = ("gap closed", "inside", "outside / ceiling", "PSNR", "over fade", "statistics")
+    panels = [p for p in panels if any(p in values for values in summary.values())]
+    label, width, row, top = 8 + 6 * max(map(len, summary)), 230, 24, 26
+    image = Image.new("RGB", (label + width * len(panels), top + row * len(summary) + 24), "white")
+    pen = ImageDraw.Draw(image)
+    for i, name in enumerate(summary):
+        pen.text((4, top + row * i + 6), name, fill="black")
+    for j, panel in enumerate(panels):
+        left, right = label + width * j + 16, label + width * (j + 1) - 24
+        ends = [v[panel]["mean"] + k * (v[panel]["se"] or 0) for v in summary.values()
+                if panel in v for k in (-1, 1)]  # fmt: skip
+        ends += [run[panel][0] for each in runs.values() for run in each.values() if panel in run]
+        low, high = min(ends), max(ends)
+        span = (high - low) or 1.0
+        at = lambda x, low=low, span=span: left + (x - low) / span * (right - left)  # noqa: B023, E731
+        pen.text((left, 6), panel, fill="black")
+        for end, x in ((low, left), (high, right)):
+            pen.line([(x, top), (x, top + row * len(summary))], fill="#dddddd")
+            pen.text((x - 10, top + row * len(summary) + 6), f"{end:.3g}", fill="#444444")
+        for i, (name, values) in enumerate(summary.items()):
+            if panel not in values:
+                continue
+            y, mean, error = top + row * i + row // 2, values[panel]["mean"], values[panel]["se"]
+            pen.line([(at(mean - (error or 0)), y), (at(mean + (error or 0)), y)], "#1f5fa8", 2)
+            for run in runs[name].values():
+                x = at(run[panel][0])
+                pen.ellipse([x - 3, y - 3, x + 3, y + 3], outline="#6fa8dc")
+            pen.rectangle([at(mean) - 1, y - 7, at(mean) + 1, y + 7], fill="#1f5fa8")
+    return image
+
+
+def sheet(judged: dict[str, Path], results: dict[str, dict], most: int) -> Image.Image:
+    """before | a column per arm | after, of the first pairs that evaluate.py saved as pictures.
+
+    `judged` are the arms' folders of evaluation, `results` what their evaluation.json says. Arms
+    that were judged on other pairs than the first are left out.
+    """
+    first = next(iter(judged))
+    judged = {n: f for n, f in judged.items() if results[n]["data"] == results[first]["data"]}
+    rows = []
+    for i in range(min(most, results[first]["pairs"])):
+        files = [(first, "before"), *((name, "predicted") for name in judged), (first, "after")]
+        paths = [judged[name] / "pictures" / f"{i:03d}-{kind}.png" for name, kind in files]
+        rows.append([larger(Image.open(path)) for path in paths])
+    names = [row["name"] for row in results[first]["per_pair"][:most]]
+    fits = max(image.width for row in rows for image in row) // 6  # letters of a column's title
+    return contact_sheet(rows, [name[:fits] for name in ("before", *judged, "after")], names)
+
+
+def larger(image: Image.Image) -> Image.Image:
+    """Small pictures at two or more times their size, pixel by pixel."""
+    times = max(1, 144 // max(image.size))
+    return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)

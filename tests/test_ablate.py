@@ -1,0 +1,337 @@
+"""Arms in a file become runs, a table, a plot and a sheet; what is there is kept."""
+
+import contextlib
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import types
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import ablate
+import comparison
+import evaluate
+import runs
+import train
+from model import memory
+from tests.pairs import write_pairs
+
+ROOT = Path(__file__).parents[1]
+ARMS_FILES = sorted((ROOT / "experiments").glob("*.txt"))
+LORA = "pytorch_lora_weights.safetensors"
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs", 4, 32)
+
+
+@pytest.fixture
+def lab(tmp_path, sd1, pairs, monkeypatch):
+    return Lab(tmp_path, sd1, pairs, monkeypatch)
+
+
+class Lab:
+    """Arms files of small runs. The programs are called in this process, and written down."""
+
+    def __init__(self, root, sd1, pairs, patch):
+        self.file, self.out, self.started, self.env = root / "arms.txt", root / "out", [], {}
+        self.one_at_a_time = threading.Lock()
+        dirs = f"--before_data_dir {pairs}/before --after_data_dir {pairs}/after"
+        self.head = (
+            f"common: --pretrained_model_name_or_path {sd1} {dirs} --instance_prompt 'a square'\n"
+            "  --resolution 16 --lora_rank 2 --max_train_steps 2 --num_validation_images 0\n"
+            f"  --device cpu --log_every 1\nevaluate: {dirs} --mask_dir {pairs}/mask\n"
+            "  --strengths 0,1 --device cpu\n"
+        )
+        patch.setattr(ablate.subprocess, "run", self.start)
+        patch.setattr(runs, "_flush", lambda path: None)
+        patch.setattr(memory, "gc", types.SimpleNamespace(collect=lambda: 0))
+        patch.setattr(warnings, "showwarning", warnings.showwarning)  # the programs set it
+
+    def start(self, command, stdout=None, stderr=None, env=None, **more):
+        if command[0] != sys.executable:  # git, of revision.json
+            raise OSError("no git")
+        program, flags = Path(command[1]).name, command[2:]
+        self.started.append((program, flags))
+        self.env = env
+        main = {"train.py": train.main, "evaluate.py": evaluate.main}[program]
+        out, err = contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stdout)
+        with self.one_at_a_time, out, err:
+            try:
+                status = main(flags)
+            except SystemExit as stop:
+                status = stop.code
+        return types.SimpleNamespace(returncode=status)
+
+    def run(self, arms, *more):
+        """Exit status; what was started is in `started`, by program and folder of the arm."""
+        self.file.write_text(self.head + arms)
+        self.started = []
+        return ablate.main([str(self.file), "--out", str(self.out), *map(str, more)])
+
+    def names(self):
+        """(program, arm/seed) of what was started."""
+        return [
+            (program, "/".join(Path(flags[flags.index(where) + 1]).parts[-n:][:2]))
+            for program, flags in self.started
+            for where, n in [("--output_dir", 2) if program == "train.py" else ("--out", 3)]
+        ]
+
+    def results(self):
+        return json.loads((self.out / "results.json").read_text())
+
+
+# ---- the file ------------------------------------------------------------------------------------
+
+
+def test_lines_of_an_arms_file(tmp_path):
+    file = tmp_path / "arms.txt"
+    file.write_text(
+        "# a question\n\ncommon: --resolution 64  # of all\n  --instance_prompt 'a # b'\n"
+        "low: --lora_rank 4\n\n   --lora_alpha 2\nevaluate: --before_data_dir x\n"
+        "low.evaluate: --samples 3\nplain:\nevaluate: --seed 2\n"
+    )
+    low, plain = ablate.read_arms(file)
+    common = ["--resolution", "64", "--instance_prompt", "a # b"]
+    assert (low.name, low.line) == ("low", 5) and (plain.name, plain.train) == ("plain", common)
+    assert low.train == [*common, "--lora_rank", "4", "--lora_alpha", "2"]
+    shared = ["--before_data_dir", "x", "--seed", "2"]
+    assert (low.evaluate, plain.evaluate) == ([*shared, "--samples", "3"], shared)
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("a: --lora_rnk 4", "unrecognized arguments: --lora_rnk"),
+        ("a: --lora_rank four", "invalid int value: 'four'"),
+        ("a: --pair_objective best", "invalid choice: 'best'"),
+        ("a: --lora_rank 0", "--lora_rank must be at least 1"),
+        ("a: --instance_prompt 'open", "no closing quotation"),
+        ("a: --seed 3", "--seed is set for each run"),
+        ("a: --output_dir=x", "--output_dir is set for each run"),
+        ("common: --overwrite", "--overwrite is set for each run"),
+        ("evaluate: --lora x", "--lora is set for each run"),
+        ("a --lora_rank 4", "a line is `name: --flag value ...`"),
+        ("--lora_rank 4", "a line is `name: --flag value ...`"),
+        ("b.evaluate: --samples 2", "there is no arm 'b' yet"),
+        ("first: --lora_rank 4", "'first' is in line 6 already"),
+        ("..: --lora_rank 4", "a name begins with a letter or a digit"),
+    ],
+)
+def test_a_bad_line_is_one_sentence_with_its_number(lab, capsys, line, said):
+    with contextlib.suppress(SystemExit):
+        assert lab.run(f"first:\n{line}\n") == 2
+    error = capsys.readouterr().err
+    assert f"{lab.file}:7: " in error and said in error and error.count("\n") == 1
+    assert not lab.out.exists() and not lab.started
+
+
+def test_files_that_are_no_arms(lab, capsys):
+    lab.file.write_text("common: --resolution 64\n")
+    assert ablate.main([str(lab.file)]) == 2
+    assert "has no arms" in capsys.readouterr().err
+    lab.file.write_text("a: --resolution 64\n")
+    assert ablate.main([str(lab.file)]) == 2
+    assert "no line `evaluate:" in capsys.readouterr().err
+    lab.file.write_bytes(b"\xff\xfe\x00")
+    assert ablate.main([str(lab.file)]) == 2
+    assert "is not a text file" in capsys.readouterr().err
+    assert ablate.main([str(lab.file.with_name("none"))]) == 2
+    assert "none" in capsys.readouterr().err
+    assert lab.run("a:\n", "--jobs", 0) == 2 and "--jobs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", ARMS_FILES, ids=lambda path: path.stem)
+def test_the_arms_files_of_the_experiments(file):
+    """Each makes sense, has the control, and make knows what it needs."""
+    jobs = ablate.make_jobs(file, ablate.read_arms(file), [0], Path("out"))
+    bases = [job.cfg.pretrained_model_name_or_path for job in jobs]
+    assert "data/random_base" in bases and "scenes/base" in bases
+    parser = evaluate.make_parser()
+    for job in jobs:
+        args = parser.parse_args([*job.arm.evaluate, "--lora", "x", "--out", "y"])
+        assert args.mask_dir and len(args.between_dirs) == len(args.between_times)
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    wanted = ["make", "-Bn", "ablate", f"F={file.relative_to(ROOT)}", "SEEDS=0 1", "PYTHON=python"]
+    said = subprocess.run(wanted, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert f"ablate.py 'experiments/{file.name}' --seeds 0 1" in said
+    assert "scenes.random_base --out data/random_base" in said
+    for change in set(re.findall(r"data/scenes/(\w+)/", file.read_text())):
+        assert f"--change {change}" in said
+
+
+# ---- the runs ------------------------------------------------------------------------------------
+
+
+def test_arms_become_a_table_a_plot_and_a_sheet(lab, capsys):
+    """Means and standard errors over seeds, only what differs; one arm's failure stays its own."""
+    arms = "slow: --learning_rate 1e-3\nfast: --learning_rate 1e-1\nlost: --before_data_dir none\n"
+    assert lab.run(arms, "--seeds", 0, 1) == 1
+    order = [f"{arm}/seed{seed}" for seed in (0, 1) for arm in ("slow", "fast", "lost")]
+    assert [name for program, name in lab.names() if program == "train.py"] == order
+    assert len([1 for program, _ in lab.names() if program == "evaluate.py"]) == 4
+    said = capsys.readouterr()
+    assert said.err.count("lost, seed ") == 2 and "none" in said.err
+    results, table = lab.results(), (lab.out / "table.md").read_text()
+    assert table in said.out
+    header = next(line for line in table.splitlines() if line.startswith("| arm"))
+    columns = [cell.strip() for cell in header.strip("|").split("|")]
+    assert columns[:4] == ["arm", "before_data_dir", "learning_rate", "gap closed"]
+    gaps = []
+    for seed in (0, 1):
+        path = lab.out / "fast" / f"seed{seed}" / "evaluation" / "evaluation.json"
+        gaps.append(json.loads(path.read_text())["gap_closed"]["whole"]["mean"])
+    assert gaps[0] != gaps[1]
+    got = results["arms"]["fast"]["summary"]["gap closed"]
+    assert got["mean"] == pytest.approx(np.mean(gaps)) and got["n"] == 2
+    assert got["se"] == pytest.approx(np.std(gaps, ddof=1) / 2**0.5)
+    assert f"{got['mean']:.3f} ± {got['se']:.3f}" in table and "Held-out pairs: 4." in table
+    assert results["arms"]["lost"]["runs"] == {} and len(results["failed"]) == 2
+    assert re.search(r"\| lost .*\| - \| 0 of 2 \|", table)
+    cell, columns = 144 + 6, 4  # before, slow, fast, after; 16-pixel pictures nine times larger
+    assert Image.open(lab.out / "sheet.png").width == columns * cell + 6
+    assert Image.open(lab.out / "plot.png").width > 500
+
+
+def test_what_is_done_is_kept_and_what_changed_is_run_again(lab, capsys):
+    assert lab.run("a: --learning_rate 1e-3\nb: --learning_rate 1e-2\n") == 0
+    assert len(lab.started) == 4
+    weights = (lab.out / "a" / "seed0" / LORA).stat().st_mtime_ns
+    first = lab.results()
+    capsys.readouterr()
+    assert lab.run("a: --learning_rate 1e-3\nb: --learning_rate 1e-2\n") == 0
+    assert lab.started == [] and "a, seed 0: kept" in capsys.readouterr().out
+    assert lab.results() == first
+
+    assert lab.run("a: --learning_rate 1e-3\nb: --learning_rate 2e-2\n") == 0
+    assert lab.names() == [("train.py", "b/seed0"), ("evaluate.py", "b/seed0")]
+    assert "--overwrite" in lab.started[0][1]
+    assert "b, seed 0: training (again, other learning_rate)" in capsys.readouterr().out
+    assert (lab.out / "a" / "seed0" / LORA).stat().st_mtime_ns == weights
+    one = lab.results()["arms"]
+    assert one["a"] == first["arms"]["a"] and one["b"]["summary"] != first["arms"]["b"]["summary"]
+
+    more = "a: --learning_rate 1e-3\nb: --learning_rate 2e-2\nb.evaluate: --seed 3\n"
+    assert lab.run(more) == 0  # other flags of evaluate.py: judged again, not trained
+    assert lab.names() == [("evaluate.py", "b/seed0")]
+    assert "| b | 0.02 | --seed 3 |" in (lab.out / "table.md").read_text()
+    assert lab.run(more, "--seeds", 0, 1) == 0
+    assert {name for _, name in lab.names()} == {"a/seed1", "b/seed1"}
+
+
+def test_an_interrupted_ablation_goes_on(lab, monkeypatch, capsys):
+    """Ctrl-C in the second arm: nothing more starts; then that arm resumes, to the same bytes."""
+    arms = "common: --checkpointing_steps 1 --max_train_steps 3\na:\nb: --lora_rank 3\nc:\n"
+    real, calls = runs.Run.save_checkpoint, []
+
+    def interrupted(self, step, *more):
+        path = real(self, step, *more)
+        calls.append(step)
+        if self.folder.parent.name == "b" and step == 2:
+            raise KeyboardInterrupt
+        return path
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Run, "save_checkpoint", interrupted)
+        assert lab.run(arms) == 130
+    assert [name for _, name in lab.names()] == ["a/seed0", "a/seed0", "b/seed0"]
+    assert "goes on" in capsys.readouterr().err
+    assert list(lab.results()["arms"]["a"]["runs"]) == ["0"]  # what was done is written already
+    monkeypatch.setattr(runs.Run, "save_checkpoint", lambda *a: calls.append(a[1]) or real(*a))
+    calls.clear()
+    assert lab.run(arms) == 0
+    assert calls[0] == 3  # of b; its first two steps are not done again
+    assert "b, seed 0: training (resumed)" in capsys.readouterr().out
+    lab.out = lab.out.with_name("uninterrupted")
+    assert lab.run(arms) == 0
+    files = [root / "b" / "seed0" / LORA for root in (lab.out, lab.out.with_name("out"))]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_arms_that_train_alike_share_the_training(lab):
+    arms = "a:\nb:\nb.evaluate: --strengths 0,0.5,1\nc: --lora_rank 3\n"
+    assert lab.run(arms, "--jobs", 2) == 0
+    trained = [name for program, name in lab.names() if program == "train.py"]
+    judged = [name for program, name in lab.names() if program == "evaluate.py"]
+    assert sorted(trained) == ["a/seed0", "c/seed0"]
+    assert sorted(judged) == ["a/seed0", "b/seed0", "c/seed0"]
+    arms = lab.results()["arms"]
+    assert arms["a"]["summary"]["PSNR"] == arms["b"]["summary"]["PSNR"]
+    assert arms["a"]["flags"]["lora_rank"] == "2" != arms["c"]["flags"]["lora_rank"]
+
+
+def test_jobs_share_the_cores(lab, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "6")
+    assert lab.run("a:\n", "--jobs", 3) == 0
+    assert lab.env["OMP_NUM_THREADS"] == "2"
+
+
+def test_the_programs_are_started(lab, monkeypatch, capsys):
+    """For real: what train.py says is in the log, and its last line in the sentence."""
+    monkeypatch.undo()
+    assert lab.run("a: --before_data_dir nowhere\n") == 1
+    log = lab.out / "a" / "seed0.log"
+    sentence = "Before images root doesn't exist: nowhere"
+    assert sentence in capsys.readouterr().err and sentence in log.read_text()
+    assert log.read_text().startswith(f"$ {ROOT / 'train.py'} ")
+    assert (lab.out / "table.md").exists() and not (lab.out / "sheet.png").exists()
+
+
+def test_an_interrupted_program_is_no_failure(tmp_path, monkeypatch):
+    ended = types.SimpleNamespace(returncode=-signal.SIGINT)
+    monkeypatch.setattr(ablate.subprocess, "run", lambda *a, **k: ended)
+    with pytest.raises(KeyboardInterrupt):
+        ablate.call("train.py", [], tmp_path / "log", None)
+
+
+# ---- figures -------------------------------------------------------------------------------------
+
+
+def evaluation(gap, between=(), samples=None):
+    value = lambda mean: {"mean": mean, "se": 0.01, "n": 2}  # noqa: E731
+    rows = [{"between": {"0.5": {"predicted": p, "fade": f}}} for p, f in between]
+    found = {"gap_closed": {"whole": value(gap)}, "predicted": {"psnr": value(20.0)},
+             "strengths": {"spearman": value(1.0)}, "per_pair": rows}  # fmt: skip
+    return found | ({"between": {}} | {"between": {"0.5": {}}} if rows else {}) | (samples or {})
+
+
+def test_figures_of_a_run(tmp_path):
+    rows = [{"kind": "train", "step": 10, "step_ms": 100.0}, {"kind": "eval", "step": 10}]
+    rows = [{"kind": "phase"}, *rows, {"kind": "train", "step": 15, "step_ms": 200.0}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    best = {"mean": 18.0, "se": 0.5, "n": 2}
+    some = {"samples": {"best_psnr": best, "red": {"distance": 0.2}, "area": {"distance": 0.4}}}
+    got = comparison.figures(evaluation(0.5, [(21.0, 20.0), (24.0, 20.0)], some), tmp_path)
+    assert got["training s"] == (2.0, None)
+    assert got["between"] == (22.5, pytest.approx(1.5)) and got["over fade"][0] == 2.5
+    assert got["best sample"] == (18.0, 0.5) and got["statistics"][0] == pytest.approx(0.3)
+    assert got["gap closed"] == (0.5, 0.01) and "inside" not in got
+    plain = comparison.figures(evaluation(0.5), tmp_path)
+    assert "between" not in plain and "statistics" not in plain
+
+
+def test_one_seed_has_the_error_of_its_pairs():
+    one, two = {"PSNR": (20.0, 0.3)}, {"PSNR": (22.0, 0.3)}
+    assert comparison.over_seeds([one])["PSNR"] == {"mean": 20.0, "se": 0.3, "n": 1}
+    assert comparison.over_seeds([one, two])["PSNR"] == {"mean": 21.0, "se": 1.0, "n": 2}
+    assert comparison.cell({"mean": -0.001, "se": None}, 2) == "0.00"
+
+
+def test_the_plot_shows_where_the_arms_are():
+    """The better arm's mark is to the right of the other's, in its own line."""
+    runs_of = {"low": {0: {"PSNR": (20.0, None)}}, "high": {0: {"PSNR": (25.0, None)}}}
+    summary = {name: comparison.over_seeds(list(each.values())) for name, each in runs_of.items()}
+    pixels = np.asarray(comparison.plot(summary, runs_of))
+    blue = (pixels == (0x1F, 0x5F, 0xA8)).all(-1)
+    rows = [blue[26 + 24 * i : 50 + 24 * i].nonzero()[1].mean() for i in (0, 1)]
+    assert rows[1] > rows[0] + 100
