@@ -90,7 +90,7 @@ ablate: $(READY) $(NEEDED) ## compare the arms of a file, a training each and se
 	$(PY) ablate.py $(call quote,$(F)) --seeds $(SEEDS) $(call flag,--out,$(OUT)) $(ARGS)
 
 data/scenes/%/.done: scenes/render.py Makefile $(READY)
-	$(PY) -m scenes.render --change $* --pairs 64 --seed 0 --out $(@D)/train
+	$(PY) -m scenes.render --change $* --pairs 64 --seed 0 --times 0.25,0.5,0.75 --out $(@D)/train
 	$(PY) -m scenes.render --change $* --pairs 32 --seed 1 --times 0.25,0.5,0.75 --outcomes 4 --out $(@D)/test
 	@touch $@
 
