@@ -28,7 +28,7 @@ SCENE_FLAGS := --instance_prompt "an aerial view of fields" --resolution 64 --tr
   --resume_from_checkpoint latest
 
 # make ablate F=FILE makes the scenes, and the base that has learnt nothing, that the file speaks of
-F      ?= experiments/objective.txt
+F      ?= experiments/objective_solar.txt
 SEEDS  ?= 0
 NEEDED  = $(addsuffix /.done,$(sort $(shell grep -oshE 'data/(scenes/[a-z]+|random_base)' $(call quote,$(F)))))
 

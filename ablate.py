@@ -1,6 +1,6 @@
 """Which flag makes it better? Arms of flags, each trained with several seeds and judged alike.
 
-    python ablate.py experiments/objective.txt --seeds 0 1 2 [--jobs 2] [--out DIR]
+    python ablate.py experiments/objective_solar.txt --seeds 0 1 2 [--jobs 2] [--out DIR]
 
 A line of the file is an arm; an indented line goes on with the one above; # begins a comment.
 
@@ -311,7 +311,7 @@ def ablate(path: Path, seeds: list[int], out: Path, workers: int) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="ablate.py", description=__doc__.split("\n")[0])
-    parser.add_argument("file", type=Path, help="the arms, such as experiments/objective.txt")
+    parser.add_argument("file", type=Path, help="the arms, such as experiments/objective_solar.txt")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="[0]")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time [1]")
     parser.add_argument(
