@@ -37,6 +37,7 @@ from measures import (
     summary,
 )
 from model.pipeline import Pipeline, decode, encode
+from report import write_report
 from runs import write_aside, write_json
 from sample import (
     add_common_flags,
@@ -351,6 +352,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_aside(out / "sheet.png", lambda aside: sheet.save(aside, format="PNG"))
         write_aside(out / "evaluation.md", lambda aside: aside.write_text(text, encoding="utf-8"))
         write_json(out / "evaluation.json", rounded(result))
+        run = Path(args.lora)
+        if out.resolve() == (run / "evaluation").resolve() and (run / "config.json").exists():
+            write_report(run)  # now with these figures
     except (ValueError, OSError) as error:
         return report("evaluate.py", error)
     print(text)

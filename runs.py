@@ -1,7 +1,7 @@
 """A run's folder: config, revision, metrics, pictures, checkpoints, summary.
 
     config.json  revision.json  metrics.jsonl  loss.png  samples/  checkpoint-250/
-    pytorch_lora_weights.safetensors  summary.json
+    pytorch_lora_weights.safetensors  summary.json  strengths/  report.html
 
 What must not be half there is written aside, flushed to the disk and renamed.
 """
@@ -151,12 +151,14 @@ class Run:
                 *self.folder.glob("checkpoint-*"),
                 *self.folder.glob(".*.tmp"),
                 self.folder / "samples",
+                self.folder / "strengths",
             ]:
                 _remove(old)
             for name in (
                 "metrics.jsonl",
                 "summary.json",
                 "loss.png",
+                "report.html",
                 "pytorch_lora_weights.safetensors",
             ):
                 _remove(self.folder / name)

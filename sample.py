@@ -23,10 +23,10 @@ from model.files import moved_note
 from model.objectives import OBJECTIVES, How, Knobs
 from model.pipeline import (
     Pipeline,
+    at_strengths,
     decode,
     encode,
     generate_latents,
-    keep_detail,
     load_pipeline,
     pick_device,
     pick_dtype,
@@ -120,44 +120,34 @@ def edit_pixels(
 ) -> list[Tensor]:
     """pixels (1, 3, H, W) with the change at each strength, each (3, H, W).
 
-    Strengths in [0, 1] of a LoRA that knows the two ends alone fade from one to the other: what
-    came first cannot be learnt from them, and at other multipliers the LoRA was never trained
-    (`args.between`). Sizes the autoencoder cannot take are padded and cropped back. `seed` stands
-    for args.seed.
+    Sizes the autoencoder cannot take are padded and cropped back. `seed` stands for args.seed.
     """
     f, (height, width) = pipe.vae.downscale, pixels.shape[2:]
     padded = F.pad(pixels, (0, -width % f, 0, -height % f), mode="replicate")
     z = encode(pipe.vae, padded)
-    seen = decode(pipe.vae, z)  # (1, 3, H, W)
-    before = padded if args.keep_detail else seen
     alone, with_guidance = pipe.predictors(prompt_of(args, pipe), args.guidance)
 
-    def edited(s: float) -> Tensor:
-        rng = torch.Generator().manual_seed(args.seed if seed is None else seed)  # for every s
+    def edit(s: float) -> Tensor:
         how = How(
             steps=args.steps,
             start=args.start,
             noise_level=args.noise_level,
             guided=with_guidance,
-            generator=rng,
             image_guidance=args.image_guidance,
+            generator=torch.Generator().manual_seed(args.seed if seed is None else seed),
             knobs=Knobs(**{k: pipe.meta[k] for k in Knobs._fields if k in pipe.meta}),
         )
         strength = torch.full((1,), s, device=z.device)
-        z_s = OBJECTIVES[objective].edit(alone, pipe.schedule, z, strength, how)
-        changed = decode(pipe.vae, z_s)  # (1, 3, H, W)
-        return keep_detail(padded, seen, changed) if args.keep_detail else changed
+        return OBJECTIVES[objective].edit(alone, pipe.schedule, z, strength, how)
 
-    fades = (args.between or states_between(pipe)) == "fade"
-    whole = edited(1.0) if fades and any(0 < s <= 1 for s in strengths) else before
-    results = [
-        torch.lerp(before, whole, s) if fades and 0 <= s <= 1 else edited(s) for s in strengths
-    ]
-    return [result[0, :, :height, :width] for result in results]
+    fade = (args.between or states_between(pipe)) == "fade"
+    detail = args.keep_detail
+    images = at_strengths(pipe.vae, padded, z, strengths, edit, fade=fade, detail=detail)
+    return [image[:, :height, :width] for image in images]
 
 
 def states_between(pipe: Pipeline) -> str:
-    """How this LoRA shows the states between before and after: see `edit_pixels`."""
+    """How this LoRA shows the states between before and after: see `at_strengths`."""
     return "lora" if pipe.meta.get("states", 2) > 2 else "fade"
 
 

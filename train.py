@@ -17,6 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -49,10 +50,10 @@ from model.objectives import (
 from model.optim import adamw, learning_rate
 from model.pipeline import (
     Context,
+    at_strengths,
     decode,
     generate_latents,
     guided_predictor,
-    keep_detail,
     pick_device,
     pick_dtype,
     predictor,
@@ -60,6 +61,7 @@ from model.pipeline import (
 )
 from model.schedule import Schedule
 from model.weights import load_scheduler_config, load_text, load_unet, load_vae
+from report import write_report
 from runs import Run, write_aside, write_json
 
 
@@ -92,6 +94,7 @@ def train(cfg: TrainConfig) -> Path:
     finally:
         torch.set_float32_matmul_precision(precision)
         run.finish(status, peak_mib=round(peak_mib(device), 1))
+    write_report(run.folder)
     return run.folder
 
 
@@ -215,24 +218,34 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
         save_lora(folder / LORA_FILE, unet=unet, text=text, metadata={**meta, "steps": done})
         save_state(folder, done, opt, scaler)
 
+    def ends(i: int) -> list[Tensor]:
+        """Before and after; one of --validation_images has no partner, and is a before image."""
+        return [gallery[i][side] for side in ("before", "after") if side in gallery[i]]
+
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")  # other shapes than the loop's: not worth compiling
+    def edited(i: int, strengths: list[float]) -> list[Image.Image]:
+        """What is shown i-th, with the change."""
+        predict, z = predictor(unet, context_of(told[i])), z_shown[i : i + 1, 0]  # (1, 4, h, w)
+
+        def edit(s: float) -> Tensor:
+            how = How(generator=seeded(cfg.seed, 2), knobs=knobs)
+            return objective.edit(predict, schedule, z, torch.full((1,), s, device=device), how)
+
+        pixels, fade = ends(i)[0][None], meta["states"] == 2
+        return [to_image(x) for x in at_strengths(vae, pixels, z, strengths, edit, fade=fade)]
+
+    @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")
     def show(done: int) -> None:
         """samples/STEP.png: before | generated | after, or images from the prompt."""
         if not cfg.num_validation_images:
             return
         vae.to(device)
         rows, columns, names = [], ["before", f"step {done}", "after"], [p.name for p in shown]
-        for i, said in enumerate(told):
-            item, z = gallery[i], z_shown[i : i + 1, 0]  # (1, 4, h, w)
-            how = How(generator=seeded(cfg.seed, 2), knobs=knobs)
-            predict = predictor(unet, context_of(said))
-            z_hat = objective.edit(predict, schedule, z, torch.ones(1, device=device), how)
-            # one of --validation_images has no partner, and is a before image
-            first, *rest = [item[side] for side in ("before", "after") if side in item]
-            drawn = keep_detail(first[None], decode(vae, z), decode(vae, z_hat))
-            images = [first, drawn[0], *rest]
-            rows.append([to_image(pixels) for pixels in images])
+        for i in range(len(shown)):
+            first, *rest = map(to_image, ends(i))
+            rows.append([first, *edited(i, [1.0]), *rest])
         if not shown:
             predict = guided_predictor(unet, context_of(prompt), context_of(""), 7.5)
             seeds = range(cfg.seed, cfg.seed + cfg.num_validation_images)
@@ -241,6 +254,21 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
             names = [f"{prompt}, step {done}"]
         vae.to("cpu")
         save_image(contact_sheet(rows, columns, names), run.folder / "samples" / f"{done:06d}.png")
+
+    def strengths(folder: Path) -> None:
+        """strengths/: what is shown first, at several strengths, for report.html."""
+        folder.mkdir()
+        vae.to(device)
+        values, images = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25], []
+        for i, pair in enumerate(shown[:3]):
+            files = dict(zip(("before", "after"), map(to_image, ends(i))))
+            files |= {f"{s:g}": image for s, image in zip(values, edited(i, values))}
+            for name, image in files.items():
+                image.save(folder / f"{i}-{name}.png")
+            sides = {name: f"{i}-{name}.png" for name in ("before", "after") if name in files}
+            images.append({"name": pair.name, "at": [f"{i}-{s:g}.png" for s in values], **sides})
+        vae.to("cpu")
+        write_json(folder / "strengths.json", {"strengths": values, "images": images})
 
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")
@@ -346,6 +374,8 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
         save_lora(aside, unet=unet, text=text, metadata={**meta, "steps": steps})
 
     write_aside(run.folder / LORA_FILE, result)
+    if shown:
+        write_aside(run.folder / "strengths", strengths)
 
 
 # ---- the step ------------------------------------------------------------------------------------
@@ -473,7 +503,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     print(f"LoRA      {folder / LORA_FILE}")
     print(f"pictures  {folder / 'samples'}")
-    print(f"loss      {folder / 'loss.png'}")
+    print(f"report    {folder / 'report.html'}")
     return 0
 
 

@@ -135,6 +135,34 @@ def keep_detail(before: Tensor, seen: Tensor, changed: Tensor, reach: float = 0.
     return changed + torch.exp(-((change / reach) ** 2)) * (before - seen)
 
 
+def at_strengths(
+    vae: VAE,
+    pixels: Tensor,
+    z: Tensor,
+    strengths: Sequence[float],
+    edit: Callable[[float], Tensor],
+    *,
+    fade: bool,
+    detail: bool = True,
+) -> list[Tensor]:
+    """pixels (1, 3, H, W), of latent z, with the change at each strength, each (3, H, W).
+
+    `edit(s)` gives the latent at strength s. With `fade`, what lies in [0, 1] is a cross-fade of
+    the image and its edit at 1, for a LoRA that knows the two ends alone: what came first cannot be
+    learnt from them, and at other multipliers it was never trained.
+    """
+    seen = decode(vae, z)  # (1, 3, H, W)
+    before = pixels if detail else seen
+
+    def edited(s: float) -> Tensor:
+        changed = decode(vae, edit(s))
+        return keep_detail(pixels, seen, changed) if detail else changed
+
+    whole = edited(1.0) if fade and any(0 < s <= 1 for s in strengths) else before
+    fades = [torch.lerp(before, whole, s) if fade and 0 <= s <= 1 else edited(s) for s in strengths]
+    return [image[0] for image in fades]
+
+
 @torch.no_grad()
 def generate_latents(
     predict: Predict,

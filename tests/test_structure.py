@@ -33,6 +33,7 @@ ARROWS = {
     "measures": [],
     "model.optim": [],
     "latents": ["data"],
+    "report": ["runs"],
     "model.unet": ["model.layers"],
     "model.vae": ["model.layers"],
     "model.lora_files": ["model.files", "model.lora", "model.text"],

@@ -383,7 +383,9 @@ def test_the_folder_of_a_run(config):
     names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     assert names == {
         "config.json", "revision.json", "metrics.jsonl", "loss.png", "summary.json", LORA,
-        "samples/000003.png", "samples/000006.png",
+        "samples/000003.png", "samples/000006.png", "report.html", "strengths/strengths.json",
+        *(f"strengths/{i}-{name}.png" for i in (0, 1)
+          for name in ("before", "0", "0.25", "0.5", "0.75", "1", "1.25", "after")),
         *(f"checkpoint-{step}/{name}" for step in (4, 6)
           for name in (LORA, "optimizer.safetensors", "state.json")),
     }  # fmt: skip

@@ -1,0 +1,235 @@
+"""report.html: a run to look at, in one file that asks no network for anything.
+
+    python report.py RUN            train.py and evaluate.py write it as well
+
+Its slider moves through pictures that train.py has made at the end (strengths/), one a strength:
+nothing is blended. Every text that comes from a file is escaped, and the page's own policy forbids
+the browser to load anything.
+"""
+
+import argparse
+import base64
+import io
+import json
+import sys
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from PIL import Image
+
+from runs import write_aside
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>
+body {{ font: 15px/1.5 sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
+h2 {{ font-size: 1.1rem; margin-top: 2.5rem }}
+table {{ border-collapse: collapse }}
+th, td {{ text-align: left; padding: .15rem 1rem .15rem 0; vertical-align: top }}
+td {{ overflow-wrap: anywhere }}
+th {{ font-weight: normal; color: #666 }}
+img {{ max-width: 100% }}
+.row {{ display: flex; gap: .5rem; margin: .5rem 0 }}
+.row figure {{ margin: 0; flex: 1; max-width: 16rem }}
+.row img {{ width: 100%; image-rendering: {rendering} }}
+figcaption, output {{ color: #666 }}
+input[type=range] {{ width: 60%; vertical-align: middle }}
+[hidden] {{ display: none }}
+</style>
+<h1>{title}</h1>
+{body}
+<script>
+for (const box of document.querySelectorAll(".slider")) {{
+  const range = box.querySelector("input"), output = box.querySelector("output");
+  const show = () => {{
+    for (const image of box.querySelectorAll("img[data-at]")) {{
+      image.hidden = image.dataset.at !== range.value;
+      if (!image.hidden) output.textContent = image.alt;
+    }}
+  }};
+  range.addEventListener("input", show);
+  show();
+}}
+</script>
+</html>
+"""
+
+
+def write_report(run: Path) -> Path:
+    """RUN/report.html from what is in the folder. ValueError or OSError names what is missing."""
+    config, summary = read(run / "config.json"), read(run / "summary.json", {})
+    pictures = read(run / "strengths" / "strengths.json", {})
+    sheets = sorted((run / "samples").glob("*.png"))
+    loss, judged = run / "loss.png", run / "evaluation" / "evaluation.json"
+    lora = run / "pytorch_lora_weights.safetensors"
+    parts = [rows(facts(config, summary))]
+    if pictures:
+        parts += ["<h2>Strength</h2>", strengths(run / "strengths", pictures)]
+    # what an earlier training of this folder was judged to be says nothing about this one
+    if judged.exists() and lora.exists() and judged.stat().st_mtime_ns > lora.stat().st_mtime_ns:
+        parts += ["<h2>Held-out pairs</h2>", evaluation(read(judged))]
+        if (sheet := judged.with_name("sheet.png")).exists():
+            parts.append(f"<details><summary>pictures</summary>{picture(sheet, 768)}</details>")
+    if loss.exists():
+        parts += ["<h2>Loss</h2>", picture(loss, 720)]
+    if sheets:
+        parts += ["<h2>On the way</h2>", sheet_slider(sheets)]
+    parts += [
+        "<h2>Config</h2>",
+        "<details><summary>every knob</summary>",
+        rows(config),
+        "</details>",
+    ]
+    small = all(max(Image.open(p).size) <= 128 for p in (run / "strengths").glob("*.png"))
+    page = PAGE.format(
+        title=escape(run.resolve().name),
+        rendering="pixelated" if small else "auto",
+        body="\n".join(parts),
+    )
+    path = run / "report.html"
+    write_aside(path, lambda aside: aside.write_text(page, encoding="utf-8"))
+    return path
+
+
+def read(path: Path, otherwise: dict | None = None) -> dict:
+    """A JSON object; `otherwise`, if given, where there is no such file."""
+    if otherwise is not None and not path.exists():
+        return otherwise
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+# ---- parts ---------------------------------------------------------------------------------------
+
+
+def facts(config: dict, summary: dict) -> dict:
+    """What a reader wants first, by title."""
+    seen = config.get("before_data_dir") or config.get("instance_data_dir")
+    held_out = summary.get("last_evaluation") or {}
+    found = {
+        "status": summary.get("status", "not finished"),
+        "objective": config.get("pair_objective"),
+        "base": config.get("pretrained_model_name_or_path"),
+        "images": seen,
+        "prompt": config.get("instance_prompt"),
+        "steps": summary.get("steps"),
+        "seconds": summary.get("seconds"),
+        "peak memory, MiB": summary.get("peak_mib"),
+        "held-out loss": held_out.get("loss"),
+    }
+    return {name: value for name, value in found.items() if value not in (None, "")}
+
+
+def rows(values: dict) -> str:
+    lines = (f"<tr><th>{escape(str(k))}<td>{escape(text(v))}" for k, v in values.items())
+    return f"<table>{''.join(lines)}</table>"
+
+
+def text(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def evaluation(result: dict) -> str:
+    """What evaluate.py found: the gap, and each figure beside copying and the ceiling."""
+    found = {f"gap closed ({k})": figure(v) for k, v in result["gap_closed"].items()}
+    if result.get("outside_over_ceiling") is not None:
+        found["squared error outside, over the ceiling's"] = f"{result['outside_over_ceiling']:.2f}"
+    found["Spearman of strength and progress"] = figure(result["strengths"]["spearman"])
+    found["pairs (± is the standard error over them)"] = result["pairs"]
+    kinds = ("copy", "predicted", "ceiling")
+    keys = [k for k in ("psnr", "psnr_inside", "psnr_outside", "ssim") if k in result["copy"]]
+    lines = [f"<tr><th><th>{'<th>'.join(('copy of the before', *kinds[1:]))}"]
+    for key in keys:
+        digits = 3 if key == "ssim" else 2
+        cells = "<td>".join(figure(result[kind][key], digits) for kind in kinds)
+        lines.append(f"<tr><th>{escape(key.replace('_', ' '))}<td>{cells}")
+    return f"{rows(found)}<table>{''.join(lines)}</table>"
+
+
+def figure(value: dict, digits: int = 3) -> str:
+    if value["mean"] is None:
+        return "-"
+    error = "" if value["se"] is None else f" ± {value['se']:.{digits}f}"
+    return f"{value['mean']:.{digits}f}{error}"
+
+
+def strengths(folder: Path, pictures: dict) -> str:
+    """before | at the slider's strength | after, a row per image, moved together."""
+    values = pictures["strengths"]
+    start = values.index(1.0) if 1.0 in values else len(values) - 1
+    lines = []
+    for image in pictures["images"]:
+        at = "".join(
+            picture(folder / name, alt=f"strength {s:g}", at=i, hidden=i != start)
+            for i, (s, name) in enumerate(zip(values, image["at"]))
+        )
+        ends = {side: picture(folder / image[side], alt=side) for side in ("before", "after")
+                if image.get(side)}  # fmt: skip
+        cells = {
+            "before": ends.get("before"),
+            escape(image["name"]): at,
+            "after": ends.get("after"),
+        }
+        shown = (f"<figure>{v}<figcaption>{k}</figcaption></figure>" for k, v in cells.items() if v)
+        lines.append(f'<div class="row">{"".join(shown)}</div>')
+    return slider(len(values), start, "strength", "".join(lines))
+
+
+def sheet_slider(sheets: Sequence[Path], most: int = 8) -> str:
+    """The validation sheets, by step: the last, and some before it, evenly spaced."""
+    k = min(most, len(sheets))
+    sheets = [sheets[(i + 1) * len(sheets) // k - 1] for i in range(k)]
+    images = [
+        picture(path, 768, alt=f"step {path.stem.lstrip('0')}", at=i, hidden=i != k - 1)
+        for i, path in enumerate(sheets)
+    ]
+    return slider(k, k - 1, "step", "".join(images))
+
+
+def slider(count: int, start: int, label: str, images: str) -> str:
+    return (
+        f'<div class="slider"><input type="range" min="0" max="{count - 1}" step="1" '
+        f'value="{start}" aria-label="{label}"> <output></output>{images}</div>'
+    )
+
+
+def picture(
+    path: Path, largest: int = 256, alt: str = "", at: int | None = None, hidden: bool = False
+) -> str:
+    """An <img> with the picture inside it, `largest` pixels at the most."""
+    image, data = Image.open(path).convert("RGB"), io.BytesIO()
+    image.thumbnail((largest, largest))
+    kind = "PNG" if max(image.size) <= 128 else "JPEG"  # JPEG smears what is this small
+    image.save(data, format=kind, **({"quality": 88} if kind == "JPEG" else {}))
+    code = base64.b64encode(data.getvalue()).decode()
+    place = "" if at is None else f' data-at="{at}"'
+    source = f"data:image/{kind.lower()};base64,{code}"
+    return f'<img alt="{escape(alt)}" src="{source}"{place}{" hidden" * hidden}>'
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="report.py", description=__doc__.split("\n")[0], allow_abbrev=False
+    )
+    parser.add_argument("run", type=Path, help="a run's folder")
+    args = parser.parse_args(argv)
+    try:
+        print(write_report(args.run))
+    except (ValueError, OSError) as error:
+        print(f"report.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
