@@ -39,6 +39,47 @@ def ssim(x: Tensor, y: Tensor) -> float:
     return (same / ((mu_x**2 + mu_y**2 + c_1) * (var_x + var_y + c_2))).mean().item()
 
 
+def perceived(x: Tensor, y: Tensor) -> float:
+    """Root mean squared difference of blurred copies: the mean over cells of 1, 2, 4 and 8 pixels.
+
+    A stand-in for LPIPS that needs no download: what is seen from afar counts as often as detail.
+    It is a metric, so a path is never shorter than the distance of its ends. Cells that do not fit
+    into the image are left out.
+    """
+    difference, errors = (x - y)[None], []
+    while True:
+        errors.append(difference.square().mean().sqrt())
+        if len(errors) == 4 or min(difference.shape[2:]) < 2:
+            return torch.stack(errors).mean().item()
+        difference = F.avg_pool2d(difference, 2)
+
+
+def structure(x: Tensor, y: Tensor) -> float:
+    """√(1 − SSIM): blind to slow gradients and to scale where `perceived` sees little else.
+
+    The root makes it a distance (Brunet et al. 2012, on the parts of SSIM): without it many small
+    steps would sum to almost nothing.
+    """
+    return math.sqrt(max(1 - ssim(x, y), 0.0))
+
+
+def path(gaps: Sequence[float], whole: float) -> dict:
+    """How even a sequence of frames is, from the distances of successive ones and of its ends.
+
+    ppl         Σ gaps / whole: 1 is the straight way. Perceptual path length (Karras et al. 2019,
+                section 4.1) as the morphing papers use it, but relative to the ends' distance
+    pdv         variance of the gaps, perceptual distance variance (DiffMorpher, arXiv 2312.07409)
+    unevenness  their standard deviation over their mean: pdv without the size of the change
+    Where nothing moves, ppl and unevenness are None.
+    """
+    mean, std = float(np.mean(gaps)), float(np.std(gaps))
+    return {
+        "ppl": sum(gaps) / whole if whole > 0 else None,
+        "pdv": std**2,
+        "unevenness": std / mean if mean > 0 else None,
+    }
+
+
 def cosine(x: Tensor, y: Tensor) -> float:
     """Of two differences of images; 0 where one of them is nothing."""
     length = (x.norm() * y.norm()).item()

@@ -1,7 +1,9 @@
-"""Use a base model and a LoRA: `generate` images from a prompt, `edit` new before images.
+"""Use a base model and a LoRA: `generate` images, `edit` new before images, `morph` a given pair.
 
     python sample.py generate --prompt "..." --out DIR [--lora RUN_OR_FILE --strength 1]
-    python sample.py edit --lora RUN_OR_FILE --input IMAGE_OR_DIR --strength 1 --out DIR
+    python sample.py edit --lora RUN_OR_FILE --input IMAGE_OR_DIR --strengths 0,0.5,1 --out DIR
+    python sample.py sweep --lora RUN_OR_FILE --input IMAGE_OR_DIR --sweep guidance=1,3,5 --out DIR
+    python sample.py morph --lora RUN_OR_FILE --before IMAGE --after IMAGE --frames 9 --out DIR
 
 Strength is one number everywhere: 0 = before, 1 = after, 0.5 = half way, negative = backwards.
 """
@@ -9,14 +11,14 @@ Strength is one number everywhere: 0 = before, 1 = after, 0.5 = half way, negati
 import argparse
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+import between
 from config import Parser, report
 from data import contact_sheet, find_images, load_image, to_image, to_tensor
 from model.files import moved_note
@@ -28,6 +30,7 @@ from model.pipeline import (
     encode,
     generate_latents,
     load_pipeline,
+    padded,
     pick_device,
     pick_dtype,
 )
@@ -109,24 +112,13 @@ def generate(args: argparse.Namespace) -> None:
     print(f"{args.num} images and sheet.png in {out}")
 
 
-@torch.no_grad()
-def edit_pixels(
-    pipe: Pipeline,
-    objective: str,
-    pixels: Tensor,
-    strengths: Sequence[float],
-    args: argparse.Namespace,
-    seed: int | None = None,
-) -> list[Tensor]:
-    """pixels (1, 3, H, W) with the change at each strength, each (3, H, W).
-
-    Sizes the autoencoder cannot take are padded and cropped back. `seed` stands for args.seed.
-    """
-    f, (height, width) = pipe.vae.downscale, pixels.shape[2:]
-    padded = F.pad(pixels, (0, -width % f, 0, -height % f), mode="replicate")
-    z = encode(pipe.vae, padded)
+def editor(
+    pipe: Pipeline, objective: str, z: Tensor, args: argparse.Namespace, seed: int | None = None
+) -> Callable[[float], Tensor]:
+    """`edit(s)`: the latent of z (1, 4, h, w) at strength s. `seed` stands for args.seed."""
     alone, with_guidance = pipe.predictors(prompt_of(args, pipe), args.guidance)
 
+    @torch.no_grad()
     def edit(s: float) -> Tensor:
         how = How(
             steps=args.steps,
@@ -140,9 +132,27 @@ def edit_pixels(
         strength = torch.full((1,), s, device=z.device)
         return OBJECTIVES[objective].edit(alone, pipe.schedule, z, strength, how)
 
-    fade = (args.between or states_between(pipe)) == "fade"
-    detail = args.keep_detail
-    images = at_strengths(pipe.vae, padded, z, strengths, edit, fade=fade, detail=detail)
+    return edit
+
+
+def edit_pixels(
+    pipe: Pipeline,
+    objective: str,
+    pixels: Tensor,
+    strengths: Sequence[float],
+    args: argparse.Namespace,
+    seed: int | None = None,
+) -> list[Tensor]:
+    """pixels (1, 3, H, W) with the change at each strength, each (3, H, W).
+
+    Sizes the autoencoder cannot take are padded and cropped back. `seed` stands for args.seed.
+    """
+    height, width = pixels.shape[2:]
+    pixels = padded(pipe.vae, pixels)
+    z = encode(pipe.vae, pixels)
+    edit = editor(pipe, objective, z, args, seed)
+    fade, detail = (args.between or states_between(pipe)) == "fade", args.keep_detail
+    images = at_strengths(pipe.vae, pixels, z, strengths, edit, fade=fade, detail=detail)
     return [image[:, :height, :width] for image in images]
 
 
@@ -167,7 +177,11 @@ def objective_of(args: argparse.Namespace, pipe: Pipeline) -> str:
 
 
 def edit(args: argparse.Namespace) -> None:
-    """One PNG per input and strength with the input's stem, and a contact sheet."""
+    """One PNG per input and strength with the input's stem, and a contact sheet.
+
+    Several --strengths also make a GIF and a strip of each input. Each value of --sweep is a row of
+    the sheet.
+    """
     source, out = Path(args.input), Path(args.out)
     if source.is_dir():
         files, root = find_images(source, "--input"), source
@@ -184,26 +198,75 @@ def edit(args: argparse.Namespace) -> None:
     if len(set(stems)) < len(stems):
         twice = next(stem for stem in stems if stems.count(stem) > 1)
         raise ValueError(f"--input {source} has two images of the stem {twice}")
+    settings = variants(args)
+    for _, _, how in settings:
+        check(how)
     for file in files:  # all of them before anything is written
         load_image(file)
 
     pipe = open_pipeline(args)
     objective = objective_of(args, pipe)
-    rows = []  # of the sheet
-    for file, stem in zip(tqdm(files, desc="edit", disable=None), stems):
-        image = load_image(file)
-        pixels = to_tensor(image)[None]  # (1, 3, H, W)
-        results = list(map(to_image, edit_pixels(pipe, objective, pixels, strengths, args)))
-        for s, result in zip(strengths, results):
-            suffix = "" if args.strengths is None else f"_s{s:g}"
-            path = out / f"{stem}{suffix}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            result.save(path)
-        if len(rows) < 64:
-            rows.append([image, *results])
     columns = ["before", *(f"strength {s:g}" for s in strengths)]
-    contact_sheet(rows, columns, [str(stem) for stem in stems]).save(out / "sheet.png")
-    print(f"{len(files) * len(strengths)} images and sheet.png in {out}")
+    rows, names, differs = [], [], False  # rows of the sheet
+    for file, stem in zip(tqdm(files, desc=args.command, disable=None), stems):
+        image = load_image(file)
+        pixels, first = to_tensor(image)[None], None  # (1, 3, H, W)
+        for label, tag, how in settings:
+            results = list(map(to_image, edit_pixels(pipe, objective, pixels, strengths, how)))
+            first = first or results
+            differs |= results != first
+            for s, result in zip(strengths, results):
+                suffix = "" if args.strengths is None and not tag else f"_s{s:g}"
+                path = out / f"{stem}{tag}{suffix}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                result.save(path)
+            if len(strengths) > 1 and not tag:
+                between.save_gif(results, out / f"{stem}.gif")
+                strip = contact_sheet([results], columns[1:], [str(stem)])
+                strip.save(out / f"{stem}_strip.png")
+            if len(rows) < 64:
+                rows.append([image, *results])
+                names.append(f"{stem} {label}".strip())
+    contact_sheet(rows, columns, names).save(out / "sheet.png")
+    if len(settings) > 1 and not differs:
+        warnings.warn(f"--sweep {args.sweep[0]} changes nothing for {objective}", stacklevel=2)
+    print(f"{len(files) * len(settings) * len(strengths)} images and sheet.png in {out}")
+
+
+def variants(args: argparse.Namespace) -> list[tuple[str, str, argparse.Namespace]]:
+    """(label, part of the file name, flags) for each value of --sweep; without it, one of no name.
+
+    Prompts are numbered in the file names.
+    """
+    if args.command != "sweep":
+        return [("", "", args)]
+    name, values = args.sweep
+    texts = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
+    tags = [str(i) if name == "prompt" else text for i, text in enumerate(texts)]
+    return [
+        (f"{name} {text}", f"_{name}{tag}", argparse.Namespace(**{**vars(args), name: value}))
+        for value, text, tag in zip(values, texts, tags)
+    ]
+
+
+def morph(args: argparse.Namespace) -> None:
+    """Numbered frames from --before to --after, morph.gif, strip.png, and morph.json."""
+    between.check(args)
+    ends = between.open_ends(args.before, args.after, args.resolution, Path(args.out))
+    pipe = open_pipeline(args)
+
+    def edit(pipe: Pipeline, z: Tensor, s: Tensor) -> Tensor:
+        at = editor(pipe, objective_of(args, pipe), z, args)
+        return torch.cat([at(one) for one in s.tolist()])
+
+    numbers = between.morph(pipe, prompt_of(args, pipe), ends, edit, args)
+    psnr, even = numbers["psnr"], numbers["distances"]["perceived"]
+    print(
+        f"{args.frames} frames by {numbers['method']} in {args.out}: the ends at "
+        f"{psnr['before']:.1f} and {psnr['after']:.1f} dB, unevenness of the steps "
+        f"{even['morph']['unevenness'] or 0:.3f}, of a plain latent interpolation "
+        f"{even['blend']['unevenness'] or 0:.3f}"
+    )
 
 
 def numbers(text: str) -> list[float]:
@@ -216,6 +279,28 @@ def numbers(text: str) -> list[float]:
         wanted = "numbers with commas between them"
         raise argparse.ArgumentTypeError(f"{wanted} were wanted, such as 0,0.5,1, got {text!r}")
     return values
+
+
+SWEPT = {
+    "guidance": float, "image_guidance": float, "noise_level": float, "start": str, "steps": int,
+    "seed": int, "prompt": str,
+}  # fmt: skip
+
+
+def sweeping(text: str) -> tuple[str, list]:
+    """ "guidance=1,3" -> ("guidance", [1.0, 3.0]); prompts have | between them."""
+    name, _, values = text.partition("=")
+    parts = values.split("|" if name == "prompt" else ",")
+    try:
+        made = [SWEPT[name](part) for part in parts]
+    except (KeyError, ValueError):
+        made = []
+    if name == "start" and not set(made) <= {"invert", "noise"}:
+        made = []
+    if not made or len(set(made)) < len(made):
+        wanted = f"one of {', '.join(SWEPT)} with different values"
+        raise argparse.ArgumentTypeError(f"{wanted} was wanted, such as steps=5,30, got {text!r}")
+    return name, made
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
@@ -264,9 +349,12 @@ def add_edit_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+COMMANDS = {"generate": generate, "edit": edit, "sweep": edit, "morph": morph}
+
+
 def make_parser() -> Parser:
     parser = Parser(prog="sample.py", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True, metavar="generate|edit")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
     common = Parser(add_help=False)
     add_common_flags(common)
     common.add_argument("--strength", type=float, default=1.0, help="0 = before, 1 = after [1]")
@@ -281,11 +369,22 @@ def make_parser() -> Parser:
     make.add_argument("--sampler", choices=list(SAMPLERS), default="ddim", help="[ddim]")
 
     change = commands.add_parser("edit", parents=[common], help="before images -> with the change")
-    add_edit_flags(change)
-    change.add_argument("--input", required=True, metavar="IMAGE_OR_DIR", help="before images")
-    change.add_argument(
-        "--strengths", type=numbers, metavar="0,0.5,1", help="several, instead of --strength"
-    )
+    grid = commands.add_parser("sweep", parents=[common], help="edit: strengths x another knob")
+    for sub in (change, grid):
+        add_edit_flags(sub)
+        sub.add_argument("--input", required=True, metavar="IMAGE_OR_DIR", help="before images")
+        sub.add_argument(
+            "--strengths", type=numbers, metavar="0,0.5,1", help="several, instead of --strength"
+        )
+    grid.add_argument(
+        "--sweep", required=True, type=sweeping, metavar="KNOB=VALUES",
+        help=f"one of {', '.join(SWEPT)}: guidance=1,3,5 or 'prompt=a farm|a town'",
+    )  # fmt: skip
+
+    states = commands.add_parser("morph", help="the states between a given before and after")
+    add_common_flags(states)
+    between.add_flags(states)
+    states.set_defaults(guidance=1.0, image_guidance=1.0, start="invert", strength=1.0)
     return parser
 
 
@@ -293,10 +392,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     warnings.showwarning = lambda message, *rest: print(f"warning: {message}")
     try:
-        if args.command == "edit" and args.lora is None:
-            raise ValueError("edit needs --lora: a run's folder or a LoRA file")
+        if args.command in ("edit", "sweep") and args.lora is None:
+            raise ValueError(f"{args.command} needs --lora: a run's folder or a LoRA file")
         check(args)
-        {"generate": generate, "edit": edit}[args.command](args)
+        COMMANDS[args.command](args)
     except (ValueError, OSError) as error:
         return report("sample.py", error)
     return 0

@@ -107,6 +107,12 @@ def guided_predictor(unet: UNet, ctx: Context, uncond: Context, scale: float) ->
 # ---- latents -------------------------------------------------------------------------------------
 
 
+def padded(vae: VAE, pixels: Tensor) -> Tensor:
+    """pixels (b, 3, H, W), grown at the right and at the bottom to a size the autoencoder takes."""
+    f, (height, width) = vae.downscale, pixels.shape[2:]
+    return F.pad(pixels, (0, -width % f, 0, -height % f), mode="replicate")
+
+
 @torch.no_grad()
 def encode(vae: VAE, pixels: Tensor) -> Tensor:
     """pixels (b, 3, H, W) in [-1, 1] -> scaled posterior mean (b, 4, h, w) fp32."""

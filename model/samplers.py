@@ -130,7 +130,13 @@ def ddim(
 
 
 def ddim_invert(
-    predict: Predict, x_0: Tensor, schedule: Schedule, steps: int, *, start: int = 0
+    predict: Predict,
+    x_0: Tensor,
+    schedule: Schedule,
+    steps: int,
+    *,
+    start: int = 0,
+    refine: int = 0,
 ) -> Tensor:
     """DDIM run backwards: the latent from which `ddim` at the same steps returns to x_0.
 
@@ -145,7 +151,12 @@ def ddim_invert(
         now = min(t - stride, schedule.num_steps - 1)
         a_now, a_next = _alpha(schedule, now), _alpha(schedule, t)
         eps, clean = _split_at(schedule, predict(x, _batch(t, x)), x, a_now)
-        x = a_next**0.5 * _clip(clean, schedule) + (1 - a_next) ** 0.5 * eps
+        y = a_next**0.5 * _clip(clean, schedule) + (1 - a_next) ** 0.5 * eps
+        for _ in range(refine):
+            eps, _ = _split_at(schedule, predict(y, _batch(t, y)), y, a_next)
+            clean = (x - (1 - a_now) ** 0.5 * eps) / a_now**0.5  # the step that leads from y to x
+            y = a_next**0.5 * _clip(clean, schedule) + (1 - a_next) ** 0.5 * eps
+        x = y
     return x
 
 

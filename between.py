@@ -1,0 +1,208 @@
+"""`sample.py morph`: a given before and after image to frames, a loop, a strip and numbers.
+
+The paths are in `model/morph.py`. This is the part with files: the ends are looked at before
+anything is loaded, and what is measured are the frames as they were saved.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from data import MAX_ASPECT, aspect_gap, by, contact_sheet, load_image, to_image, to_tensor
+from measures import mse, path, perceived, psnr, structure
+from model.lora_files import load_lora
+from model.morph import States, blended, fit, inverted, renderer, respaced, steps_between
+from model.pipeline import Pipeline, encode, padded
+from runs import write_json
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """What `morph` has beside the flags of every use of a LoRA."""
+    add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    add("--before", required=True, metavar="IMAGE", help="the first frame")
+    add("--after", required=True, metavar="IMAGE", help="the last frame")
+    add("--frames", type=int, default=9, help="with both ends [9]")
+    add("--resolution", type=int, help="short side in pixels [the after image's]")
+    add(
+        "--method", choices=["direct", "invert", "blend"],
+        help="the LoRA's edit of the before image; DDIM inversion of both ends and the arc between "
+        "their noises; plain latent interpolation [direct for a LoRA of delta, else invert]",
+    )  # fmt: skip
+    add("--objective", help="[what the LoRA's header says]")
+    add(
+        "--lora_after", metavar="RUN_OR_FILE", help="--lora is the before image's, this the after's"
+    )
+    add("--fit_steps", type=int, default=0, help="first fit a LoRA to this one pair [0]")
+    add("--fit_lr", type=float, default=1e-3, help="its learning rate [1e-3]")
+    add("--fit_rank", type=int, default=16, help="its rank [16]")
+    add("--noise_level", type=float, default=1.0, help="how far the inversion goes, 0..1 [1]")
+    add("--adain", action=switch, default=True, help="invert: channel statistics between the ends'")
+    add("--attention", action=switch, default=True, help="invert: keys and values of both ends")
+    add("--respace", action=switch, default=True, help="frames at equal perceived distances")
+    add("--correct", action=switch, default=True, help="the end frames are the given images")
+
+
+def check(args: argparse.Namespace) -> None:
+    """ValueError naming the flag that is wrong by itself or beside the others."""
+    if not 2 <= args.frames <= 1000:
+        raise ValueError(f"--frames must be between 2 and 1000, got {args.frames}")
+    for name, least in (("resolution", 8), ("fit_steps", 0), ("fit_rank", 1)):
+        if (value := getattr(args, name)) is not None and value < least:
+            raise ValueError(f"--{name} must be at least {least}, got {value}")
+    if not 0 < args.fit_lr < 1:
+        raise ValueError(f"--fit_lr must be between 0 and 1, got {args.fit_lr}")
+    if args.fit_steps and args.lora:
+        raise ValueError("--fit_steps fits a LoRA where none is given, and --lora gives one")
+    if args.lora_after and not args.lora:
+        raise ValueError("--lora_after is for the after image: give the before image's as --lora")
+    if args.method == "direct" and (args.lora_after or not (args.lora or args.fit_steps)):
+        raise ValueError("--method direct needs one LoRA: --lora alone, or --fit_steps")
+
+
+def open_ends(
+    before: str, after: str, resolution: int | None, out: Path
+) -> tuple[Image.Image, Image.Image]:
+    """Both images at the after image's size, or with `resolution` pixels on the short side."""
+    for flag, file in (("--before", before), ("--after", after)):
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"{flag} {file} is no file")
+        if Path(file).resolve().parent == out.resolve():
+            raise ValueError(f"--out {out} is the folder of {flag}; frames could replace it")
+    a, b = load_image(before), load_image(after)
+    if (gap := aspect_gap(a.size, b.size)) > MAX_ASPECT:
+        raise ValueError(
+            f"--before is {by(a.size)}, --after is {by(b.size)}; their aspect ratios differ by "
+            f"{gap:.1%}, wanted the same frame (at most {MAX_ASPECT:.0%})"
+        )
+    size = b.size
+    if resolution is not None:
+        size = tuple(round(side * resolution / min(b.size)) for side in b.size)
+    a, b = (x if x.size == size else x.resize(size, Image.Resampling.BILINEAR) for x in (a, b))
+    return a, b
+
+
+@torch.no_grad()
+def morph(
+    pipe: Pipeline,
+    prompt: str,
+    ends: Sequence[Image.Image],
+    edit: Callable[[Pipeline, Tensor, Tensor], Tensor],
+    args: argparse.Namespace,
+) -> dict:
+    """Write the frames and what shows them; returns what morph.json holds.
+
+    `edit(pipe, z, s)` is the LoRA's own edit of z (1, 4, h, w) at strengths s (n,).
+    """
+    pixels = torch.stack([to_tensor(image) for image in ends])  # (2, 3, H, W)
+    z = encode(pipe.vae, padded(pipe.vae, pixels))  # (2, 4, h, w)
+    pipe, method = adapted(pipe, prompt, z, args)
+
+    def multiplier(s: Tensor) -> Tensor:
+        two = pipe.meta.get("adapters") == 2
+        return torch.stack([1 - s, s], dim=1) if two else pipe.multiplier(s)
+
+    def states() -> States:
+        if method == "blend":
+            return blended(z)
+        if method == "direct":
+            return lambda s: edit(pipe, z[:1], s)
+        return inverted(
+            pipe.predictors(prompt, 1.0)[0],
+            pipe.unet,
+            pipe.schedule,
+            z,
+            multiplier,
+            steps=args.steps,
+            start=min(max(round((1 - args.noise_level) * args.steps), 0), args.steps - 1),
+            statistics=args.adain,
+            attention=args.attention,
+        )
+
+    render, own = renderer(pipe, states(), z, pixels, args.correct)
+    distance = lambda x, y: perceived(seen(x), seen(y))  # noqa: E731
+    rounds = 6 if args.respace else 0
+    s, frames = respaced(render, args.frames, distance, rounds=rounds, device=z.device)
+    plain, _ = renderer(pipe, blended(z), z, pixels, correct=False)
+    blend = plain(torch.linspace(0, 1, args.frames, device=z.device))
+
+    out, images = Path(args.out), [to_image(frame) for frame in frames]
+    out.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+        image.save(out / f"{i:03d}.png")
+    save_gif(images, out / "morph.gif")
+    titles = [f"{one:.3f}" for one in s.tolist()]
+    contact_sheet([images], titles, [f"strengths, {method}"]).save(out / "strip.png")
+    numbers = {
+        "before": args.before,
+        "after": args.after,
+        "base": pipe.base,
+        "lora": args.lora,
+        "lora_after": args.lora_after,
+        "method": method,
+        "flags": {name: getattr(args, name) for name in
+                  ("steps", "noise_level", "adain", "attention", "respace", "correct", "seed",
+                   "fit_steps", "fit_lr", "fit_rank")},
+        "strengths": s.tolist(),
+        "psnr": end_psnr(frames, pixels),
+        "psnr_uncorrected": end_psnr(own, pixels),
+        "distances": {"perceived": {}, "structure": {}},
+    }  # fmt: skip
+    for name, shown in (("morph", frames), ("blend", blend)):
+        shown = [seen(x) for x in shown]
+        for kind, far in (("perceived", perceived), ("structure", structure)):
+            if kind == "perceived" or min(ends[0].size) >= 11:  # ssim's window
+                gaps = steps_between(shown, far)
+                even = path(gaps, far(shown[0], shown[-1]))
+                numbers["distances"][kind][name] = {**even, "steps": gaps}
+    write_json(out / "morph.json", numbers)
+    return numbers
+
+
+def adapted(
+    pipe: Pipeline, prompt: str, z: Tensor, args: argparse.Namespace
+) -> tuple[Pipeline, str]:
+    """The pipeline with --lora_after or the fit on it, and the method. z (2, 4, h, w)."""
+    method = args.method
+    if args.fit_steps:
+        method = method or "invert"
+        if method != "blend":
+            with torch.enable_grad():
+                pipe = fit(
+                    pipe,
+                    prompt,
+                    z,
+                    delta=method == "direct",
+                    steps=args.fit_steps,
+                    rank=args.fit_rank,
+                    lr=args.fit_lr,
+                    seed=args.seed,
+                )
+    elif args.lora_after:
+        load_lora(args.lora_after, unet=pipe.unet, text=pipe.text)
+        if getattr(getattr(pipe.text.model, "lora_adapters", None), "count", 2) != 2:
+            raise ValueError("--lora and --lora_after must both adapt the text encoder, or neither")
+        pipe.meta["adapters"] = 2
+    elif method is None:
+        objective = args.objective or pipe.meta.get("objective")
+        return pipe, "direct" if objective == "delta" else "invert"
+    return pipe, method or "invert"
+
+
+def seen(pixels: Tensor) -> Tensor:
+    """(3, H, W) in [-1, 1] -> what the saved picture holds, in [0, 1] float64."""
+    return (to_tensor(to_image(pixels)).double() + 1) / 2
+
+
+def end_psnr(frames: Tensor, pixels: Tensor) -> dict[str, float]:
+    """Of the first and the last frame against the given ends (2, 3, H, W)."""
+    pairs = zip(("before", "after"), (frames[0], frames[-1]), pixels)
+    return {name: psnr(mse(seen(frame), seen(given))) for name, frame, given in pairs}
+
+
+def save_gif(images: Sequence[Image.Image], file: Path) -> None:
+    """A loop of ten frames a second."""
+    images[0].save(file, save_all=True, append_images=images[1:], duration=100, loop=0)

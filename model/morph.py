@@ -1,0 +1,266 @@
+"""States between a given before and after: a path of latents, its correction, its spacing.
+
+    z          latents of the two ends, (2, 4, h, w), scaled
+    s          strengths, (n,): 0 = before, 1 = after
+    states     s -> latents (n, 4, h, w); `inverted`, `blended`, or an edit of the before image
+
+A path alone need not meet its ends and need not move evenly: `renderer` mends the first, `respaced`
+the second. `fit` makes a LoRA of the one pair where none was trained on others.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from model.draws import draw, seeded
+from model.lora import inject, lora_layers
+from model.memory import flatten
+from model.objectives import OBJECTIVES, Draws, Knobs, Predict, noise_loss, twice
+from model.optim import adamw
+from model.pipeline import Pipeline, decode
+from model.samplers import ddim, ddim_invert
+from model.schedule import Schedule
+
+States = Callable[[Tensor], Tensor]
+Render = Callable[[Tensor], Tensor]
+
+# ---- between two latents -------------------------------------------------------------------------
+
+
+def slerp(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
+    """The arc from x to y, each (1, 4, h, w), at s (n,) -> (n, 4, h, w); computed in float64.
+
+    sin((1−s)θ)/sin θ · x + sin(sθ)/sin θ · y, θ the angle between them (Shoemake 1985): between
+    two noises a straight line would pass through one of less variance.
+    """
+    u, v, w = x.double(), y.double(), s.double().view(-1, 1, 1, 1)
+    theta = F.cosine_similarity(u.flatten(), v.flatten(), dim=0).clamp(-1, 1).acos()
+    if theta.sin() < 1e-6:  # parallel: the arc is the line; opposite: there is no one arc
+        return torch.lerp(u, v, w).to(x.dtype)
+    arc = ((1 - w) * theta).sin() * u + (w * theta).sin() * v
+    return (arc / theta.sin()).to(x.dtype)
+
+
+def adain(x: Tensor, x_a: Tensor, x_b: Tensor, s: Tensor) -> Tensor:
+    """x (n, 4, h, w) with each channel's mean and deviation at s between those of the ends.
+
+    σ_s (x − μ(x)) / σ(x) + μ_s (Huang & Belongie 2017, arXiv 1703.06868, eq. 8), with μ_s and σ_s
+    interpolated linearly as in DiffMorpher (Zhang et al. 2023, arXiv 2312.07409).
+    """
+
+    def statistics(y: Tensor) -> Tensor:
+        return torch.stack([y.mean((2, 3), keepdim=True), y.std((2, 3), keepdim=True)])
+
+    mean, std = statistics(x)  # (n, 4, 1, 1)
+    w = s.to(x.dtype).view(-1, 1, 1, 1)
+    mean_s, std_s = (1 - w) * statistics(x_a) + w * statistics(x_b)
+    return std_s * (x - mean) / std.clamp(min=1e-6) + mean_s
+
+
+@contextmanager
+def mixed_attention(unet: nn.Module, s: Tensor) -> Iterator[None]:
+    """Every self-attention reads the first and the last image of the batch, mixed by s (b,).
+
+    K_s = (1 − s) K_first + s K_last, and V alike (DiffMorpher). With s = 0 in the first
+    row and 1 in the last, those two attend to themselves as ever: the ends' own trajectories go
+    along in the batch, and nothing has to be stored between the steps.
+    """
+    w = s.view(-1, 1, 1)
+
+    def mix(layer: nn.Module, inputs: tuple, y: Tensor) -> Tensor:  # y (b, tokens, c)
+        return ((1 - w) * y[:1] + w * y[-1:]).to(y.dtype)
+
+    blocks = [m for name, m in unet.named_modules() if name.endswith("attn1")]
+    hooks = [p.register_forward_hook(mix) for block in blocks for p in (block.to_k, block.to_v)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# ---- paths ---------------------------------------------------------------------------------------
+
+
+def inverted(
+    predict: Predict,
+    unet: nn.Module,
+    schedule: Schedule,
+    z: Tensor,
+    multiplier: Callable[[Tensor], Tensor],
+    *,
+    steps: int,
+    start: int = 0,
+    statistics: bool = True,
+    attention: bool = True,
+    chunk: int = 8,
+) -> States:
+    """Both ends to noise by DDIM inversion, the arc between the two noises, and back.
+
+    The manner of DiffMorpher. `multiplier` gives for s (n,) the LoRA's multipliers, (n,) or one
+    column for each of several adapters, (n, k): their products B A are what is interpolated. The
+    ends are inverted with the multipliers they are sampled with. `chunk` frames go through the UNet
+    at once.
+    """
+    ends = torch.tensor([0.0, 1.0], device=z.device)
+    m_ends = multiplier(ends)
+    x_a, x_b = ddim_invert(
+        lambda x_t, t: predict(x_t, t, m_ends),
+        z,
+        schedule,
+        steps,
+        start=start,
+        refine=3,
+    ).split(1)
+
+    def some(s: Tensor) -> Tensor:
+        s = torch.cat([ends[:1], s, ends[1:]])
+        x, m = slerp(x_a, x_b, s), multiplier(s)
+        if statistics:
+            x = adain(x, x_a, x_b, s)
+
+        def e(x_t: Tensor, t: Tensor) -> Tensor:
+            with mixed_attention(unet, s) if attention else nullcontext():
+                return predict(x_t, t, m)
+
+        return ddim(e, x, schedule, steps, start=start)[1:-1]
+
+    return lambda s: torch.cat([some(part) for part in s.split(chunk)])
+
+
+def blended(z: Tensor) -> States:
+    """(1 − s) z_before + s z_after: plain latent interpolation, the baseline."""
+    return lambda s: torch.lerp(z[:1], z[1:], s.view(-1, 1, 1, 1))
+
+
+# ---- from a path to frames -----------------------------------------------------------------------
+
+
+def renderer(
+    pipe: Pipeline, states: States, z: Tensor, pixels: Tensor, correct: bool = True
+) -> tuple[Render, Tensor]:
+    """(s (n,) -> frames (n, 3, H, W), the path's own two ends (2, 3, H, W)), all in [-1, 1].
+
+    z (2, 4, h, w) and pixels (2, 3, H, W) are the given ends. What the path misses of them is added
+    back, faded out linearly along the way: z(s) + (1−s)(z[0] − z(0)) + s(z[1] − z(1)) in the
+    latents, then in the pixels what the autoencoder loses. The first and the last frame are then
+    the given images. Latents larger than the pixels need (padding) are cut to them.
+    """
+    height, width = pixels.shape[2:]
+    picture = lambda latents: decode(pipe.vae, latents)[..., :height, :width]  # noqa: E731
+    z_missed = z - states(torch.tensor([0.0, 1.0], device=z.device))
+    own = picture(z - z_missed)  # (2, 3, H, W)
+    if not correct:
+        return lambda s: picture(states(s)).clamp(-1, 1), own
+    missed = pixels - picture(z)
+
+    def faded(two: Tensor, s: Tensor) -> Tensor:
+        return torch.lerp(two[:1], two[1:], s.to(two.device).view(-1, 1, 1, 1))
+
+    def render(s: Tensor) -> Tensor:
+        frames = picture(states(s) + faded(z_missed, s)) + faded(missed, s)
+        return frames.clamp(-1, 1)
+
+    return render, own
+
+
+def steps_between(frames: Tensor, distance: Callable[[Tensor, Tensor], float]) -> list[float]:
+    """The distance of each frame from the one before it, n − 1 of them."""
+    return [distance(x, y) for x, y in pairwise(frames)]
+
+
+def respace(s: Tensor, gaps: list[float]) -> Tensor:
+    """New strengths (n,): where equal shares of the way are done, by gaps (n − 1,) between the old.
+
+    The length of the way is linear between two of the old strengths.
+    """
+    gone = np.concatenate([[0.0], np.cumsum(gaps)])
+    if gone[-1] == 0:  # nothing moves
+        return s
+    share = np.linspace(0, 1, len(s))
+    return torch.from_numpy(np.interp(share, gone / gone[-1], s.double().cpu())).to(s)
+
+
+def respaced(
+    render: Render,
+    n: int,
+    distance: Callable[[Tensor, Tensor], float],
+    *,
+    rounds: int,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, Tensor]:
+    """n strengths and their frames, evenly spaced in s, then `rounds` times by what is seen.
+
+    Every round renders anew at strengths that the last frames say are equally far apart; the most
+    even of all is kept (least variance of the steps over their mean).
+    """
+    s = torch.linspace(0, 1, n, device=device)
+    best, best_s, best_frames = float("inf"), s, None
+    for _ in range(rounds + 1):
+        frames = render(s)
+        gaps = steps_between(frames, distance)
+        uneven = float(np.std(gaps) / max(np.mean(gaps), 1e-12))
+        if uneven < best:
+            best, best_s, best_frames = uneven, s, frames
+        if uneven < 0.005:
+            break
+        s = respace(s, gaps)
+    return best_s, best_frames
+
+
+# ---- a LoRA of the one pair ----------------------------------------------------------------------
+
+
+def fit(
+    pipe: Pipeline,
+    prompt: str,
+    z: Tensor,
+    *,
+    delta: bool,
+    steps: int,
+    rank: int,
+    lr: float,
+    seed: int,
+) -> Pipeline:
+    """The pipeline with a LoRA (attn, ff) fitted to this pair; its losses fall, or it was in vain.
+
+    For the inverted path two adapters, one an image, as in DiffMorpher: ½‖e_a(x_t^a) − ε‖² +
+    ½‖e_b(x_t^b) − ε‖² with the same ε and t. For the direct path (`delta`) one:
+    ‖D_1(z[0]) − z[1]‖².
+    """
+    for k in range(1 if delta else 2):
+        inject(pipe.unet, "attn,ff", rank, generator=seeded(seed, k))
+    layers = lora_layers(pipe.unet).values()
+    flat = flatten([p for layer in layers for p in (layer.lora_A, layer.lora_B)])
+    opt = adamw(flat, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2)
+    predict, _ = pipe.predictors(prompt, 1.0)
+    schedule, device, knobs = pipe.schedule, z.device, Knobs()
+    one, each = torch.ones(1, device=device), torch.eye(2, device=device)
+    bar = tqdm(range(steps), desc="fit", unit="step", disable=None)
+    for step in bar:
+        size = {"pairs": 1, "views": 1, "shape": z.shape[1:], "num_steps": schedule.num_steps}
+        pick, _ = draw(seed, step, 1, **size)
+        draws = Draws(pick.eps.to(device), pick.t.to(device))
+        if delta:
+            error = OBJECTIVES["delta"].loss(predict, schedule, z[:1], z[1:], one, draws, knobs)
+        else:
+            error = noise_loss(predict, schedule, z, each, twice(draws), knobs)
+        loss = error.mean()
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"--fit_lr {lr:g}: the loss of the fit is {loss.item()} at step {step}"
+            )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([flat], 1.0)
+        opt.step()
+        flat.grad.zero_()
+        bar.set_postfix(loss=f"{loss.item():.4f}")
+    meta = {"objective": "delta"} if delta else {"adapters": 2}
+    return replace(pipe, meta=pipe.meta | meta)
