@@ -37,8 +37,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--lora_after", metavar="RUN_OR_FILE", help="--lora is the before image's, this the after's"
     )
     add("--fit_steps", type=int, default=0, help="first fit a LoRA to this one pair [0]")
-    add("--fit_lr", type=float, default=1e-3, help="its learning rate [1e-3]")
-    add("--fit_rank", type=int, default=16, help="its rank [16]")
+    add("--learning_rate", type=float, default=1e-3, help="its learning rate [1e-3]")
+    add("--lora_rank", type=int, default=16, help="its rank [16]")
     add("--noise_level", type=float, default=1.0, help="how far the inversion goes, 0..1 [1]")
     add("--adain", action=switch, default=True, help="invert: channel statistics between the ends'")
     add("--attention", action=switch, default=True, help="invert: keys and values of both ends")
@@ -50,11 +50,11 @@ def check(args: argparse.Namespace) -> None:
     """ValueError naming the flag that is wrong by itself or beside the others."""
     if not 2 <= args.frames <= 1000:
         raise ValueError(f"--frames must be between 2 and 1000, got {args.frames}")
-    for name, least in (("resolution", 8), ("fit_steps", 0), ("fit_rank", 1)):
+    for name, least in (("resolution", 8), ("fit_steps", 0), ("lora_rank", 1)):
         if (value := getattr(args, name)) is not None and value < least:
             raise ValueError(f"--{name} must be at least {least}, got {value}")
-    if not 0 < args.fit_lr < 1:
-        raise ValueError(f"--fit_lr must be between 0 and 1, got {args.fit_lr}")
+    if not 0 < args.learning_rate < 1:
+        raise ValueError(f"--learning_rate must be between 0 and 1, got {args.learning_rate}")
     if args.fit_steps and args.lora:
         raise ValueError("--fit_steps fits a LoRA where none is given, and --lora gives one")
     if args.lora_after and not args.lora:
@@ -124,7 +124,7 @@ def morph(
 
     render, own = renderer(pipe, states(), z, pixels, args.correct)
     distance = lambda x, y: perceived(seen(x), seen(y))  # noqa: E731
-    rounds = 6 if args.respace else 0
+    rounds = 5 if args.respace else 0
     s, frames = respaced(render, args.frames, distance, rounds=rounds, device=z.device)
     plain, _ = renderer(pipe, blended(z), z, pixels, correct=False)
     blend = plain(torch.linspace(0, 1, args.frames, device=z.device))
@@ -145,7 +145,7 @@ def morph(
         "method": method,
         "flags": {name: getattr(args, name) for name in
                   ("steps", "noise_level", "adain", "attention", "respace", "correct", "seed",
-                   "fit_steps", "fit_lr", "fit_rank")},
+                   "fit_steps", "learning_rate", "lora_rank")},
         "strengths": s.tolist(),
         "psnr": end_psnr(frames, pixels),
         "psnr_uncorrected": end_psnr(own, pixels),
@@ -177,8 +177,8 @@ def adapted(
                     z,
                     delta=method == "direct",
                     steps=args.fit_steps,
-                    rank=args.fit_rank,
-                    lr=args.fit_lr,
+                    rank=args.lora_rank,
+                    lr=args.learning_rate,
                     seed=args.seed,
                 )
     elif args.lora_after:

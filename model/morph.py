@@ -106,8 +106,8 @@ def inverted(
 
     The manner of DiffMorpher. `multiplier` gives for s (n,) the LoRA's multipliers, (n,) or one
     column for each of several adapters, (n, k): their products B A are what is interpolated. The
-    ends are inverted with the multipliers they are sampled with. `chunk` frames go through the UNet
-    at once.
+    ends are inverted with the multipliers they are sampled with. At most `chunk` frames go
+    through the UNet at once.
     """
     ends = torch.tensor([0.0, 1.0], device=z.device)
     m_ends = multiplier(ends)
@@ -132,7 +132,7 @@ def inverted(
 
         return ddim(e, x, schedule, steps, start=start)[1:-1]
 
-    return lambda s: torch.cat([some(part) for part in s.split(chunk)])
+    return lambda s: torch.cat([some(part) for part in s.chunk(-(-len(s) // chunk))])
 
 
 def blended(z: Tensor) -> States:
@@ -209,7 +209,7 @@ def respaced(
         uneven = float(np.std(gaps) / max(np.mean(gaps), 1e-12))
         if uneven < best:
             best, best_s, best_frames = uneven, s, frames
-        if uneven < 0.005:
+        if uneven < 0.01:  # beyond what anybody sees
             break
         s = respace(s, gaps)
     return best_s, best_frames
@@ -255,7 +255,7 @@ def fit(
         loss = error.mean()
         if not torch.isfinite(loss):
             raise ValueError(
-                f"--fit_lr {lr:g}: the loss of the fit is {loss.item()} at step {step}"
+                f"--learning_rate {lr:g}: the loss of the fit is {loss.item()} at step {step}"
             )
         loss.backward()
         torch.nn.utils.clip_grad_norm_([flat], 1.0)

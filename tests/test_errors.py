@@ -366,7 +366,7 @@ def test_sample_generate(place, asked):
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        ([], "the following arguments are required: generate|edit"),
+        ([], "the following arguments are required: generate|edit|sweep|morph"),
         (["draw", "--out", "new"], "invalid choice: 'draw'"),
         (["edit", "--input", "pairs/before", "--out", "new"], "edit needs --lora"),
         (["edit", "--lora", "run", "--out", "new"], "are required: --input"),

@@ -112,6 +112,8 @@ def test_strengths(tmp_path, sd1, images, keep):
         "a_s0.png",
         "a_s0.5.png",
         "a_s1.png",
+        "a.gif",
+        "a_strip.png",
         "sheet.png",
     }
     vae = load_vae(sd1)

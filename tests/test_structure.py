@@ -48,7 +48,14 @@ ARROWS = {
         "model.lora", "model.lora_files", "model.objectives", "model.samplers", "model.schedule",
         "model.text", "model.unet", "model.vae", "model.weights",
     ],
+    "model.morph": [
+        "model.draws", "model.lora", "model.memory", "model.objectives", "model.optim",
+        "model.pipeline", "model.samplers", "model.schedule",
+    ],
     "inputs": ["config", "data", "latents", "runs", "model.memory", "model.pipeline"],
+    "between": [
+        "data", "measures", "runs", "model.lora_files", "model.morph", "model.pipeline",
+    ],
     "check_data": ["config", "data", "runs"],
     "sample": ["*"],
     "train": ["*"],
@@ -248,7 +255,7 @@ def test_the_readmes_flags_exist():
     known = {
         "train.py": flags(train.main),
         "sample.py generate": flags(sample.main, "generate"),
-        "sample.py edit": flags(sample.main, "edit"),
+        **{f"sample.py {name}": flags(sample.main, name) for name in ("edit", "sweep", "morph")},
         "check_data.py": flags(check_data.main),
         "ablate.py": flags(ablate.main),
     }

@@ -1,0 +1,480 @@
+"""States between a given pair: the formulas, the ends, the spacing, every switch; and sweeps."""
+
+import json
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import measures
+import sample
+from model.lora import inject, lora_layers, merge, set_strength
+from model.morph import (
+    adain,
+    fit,
+    inverted,
+    mixed_attention,
+    respace,
+    respaced,
+    slerp,
+    steps_between,
+)
+from model.objectives import Draws, Knobs, delta_loss, noise_loss, twice
+from model.pipeline import load_pipeline
+from model.samplers import ddim, ddim_invert
+from model.schedule import Schedule
+from model.weights import load_scheduler_config, load_unet
+from tests.pairs import write_pairs
+from tests.test_sample import write_lora
+
+S = torch.tensor([0.0, 0.25, 0.5, 1.0], dtype=torch.float64)
+
+
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# ---- the formulas --------------------------------------------------------------------------------
+
+
+def test_slerp_is_the_arc():
+    """Against numpy, on vectors of different length; its ends are the ends."""
+    x, y = noise(1, 4, 3, 5), 2 * noise(1, 4, 3, 5, seed=1)
+    a, b = x.numpy().ravel(), y.numpy().ravel()
+    angle = math.acos(a @ b / math.sqrt((a @ a) * (b @ b)))
+    for s, ours in zip(S.tolist(), slerp(x, y, S)):
+        arc = (math.sin((1 - s) * angle) * a + math.sin(s * angle) * b) / math.sin(angle)
+        assert np.abs(ours.numpy().ravel() - arc).max() < 1e-12
+    one, other = (v / v.norm() for v in (x, y))
+    norms = slerp(one, other, S).flatten(1).norm(dim=1)
+    assert (norms - 1).abs().max() < 1e-12  # a line's middle would be shorter
+    assert torch.allclose(slerp(x, 3 * x, S)[1], 1.5 * x[0])  # parallel: no angle to divide by
+
+
+def test_adain_gives_the_statistics_between_the_ends():
+    a, b = 1 + 2 * noise(1, 4, 8, 8), -1 + 0.5 * noise(1, 4, 8, 8, seed=1)
+    x = adain(noise(4, 4, 8, 8, seed=2), a, b, S)
+    for i, s in enumerate(S.tolist()):
+        for statistic in (torch.mean, torch.std):
+            got, from_a, from_b = (statistic(v, (1, 2)) for v in (x[i], a[0], b[0]))
+            assert torch.allclose(got, (1 - s) * from_a + s * from_b, atol=1e-12)
+    assert torch.allclose(adain(a, a, b, S[:1]), a, atol=1e-12)
+
+
+@pytest.fixture
+def unet(sd1):
+    return load_unet(sd1, dtype=torch.float64)
+
+
+def test_mixed_attention_reads_both_ends(unet):
+    """One module against the formula; the whole UNet at weights 0 and 1, and after the block."""
+    x, t, ctx = noise(3, 4, 8, 8), torch.tensor([500] * 3), noise(1, 7, unet.ctx_dim)
+    ctx, s = ctx.expand(3, -1, -1), torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
+    with torch.no_grad():
+        alone = unet(x, t, ctx)
+        with mixed_attention(unet, s):
+            mixed = unet(x, t, ctx)
+        with mixed_attention(unet, torch.tensor([0.0, 0.0, 1.0])):
+            twice = unet(x[[0, 0, 2]], t, ctx)
+        assert torch.equal(unet(x, t, ctx), alone)  # nothing is left behind
+        assert torch.allclose(mixed[[0, 2]], alone[[0, 2]], atol=1e-12)
+        assert (mixed[1] - alone[1]).abs().max() > 1e-4
+        assert torch.allclose(twice[1], alone[0], atol=1e-12)  # weight 0 is the first end
+
+        block = unet.mid_block.attentions[0].transformer_blocks[0]
+        h = noise(3, 9, block.attn1.to_q.in_features)
+        with mixed_attention(unet, s):
+            ours = block.attn1(h)[1]
+        k, v = (
+            0.7 * layer(h)[0] + 0.3 * layer(h)[2] for layer in (block.attn1.to_k, block.attn1.to_v)
+        )
+        heads = [y.unflatten(-1, (block.attn1.heads, -1)).transpose(0, 1)
+                 for y in (block.attn1.to_q(h)[1], k, v)]  # fmt: skip
+        weight = (heads[0] @ heads[1].mT / math.sqrt(heads[0].shape[-1])).softmax(-1)
+        expected = block.attn1.to_out[0]((weight @ heads[2]).transpose(0, 1).flatten(1))
+        assert torch.allclose(ours, expected, atol=1e-12)
+
+
+def test_mixed_attention_is_undone_after_an_error(unet):
+    with pytest.raises(KeyError), mixed_attention(unet, S):
+        raise KeyError
+    assert not any(module._forward_hooks for module in unet.modules())
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_refined_inversion_is_the_inverse_of_sampling(sd1, unet, prediction_type):
+    config = {**load_scheduler_config(sd1), "prediction_type": prediction_type}
+    schedule, z = Schedule.from_config(config), noise(1, 4, 8, 8)
+    ctx = noise(1, 7, unet.ctx_dim, seed=1)
+    predict = lambda x, t: unet(x, t, ctx)  # noqa: E731
+    off = {}
+    with torch.no_grad():
+        for refine in (0, 2, 30):
+            x = ddim_invert(predict, z, schedule, 10, start=2, refine=refine)
+            off[refine] = (ddim(predict, x, schedule, 10, start=2) - z).abs().max().item()
+    assert off[0] > 1e-3 and off[2] < 0.2 * off[0] and off[30] < 1e-9
+
+
+def two_adapters(unet):
+    for k in range(2):
+        inject(unet, "attn", rank=2, generator=torch.Generator().manual_seed(k))
+    for k, layer in enumerate(lora_layers(unet).values()):
+        layer.lora_B.data = noise(*layer.lora_B.shape, seed=k).to(layer.lora_B)
+
+
+def test_two_loras_are_interpolated_as_products(unet):
+    """Strengths (1−s, s) are W + (1−s) B A + s B' A', and no LoRA of interpolated factors."""
+    two_adapters(unet)
+    x, t, ctx = noise(1, 4, 8, 8), torch.tensor([500]), noise(1, 7, unet.ctx_dim)
+    layer = next(iter(lora_layers(unet).values()))
+    A, B, W = layer.lora_A.data, layer.lora_B.data, layer.weight.data
+    with torch.no_grad():
+        set_strength(unet, torch.tensor([[0.75, 0.25]]))
+        together = unet(x, t, ctx)
+        h = noise(1, 5, W.shape[1])
+        plain = h @ W.T + (layer.bias if layer.bias is not None else 0)
+        products = 0.75 * h @ A[:2].T @ B[:, :2].T + 0.25 * h @ A[2:].T @ B[:, 2:].T
+        factors = h @ (0.75 * A[:2] + 0.25 * A[2:]).T @ (0.75 * B[:, :2] + 0.25 * B[:, 2:]).T
+        assert torch.allclose(layer(h), plain + products, atol=1e-9)
+        assert not torch.allclose(layer(h), plain + factors, atol=1e-2)
+        merge(unet, torch.tensor([0.75, 0.25]))
+        assert torch.allclose(unet(x, t, ctx), together, atol=1e-6)
+
+
+def test_frames_are_one_batch_or_many(sd1, unet):
+    """However many frames go through the UNet at once, with two adapters and every trick."""
+    two_adapters(unet)
+    schedule = Schedule.from_config(load_scheduler_config(sd1))
+    ctx, z = noise(1, 7, unet.ctx_dim), noise(2, 4, 8, 8, seed=1)
+
+    def predict(x, t, m):
+        set_strength(unet, 0.1 * m)
+        return unet(x, t, ctx.expand(len(x), -1, -1))
+
+    multiplier = lambda s: torch.stack([1 - s, s], dim=1)  # noqa: E731
+    with torch.no_grad():
+        whole, parts = (
+            inverted(predict, unet, schedule, z, multiplier, steps=4, start=1, chunk=chunk)(S)
+            for chunk in (8, 1)
+        )
+    assert torch.allclose(whole, parts, atol=1e-9)
+
+
+# ---- spacing -------------------------------------------------------------------------------------
+
+
+def test_respace_by_hand():
+    s = torch.tensor([0.0, 0.5, 1.0])
+    # three quarters of the way are done by 0.5, so that half of it is done at 1/3
+    assert torch.allclose(respace(s, [3.0, 1.0]), torch.tensor([0.0, 1 / 3, 1.0]))
+    assert torch.equal(respace(s, [1.0, 1.0]), s)
+    assert torch.equal(respace(s, [0.0, 0.0]), s)  # nothing moves
+
+
+def test_respacing_makes_the_steps_equal():
+    """A path that goes slowly and then fast; the ends stay."""
+    render = lambda s: (s**4).view(-1, 1, 1, 1).expand(-1, 3, 16, 16)  # noqa: E731
+    uneven = {}
+    for rounds in (0, 8):
+        s, frames = respaced(render, 9, measures.perceived, rounds=rounds)
+        gaps = steps_between(frames, measures.perceived)
+        uneven[rounds] = measures.path(gaps, 1.0)["unevenness"]
+        assert s[0] == 0 and s[-1] == 1 and torch.equal(s, s.sort().values)
+    assert uneven[0] > 0.5 and uneven[8] < 0.02
+
+
+def test_respacing_keeps_the_most_even_round():
+    """A jump cannot be spaced away: it is never made worse."""
+    render = lambda s: ((s > 0.4).float() + 0.1 * s).view(-1, 1, 1, 1).expand(-1, 3, 16, 16)  # noqa: E731
+    values = []
+    for rounds in range(5):
+        _, frames = respaced(render, 6, measures.perceived, rounds=rounds)
+        values.append(np.std(steps_between(frames, measures.perceived)))
+    assert max(values) == values[0]
+
+
+def test_perceived_and_structure_are_distances():
+    x, y, z = (noise(3, 20, 16, seed=k).sigmoid() for k in range(3))
+    for far in (measures.perceived, measures.structure):
+        assert far(x, x) < 1e-7 and far(x, y) == pytest.approx(far(y, x)) and far(x, y) > 0
+        assert far(x, z) <= far(x, y) + far(y, z)
+    shifted = x + 0.1
+    assert measures.perceived(x, shifted) == pytest.approx(0.1)  # at every blur
+    detail = x + 0.1 * (-1.0) ** torch.arange(16).double()  # stripes: gone in the blurred copies
+    assert measures.perceived(x, detail) == pytest.approx(0.1 / 4)
+    assert measures.perceived(x[:, :1, :1], x[:, :1, :1] + 0.5) == pytest.approx(0.5)
+
+
+def test_path_numbers_by_hand():
+    assert measures.path([1.0, 3.0], 2.0) == {"ppl": 2.0, "pdv": 1.0, "unevenness": 0.5}
+    assert measures.path([0.0, 0.0], 0.0) == {"ppl": None, "pdv": 0.0, "unevenness": None}
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, sd1):
+    root = tmp_path_factory.mktemp("morph")
+    write_pairs(root, 2, 32)
+    write_lora(root / "delta", sd1)
+    write_lora(root / "slider", sd1, objective="slider", multiplier=[2.0, -1.0])
+    Image.open(root / "before/0.png").crop((0, 0, 29, 21)).save(root / "odd_before.png")
+    Image.open(root / "after/0.png").crop((0, 0, 29, 21)).save(root / "odd_after.png")
+    return root
+
+
+def morph(place, out, *more, ends=("before/0.png", "after/0.png")):
+    argv = ["morph", "--before", place / ends[0], "--after", place / ends[1], "--out", out]
+    flags = ["--frames", "4", "--steps", "3", "--device", "cpu", *more]
+    assert sample.main([str(part) for part in argv + flags]) == 0
+    frames = [np.array(Image.open(p)).astype(int) for p in sorted(out.glob("[0-9]*.png"))]
+    return frames, json.loads((out / "morph.json").read_text())
+
+
+@pytest.mark.parametrize("method", ["direct", "invert", "blend"])
+@pytest.mark.parametrize(
+    "ends", [("before/0.png", "after/0.png"), ("odd_before.png", "odd_after.png")]
+)
+def test_the_end_frames_are_the_given_images(place, tmp_path, method, ends):
+    """And what is written is what the documentation lists."""
+    flags = ["--lora", place / "slider", "--method", method, "--no-respace"]
+    frames, numbers = morph(place, tmp_path, *flags, ends=ends)
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "000.png", "001.png", "002.png", "003.png", "morph.gif", "strip.png", "morph.json"
+    }  # fmt: skip
+    for frame, end in zip((frames[0], frames[-1]), ends):
+        assert np.array_equal(frame, np.array(Image.open(place / end)))
+    assert numbers["psnr"] == {"before": 100.0, "after": 100.0} and numbers["method"] == method
+    assert max(numbers["psnr_uncorrected"].values()) < 60
+    assert len(numbers["strengths"]) == 4 and Image.open(tmp_path / "morph.gif").n_frames == 4
+    for name, far in (("perceived", measures.perceived), ("structure", measures.structure)):
+        gaps = steps_between([torch.from_numpy(f / 255).permute(2, 0, 1) for f in frames], far)
+        shown = numbers["distances"][name]["morph"]
+        assert shown["steps"] == pytest.approx(gaps, rel=1e-5)
+        assert shown["unevenness"] == pytest.approx(np.std(gaps) / np.mean(gaps), rel=1e-4)
+
+
+def test_the_method_follows_from_the_lora(place, tmp_path, sd1):
+    for flags, method in ((["--lora", place / "delta"], "direct"), (["--model", sd1], "invert"),
+                          (["--lora", place / "slider"], "invert")):  # fmt: skip
+        out = tmp_path / flags[-1].name
+        assert morph(place, out, *flags, "--no-respace")[1]["method"] == method
+
+
+@pytest.fixture(scope="module")
+def as_it_is(place):
+    """The inverted path with every trick but the spacing, which renders many times."""
+    return morph(place, place / "as it is", "--lora", place / "slider", "--no-respace")[0]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--no-adain", "--no-attention", "--respace", "--noise_level 0.6", "--steps 4",
+     "--lora_after {delta}", "--prompt other", "--resolution 16", "--method blend",
+     "--method direct"],
+)  # fmt: skip
+def test_every_switch_of_the_inverted_path_changes_frames(place, as_it_is, tmp_path, flags):
+    flags = ["--no-respace", *flags.format(delta=place / "delta").split()]
+    other, _ = morph(place, tmp_path, "--lora", place / "slider", *flags)
+    assert not np.array_equal(as_it_is[1], other[1])
+
+
+def test_without_correction_the_ends_are_the_paths_own(place, tmp_path):
+    frames, numbers = morph(place, tmp_path, "--lora", place / "delta", "--no-correct")
+    assert numbers["psnr"] == numbers["psnr_uncorrected"] and numbers["psnr"]["after"] < 60
+    given = np.array(Image.open(place / "after/0.png"))
+    assert not np.array_equal(frames[-1], given)
+
+
+def test_respaced_frames_of_a_real_path_are_more_even(place, tmp_path):
+    steps = [
+        morph(place, tmp_path / flag[2:], "--lora", place / "delta", flag)[1]["distances"]
+        for flag in ("--no-respace", "--respace")
+    ]
+    one, other = (d["perceived"]["morph"]["unevenness"] for d in steps)
+    assert other < 0.5 * one
+
+
+@pytest.mark.parametrize("delta", [True, False])
+def test_the_fit_learns_the_pair(sd1, delta):
+    """What each of the two fits minimises falls, on draws that it did not see."""
+    z, eps, t = noise(2, 4, 8, 8).float(), noise(1, 4, 8, 8, seed=1).float(), torch.tensor([400])
+    pipe = load_pipeline(str(sd1))
+
+    def losses(pipe):
+        predict, one = pipe.predictors("x", 1.0)[0], torch.ones(1)
+        with torch.no_grad():
+            if delta:
+                draws = Draws(eps, t)
+                return [
+                    delta_loss(predict, pipe.schedule, z[:1], z[1:], one, draws, Knobs()).mean()
+                ]
+            m = torch.eye(2) if hasattr(pipe.unet, "lora_adapters") else torch.zeros(2)
+            draws = twice(Draws(eps, t))
+            return noise_loss(predict, pipe.schedule, z, m, draws, Knobs()).mean((1, 2, 3))
+
+    before = (z[0] - z[1]).square().mean()[None] if delta else losses(pipe)
+    pipe = fit(pipe, "x", z, delta=delta, steps=40, rank=4, lr=1e-2, seed=0)
+    for was, now in zip(before, losses(pipe)):
+        assert now < 0.7 * was
+    assert pipe.unet.lora_adapters.count == (1 if delta else 2)
+
+
+@pytest.mark.parametrize("method", ["direct", "invert"])
+def test_fitting_is_part_of_the_command(place, tmp_path, sd1, method):
+    """Its steps, its rate and its rank change the frames in between."""
+    flags = ["--model", sd1, "--method", method, "--no-respace"]
+    shown = [
+        morph(place, tmp_path / f"{i}", *flags, *f"--fit_steps {more}".split())[0][1]
+        for i, more in enumerate(
+            ["2", "3", "2 --learning_rate 1e-2", "2 --lora_rank 2", "2 --seed 1"]
+        )
+    ]
+    assert not any(np.array_equal(shown[0], other) for other in shown[1:])
+
+
+def test_equal_ends_stand_still(place, tmp_path):
+    ends = ("before/0.png", "before/0.png")
+    frames, numbers = morph(
+        place, tmp_path, "--lora", place / "slider", "--method", "blend", ends=ends
+    )
+    assert all(np.array_equal(frame, frames[0]) for frame in frames)
+    assert numbers["distances"]["perceived"]["morph"]["ppl"] is None
+
+
+MISTAKES = {
+    "--frames 1": "--frames must be between 2 and 1000, got 1",
+    "--before nowhere.png": "--before nowhere.png is no file",
+    "--after {root}/notes.txt": "notes.txt cannot be read as an image",
+    "--after {root}/odd_after.png": "their aspect ratios differ by",
+    "--out {root}/after": "is the folder of --after",
+    "--out {root}/notes.txt": "is a file, a folder was wanted",
+    "--resolution 4": "--resolution must be at least 8, got 4",
+    "--noise_level 0": "--noise_level must be in (0, 1], got 0.0",
+    "--fit_steps=-1": "--fit_steps must be at least 0, got -1",
+    "--fit_steps 2": "--fit_steps fits a LoRA where none is given, and --lora gives one",
+    "--lora_rank 0": "--lora_rank must be at least 1, got 0",
+    "--learning_rate nan": "--learning_rate must be between 0 and 1, got nan",
+    "--lora_after nowhere": "--lora nowhere: no pytorch_lora_weights.safetensors there",
+    "--lora_after {root}/delta --method direct": "--method direct needs one LoRA",
+    "--method fade": "--method: invalid choice: 'fade'",
+    "--strength 1": "unrecognized arguments: --strength 1",
+    "--guidance 3": "unrecognized arguments: --guidance 3",
+}
+
+
+@pytest.mark.parametrize("asked", MISTAKES)
+def test_mistakes_are_one_sentence(place, tmp_path, capsys, asked):
+    (place / "notes.txt").write_text("no image")
+    good = ["--before", place / "before/0.png", "--after", place / "after/0.png"]
+    good += ["--lora", place / "slider", "--out", tmp_path / "new"]
+    try:
+        code = sample.main(["morph", *map(str, good), *asked.format(root=place).split()])
+    except SystemExit as stop:
+        code = stop.code
+    said = capsys.readouterr().err
+    assert code == 2 and said.count("\n") == 1 and MISTAKES[asked] in said
+    assert not (tmp_path / "new").exists()
+
+
+def test_without_a_lora_direct_has_nothing_to_edit_with(place, tmp_path, sd1, capsys):
+    argv = ["morph", "--before", place / "before/0.png", "--after", place / "after/0.png", "--out",
+            tmp_path / "new", "--model", sd1]  # fmt: skip
+    for more, said in (
+        (["--method", "direct"], "--method direct needs one LoRA"),
+        (["--lora_after", place / "delta"], "give the before image's as --lora"),
+        (["--fit_steps", 2, "--lora_rank", 999], "--lora_rank 999 does not fit"),
+    ):
+        assert sample.main([str(part) for part in argv + more]) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+# ---- strengths and sweeps ------------------------------------------------------------------------
+
+
+def test_several_strengths_make_a_loop_and_a_strip(place, tmp_path):
+    argv = ["edit", "--lora", place / "delta", "--input", place / "before", "--out", tmp_path]
+    assert sample.main([*map(str, argv), "--strengths", "0,0.5,1"]) == 0
+    names = {f"{i}{end}" for i in range(2) for end in
+             ("_s0.png", "_s0.5.png", "_s1.png", ".gif", "_strip.png")}  # fmt: skip
+    assert {p.name for p in tmp_path.iterdir()} == names | {"sheet.png"}
+    assert Image.open(tmp_path / "0.gif").n_frames == 3
+    wide, sheet = Image.open(tmp_path / "0_strip.png"), Image.open(tmp_path / "sheet.png")
+    assert wide.width < sheet.width  # one column fewer: the sheet has the before image too
+
+
+def sweep(place, out, knob, *more, lora="slider"):
+    argv = ["sweep", "--lora", place / lora, "--input", place / "before/0.png", "--out", out]
+    argv += ["--sweep", knob, "--steps", "3", "--strengths", "0,1", *more]
+    assert sample.main([str(part) for part in argv]) == 0
+    return {p.name: np.array(Image.open(p)) for p in out.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("knob", "tags"),
+    [("guidance=1,3.5", "1 3.5"), ("noise_level=0.4,1", "0.4 1"), ("steps=2,5", "2 5"),
+     ("start=invert,noise", "invert noise"), ("prompt=a farm, green|a town", "0 1")],
+)  # fmt: skip
+def test_a_sweep_is_a_grid(place, tmp_path, knob, tags):
+    """One image for each value and strength, as `edit` makes it; the values make a difference."""
+    written = sweep(place, tmp_path / "grid", knob)
+    name, (one, other) = knob.partition("=")[0], tags.split()
+    assert written.keys() == {f"0_{name}{tag}_s{s}.png" for tag in (one, other) for s in (0, 1)} | {
+        "sheet.png"
+    }
+    assert not np.array_equal(written[f"0_{name}{one}_s1.png"], written[f"0_{name}{other}_s1.png"])
+    value = "a town" if name == "prompt" else other
+    argv = ["edit", "--lora", place / "slider", "--input", place / "before/0.png", "--steps", "3"]
+    argv += ["--out", tmp_path / "one", f"--{name}", value]
+    assert sample.main([str(part) for part in argv]) == 0
+    alone = np.array(Image.open(tmp_path / "one" / "0.png"))
+    assert np.array_equal(alone, written[f"0_{name}{other}_s1.png"])
+
+
+def test_a_sweep_over_seeds_is_one_over_noise(place, tmp_path):
+    written = sweep(place, tmp_path, "seed=1,2", "--start", "noise")
+    assert not np.array_equal(written["0_seed1_s1.png"], written["0_seed2_s1.png"])
+
+
+def test_a_knob_that_does_nothing_is_said_to(place, tmp_path, monkeypatch, capsys):
+    """`delta` takes no steps."""
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    sweep(place, tmp_path, "steps=2,5", lora="delta")
+    assert "--sweep steps changes nothing for delta" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--sweep colour=1,2", "one of guidance, noise_level, start, steps, seed, prompt"),
+        ("--sweep steps", "such as steps=5,30, got 'steps'"),
+        ("--sweep steps=1,b", "got 'steps=1,b'"),
+        ("--sweep steps=5,5", "with different values was wanted"),
+        ("--sweep start=invert,middle", "got 'start=invert,middle'"),
+        ("--sweep steps=5,0", "--steps must be between 1 and 1000, got 0"),
+        ("--sweep guidance=1,nan", "--guidance must be a finite number, got nan"),
+        ("--strength 1", "the following arguments are required: --sweep"),
+    ],
+)
+def test_mistakes_in_a_sweep(place, tmp_path, capsys, flags, sentence):
+    argv = [
+        "sweep",
+        "--lora",
+        place / "slider",
+        "--input",
+        place / "before",
+        "--out",
+        tmp_path / "n",
+    ]
+    try:
+        code = sample.main([*map(str, argv), *flags.split()])
+    except SystemExit as stop:
+        code = stop.code
+    said = capsys.readouterr().err
+    assert code == 2 and sentence in said and said.count("\n") == 1
+    assert not (tmp_path / "n").exists()
