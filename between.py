@@ -5,7 +5,9 @@ anything is loaded, and what is measured are the frames as they were saved.
 """
 
 import argparse
+import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,8 +18,14 @@ from data import MAX_ASPECT, aspect_gap, by, contact_sheet, load_image, to_image
 from measures import mse, path, perceived, psnr, structure
 from model.lora_files import load_lora
 from model.morph import States, blended, fit, inverted, renderer, respaced, steps_between
+from model.objectives import OBJECTIVES
 from model.pipeline import Pipeline, encode, padded
 from runs import write_json
+
+DEFAULTS = {
+    "adain": True, "attention": True, "noise_level": 0.6, "fit_steps": 0, "learning_rate": 1e-3,
+    "lora_rank": 16,
+}  # fmt: skip
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -30,20 +38,21 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--method", choices=["direct", "invert", "blend"],
         help="the LoRA's edit of the before image; DDIM inversion of both ends and the arc between "
-        "their noises; plain latent interpolation [direct for a LoRA of delta, else invert]",
+        "their noises; plain latent interpolation [invert where the LoRA is about noise]",
     )  # fmt: skip
-    add("--objective", help="[what the LoRA's header says]")
+    add("--objective", choices=list(OBJECTIVES), help="[what the LoRA's header says]")
     add(
         "--lora_after", metavar="RUN_OR_FILE", help="--lora is the before image's, this the after's"
     )
-    add("--fit_steps", type=int, default=0, help="first fit a LoRA to this one pair [0]")
-    add("--learning_rate", type=float, default=1e-3, help="its learning rate [1e-3]")
-    add("--lora_rank", type=int, default=16, help="its rank [16]")
-    add("--noise_level", type=float, default=1.0, help="how far the inversion goes, 0..1 [1]")
-    add("--adain", action=switch, default=True, help="invert: channel statistics between the ends'")
-    add("--attention", action=switch, default=True, help="invert: keys and values of both ends")
+    add("--fit_steps", type=int, help="first fit a LoRA to this one pair [0]")
+    add("--learning_rate", type=float, help="its learning rate [1e-3]")
+    add("--lora_rank", type=int, help="its rank [16]")
+    add("--noise_level", type=float, help="how far the inversion goes, 0..1 [0.6]")
+    add("--adain", action=switch, help="invert: channel statistics between the ends'")
+    add("--attention", action=switch, help="invert: keys and values of both ends")
     add("--respace", action=switch, default=True, help="frames at equal perceived distances")
     add("--correct", action=switch, default=True, help="the end frames are the given images")
+    parser.set_defaults(**DEFAULTS)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -125,7 +134,7 @@ def morph(
     render, own = renderer(pipe, states(), z, pixels, args.correct)
     distance = lambda x, y: perceived(seen(x), seen(y))  # noqa: E731
     rounds = 5 if args.respace else 0
-    s, frames = respaced(render, args.frames, distance, rounds=rounds, device=z.device)
+    s, frames = respaced(lambda s: render(s.to(z.device)), args.frames, distance, rounds=rounds)
     plain, _ = renderer(pipe, blended(z), z, pixels, correct=False)
     blend = plain(torch.linspace(0, 1, args.frames, device=z.device))
 
@@ -166,30 +175,34 @@ def adapted(
     pipe: Pipeline, prompt: str, z: Tensor, args: argparse.Namespace
 ) -> tuple[Pipeline, str]:
     """The pipeline with --lora_after or the fit on it, and the method. z (2, 4, h, w)."""
+    if args.objective:
+        said = {"objective": args.objective, "multiplier": OBJECTIVES[args.objective].multiplier}
+        pipe = replace(pipe, meta=pipe.meta | said)
     method = args.method
-    if args.fit_steps:
-        method = method or "invert"
-        if method != "blend":
-            with torch.enable_grad():
-                pipe = fit(
-                    pipe,
-                    prompt,
-                    z,
-                    delta=method == "direct",
-                    steps=args.fit_steps,
-                    rank=args.lora_rank,
-                    lr=args.learning_rate,
-                    seed=args.seed,
-                )
+    if method is None:  # other objectives have ways of their own, which only their edit knows
+        noisy = pipe.meta.get("objective") in (None, "slider", "anchored", "after", "dreambooth")
+        method = "invert" if noisy or args.lora_after else "direct"
+    for name, used, wanted in (
+        ("adain", method == "invert", "--method invert"),
+        ("attention", method == "invert", "--method invert"),
+        ("noise_level", method != "blend", "another --method than blend"),
+        ("learning_rate", args.fit_steps, "--fit_steps"),
+        ("lora_rank", args.fit_steps, "--fit_steps"),
+        ("fit_steps", method != "blend", "another --method than blend"),
+    ):
+        if not used and getattr(args, name) != DEFAULTS[name]:
+            said = f"--no-{name}" if DEFAULTS[name] is True else f"--{name} {getattr(args, name)}"
+            warnings.warn(f"{said} has no effect without {wanted}", stacklevel=2)
+    if args.fit_steps and method != "blend":
+        how = {"steps": args.fit_steps, "rank": args.lora_rank, "lr": args.learning_rate}
+        with torch.enable_grad():
+            pipe = fit(pipe, prompt, z, delta=method == "direct", seed=args.seed, **how)
     elif args.lora_after:
         load_lora(args.lora_after, unet=pipe.unet, text=pipe.text)
         if getattr(getattr(pipe.text.model, "lora_adapters", None), "count", 2) != 2:
             raise ValueError("--lora and --lora_after must both adapt the text encoder, or neither")
-        pipe.meta["adapters"] = 2
-    elif method is None:
-        objective = args.objective or pipe.meta.get("objective")
-        return pipe, "direct" if objective == "delta" else "invert"
-    return pipe, method or "invert"
+        pipe = replace(pipe, meta=pipe.meta | {"adapters": 2})
+    return pipe, method
 
 
 def seen(pixels: Tensor) -> Tensor:

@@ -68,9 +68,9 @@ def adain(x: Tensor, x_a: Tensor, x_b: Tensor, s: Tensor) -> Tensor:
 def mixed_attention(unet: nn.Module, s: Tensor) -> Iterator[None]:
     """Every self-attention reads the first and the last image of the batch, mixed by s (b,).
 
-    K_s = (1 − s) K_first + s K_last, and V alike (DiffMorpher). With s = 0 in the first
-    row and 1 in the last, those two attend to themselves as ever: the ends' own trajectories go
-    along in the batch, and nothing has to be stored between the steps.
+    K_s = (1 − s) K_first + s K_last, and V alike (DiffMorpher). With s = 0 in the first row and 1
+    in the last, those two attend to themselves as ever: the ends' own trajectories go along in the
+    batch, and nothing has to be stored between the steps.
     """
     w = s.view(-1, 1, 1)
 
@@ -106,8 +106,8 @@ def inverted(
 
     The manner of DiffMorpher. `multiplier` gives for s (n,) the LoRA's multipliers, (n,) or one
     column for each of several adapters, (n, k): their products B A are what is interpolated. The
-    ends are inverted with the multipliers they are sampled with. At most `chunk` frames go
-    through the UNet at once.
+    ends are inverted with the multipliers they are sampled with. At most `chunk` frames and the two
+    ends go through the UNet at once.
     """
     ends = torch.tensor([0.0, 1.0], device=z.device)
     m_ends = multiplier(ends)
@@ -176,6 +176,12 @@ def steps_between(frames: Tensor, distance: Callable[[Tensor, Tensor], float]) -
     return [distance(x, y) for x, y in pairwise(frames)]
 
 
+def unevenness(frames: Tensor, distance: Callable[[Tensor, Tensor], float]) -> float:
+    """Deviation of the steps over their mean; 0 where nothing moves."""
+    gaps = steps_between(frames, distance)
+    return float(np.std(gaps) / max(np.mean(gaps), 1e-12))
+
+
 def respace(s: Tensor, gaps: list[float]) -> Tensor:
     """New strengths (n,): where equal shares of the way are done, by gaps (n − 1,) between the old.
 
@@ -188,30 +194,43 @@ def respace(s: Tensor, gaps: list[float]) -> Tensor:
     return torch.from_numpy(np.interp(share, gone / gone[-1], s.double().cpu())).to(s)
 
 
-def respaced(
-    render: Render,
-    n: int,
-    distance: Callable[[Tensor, Tensor], float],
-    *,
-    rounds: int,
-    device: torch.device | str = "cpu",
-) -> tuple[Tensor, Tensor]:
-    """n strengths and their frames, evenly spaced in s, then `rounds` times by what is seen.
+def interpolated(known_s: Tensor, known: Tensor, s: Tensor) -> Tensor:
+    """Frames at s (n,), linearly between known ones (k, 3, H, W) at rising known_s (k,)."""
+    right = torch.searchsorted(known_s, s).clamp(1, len(known_s) - 1)
+    low, high = known_s[right - 1], known_s[right]
+    w = ((s - low) / (high - low).clamp(min=1e-9)).view(-1, 1, 1, 1)
+    return torch.lerp(known[right - 1], known[right], w.to(known))
 
-    Every round renders anew at strengths that the last frames say are equally far apart; the most
-    even of all is kept (least variance of the steps over their mean).
+
+def respaced(
+    render: Render, n: int, distance: Callable[[Tensor, Tensor], float], *, rounds: int
+) -> tuple[Tensor, Tensor]:
+    """n strengths and their frames: evenly spaced in s, then up to `rounds` times by what is seen.
+
+    Each round looks for strengths of equal steps on what is known of the path, all frames so far
+    and straight lines between them, and renders there. The most even frames of all are kept (least
+    deviation of the steps over their mean). `respace` is repeated because a step is a chord: where
+    the path bends, shorter chords add up to a longer way.
     """
-    s = torch.linspace(0, 1, n, device=device)
-    best, best_s, best_frames = float("inf"), s, None
-    for _ in range(rounds + 1):
-        frames = render(s)
-        gaps = steps_between(frames, distance)
-        uneven = float(np.std(gaps) / max(np.mean(gaps), 1e-12))
-        if uneven < best:
-            best, best_s, best_frames = uneven, s, frames
-        if uneven < 0.01:  # beyond what anybody sees
+    s = torch.linspace(0, 1, n)
+    frames = render(s)
+    known_s, known = s, frames
+    best, best_s, best_frames = unevenness(frames, distance), s, frames
+    for _ in range(rounds):
+        if best < 0.01:  # beyond what anybody sees
             break
-        s = respace(s, gaps)
+        trial, least = best_s, float("inf")
+        for _ in range(20):
+            shown = interpolated(known_s, known, trial)
+            if (uneven := unevenness(shown, distance)) < least:
+                least, s = uneven, trial
+            gaps = steps_between(shown, distance)
+            trial = (trial + respace(trial, gaps)) / 2  # half the way: the whole may swing
+        frames = render(s)
+        order = torch.cat([known_s, s]).argsort(stable=True)
+        known_s, known = torch.cat([known_s, s])[order], torch.cat([known, frames])[order]
+        if (uneven := unevenness(frames, distance)) < best:
+            best, best_s, best_frames = uneven, s, frames
     return best_s, best_frames
 
 

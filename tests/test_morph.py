@@ -273,7 +273,7 @@ def as_it_is(place):
 
 @pytest.mark.parametrize(
     "flags",
-    ["--no-adain", "--no-attention", "--respace", "--noise_level 0.6", "--steps 4",
+    ["--no-adain", "--no-attention", "--respace", "--noise_level 1", "--steps 4",
      "--lora_after {delta}", "--prompt other", "--resolution 16", "--method blend",
      "--method direct"],
 )  # fmt: skip
@@ -337,6 +337,24 @@ def test_fitting_is_part_of_the_command(place, tmp_path, sd1, method):
     assert not any(np.array_equal(shown[0], other) for other in shown[1:])
 
 
+def test_flags_of_another_method_are_said_to_do_nothing(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    more = ["--no-adain", "--no-attention", "--noise_level", "0.5", "--lora_rank", "3"]
+    morph(place, tmp_path, "--lora", place / "delta", "--method", "blend", *more)
+    said = capsys.readouterr().out
+    for flag in ("--no-adain", "--no-attention", "--noise_level 0.5", "--lora_rank 3"):
+        assert f"warning: {flag} has no effect without" in said
+
+
+def test_the_objective_can_be_said(place, tmp_path, sd1):
+    """A LoRA without a header: as a slider it has a multiplier of its own."""
+    write_lora(tmp_path / "mute", sd1, objective=None, multiplier=[1.0, 0.0])
+    flags = ["--lora", tmp_path / "mute", "--no-respace"]
+    plain, numbers = morph(place, tmp_path / "plain", *flags)
+    told, _ = morph(place, tmp_path / "told", *flags, "--objective", "slider")
+    assert numbers["method"] == "invert" and not np.array_equal(plain[1], told[1])
+
+
 def test_equal_ends_stand_still(place, tmp_path):
     ends = ("before/0.png", "before/0.png")
     frames, numbers = morph(
@@ -361,6 +379,7 @@ MISTAKES = {
     "--learning_rate nan": "--learning_rate must be between 0 and 1, got nan",
     "--lora_after nowhere": "--lora nowhere: no pytorch_lora_weights.safetensors there",
     "--lora_after {root}/delta --method direct": "--method direct needs one LoRA",
+    "--objective both": "--objective: invalid choice: 'both'",
     "--method fade": "--method: invalid choice: 'fade'",
     "--strength 1": "unrecognized arguments: --strength 1",
     "--guidance 3": "unrecognized arguments: --guidance 3",

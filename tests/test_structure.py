@@ -54,7 +54,8 @@ ARROWS = {
     ],
     "inputs": ["config", "data", "latents", "runs", "model.memory", "model.pipeline"],
     "between": [
-        "data", "measures", "runs", "model.lora_files", "model.morph", "model.pipeline",
+        "data", "measures", "runs", "model.lora_files", "model.morph", "model.objectives",
+        "model.pipeline",
     ],
     "check_data": ["config", "data", "runs"],
     "sample": ["*"],
