@@ -269,5 +269,5 @@ def test_the_readmes_flags_exist():
         seen.add(name)
         assert set(re.findall(r"(?<!\S)--\w+", line)) <= known[name], line
     assert {"train.py", "sample.py edit"} <= seen
-    spoken = set(re.findall(r"(?<![\w-])--[a-z]\w+", README))
+    spoken = set(re.findall(r"(?<![\w-])--[a-z]\w+(?:-\w+)*", README))
     assert spoken - set().union(*known.values()) == set()
