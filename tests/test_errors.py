@@ -123,7 +123,7 @@ TRAIN = {
     "--before_data_dir=oblong": "pair 2: before is 64x32, after is 32x32",
     "--before_data_dir=words": "caption words/1.txt is not UTF-8 text",
     "--before_data_dir=": "--before_data_dir is empty",
-    "--instance_data_dir=pairs/after": "--instance_data_dir and --before_data_dir exclude",
+    "--instance_data_dir=pairs/after": "--before_data_dir and --instance_data_dir exclude",
     "--mask_dir=nowhere": "--mask_dir doesn't exist: nowhere",
     "--mask_dir=strangers": "5 of 5 images have no mask in --mask_dir strangers",
     "--validation_images nowhere.png": "--validation_images nowhere.png does not exist",

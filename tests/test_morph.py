@@ -470,7 +470,10 @@ def test_a_knob_that_does_nothing_is_said_to(place, tmp_path, monkeypatch, capsy
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ("--sweep colour=1,2", "one of guidance, noise_level, start, steps, seed, prompt"),
+        (
+            "--sweep colour=1,2",
+            "one of guidance, image_guidance, noise_level, start, steps, seed, prompt",
+        ),
         ("--sweep steps", "such as steps=5,30, got 'steps'"),
         ("--sweep steps=1,b", "got 'steps=1,b'"),
         ("--sweep steps=5,5", "with different values was wanted"),
