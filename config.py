@@ -108,6 +108,19 @@ class TrainConfig:
         "attn", "layers, comma-separated: attn, ff, proj, conv, or path patterns"
     )
     train_text_encoder: bool = knob(False, "LoRA on the text encoder's attention as well")
+    init_lora: str | None = knob(None, "LoRA file or run to start from, brought to --lora_rank")
+    base_lora: str | None = knob(
+        None, "LoRA file or run that is on under the trained one: frozen, not saved with it"
+    )
+    base_lora_strength: float = knob(1.0, "its strength")
+    lora_format: str = knob(
+        "diffusers",
+        "layout of further files of the result, beside the one in diffusers' current layout",
+        choices=("diffusers", "attn_procs", "kohya", "all"),
+    )
+    lora_dtype: str = knob(
+        "fp32", "precision of the result's files", choices=("fp32", "fp16", "bf16")
+    )
 
     max_train_steps: int | None = knob(
         None, "optimizer steps (200 when epochs are not given either)", group="training"
@@ -418,6 +431,7 @@ def without_effect(cfg: TrainConfig) -> list[str]:
         ("mask_outside", cfg.mask_dir or cfg.mask_from_change, "--mask_dir or --mask_from_change"),
         ("sequence_times", cfg.sequence_dirs, "--sequence_dirs"),
         ("frame_stride", cfg.frames_dir, "--frames_dir"),
+        ("base_lora_strength", cfg.base_lora is not None, "--base_lora"),
         ("allow_unmatched", is_pairs(cfg) or cfg.mask_dir is not None, "pairs or --mask_dir"),
         ("views", random_views, "random crops, --random_flip or --random_scale"),
         ("delta_t", name == "delta", "--pair_objective delta"),

@@ -28,7 +28,7 @@ FREE = {
     "checkpointing_steps", "checkpoints_total_limit", "log_every", "report_to", "logging_dir",
     "cache_dir", "validation_steps", "validation_epochs", "num_validation_images",
     "validation_prompt", "dataloader_num_workers", "local_rank", "pre_compute_text_embeddings",
-    "compile", "device", "enable_xformers_memory_efficient_attention",
+    "compile", "device", "enable_xformers_memory_efficient_attention", "lora_format", "lora_dtype",
 }  # fmt: skip
 
 
@@ -150,17 +150,12 @@ class Run:
             for old in [
                 *self.folder.glob("checkpoint-*"),
                 *self.folder.glob(".*.tmp"),
+                *self.folder.glob("pytorch_lora_weights*.safetensors"),
                 self.folder / "samples",
                 self.folder / "strengths",
             ]:
                 _remove(old)
-            for name in (
-                "metrics.jsonl",
-                "summary.json",
-                "loss.png",
-                "report.html",
-                "pytorch_lora_weights.safetensors",
-            ):
+            for name in ("metrics.jsonl", "summary.json", "loss.png", "report.html"):
                 _remove(self.folder / name)
         (self.folder / "samples").mkdir(exist_ok=True)
         write_json(self.folder / "config.json", self._config)

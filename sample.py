@@ -40,8 +40,8 @@ from runs import refuse_file
 
 def check(args: argparse.Namespace) -> None:
     """ValueError or FileExistsError naming the flag that no picture could be made with."""
-    for name in ("strength", "guidance", "image_guidance", "noise_level"):
-        if not math.isfinite(value := getattr(args, name, 1.0)):
+    for name in ("strength", "guidance", "image_guidance", "noise_level", "base_lora_strength"):
+        if not math.isfinite(value := getattr(args, name, None) or 0.0):
             raise ValueError(f"--{name} must be a finite number, got {value}")
     if not 1 <= args.steps <= 1000:
         raise ValueError(f"--steps must be between 1 and 1000, got {args.steps}")
@@ -66,11 +66,15 @@ def open_pipeline(args: argparse.Namespace) -> Pipeline:
         vae_path=args.vae_path,
         tokenizer_name=args.tokenizer_name,
         prediction_type=args.prediction_type,
+        base_lora=args.base_lora,
+        base_lora_strength=args.base_lora_strength,
         dtype=dtype,
         device=device,
     )
     kind = pipe.meta.get("objective", "of unknown objective")
     lora = f", LoRA {args.lora} ({kind})" if args.lora else ""
+    if pipe.under:
+        lora += ", on top of {} at strength {:g}".format(*pipe.under)
     print(f"{pipe.base} on {device} in {str(dtype).removeprefix('torch.')}{lora}")
     return pipe
 
@@ -317,6 +321,8 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
         "--prediction_type", choices=["epsilon", "v_prediction"],
         help="what the base predicts [what it says]",
     )  # fmt: skip
+    add("--base_lora", metavar="RUN_OR_FILE", help="a LoRA under it [the one it was trained on]")
+    add("--base_lora_strength", type=float, metavar="X", help="its strength, 0 = off [as trained]")
     add("--prompt", help="[what the LoRA was trained with]")
     add("--steps", type=int, default=30, help="denoising steps [30]")
     add("--seed", type=int, default=0, help="[0]")

@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -36,7 +37,18 @@ from model.draws import draw, seeded
 from model.files import is_local, moved_note, read_json, read_tensors
 from model.layers import ResBlock, TransformerBlock
 from model.lora import inject, keep_strength, lora_layers
-from model.lora_files import LORA_FILE, read_lora, save_lora
+from model.lora_algebra import start_from
+from model.lora_files import (
+    LORA_FILE,
+    apply_lora,
+    companion_entry,
+    factors_for,
+    file_of,
+    multiplier,
+    read_lora,
+    save_lora,
+)
+from model.lora_layouts import LAYOUTS
 from model.memory import checkpoint_activations, flatten, peak_mib, phase
 from model.objectives import (
     OBJECTIVES,
@@ -49,6 +61,7 @@ from model.objectives import (
 )
 from model.optim import adamw, learning_rate
 from model.pipeline import (
+    DTYPES,
     Context,
     at_strengths,
     decode,
@@ -112,6 +125,18 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
         raise ValueError(f"--revision {cfg.revision} is for the hub; {base} is a local directory")
 
     # ---- 1. data: looked at before anything is loaded or written
+    under, start = {}, {}  # of --base_lora and --init_lora: {"unet": {path: Factors}, ...}
+    if cfg.base_lora is not None:
+        under, said = read_lora(cfg.base_lora, "--base_lora")
+        under_at = multiplier(said, cfg.base_lora_strength)
+        print(f"--base_lora {cfg.base_lora} is on, frozen, at multiplier {under_at:g}")
+    if cfg.init_lora is not None and run.checkpoint is None:
+        start = read_lora(cfg.init_lora, "--init_lora")[0]
+        if "text_encoder" in start and not cfg.train_text_encoder:
+            raise ValueError(
+                f"--init_lora {cfg.init_lora} adapts the text encoder too: "
+                "train that as well, with --train_text_encoder"
+            )
     pairs, held_out, shown = find_data(cfg)
     held_out = held_out[:32]  # enough to see the loss by
     dataset = make_dataset(cfg, pairs)
@@ -142,6 +167,8 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
                 f"--tokenizer_max_length is {cfg.tokenizer_max_length}, "
                 f"the text encoder takes {most} at most"
             )
+        if under:
+            apply_lora(under, cfg.base_lora, text=text, fixed=under_at)
         ids = text.tokenize(prompts, cfg.tokenizer_max_length).to(device)  # (p, l)
         mask = text.mask(ids) if cfg.text_encoder_use_attention_mask else None
         with torch.no_grad():
@@ -182,12 +209,18 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
         unet = load_unet(base, **files, dtype=dtype)
         if unet.in_channels != 4:
             raise ValueError(f"{base} has a UNet of {unet.in_channels} input channels, not 4")
+        if under:
+            apply_lora(under, cfg.base_lora, unet=unet, fixed=under_at)
         targets = cfg.lora_targets
         if extra := extra_channels(name, knobs):
             unet.widen(extra)
             targets += ",conv_in"  # what reads the new channels
         inject(unet, targets, cfg.lora_rank, cfg.lora_alpha, generator=seeded(cfg.seed, 0))
         adapted = {"unet": unet} | ({"text_encoder": text.model} if text else {})
+        for part, factors in start.items():
+            model, what = adapted[part], f"--init_lora {cfg.init_lora}"
+            if error := start_from(model, factors_for(model, factors), what):
+                print(f"{what}: {part} cut to rank {cfg.lora_rank}, relative error {error:.2g}")
         layers = [layer for model in adapted.values() for layer in lora_layers(model).values()]
         flat = flatten([p for layer in layers for p in (layer.lora_A, layer.lora_B)])
         opt = adamw(
@@ -370,10 +403,11 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
         logged, clock = done, time.perf_counter()  # saving is not training time
     bar.close()
 
-    def result(aside: Path) -> None:
-        save_lora(aside, unet=unet, text=text, metadata={**meta, "steps": steps})
-
-    write_aside(run.folder / LORA_FILE, result)
+    result = partial(save_lora, unet=unet, text=text, metadata={**meta, "steps": steps})
+    layouts = LAYOUTS if cfg.lora_format == "all" else ("diffusers", cfg.lora_format)
+    for layout in dict.fromkeys(layouts):
+        write = partial(result, dtype=DTYPES[cfg.lora_dtype], layout=layout)
+        write_aside(run.folder / file_of(layout), write)
     if shown:
         write_aside(run.folder / "strengths", strengths)
 
@@ -483,6 +517,7 @@ def lora_metadata(cfg: TrainConfig, objective: str, knobs: Knobs, schedule: Sche
         "alpha": cfg.lora_alpha or cfg.lora_rank,
         "targets": cfg.lora_targets,
         "prediction_type": schedule.prediction_type,
+        "base_lora": cfg.base_lora and companion_entry(cfg.base_lora, cfg.base_lora_strength),
         **{key: getattr(cfg, key) for key in kept},
         **knobs._asdict(),
     }

@@ -4,7 +4,8 @@ A layer keeps its object and its keys; it only changes class and gains `lora_A` 
 over a frozen base of any precision. The strength s is a vector, one number per sample of the batch,
 so one forward pass can hold several strengths. Several adapters are stacked along the rank: their
 A below one another, their B side by side, and `lora_mix` (k, r) says which rank is whose and at
-which α/r, so that s (b, k) @ mix (k, r) is the factor of every rank.
+which α/r, so that s (b, k) @ mix (k, r) is the factor of every rank. A frozen companion (`fix`)
+lies under all of them: it is on whatever s is, neither trained nor saved.
 """
 
 from contextlib import contextmanager, nullcontext
@@ -47,6 +48,19 @@ class Adapters:
         return self.strength is None or layer.lora_merged is not None
 
 
+class FixedLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.linear(x, self.fixed_A.to(x.dtype))  # (b, ..., r)
+        return super().forward(x) + F.linear(h, self.fixed_B.to(x.dtype))
+
+
+class FixedConv2d(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        A = self.fixed_A.to(x.dtype)
+        h = F.conv2d(x, A, None, self.stride, self.padding, self.dilation)  # (b, r, h, w)
+        return super().forward(x) + F.conv2d(h, self.fixed_B.to(x.dtype))
+
+
 class LoRALinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
@@ -73,7 +87,21 @@ def _rank_factors(layer: nn.Module) -> Tensor:
     return s.to(mix.device).expand(-1, mix.shape[0]) @ mix  # (b or 1, r)
 
 
-ADAPTED = {nn.Linear: LoRALinear, nn.Conv2d: LoRAConv2d}
+class LoRAFixedLinear(LoRALinear, FixedLinear):
+    """Both: LoRALinear's super() is FixedLinear."""
+
+
+class LoRAFixedConv2d(LoRAConv2d, FixedConv2d):
+    """Both, as above."""
+
+
+FIXED = {nn.Linear: FixedLinear, nn.Conv2d: FixedConv2d}
+ADAPTED = {
+    nn.Linear: LoRALinear,
+    nn.Conv2d: LoRAConv2d,
+    FixedLinear: LoRAFixedLinear,
+    FixedConv2d: LoRAFixedConv2d,
+}
 PLAIN = {adapted: plain for plain, adapted in ADAPTED.items()}
 
 
@@ -147,12 +175,15 @@ def inject(
     return names
 
 
-def attach(model: nn.Module, factors: dict[str, Factors]) -> None:
-    """Stack one more adapter onto `model`, layer by layer; freezes the base.
+def _find(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
 
-    ValueError names a path that is no Linear or Conv2d of the model, or a shape that does not fit.
-    """
-    for name, f in factors.items():  # all of them before anything changes
+
+def _check_fit(model: nn.Module, factors: dict[str, Factors]) -> None:
+    for name, f in factors.items():
         layer = _find(model, name)
         if not isinstance(layer, nn.Linear | nn.Conv2d):
             raise ValueError(f"the LoRA has {name}, which is no Linear or Conv2d of this model")
@@ -166,6 +197,13 @@ def attach(model: nn.Module, factors: dict[str, Factors]) -> None:
         if isinstance(layer, nn.Conv2d) and layer.groups != 1:
             raise ValueError(f"the LoRA has {name}, a grouped convolution, which is not supported")
 
+
+def attach(model: nn.Module, factors: dict[str, Factors]) -> None:
+    """Stack one more adapter onto `model`, layer by layer; freezes the base.
+
+    ValueError names a path that is no Linear or Conv2d of the model, or a shape that does not fit.
+    """
+    _check_fit(model, factors)  # all of them before anything changes
     if not hasattr(model, "lora_adapters"):
         model.requires_grad_(False)
         model.lora_adapters = Adapters()
@@ -196,11 +234,24 @@ def attach(model: nn.Module, factors: dict[str, Factors]) -> None:
             layer.register_buffer("lora_mix", torch.cat([layer.lora_mix, none]), persistent=False)
 
 
-def _find(model: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return None
+def fix(model: nn.Module, factors: dict[str, Factors], multiplier: float = 1.0) -> None:
+    """Put a frozen adapter under the layers, before `inject` or `attach`; it stays on at any s.
+
+    ValueError as `attach`.
+    """
+    _check_fit(model, factors)
+    for name, f in factors.items():
+        layer = model.get_submodule(name)
+        weight = layer.weight
+        dtype = torch.promote_types(torch.float32, weight.dtype)
+        A, B = f.A.to(weight.device, dtype), f.B.to(weight.device, dtype) * (multiplier * f.scale)
+        assert type(layer) not in PLAIN, f"{name} is adapted already"
+        if type(layer) in FIXED:
+            layer.__class__ = FIXED[type(layer)]
+        else:
+            A, B = torch.cat([layer.fixed_A, A]), torch.cat([layer.fixed_B, B], dim=1)
+        layer.register_buffer("fixed_A", A, persistent=False)
+        layer.register_buffer("fixed_B", B, persistent=False)
 
 
 def detach(model: nn.Module) -> None:

@@ -1,13 +1,10 @@
-"""LoRA files in and out, in the layout that diffusers and peft write today:
+"""LoRA files in and out. How each layout spells its keys is in model/lora_layouts.py.
 
-    unet.<path>.lora_A.weight (r, in)   unet.<path>.lora_B.weight (out, r)
-    text_encoder.text_model.<path>.lora_A.weight ...
-
-Rank and alpha stand in the header entry `lora_adapter_metadata`, as peft's LoraConfig spells them;
-what this project adds, in the header entry `pairlora`. Whatever is wrong with a file is one
-ValueError or FileNotFoundError with its name and the key.
+What this project adds to a file stands in the header entry `pairlora`, in every layout. Whatever is
+wrong with a file is one ValueError or FileNotFoundError with its name and the key.
 """
 
+import hashlib
 import json
 import warnings
 from pathlib import Path
@@ -18,10 +15,17 @@ from safetensors.torch import save
 from torch import nn
 
 from model.files import read_tensors
-from model.lora import Factors, adapter_factors, attach
+from model.lora import Factors, adapter_factors, attach, fix
+from model.lora_layouts import Parts, pack, strange_to_kohya, unpack
 from model.text import TextEncoder
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
+LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers takes the one that ends so by itself
+
+
+def file_of(layout: str) -> str:
+    """The name of a run's result in a layout: diffusers' current one has the plain name."""
+    stem, dot, kind = LORA_FILE.partition(".")
+    return LORA_FILE if layout == "diffusers" else f"{stem}_{layout}{dot}{kind}"
 
 
 def save_lora(
@@ -31,27 +35,33 @@ def save_lora(
     text: TextEncoder | None = None,
     metadata: dict | None = None,
     dtype: torch.dtype = torch.float32,
+    layout: str = "diffusers",
 ) -> None:
     """Write the one adapter of each given model; `load_lora` returns `metadata` (JSON-able)."""
     parts = {}
     if unet is not None:
         parts["unet"] = adapter_factors(unet)
-    if text is not None:
-        names = adapter_factors(
-            text.model
-        )  # transformers >= 5.6 drops `text_model.`; clients want it
-        parts["text_encoder"] = {
-            f"text_model.{n.removeprefix('text_model.')}": f for n, f in names.items()
-        }
-    tensors, adapter = {}, {}
-    for part, factors in parts.items():
-        for name, f in factors.items():
-            tensors[f"{part}.{name}.lora_A.weight"] = f.A.to("cpu", dtype, copy=True).contiguous()
-            tensors[f"{part}.{name}.lora_B.weight"] = f.B.to("cpu", dtype, copy=True).contiguous()
-        adapter |= _peft_config(part, factors)
-    if not tensors:
-        raise ValueError(f"{path}: no adapter to save")
-    header = {"format": "pt", "lora_adapter_metadata": json.dumps(adapter, sort_keys=True)}
+    if text is not None:  # transformers >= 5.6 drops `text_model.`; clients want it
+        own = adapter_factors(text.model)
+        parts["text_encoder"] = {f"text_model.{_flat(name)}": f for name, f in own.items()}
+    write_lora(path, parts, metadata, dtype=dtype, layout=layout)
+
+
+def write_lora(
+    path: str | Path,
+    parts: Parts,
+    metadata: dict | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "diffusers",
+) -> None:
+    """Write factors in a layout; equal ones are equal bytes. ValueError as `pack`."""
+    tensors, header = pack(parts, layout, dtype)
+    if layout == "kohya" and (strange := strange_to_kohya(parts)):
+        warnings.warn(
+            f"kohya's own loader leaves out {', '.join(strange)}; ComfyUI and diffusers apply them",
+            stacklevel=2,
+        )
     header["pairlora"] = json.dumps(metadata or {}, sort_keys=True)
     Path(path).write_bytes(_sorted_header(save(tensors, metadata=header)))
 
@@ -66,77 +76,82 @@ def _sorted_header(file: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + file[8 + size :]
 
 
-def _peft_config(part: str, factors: dict[str, Factors]) -> dict:
-    """r, lora_alpha, target_modules, and patterns for the layers that differ from the commonest."""
-    # peft matches the ends of paths: without the prefix they fit transformers of any age
-    factors = {name.removeprefix("text_model."): f for name, f in factors.items()}
-    ranks = {name: f.A.shape[0] for name, f in factors.items()}
-    alphas = {name: f.scale * f.A.shape[0] for name, f in factors.items()}
-    r, alpha = _commonest(ranks.values()), _commonest(alphas.values())
-    config = {
-        f"{part}.r": r,
-        f"{part}.lora_alpha": alpha,
-        f"{part}.target_modules": sorted(factors),
-    }
-    for key, values, common in (("rank_pattern", ranks, r), ("alpha_pattern", alphas, alpha)):
-        rest = {name: value for name, value in values.items() if value != common}
-        if rest:
-            config[f"{part}.{key}"] = rest
-    return config
-
-
-def _commonest(values):
-    values = list(values)
-    return max(set(values), key=values.count)
-
-
-def lora_path(run_or_file: str | Path) -> Path:
+def lora_path(run_or_file: str | Path, flag: str = "--lora") -> Path:
     """The LoRA file meant by a run's folder, a checkpoint's folder, or the file itself."""
     path = Path(run_or_file)
     if path.is_dir():
         path = path / LORA_FILE
     if not path.is_file():
-        raise FileNotFoundError(f"--lora {run_or_file}: no {LORA_FILE} there")
+        raise FileNotFoundError(f"{flag} {run_or_file}: no {LORA_FILE} there")
     return path
 
 
-def read_lora(run_or_file: str | Path) -> tuple[dict[str, dict[str, Factors]], dict]:
-    """({"unet": {path: Factors}, "text_encoder": {...}}, our metadata or {} if it is not ours)."""
-    path = lora_path(run_or_file)
+def read_lora(run_or_file: str | Path, flag: str = "--lora") -> tuple[Parts, dict]:
+    """({"unet": {path: Factors}, "text_encoder": {...}}, our metadata or {} if it is not ours).
+
+    In any layout that model/lora_layouts.py knows, `.safetensors` or `.bin`.
+    """
+    path, header = lora_path(run_or_file, flag), {}
     tensors = dict(read_tensors(path))
-    with safe_open(path, framework="pt") as file:
-        header = file.metadata() or {}
+    if path.suffix != ".bin":
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
     try:
         peft = json.loads(header.get("lora_adapter_metadata", "{}"))
         metadata = json.loads(header.get("pairlora", "{}"))
         assert isinstance(peft, dict) and isinstance(metadata, dict)
     except (json.JSONDecodeError, AssertionError, RecursionError) as error:
         raise ValueError(f"{path} has a header that is not JSON") from error
+    return unpack(tensors, peft, path), metadata
 
-    parts: dict[str, dict[str, Factors]] = {}
-    for key, A in tensors.items():
-        part, _, rest = key.partition(".")
-        name, _, kind = rest.rpartition(".lora_")
-        if part not in ("unet", "text_encoder") or kind not in ("A.weight", "B.weight"):
-            raise ValueError(
-                f"{path} has the key {key}, which the layout of diffusers does not know"
-            )
-        if not A.isfinite().all():
-            raise ValueError(f"{path} has NaN or infinity in {key}")
-        partner = f"{part}.{name}.lora_{'B' if kind[0] == 'A' else 'A'}.weight"
-        if partner not in tensors:
-            raise ValueError(f"{path} has {key} without {partner}")
-        if kind[0] == "B":
-            continue
-        r = A.shape[0] if A.dim() in (2, 4) else 0
-        if r == 0:
-            raise ValueError(f"{path} has {key} with shape {tuple(A.shape)}")
-        pattern = peft.get(f"{part}.alpha_pattern", {})
-        alpha = pattern.get(name.removeprefix("text_model."), peft.get(f"{part}.lora_alpha", r))
-        parts.setdefault(part, {})[name] = Factors(A, tensors[partner], float(alpha) / r)
-    if not parts:
-        raise ValueError(f"{path} holds no LoRA")
-    return parts, metadata
+
+def _flat(name: str) -> str:
+    return name.removeprefix("text_model.")
+
+
+def factors_for(model: nn.Module, factors: dict[str, Factors]) -> dict[str, Factors]:
+    """The same factors under the names that this model's layers have here, and in their shapes.
+
+    transformers >= 5.6 drops `text_model.`; some tools store a 1×1 convolution as a matrix or a
+    matrix as a 1×1 convolution.
+    """
+    modules = dict(model.named_modules())
+    nested = "text_model" in modules
+    fitted = {}
+    for name, f in factors.items():
+        name = f"text_model.{_flat(name)}" if nested else _flat(name)
+        weight = getattr(modules.get(name), "weight", None)
+        if weight is not None and weight.dim() == 4 and f.A.dim() == 2:
+            f = f._replace(A=f.A[..., None, None], B=f.B[..., None, None])
+        elif weight is not None and weight.dim() == 2 and f.A.shape[2:] == (1, 1):
+            f = f._replace(A=f.A.flatten(1), B=f.B.flatten(1))
+        fitted[name] = f
+    return fitted
+
+
+def apply_lora(
+    parts: Parts,
+    what: str | Path,
+    *,
+    unet: nn.Module | None = None,
+    text: TextEncoder | None = None,
+    fixed: float | None = None,
+) -> None:
+    """Stack a LoRA onto the models given or, with `fixed`, put it under them at that multiplier.
+
+    ValueError names `what`, and a layer that the model does not have or a shape that does not fit.
+    """
+    for part, model in (("unet", unet), ("text_encoder", text and text.model)):
+        if model is not None and part in parts:
+            factors = factors_for(model, parts[part])
+            # trained with the before latent as more channels
+            wide = factors.get("conv_in") if part == "unet" else None
+            if wide is not None and (extra := wide.A.shape[1] - unet.in_channels) > 0:
+                unet.widen(extra)
+            try:
+                attach(model, factors) if fixed is None else fix(model, factors, fixed)
+            except ValueError as error:
+                raise ValueError(f"{what}: {error}") from error
 
 
 def load_lora(
@@ -148,18 +163,57 @@ def load_lora(
     the file whose model is not given is warned about.
     """
     parts, metadata = read_lora(run_or_file)
-    if unet is not None and "unet" in parts:
-        wide = parts["unet"].get("conv_in")  # trained with the before latent as more channels
-        if wide is not None and (extra := wide.A.shape[1] - unet.in_channels) > 0:
-            unet.widen(extra)
-        attach(unet, parts["unet"])
-    if text is not None and "text_encoder" in parts:
-        nested = any(name.startswith("text_model.") for name, _ in text.model.named_modules())
-        flat = {name.removeprefix("text_model."): f for name, f in parts["text_encoder"].items()}
-        attach(text.model, {f"text_model.{n}": f for n, f in flat.items()} if nested else flat)
+    apply_lora(parts, run_or_file, unet=unet, text=text)
     for part, model in (("unet", unet), ("text_encoder", text)):
         if part in parts and model is None:
             warnings.warn(
                 f"{run_or_file} also adapts the {part}, which is left as it is", stacklevel=2
             )
     return metadata
+
+
+def multiplier(metadata: dict, strength: float) -> float:
+    """The LoRA multiplier that a strength (0 = before, 1 = after) means for a LoRA."""
+    slope, offset = metadata.get("multiplier", (1.0, 0.0))
+    return slope * strength + offset
+
+
+# ---- a frozen companion --------------------------------------------------------------------------
+
+
+def companion_entry(run_or_file: str | Path, strength: float) -> dict:
+    """What the metadata of a LoRA trained on top of this one keeps of it."""
+    path = lora_path(run_or_file, "--base_lora")
+    return {"path": str(path.resolve()), "strength": strength, "sha256": _sha256(path)}
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def find_companion(
+    metadata: dict, given: str | Path | None = None, strength: float | None = None
+) -> tuple[Path, float] | None:
+    """(file, strength) of the LoRA that belongs under the one of this metadata; None if none does.
+
+    What is given comes before what was recorded; strength 0 takes the companion away. A companion
+    that is gone is a FileNotFoundError, one that was changed meanwhile a warning.
+    """
+    entry = metadata.get("base_lora") or {}
+    kinds = {"path": str, "sha256": str, "strength": int | float}
+    if entry and not all(isinstance(entry.get(key), kind) for key, kind in kinds.items()):
+        raise ValueError(f"the LoRA's header has base_lora = {entry!r}, without {', '.join(kinds)}")
+    strength = entry.get("strength", 1.0) if strength is None else strength
+    if strength == 0 or not (entry or given):
+        return None
+    if given is not None:
+        path = lora_path(given, "--base_lora")
+    elif not (path := Path(entry["path"])).is_file():
+        raise FileNotFoundError(
+            f"the LoRA was trained on top of {path}, which is not there: say with --base_lora "
+            "where it is, or leave it out with --base_lora_strength 0"
+        )
+    if entry and _sha256(path) != entry["sha256"]:
+        warnings.warn(f"{path} is not the base LoRA of the training any more", stacklevel=2)
+    return path, strength

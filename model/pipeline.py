@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.lora import set_strength
-from model.lora_files import load_lora, lora_path, read_lora
+from model.lora_files import apply_lora, find_companion, load_lora, lora_path, multiplier, read_lora
 from model.objectives import Predict
 from model.samplers import SAMPLERS, guided
 from model.schedule import Schedule
@@ -205,6 +205,7 @@ class Pipeline:
     text: TextEncoder
     schedule: Schedule
     meta: dict
+    under: tuple[Path, float] | None = None  # a frozen LoRA under it, and its strength
 
     def context(self, prompt: str) -> Context:
         """(1, l, d), or a function of the multipliers where the LoRA reaches the text encoder."""
@@ -225,8 +226,7 @@ class Pipeline:
 
     def multiplier(self, strength: float) -> float:
         """The LoRA multiplier that a strength (0 = before, 1 = after) means for this LoRA."""
-        slope, offset = self.meta.get("multiplier", (1.0, 0.0))
-        return slope * strength + offset
+        return multiplier(self.meta, strength)
 
 
 def load_pipeline(
@@ -238,14 +238,20 @@ def load_pipeline(
     vae_path: str | None = None,
     tokenizer_name: str | None = None,
     prediction_type: str | None = None,
+    base_lora: str | Path | None = None,
+    base_lora_strength: float | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Pipeline:
     """Base and LoRA; without `base`, the one (and the VAE and tokenizer) the LoRA was trained on.
 
+    A LoRA that was trained on top of another one has that one under it again (`find_companion`).
     The VAE and the text encoder stay in fp32. ValueError or FileNotFoundError name what is wrong.
     """
     meta = read_lora(lora_path(lora))[1] if lora is not None else {}
+    under = find_companion(meta, base_lora, base_lora_strength)
+    if under is not None:
+        parts, said = read_lora(under[0], "--base_lora")
     if base is None:
         if "base_model" not in meta:
             said = f", and {lora} does not say what it was trained on" if lora is not None else ""
@@ -263,6 +269,8 @@ def load_pipeline(
     unet = load_unet(base, **files, dtype=dtype)
     if unet.in_channels != 4:
         raise ValueError(f"{base} has a UNet of {unet.in_channels} input channels; 4 are wanted")
+    if under is not None:
+        apply_lora(parts, under[0], unet=unet, text=text, fixed=multiplier(said, under[1]))
     if lora is not None:
         load_lora(lora, unet=unet, text=text)
-    return Pipeline(base, unet, vae, text, schedule, meta)
+    return Pipeline(base, unet, vae, text, schedule, meta, under)

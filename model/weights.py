@@ -8,10 +8,12 @@ repository of that layout on the hub:
     tokenizer/...     scheduler/scheduler_config.json
 
 Whatever is wrong with a file is one ValueError or FileNotFoundError with its name and the key.
-LoRA files are in model/lora_files.py; `load_lora` and `save_lora` can be had from here too.
+LoRA files are in model/lora_files.py; `load_lora` and `save_lora` can be had from here too. Their
+command line (convert, concat, merge) is `python -m model.weights`: see model/lora_convert.py.
 """
 
 import json
+import runpy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -376,3 +378,7 @@ def load_scheduler_config(
     path, _ = locate_component(name_or_path, "scheduler", "scheduler_config.json", revision)
     config = read_json(path)
     return config if prediction_type is None else config | {"prediction_type": prediction_type}
+
+
+if __name__ == "__main__":  # the command line stands above this module, which does not import it
+    runpy.run_module("model.lora_convert", run_name="__main__")

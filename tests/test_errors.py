@@ -250,10 +250,12 @@ def numeric() -> list[tuple[str, type]]:
 @pytest.mark.parametrize(("name", "kind"), numeric())
 def test_no_number_may_be_negative_or_no_number(place, name, kind):
     """Every numeric flag, on the command line and in a call, and each sentence names the flag."""
-    for value in ("-1", "nan", "inf", "-inf", "1,5"):
+    signed = name == "base_lora_strength"  # negative is backwards
+    for value in (*(() if signed else ("-1",)), "nan", "inf", "-inf", "1,5"):
         said = complaint(place, train.main, [*GOOD, f"--{name}={value}"])
         assert f"--{name}" in said
-    for value in (-1, *([float("nan"), float("inf")] if kind is float else [])):
+    negative = [] if signed else [-1]
+    for value in (*negative, *([float("nan"), float("inf")] if kind is float else [])):
         with pytest.raises(ValueError, match=f"--{name} "):
             train.train(TrainConfig(instance_data_dir="x", output_dir="new", **{name: value}))
 

@@ -27,7 +27,7 @@ import latents
 import runs
 import train
 from config import TrainConfig
-from model import memory
+from model import lora_convert, memory
 from model.layers import ResBlock
 from model.lora_files import LORA_FILE, read_lora
 from model.unet import UNet
@@ -625,6 +625,103 @@ def train_text_encoder(lab, patch):
           pre_compute_text_embeddings=True)(lab, patch)  # fmt: skip
 
 
+def other_lora(lab, **more) -> str:
+    """A LoRA with something to say."""
+    return str(lab.run(pair_objective="after", learning_rate=0.1, seed=7, **more))
+
+
+def deltas(folder: Path, part: str = "unet") -> dict:
+    """{layer: scale · B A}, matrices"""
+    found = layers(Path(folder), part).items()
+    return {name: f.scale * f.B.flatten(1) @ f.A.flatten(1) for name, f in found}
+
+
+def init_lora(lab, patch):
+    """The same function at any rank and α that holds it; cut, and said so, at one that does not."""
+    start, frozen = other_lora(lab), {"pair_objective": "after", "learning_rate": 0.0}
+    said = deltas(start)
+    for more in ({}, {"lora_rank": 5}, {"lora_alpha": 6.0}, {"lora_targets": "attn,conv_in"}):
+        folder = lab.run(**frozen, **more, init_lora=start)
+        for name, delta in said.items():
+            torch.testing.assert_close(deltas(folder)[name], delta, rtol=1e-5, atol=1e-7)
+    words = other_lora(lab, train_text_encoder=True)
+    folder = lab.run(**frozen, train_text_encoder=True, lora_rank=3, init_lora=words)
+    for part in ("unet", "text_encoder"):
+        for name, delta in deltas(words, part).items():
+            torch.testing.assert_close(deltas(folder, part)[name], delta, rtol=1e-5, atol=1e-7)
+    folder = lab.run(**frozen, lora_rank=1, init_lora=start)
+    assert "unet cut to rank 1, relative error 0." in lab.said[folder]
+    changes(beside={"pair_objective": "after"}, init_lora=start)[1](lab, patch)
+    stops(f"--init_lora {start} adapts down_blocks.0", init_lora=start,
+          lora_targets="conv_in")(lab, patch)  # fmt: skip
+    stops("train that as well, with --train_text_encoder",
+          init_lora=words)(lab, patch)  # fmt: skip
+    stops("--init_lora nowhere: no", init_lora="nowhere")(lab, patch)
+
+
+def base_lora(lab, patch):
+    """On during training, recorded, and no part of what is saved."""
+    under = other_lora(lab, train_text_encoder=True)
+    changes(beside={"pair_objective": "after"}, base_lora=under)[1](lab, patch)
+    folder = lab.run(pair_objective="after", base_lora=under)
+    assert {f.A.shape[0] for f in layers(folder).values()} == {2}
+    assert not layers(folder, "text_encoder") and "frozen, at multiplier 1" in lab.said[folder]
+    assert meta(folder)["base_lora"]["path"] == str(Path(under) / LORA_FILE)
+    assert meta(lab.run())["base_lora"] is None
+    stops("--base_lora nowhere: no", base_lora="nowhere")(lab, patch)
+    # as on a base that has it merged, and as the uninterrupted run after a stop
+    merged = lab.new()
+    argv = ["--model", str(lab.sd1), "--lora", under, merged]
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert lora_convert.main(["merge", *argv]) == 0
+    other = lab.run(pair_objective="after", pretrained_model_name_or_path=merged)
+    assert column(folder) == pytest.approx(column(other), rel=1e-4)
+    more = {"pair_objective": "after", "base_lora": under, "init_lora": other_lora(lab)}
+    stopped = lab.fresh(**more, checkpointing_steps=2, max_train_steps=2)
+    lab.fresh(**more, output_dir=str(stopped), resume_from_checkpoint="latest")
+    assert bytes_of(stopped) == bytes_of(lab.run(**more))
+
+
+def base_lora_strength(lab, patch):
+    under = {"pair_objective": "after", "base_lora": other_lora(lab)}
+    changes(beside=under, base_lora_strength=0.5)[1](lab, patch)
+    none = lab.run(**under, base_lora_strength=0.0)
+    assert column(none) == column(lab.run(pair_objective="after"))
+    assert meta(none)["base_lora"]["strength"] == 0.0
+
+
+FURTHER = {"attn_procs": "pytorch_lora_weights_attn_procs.safetensors",
+           "kohya": "pytorch_lora_weights_kohya.safetensors"}  # fmt: skip
+
+
+def lora_format(lab, patch):
+    """Files of their own beside the usual one, which stays what it is."""
+    for asked, names in {"diffusers": [], "kohya": ["kohya"], "attn_procs": ["attn_procs"],
+                         "all": ["attn_procs", "kohya"]}.items():  # fmt: skip
+        folder = lab.fresh(lora_format=asked, train_text_encoder=True)
+        found = sorted(p.name for p in folder.glob("*.safetensors"))
+        assert found == sorted([LORA_FILE, *(FURTHER[name] for name in names)])
+        for name in found:
+            parts, said = read_lora(folder / name)
+            assert said == meta(folder) and parts.keys() == {"unet", "text_encoder"}
+            for layer, f in parts["unet"].items():
+                assert torch.equal(f.A, layers(folder)[layer].A)
+        assert not list(folder.glob("checkpoint-*/*_*s_*"))
+    lab.fresh(output_dir=str(folder), overwrite=True)
+    assert [p.name for p in folder.glob("*.safetensors")] == [LORA_FILE]
+
+
+def lora_dtype(lab, patch):
+    """Of the result; a checkpoint goes on to the bit and stays in fp32."""
+    for asked, dtype in {"fp16": torch.float16, "bf16": torch.bfloat16}.items():
+        folder = lab.run(lora_dtype=asked, lora_format="kohya")
+        for file, kinds in {LORA_FILE: {dtype}, f"checkpoint-3/{LORA_FILE}": {torch.float32},
+                            FURTHER["kohya"]: {dtype}}.items():  # fmt: skip
+            tensors = load_file(folder / file)
+            assert {t.dtype for k, t in tensors.items() if not k.endswith(".alpha")} == kinds
+        assert column(folder) == column(lab.run())
+
+
 class Stopped(Exception):
     pass
 
@@ -937,6 +1034,11 @@ FLAGS = {
     "lora_alpha": effect(lora_alpha),
     "lora_targets": effect(lora_targets),
     "train_text_encoder": effect(train_text_encoder),
+    "init_lora": effect(init_lora),
+    "base_lora": effect(base_lora),
+    "base_lora_strength": effect(base_lora_strength),
+    "lora_format": effect(lora_format),
+    "lora_dtype": effect(lora_dtype),
     "max_train_steps": effect(max_train_steps),
     "num_train_epochs": effect(num_train_epochs),
     "train_batch_size": effect(train_batch_size),
@@ -1017,6 +1119,7 @@ def test_flag(name, lab, monkeypatch):
         ("bridge_t", 300, "--pair_objective bridge"),
         ("bridge_channels", False, "--pair_objective bridge"),
         ("image_dropout", 0.5, "--pair_objective concat"),
+        ("base_lora_strength", 0.5, "--base_lora"),
         ("views", 2, "random crops"),
         ("delta_t", 300, "--pair_objective delta"),
         ("lr_warmup_steps", 5, "--lr_scheduler constant_with_warmup"),

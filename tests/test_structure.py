@@ -15,6 +15,7 @@ import ablate
 import check_data
 import sample
 import train
+from model import lora_convert
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,11 +37,17 @@ ARROWS = {
     "report": ["runs"],
     "model.unet": ["model.layers"],
     "model.vae": ["model.layers"],
-    "model.lora_files": ["model.files", "model.lora", "model.text"],
+    "model.lora_algebra": ["model.lora"],
+    "model.lora_layouts": ["model.lora"],
+    "model.lora_files": ["model.files", "model.lora", "model.lora_layouts", "model.text"],
     "model.single_file": ["model.files"],
     "model.weights": [
         "model.files", "model.lora_files", "model.single_file", "model.text", "model.unet",
         "model.vae",
+    ],
+    "model.lora_convert": [
+        "runs", "model.files", "model.lora", "model.lora_algebra", "model.lora_files",
+        "model.lora_layouts", "model.weights",
     ],
     "model.samplers": ["model.schedule"],
     "model.objectives": ["model.samplers", "model.schedule"],
@@ -259,9 +266,13 @@ def test_the_readmes_flags_exist():
         **{f"sample.py {name}": flags(sample.main, name) for name in ("edit", "sweep", "morph")},
         "check_data.py": flags(check_data.main),
         "ablate.py": flags(ablate.main),
-    }
+        **{f"-m model.weights {one}": flags(lora_convert.main, one)
+            for one in ("convert", "concat", "merge")},
+    }  # fmt: skip
     seen = set()
-    commands = re.findall(r"python (\w+\.py[^\n`]*)", README.replace("\\\n", " "))
+    commands = re.findall(
+        r"python (-m model\.weights[^\n`]*|\w+\.py[^\n`]*)", README.replace("\\\n", " ")
+    )
     for line in commands:
         name = next((name for name in known if line.startswith(name)), None)
         if name is None:

@@ -1,0 +1,78 @@
+"""Arithmetic of low-rank updates ΔW = scale · B A: their sum, their best approximation of a rank,
+and a trained adapter that begins as another one. Sums are of the products, never of A and B apart.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from model.lora import Factors, lora_layers
+
+
+def concat(terms: Sequence[tuple[Factors, float]]) -> Factors:
+    """Σ wᵢ ΔWᵢ exactly: the A below one another, the wᵢ scaleᵢ Bᵢ side by side, scale 1.
+
+    ValueError when the updates are of different shapes.
+    """
+    sizes = {(f.A.shape[1:], f.B.shape[:1]) for f, _ in terms}
+    if len(sizes) > 1:
+        shown = " and ".join(f"{tuple(f.B.shape)} by {tuple(f.A.shape)}" for f, _ in terms)
+        raise ValueError(f"the updates are of different shapes: {shown}")
+    A = torch.cat([_float(f.A) for f, _ in terms])
+    B = torch.cat([_float(f.B) * (w * f.scale) for f, w in terms], dim=1)
+    return Factors(A, B, 1.0)
+
+
+def _float(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def truncate(f: Factors, rank: int) -> tuple[Factors, float, float]:
+    """The nearest update of this rank, ‖what was cut off‖² and ‖ΔW‖² (Eckart and Young 1936).
+
+    From the SVD of the r×r middle of B A = Q_B (R_B R_Aᵀ) Q_Aᵀ, in float64; the singular values are
+    shared evenly between the new A and B. A convolution is the matrix out × (in · kh · kw). An
+    update of no higher rank stays as it is.
+    """
+    A, B = f.A.flatten(1).double(), f.B.flatten(1).double()  # (r, n), (out, r)
+    Q_A, R_A = torch.linalg.qr(A.T)  # (n, r), (r, r)
+    Q_B, R_B = torch.linalg.qr(B)
+    U, S, Vh = torch.linalg.svd(f.scale * R_B @ R_A.T)
+    whole = S.square().sum().item()
+    if rank >= f.A.shape[0]:
+        return f, 0.0, whole
+    root = S[:rank].sqrt()
+    A_new = (root[:, None] * (Vh[:rank] @ Q_A.T)).view(rank, *f.A.shape[1:])
+    B_new = (Q_B @ U[:, :rank] * root).view(f.B.shape[0], rank, *f.B.shape[2:])
+    dtype = _float(f.A).dtype
+    cut = S[rank:].square().sum().item()
+    return Factors(A_new.to(dtype), B_new.to(dtype), 1.0), cut, whole
+
+
+@torch.no_grad()
+def start_from(model: nn.Module, factors: dict[str, Factors], what: str) -> float:
+    """Give the model's one fresh adapter the function of `factors`; returns the relative error.
+
+    At its own rank and α: a file of lower rank is padded exactly (the further A stay random, their
+    B zero), one of higher rank is cut by SVD, and the error is ‖cut‖/‖ΔW‖ over all layers. Layers
+    that the file lacks stay fresh. ValueError: `what` has a layer that is not trained, or misfits.
+    """
+    layers, cut, whole = lora_layers(model), 0.0, 0.0
+    for name, f in factors.items():
+        if name not in layers:
+            raise ValueError(f"{what} adapts {name}, which --lora_targets leaves out")
+        layer = layers[name]
+        r, scale = layer.lora_A.shape[0], layer.lora_mix[0, 0].item()
+        if f.A.shape[1:] != layer.lora_A.shape[1:] or f.B.shape[0] != layer.lora_B.shape[0]:
+            raise ValueError(
+                f"{what} has {name} with A {tuple(f.A.shape)} and B {tuple(f.B.shape)}; "
+                f"the layer is {tuple(layer.weight.shape)}"
+            )
+        f, lost, all_of_it = truncate(f, r)
+        cut, whole = cut + lost, whole + all_of_it
+        k = f.A.shape[0]
+        layer.lora_A[:k] = f.A
+        layer.lora_B.zero_()
+        layer.lora_B[:, :k] = _float(f.B) * (f.scale / scale)
+    return (cut / whole) ** 0.5 if whole else 0.0

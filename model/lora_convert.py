@@ -1,0 +1,277 @@
+"""The command line of LoRA files: into another layout, together, at another rank, into a base.
+
+    python -m model.weights convert IN OUT [--format kohya] [--dtype fp16] [--rank 8]
+    python -m model.weights concat A B ... OUT [--weights 1,0.5] [--format ...] [--dtype ...]
+    python -m model.weights merge --model BASE --lora FILE [--strength 1] OUT [--dtype fp16]
+
+IN, A, B and FILE are LoRA files of any layout that model/lora_layouts.py reads, or folders of runs.
+OUT must not be there yet.
+"""
+
+import argparse
+import math
+import shutil
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from model.files import is_local, lacks, locate, moved_note, read_json
+from model.lora import detach, merge
+from model.lora_algebra import concat, truncate
+from model.lora_files import apply_lora, multiplier, read_lora, write_lora
+from model.lora_layouts import LAYOUTS, Parts
+from model.weights import load_text, load_unet
+from runs import refuse_file, write_aside, write_json
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+HUB_FILES = (  # what makes a model on the hub
+    "scheduler/scheduler_config.json", "tokenizer/vocab.json", "tokenizer/merges.txt",
+    "vae/config.json", "vae/diffusion_pytorch_model{}.safetensors",
+    "unet/config.json", "unet/diffusion_pytorch_model{}.safetensors",
+    "text_encoder/config.json", "text_encoder/model{}.safetensors",
+)  # fmt: skip
+MAYBE = ("tokenizer/tokenizer_config.json", "tokenizer/special_tokens_map.json",
+         "feature_extractor/preprocessor_config.json")  # fmt: skip
+
+# ---- files to files ------------------------------------------------------------------------------
+
+
+def concat_parts(terms: Sequence[tuple[Parts, float]]) -> Parts:
+    """Σ weight · LoRA, layer by layer, exactly. ValueError names a layer of two shapes."""
+    total: Parts = {}
+    for part in dict.fromkeys(part for parts, _ in terms for part in parts):
+        own = [(parts.get(part, {}), weight) for parts, weight in terms]
+        total[part] = {}
+        for path in dict.fromkeys(path for factors, _ in own for path in factors):
+            try:
+                total[part][path] = concat([(fs[path], w) for fs, w in own if path in fs])
+            except ValueError as error:
+                raise ValueError(f"{path} of the {part}: {error}") from error
+    return total
+
+
+def truncate_parts(parts: Parts, rank: int) -> tuple[Parts, float, tuple[float, str]]:
+    """All layers at `rank` at most; ‖cut‖/‖ΔW‖ over all of them, and of the worst with its name."""
+    small, cut, whole, worst = {part: {} for part in parts}, 0.0, 0.0, (0.0, "")
+    for part, factors in parts.items():
+        for path, f in factors.items():
+            small[part][path], lost, all_of_it = truncate(f, rank)
+            cut, whole = cut + lost, whole + all_of_it
+            worst = max(worst, (math.sqrt(lost / all_of_it) if all_of_it else 0.0, path))
+    return small, math.sqrt(cut / whole) if whole else 0.0, worst
+
+
+def _save(args: argparse.Namespace, parts: Parts, metadata: dict) -> None:
+    count = sum(map(len, parts.values()))
+    ranks = sorted({len(f.A) for factors in parts.values() for f in factors.values()})
+    dtype = DTYPES[args.dtype]
+    write_aside(
+        args.out, lambda aside: write_lora(aside, parts, metadata, dtype=dtype, layout=args.format)
+    )
+    what = f"{count} layers of {' and '.join(parts)}, rank {', '.join(map(str, ranks))}"
+    print(f"{args.out}: {what}, {args.format} layout, {args.dtype}")
+
+
+def run_convert(args: argparse.Namespace) -> None:
+    parts, metadata = read_lora(args.lora, "IN")
+    if args.rank is not None:
+        if args.rank < 1:
+            raise ValueError(f"--rank must be at least 1, got {args.rank}")
+        parts, error, (most, path) = truncate_parts(parts, args.rank)
+        at = f"; most at {path}, {most:.3g}" if most else ""
+        print(f"rank {args.rank}: relative error {error:.3g} (Frobenius norm of what was cut){at}")
+        metadata = {key: metadata[key] for key in metadata.keys() - {"rank", "alpha"}}
+    _save(args, parts, metadata)
+
+
+def run_concat(args: argparse.Namespace) -> None:
+    """Of the metadata, what all of them agree on is kept; what a use needs is warned about."""
+    weights = [1.0] * len(args.loras) if args.weights is None else args.weights
+    if len(weights) != len(args.loras):
+        raise ValueError(f"--weights has {len(weights)} numbers for {len(args.loras)} LoRAs")
+    read = [read_lora(file, "LORA") for file in args.loras]
+    first, *others = [metadata for _, metadata in read]
+    agreed = {k: v for k, v in first.items() if all(o.get(k) == v for o in others)}
+    for key in ("objective", "multiplier", "base_model", "prompt", "base_lora"):
+        if key not in agreed and any(key in metadata for _, metadata in read):
+            warnings.warn(f"the LoRAs differ in {key}: the new file does not say it", stacklevel=2)
+    agreed = {key: agreed[key] for key in agreed.keys() - {"rank", "alpha", "steps"}}
+    parts = concat_parts([(parts, w) for (parts, _), w in zip(read, weights)])
+    _save(args, parts, agreed)
+
+
+# ---- into a base ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def merge_into(args: argparse.Namespace, folder: Path) -> str:
+    """Fill `folder` with the base in diffusers' layout, the LoRA folded in; returns what was done.
+
+    What the LoRA leaves alone is copied as it is: of a directory every part, of a hub repository
+    HUB_FILES and MAYBE. Weight files keep the variant's name.
+    """
+    base, files = args.model, {"variant": args.variant, "revision": args.revision}
+    dtype, dot = DTYPES[args.dtype], f".{args.variant}" if args.variant else ""
+    parts, metadata = read_lora(args.lora)
+    m = multiplier(metadata, args.strength)
+    if not math.isfinite(m):
+        raise ValueError(f"--strength must be a finite number, got {args.strength}")
+    if under := metadata.get("base_lora"):
+        warnings.warn(
+            f"{args.lora} was trained on top of another LoRA, {under}, which is not merged "
+            "with it: merge that one first if it should be",
+            stacklevel=2,
+        )
+    index = locate(base, "model_index.json", args.revision)
+    if index is None:
+        raise FileNotFoundError(
+            f"{lacks(base, 'model_index.json', args.revision)}; a whole model was wanted"
+        )
+    about = read_json(index)
+
+    def write(part: str, stem: str, config: dict, state: dict[str, torch.Tensor]) -> None:
+        (folder / part).mkdir(parents=True)
+        write_json(folder / part / "config.json", config)
+        state = {key: tensor.to(dtype).contiguous() for key, tensor in state.items()}
+        if bad := [key for key, tensor in state.items() if not tensor.isfinite().all()]:
+            raise ValueError(f"{bad[0]} of the {part}, merged, is beyond the range of {args.dtype}")
+        path = folder / part / f"{stem}{dot}.safetensors"
+        save_file(state, path, metadata={"format": "pt"})
+
+    if "unet" in parts:
+        unet = load_unet(base, **files)
+        apply_lora(parts, args.lora, unet=unet)
+        merge(unet, m)
+        detach(unet)
+        state = unet.state_dict()
+        width = state["conv_in.weight"].shape[1]  # 8 where a before image enters
+        if width == 8 and parts["unet"].get("conv_in") is not None:
+            # that pipeline shows the UNet the before latent without its scaling factor
+            vae = read_json(locate(base, "vae/config.json", args.revision))
+            state["conv_in.weight"][:, 4:] *= vae.get("scaling_factor", 0.18215)
+        write("unet", "diffusion_pytorch_model", {**unet.config, "in_channels": width}, state)
+        if width == 8:
+            about["_class_name"] = "StableDiffusionInstructPix2PixPipeline"
+    if "text_encoder" in parts:
+        text = load_text(base, **files)
+        apply_lora(parts, args.lora, text=text)
+        merge(text.model, m)
+        detach(text.model)
+        state = {f"text_model.{k.removeprefix('text_model.')}": v
+                 for k, v in text.model.state_dict().items()}  # fmt: skip
+        config = read_json(locate(base, "text_encoder/config.json", args.revision))
+        write("text_encoder", "model", config, state)
+
+    if is_local(base):
+        for part in sorted(p for p in Path(base).iterdir() if p.is_dir() and p.name in about):
+            if part.name not in parts:
+                shutil.copytree(part, folder / part.name)
+    else:
+        for file in (name.format(dot) for name in HUB_FILES + MAYBE):
+            if file.split("/")[0] in parts:
+                continue
+            path = locate(base, file, args.revision)
+            if path is not None:
+                (folder / file).parent.mkdir(exist_ok=True)
+                shutil.copy(path, folder / file)
+            elif file not in MAYBE:
+                raise FileNotFoundError(lacks(base, file, args.revision))
+    absent = {part: [None, None] for part, value in about.items()
+              if isinstance(value, list) and not (folder / part).is_dir()}  # fmt: skip
+    write_json(folder / "model_index.json", about | absent)
+    return f"{' and '.join(parts)} merged at multiplier {m:g} into {base}"
+
+
+def run_merge(args: argparse.Namespace) -> None:
+    if note := moved_note(args.model):
+        print(note)
+    done = []
+
+    def fill(aside: Path) -> None:
+        aside.mkdir()
+        try:
+            done.append(merge_into(args, aside))
+        except BaseException:
+            shutil.rmtree(aside)
+            raise
+
+    write_aside(args.out, fill)
+    print(f"{args.out}: {done[0]}, {args.dtype}")
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def numbers(text: str) -> list[float]:
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = [math.nan]
+    if not all(map(math.isfinite, values)):
+        raise argparse.ArgumentTypeError(f"numbers such as 1,0.5 were wanted, got {text!r}")
+    return values
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="model.weights", description=__doc__.split("\n")[0], allow_abbrev=False)
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="convert|concat|merge", parser_class=Parser
+    )
+
+    def command(name: str, run, help: str) -> Parser:
+        one = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        one.set_defaults(run=run)
+        one.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="of OUT [fp32]")
+        return one
+
+    layout = {"choices": LAYOUTS, "default": "diffusers", "help": "of OUT [diffusers]"}
+    one = command("convert", run_convert, "a LoRA file into another layout, precision or rank")
+    one.add_argument("lora", metavar="IN", help="LoRA file of any layout, or a run's folder")
+    one.add_argument("out", metavar="OUT", type=Path, help="a new .safetensors")
+    one.add_argument("--format", **layout)
+    one.add_argument("--rank", type=int, help="cut every layer to this rank by SVD")
+
+    one = command("concat", run_concat, "the exact sum of several LoRAs, as one file")
+    one.add_argument("loras", metavar="LORA", nargs="+", help="LoRA files or runs")
+    one.add_argument("out", metavar="OUT", type=Path, help="a new .safetensors")
+    one.add_argument("--weights", type=numbers, metavar="1,0.5", help="of each [1]")
+    one.add_argument("--format", **layout)
+
+    one = command("merge", run_merge, "a base with a LoRA folded in, as a model directory")
+    one.add_argument("out", metavar="OUT", type=Path, help="a new directory")
+    one.add_argument("--model", required=True, metavar="BASE", help="directory or hub id")
+    one.add_argument("--lora", required=True, metavar="FILE", help="LoRA file or a run's folder")
+    one.add_argument("--strength", type=float, default=1.0, help="0 = before, 1 = after [1]")
+    one.add_argument("--revision", help="of the hub repository")
+    one.add_argument("--variant", help="of the weight files, such as fp16")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    warnings.showwarning = lambda message, *rest: print(f"warning: {message}", file=sys.stderr)
+    try:
+        refuse_file(args.out.parent, "OUT")
+        if args.out.exists():
+            raise FileExistsError(f"OUT {args.out} is there already")
+        if args.command != "merge" and args.out.suffix != ".safetensors":
+            raise ValueError(f"OUT {args.out} should end in .safetensors")
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"model.weights {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,257 @@
+"""How LoRA files spell a layer: three layouts to write, and their relatives to read.
+
+    diffusers    unet.<path>.lora_A.weight (r, in)  unet.<path>.lora_B.weight (out, r)
+                 α and mixed ranks in the header, as peft's LoraConfig spells them
+    attn_procs   diffusers of 2023: unet.<...>.attn1.processor.to_q_lora.down.weight, .up.weight,
+                 unet.<path>.lora.down.weight outside attention; the scale is folded into `up`
+    kohya        also A1111's and ComfyUI's: lora_unet_<path, _ for .>.lora_down.weight,
+                 .lora_up.weight, .alpha; one α for the whole file, the rest folded into `lora_up`
+
+A part is "unet" or "text_encoder", a path the module's in the published checkpoint; those of the
+text encoder begin with `text_model.`, whatever the installed transformers calls it.
+"""
+
+import json
+import math
+import re
+
+import torch
+from torch import Tensor
+
+from model.lora import Factors
+
+LAYOUTS = ("diffusers", "attn_procs", "kohya")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+Parts = dict[str, dict[str, Factors]]
+
+# kohya's names have `_` for every dot. These are all the module names on the way to a Linear or
+# Conv2d of SD's UNet and CLIP, so a name can be taken apart again; no other name is guessed at.
+WORDS = (
+    r"down_blocks|mid_block|up_blocks|resnets|attentions|downsamplers|upsamplers"
+    r"|transformer_blocks|attn1|attn2|to_q|to_k|to_v|to_out|ff|net|proj_in|proj_out|proj"
+    r"|conv_shortcut|conv_in|conv_out|conv1|conv2|conv|time_emb_proj|time_embedding"
+    r"|linear_1|linear_2|text_model|encoder|layers|self_attn|q_proj|k_proj|v_proj|out_proj"
+    r"|mlp|fc1|fc2|\d+"
+)
+KOHYA_NAME = re.compile(rf"({WORDS})(?:_|$)")
+# where a path begins in files that do not say the part
+TOPS = {"down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out", "time_embedding"}
+TEXT_TOPS = {"text_model", "encoder"}
+
+KOHYA = re.compile(  # diffusers' own converter says te1 for SD too
+    r"lora_(unet|te|te1)_(\w+)\.(lora_down\.weight|lora_up\.weight|lora_mid\.weight|alpha)"
+)
+PART = r"(?:base_model\.model\.)?(?:(unet|text_encoder)\.)?(?:base_model\.model\.)?"
+PEFT = re.compile(PART + r"(.+)\.lora_([AB])(?:\.default\w*)?\.weight")
+OLD = re.compile(
+    PART + r"(.+?)(?:\.lora|\.lora_linear_layer|(?:\.processor)?\.(to_q|to_k|to_v|to_out)_lora)"
+    r"\.(down|up)\.weight"
+)
+OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+ROLES = {"lora_down.weight": "A", "down": "A", "lora_up.weight": "B", "up": "B",
+         "lora_mid.weight": "mid"}  # fmt: skip
+PARTNERS = {"lora_A": "lora_B", "lora_down": "lora_up", ".down.": ".up."}
+
+# ---- out -----------------------------------------------------------------------------------------
+
+
+def pack(parts: Parts, layout: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file in this layout, and its header.
+
+    ValueError: a layout that is none, no layer at all, or a value too large for `dtype`.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"{layout!r} is no layout of LoRA files; {', '.join(LAYOUTS)} are")
+    tensors, config, common = {}, {}, _common_alpha(parts)
+    for part, factors in parts.items():
+        for path, f in factors.items():
+            fold = 1.0
+            if layout == "diffusers":
+                down, up = (f"{part}.{path}.lora_{letter}.weight" for letter in "AB")
+            elif layout == "attn_procs":
+                stem, fold = _old_stem(part, path), f.scale
+                down, up = f"{stem}.down.weight", f"{stem}.up.weight"
+            else:
+                stem, fold = kohya_name(part, path), f.scale * len(f.A) / common
+                down, up = f"{stem}.lora_down.weight", f"{stem}.lora_up.weight"
+                tensors[f"{stem}.alpha"] = torch.tensor(common)  # fp32 beside factors of any dtype
+            B = f.B if fold == 1 else f.B.to(torch.promote_types(f.B.dtype, torch.float32)) * fold
+            for key, tensor in ((down, f.A), (up, B)):
+                tensors[key] = tensor.to("cpu", dtype, copy=True).contiguous()
+                if not tensors[key].isfinite().all():
+                    raise ValueError(f"{path} of the {part} is beyond the range of {dtype}")
+        if layout == "diffusers":
+            config |= _peft_config(part, factors)
+    if not tensors:
+        raise ValueError("there is no adapter to save")
+    header = {"format": "pt"}
+    if config:
+        header["lora_adapter_metadata"] = json.dumps(config, sort_keys=True)
+    return tensors, header
+
+
+def kohya_name(part: str, path: str) -> str:
+    return f"lora_{'te' if part == 'text_encoder' else part}_{path.replace('.', '_')}"
+
+
+def strange_to_kohya(parts: Parts) -> list[str]:
+    """Layers that kohya's own loader has no place for: those outside ResNets and transformers."""
+    inside = re.compile(r"(resnets|attentions|downsamplers|upsamplers|self_attn|mlp)\.")
+    return [path for factors in parts.values() for path in factors if not inside.search(path)]
+
+
+def _old_stem(part: str, path: str) -> str:
+    if part == "text_encoder":
+        return f"{part}.{path}.lora_linear_layer"
+    attention = re.fullmatch(r"(.*\.attn\d)\.(to_[qkv]|to_out)(?:\.0)?", path)
+    return f"{part}." + ("{}.processor.{}_lora".format(*attention.groups()) if attention
+                         else f"{path}.lora")  # fmt: skip
+
+
+def _common_alpha(parts: Parts) -> float:
+    """The commonest α above 0: clients misread a file whose α differ, and to some 0 means none."""
+    layers = [f for factors in parts.values() for f in factors.values()]
+    return _commonest([f.scale * len(f.A) for f in layers if f.scale > 0] or [1.0])
+
+
+def _peft_config(part: str, factors: dict[str, Factors]) -> dict:
+    """r, lora_alpha, target_modules, and patterns for the layers that differ from the commonest."""
+    # peft matches the ends of paths: without the prefix they fit transformers of any age
+    factors = {name.removeprefix("text_model."): f for name, f in factors.items()}
+    ranks = {name: f.A.shape[0] for name, f in factors.items()}
+    alphas = {name: f.scale * f.A.shape[0] for name, f in factors.items()}
+    r, alpha = _commonest(ranks.values()), _commonest(alphas.values())
+    config = {
+        f"{part}.r": r,
+        f"{part}.lora_alpha": alpha,
+        f"{part}.target_modules": sorted(factors),
+    }
+    for key, values, common in (("rank_pattern", ranks, r), ("alpha_pattern", alphas, alpha)):
+        rest = {name: value for name, value in values.items() if value != common}
+        if rest:
+            config[f"{part}.{key}"] = rest
+    return config
+
+
+def _commonest(values):
+    values = list(values)
+    return max(set(values), key=values.count)
+
+
+# ---- in ------------------------------------------------------------------------------------------
+
+
+def spelt(key: str) -> tuple[str, str, str] | None:
+    """(part, path, role) of a file's key, role being A, B, mid or alpha; None: in no layout."""
+    if m := KOHYA.fullmatch(key):
+        path = ".".join(KOHYA_NAME.findall(m[2]))
+        part = "unet" if m[1] == "unet" else "text_encoder"
+        return (part, path, ROLES.get(m[3], m[3])) if path.replace(".", "_") == m[2] else None
+    if m := PEFT.fullmatch(key):
+        part, path, role = m.groups()
+    elif m := OLD.fullmatch(key):
+        part, path, to, role = m.groups()
+        if to is not None:
+            in_text = path.endswith(".self_attn")
+            path += "." + (OLD_TEXT[to] if in_text else {"to_out": "to_out.0"}.get(to, to))
+        role = ROLES[role]
+    else:
+        return None
+    if part is None:
+        top = path.split(".")[0]
+        if top not in TOPS | TEXT_TOPS:
+            return None
+        part = "text_encoder" if top in TEXT_TOPS else "unet"
+    return part, _with_prefix(path) if part == "text_encoder" else path, role
+
+
+def _with_prefix(path: str) -> str:
+    return f"text_model.{path.removeprefix('text_model.')}"
+
+
+def unpack(tensors: dict[str, Tensor], peft: dict, file) -> Parts:
+    """{"unet": {path: Factors}, ...} of the tensors of `file` and its header's peft config.
+
+    ValueError names the file and the key that is stray, double, missing its partner or misshapen.
+    """
+    keys: dict[tuple[str, str], dict[str, str]] = {}  # layer -> {role: key}
+    for key, tensor in tensors.items():
+        where = spelt(key)
+        if where is None:
+            raise ValueError(
+                f"{file} has the key {key}, which no known layout of an SD LoRA has "
+                "(diffusers', kohya's; LoHa, LoKr, DoRA and SDXL are not read)"
+            )
+        *layer, role = where
+        roles = keys.setdefault(tuple(layer), {})
+        if role in roles:
+            raise ValueError(f"{file} has {key}, which is {roles[role]} once more")
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{file} has {key} in {tensor.dtype}; floating point was wanted")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{file} has NaN or infinity in {key}")
+        roles[role] = key
+
+    parts: Parts = {}
+    for (part, path), roles in keys.items():
+        if missing := sorted({"A", "B"} - roles.keys()):
+            role, key = next(iter(roles.items()))
+            raise ValueError(f"{file} has {key} without {_partner(key, role, missing[0])}")
+        A, B = tensors[roles["A"]], tensors[roles["B"]]
+        if "mid" in roles:  # LoCon's three factors: B · mid · A, A then being 1×1
+            A = _with_mid(A, tensors[roles["mid"]], f"{file} has {roles['mid']}")
+        r = A.shape[0] if A.dim() in (2, 4) else 0
+        if r == 0:
+            raise ValueError(f"{file} has {roles['A']} with shape {tuple(A.shape)}")
+        if list(B.shape[1:]) != [r, *[1] * (A.dim() - 2)]:
+            raise ValueError(
+                f"{file} has {roles['B']} with shape {tuple(B.shape)} "
+                f"beside {roles['A']} with shape {tuple(A.shape)}"
+            )
+        if "alpha" in roles:
+            alpha = tensors[roles["alpha"]]
+            if alpha.numel() != 1 or alpha.item() == 0:  # clients disagree on what 0 means
+                raise ValueError(f"{file} has {roles['alpha']}, which is not one number, and not 0")
+            scale = alpha.item() / r
+        elif ".lora_A" in roles["A"]:
+            scale = _peft_scale(peft, part, path.removeprefix("text_model."), r, file)
+        else:
+            scale = 1.0
+        parts.setdefault(part, {})[path] = Factors(A, B, scale)
+    if not parts:
+        raise ValueError(f"{file} holds no LoRA")
+    return parts
+
+
+def _partner(key: str, role: str, wanted: str) -> str:
+    """How `key`'s file would spell the key of another role."""
+    if role in ("alpha", "mid"):
+        return key.split(".")[0] + (".lora_down.weight" if wanted == "A" else ".lora_up.weight")
+    for a, b in PARTNERS.items():
+        key = key.replace(*((a, b) if wanted == "B" else (b, a)))
+    return key
+
+
+def _with_mid(A: Tensor, mid: Tensor, what: str) -> Tensor:
+    """A (q, in, 1, 1) under mid (r, q, kh, kw), as one A (r, in, kh, kw)."""
+    if mid.dim() != 4 or A.dim() != 4 or A.shape[2:] != (1, 1) or mid.shape[1] != A.shape[0]:
+        raise ValueError(f"{what} with shape {tuple(mid.shape)} on lora_down {tuple(A.shape)}")
+    dtype = torch.promote_types(A.dtype, torch.float32)
+    return torch.einsum("rqhw,qi->rihw", mid.to(dtype), A.flatten(1).to(dtype))
+
+
+def _peft_scale(peft: dict, part: str, path: str, r: int, file) -> float:
+    """α/r as peft reads its config: a pattern is a regular expression for the end of a path."""
+
+    def said(name: str, default):  # one module alone is saved without the part's name
+        return peft.get(f"{part}.{name}", peft.get(name, default))
+
+    try:
+        pattern = said("alpha_pattern", None) or {}
+        hits = (v for p, v in pattern.items() if p == path or re.match(rf"(.*\.)?({p})$", path))
+        alpha = next(hits, said("lora_alpha", r))
+        scale = float(alpha) / (math.sqrt(r) if said("use_rslora", False) else r)
+        assert math.isfinite(scale)
+    except (AssertionError, ArithmeticError, AttributeError, TypeError, ValueError, re.error) as e:
+        raise ValueError(f"{file} has a header without a usable lora_alpha of {path}") from e
+    return scale
