@@ -47,7 +47,7 @@ endif
 quote = '$(subst ','\'',$(1))'
 flag  = $(if $(2),$(1) $(call quote,$(2)))
 
-.PHONY: help setup check-data train evaluate ablate base sample generate test test-fast lint clean
+.PHONY: help setup check-data train evaluate ablate base sample generate test test-fast fuzz lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -115,6 +115,9 @@ test: $(READY) $(READY_DEV) ## all tests
 
 test-fast: $(READY) $(READY_DEV) ## the tests that take seconds
 	$(PY) -m pytest -n auto --maxprocesses 8 -m "not slow" $(ARGS)
+
+fuzz: $(READY) $(READY_DEV) ## every reader on inputs made up or mutated: FUZZ= of them each [2000]
+	FUZZ=$(or $(FUZZ),2000) $(PY) -m pytest -s tests/test_fuzz.py $(ARGS)
 
 lint: $(READY_DEV) ## style
 	$(PY) -m ruff check .

@@ -33,7 +33,8 @@ from typing import NamedTuple
 import comparison
 import config
 from config import Parser, TrainConfig, report
-from runs import refuse_file, write_aside, write_json
+from durable import write_aside, write_json
+from runs import refuse_file
 
 ROOT = Path(__file__).parent
 OURS = {  # flags that no line may have: they are set here

@@ -15,12 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from data import MAX_ASPECT, aspect_gap, by, contact_sheet, load_image, to_image, to_tensor
+from durable import write_json
 from measures import mse, path, perceived, psnr, structure
 from model.lora_files import load_lora
 from model.morph import States, blended, fit, inverted, renderer, respaced, steps_between
 from model.objectives import OBJECTIVES
 from model.pipeline import Pipeline, encode, padded
-from runs import write_json
 
 DEFAULTS = {
     "adain": True, "attention": True, "noise_level": 0.6, "fit_steps": 0, "learning_rate": 1e-3,

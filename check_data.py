@@ -30,7 +30,7 @@ from data import (
     read_caption,
     shown,
 )
-from runs import refuse_file
+from runs import refuse_file, save_image
 
 NO_CHANGE = 0.5  # of 255, mean absolute difference: what saving as JPEG twice costs
 MIN_SHIFT = 2  # pixels of the original
@@ -241,12 +241,12 @@ def main(argv: list[str] | None = None) -> int:
             path = args.out / "check-data.png"
             rows = [(b, a, ImageChops.difference(b, a)) for _, b, a in sheet]
             names = [shown([name]) for name, _, _ in sheet]
-            contact_sheet(rows, ["before", "after", "difference"], names, TILE).save(path)
+            sheet = contact_sheet(rows, ["before", "after", "difference"], names, TILE)
+            save_image(sheet, path)
             report.counts.append(("look at", shown([path])))
-    except (OSError, ValueError) as error:
+        print(report, flush=True)
+    except (OSError, ValueError, MemoryError) as error:
         return fail("check_data.py", error)
-    encoding = sys.stdout.encoding or "utf-8"  # a terminal may not know every file name's letters
-    print(str(report).encode(encoding, "backslashreplace").decode(encoding))
     if not report.usable:
         print("check_data.py: no pair can be used, see the problems above", file=sys.stderr)
         return 2

@@ -5,9 +5,13 @@ down to `lora_rank` are those of the DreamBooth-LoRA script this project descend
 """
 
 import argparse
+import contextlib
 import dataclasses
+import errno
 import json
 import math
+import os
+import re
 import sys
 import types
 import typing
@@ -157,6 +161,9 @@ class TrainConfig:
     adam_epsilon: float = knob(1e-8, "ε in the denominator")
     max_grad_norm: float = knob(1.0, "clip the gradient's norm here")
     seed: int = knob(0, "all randomness of a step comes from (seed, step)")
+    on_nan: str = knob(
+        "stop", "what to do where loss or gradient is not finite", choices=("stop", "skip")
+    )
     tokenizer_max_length: int | None = knob(
         None, "tokens per prompt; the tokenizer's own when not given"
     )
@@ -169,6 +176,9 @@ class TrainConfig:
     checkpointing_steps: int = knob(250, "a checkpoint every so many steps")
     checkpoints_total_limit: int | None = knob(None, "keep the newest so many")
     resume_from_checkpoint: str | None = knob(None, "`latest`, or a checkpoint of this run")
+    resume_changed: bool = knob(
+        False, "go on although the config or the data are not what they were"
+    )
     log_every: int = knob(10, "a line of metrics every so many steps")
     report_to: str | None = knob(None, "besides metrics.jsonl", choices=("tensorboard", "none"))
     logging_dir: str = knob("logs", "where tensorboard's files go, in --output_dir")
@@ -195,6 +205,7 @@ class TrainConfig:
     )
     allow_tf32: bool = knob(False, "TF32 matrix products on Ampere and newer")
     compile: bool | None = knob(None, "torch.compile the UNet; on CUDA when not given")
+    deterministic: bool = knob(False, "the same bits every time on CUDA too; slower there")
     device: str | None = knob(None, "cuda, cuda:1, cpu, mps; the best there is when not given")
     enable_xformers_memory_efficient_attention: bool = knob(
         False, "attention is always memory-efficient; accepted for old commands"
@@ -203,19 +214,37 @@ class TrainConfig:
 
 
 class Parser(argparse.ArgumentParser):
-    """One sentence on stderr and exit status 2; no abbreviations."""
+    """One sentence on stderr and exit status 2; no abbreviations. stdout takes any file's name."""
 
     def __init__(self, **keywords):
+        if hasattr(sys.stdout, "reconfigure"):  # a terminal may not know every letter
+            sys.stdout.reconfigure(errors="backslashreplace")
         super().__init__(allow_abbrev=False, **keywords)
 
     def error(self, message):
         sys.exit(report(self.prog, message))
 
 
-def report(prog: str, message) -> int:
-    """Say what the user did wrong, in one line; returns the exit status for it."""
-    print(f"{prog}: {' '.join(str(message).split())}", file=sys.stderr)
-    return 2
+# What a machine does to a run; any other error of the system is about a path that was given.
+NO_MISTAKE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE, errno.ENOMEM}
+
+
+def report(prog: str, error) -> int:
+    """Say in one line what went wrong; returns the exit status: 2 a mistake, 1 trouble on the way.
+
+    What looks like an access token is starred out; a line nobody reads any more is left unsaid.
+    """
+    said = f"nobody reads the output: {error}" if isinstance(error, BrokenPipeError) else str(error)
+    told = "; ".join([said, *getattr(error, "__notes__", [])])
+    told = re.sub(r"\bhf_\w+", "hf_***", " ".join(told.split()))
+    with contextlib.suppress(OSError):
+        print(f"{prog}: {told}", file=sys.stderr, flush=True)
+    if isinstance(error, BrokenPipeError):  # or the interpreter fails on it once more, at its end
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    trouble = isinstance(error, FloatingPointError | MemoryError)
+    return 1 if trouble or getattr(error, "errno", None) in NO_MISTAKE else 2
 
 
 def add_fields(parser: Parser, cls: type = TrainConfig) -> None:
@@ -249,6 +278,8 @@ def add_fields(parser: Parser, cls: type = TrainConfig) -> None:
 def read_file(path: str) -> dict:
     """The fields that a config.json gives. ValueError names a key that is none, or a wrong type."""
     try:
+        if (size := os.path.getsize(path)) > 2**24:
+            raise ValueError(f"it has {size} bytes")
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # bytes, syntax, a number of 5000 digits
         raise ValueError(f"--config {path} cannot be read: {error}") from error
@@ -445,6 +476,7 @@ def without_effect(cfg: TrainConfig) -> list[str]:
         ("lr_num_cycles", cfg.lr_scheduler == restarts, f"--lr_scheduler {restarts}"),
         ("lr_power", cfg.lr_scheduler == "polynomial", "--lr_scheduler polynomial"),
         ("logging_dir", cfg.report_to == "tensorboard", "--report_to tensorboard"),
+        ("resume_changed", cfg.resume_from_checkpoint is not None, "--resume_from_checkpoint"),
         ("prior_loss_weight", prior, "--with_prior_preservation"),
         ("num_class_images", prior, "--with_prior_preservation"),
         ("prior_generation_precision", prior, "--with_prior_preservation"),

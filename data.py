@@ -13,6 +13,7 @@
 
 import hashlib
 import json
+import math
 import os
 import unicodedata
 import warnings
@@ -29,6 +30,7 @@ from torch import Tensor
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 MAX_CAPTION = 10_000  # characters
+MAX_LINKS = 1000  # linked folders followed in one search: links to each other multiply
 MAX_ASPECT = 0.02  # 768x383 is 768x384 with a row lost; beyond 2 % it is another frame
 
 # ---------------------------------------------------------------------------------- matching
@@ -80,16 +82,17 @@ def shown(names: Sequence[object], limit: int = 10) -> str:
 def find_images(folder: Path | str, flag: str = "--instance_data_dir") -> list[Path]:
     """Image files at any depth, hidden ones left out, sorted by relative path.
 
-    FileNotFoundError and NotADirectoryError name `flag` and the path.
+    FileNotFoundError and NotADirectoryError name `flag` and the path; ValueError: too many links.
     """
     folder = Path(folder)
     if not folder.exists():
         raise FileNotFoundError(f"{flag} doesn't exist: {shown([folder])}")
     if not folder.is_dir():
         raise NotADirectoryError(f"{flag} is a file, wanted a folder: {shown([folder])}")
-    found = []
+    found, links = [], 0
 
     def walk(inside: Path, above: frozenset[Path]) -> None:
+        nonlocal links
         real = inside.resolve()
         if real in above:  # a link back to a folder we are in
             return
@@ -97,6 +100,10 @@ def find_images(folder: Path | str, flag: str = "--instance_data_dir") -> list[P
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
+                if (links := links + entry.is_symlink()) > MAX_LINKS:
+                    raise ValueError(
+                        f"{flag} {shown([folder])}: more than {MAX_LINKS} linked folders"
+                    )
                 walk(entry, above | {real})
             # a dangling link is listed, so that loading it names it; a pipe would hang the reader
             elif entry.suffix.lower() in SUFFIXES and (entry.is_file() or entry.is_symlink()):
@@ -139,6 +146,10 @@ def read_caption(*images: Path | None) -> str | None:
     for image in images:
         if image is None or not (path := image.with_suffix(".txt")).is_file():
             continue
+        if (size := path.stat().st_size) > 4 * MAX_CAPTION + 1000:  # not to be read at all
+            raise ValueError(
+                f"caption {shown([path])} has {size} bytes, of {MAX_CAPTION} characters"
+            )
         try:
             text = path.read_bytes().decode("utf-8-sig").strip()  # -sig: Notepad writes a mark
         except UnicodeDecodeError:
@@ -367,7 +378,8 @@ def _reading(path: Path | str) -> Iterator[None]:
 def image_size(path: Path | str) -> tuple[int, int]:
     """(width, height) as `load_image` will give them, from the file's header alone."""
     with _reading(path), Image.open(path) as image:
-        turned = image.format != "TIFF" and image.getexif().get(0x0112, 1) >= 5  # TIFF: done
+        # a TIFF is turned already; what is beyond 8 means nothing to exif_transpose either
+        turned = image.format != "TIFF" and image.getexif().get(0x0112) in (5, 6, 7, 8)
         return image.size[::-1] if turned else image.size
 
 
@@ -572,6 +584,14 @@ class PairDataset(torch.utils.data.Dataset):
         for pair in self.pairs:
             sizes = {side: image_size(path) for side, path in pair.files.items()}
             self.sizes.append(sizes["after"])
+            width, height = _resized(*sizes["after"], round(resolution * random_scale))
+            if width * height > (
+                Image.MAX_IMAGE_PIXELS or math.inf
+            ):  # a strip of one pixel's width
+                raise ValueError(
+                    f"pair {shown([pair.name])}: after is {by(sizes['after'])}, which would be "
+                    f"{by((width, height))} when its short side is {resolution}"
+                )
             for side, size in sizes.items():
                 text = f"{side} is {by(size)}, after is {by(sizes['after'])}"
                 if (gap := aspect_gap(size, sizes["after"])) > MAX_ASPECT:

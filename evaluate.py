@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from config import Parser, report
 from data import PairDataset, contact_sheet, find_pairs, fingerprint, to_image
+from durable import write_aside, write_json
 from measures import (
     cosine,
     distance,
@@ -36,9 +37,11 @@ from measures import (
     statistics,
     summary,
 )
+from model.files import first_line
+from model.memory import out_of_memory
 from model.pipeline import Pipeline, decode, encode
 from report import write_report
-from runs import write_aside, write_json
+from runs import save_image
 from sample import (
     add_common_flags,
     add_edit_flags,
@@ -226,6 +229,12 @@ def judge_samples(before: Tensor, draws: list[Tensor], truths: list[Tensor]) -> 
     return row
 
 
+def code(text: str) -> str:
+    """As code in Markdown: nothing in it makes a line, a link, a tag or an end of it."""
+    text = text if text.isprintable() else ascii(text)[1:-1]
+    return f"`{text.replace('`', chr(39))}`"
+
+
 def table(result: dict) -> str:
     """evaluation.md: what a reader wants first."""
 
@@ -240,7 +249,7 @@ def table(result: dict) -> str:
     lines = [
         f"# {result['objective']}, {result['pairs']} held-out pairs",
         "",
-        f"LoRA `{result['lora']}` on `{result['base']}`, {result['resolution']} px. "
+        f"LoRA {code(result['lora'])} on {code(result['base'])}, {result['resolution']} px. "
         "Means ± standard errors over the pairs.",
         "",
         "| | " + " | ".join(titles) + " |",
@@ -344,22 +353,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = table(result)
         columns = ["before", "predicted", "after", "error x 3"]
         names = [f"{row['name']}  {row['predicted']['psnr']:.1f} dB" for row in result["per_pair"]]
-        sheet = contact_sheet(pictures[:32], columns, names)
         for i, row in enumerate(pictures[: max(args.pictures, 0)]):
             for kind, image in zip(columns[:3], row):
                 (out / "pictures").mkdir(exist_ok=True)
-                image.save(out / "pictures" / f"{i:03d}-{kind}.png")
-        write_aside(out / "sheet.png", lambda aside: sheet.save(aside, format="PNG"))
+                save_image(image, out / "pictures" / f"{i:03d}-{kind}.png")
+        save_image(contact_sheet(pictures[:32], columns, names), out / "sheet.png")
         write_aside(out / "evaluation.md", lambda aside: aside.write_text(text, encoding="utf-8"))
         write_json(out / "evaluation.json", rounded(result))
         run = Path(args.lora)
         if out.resolve() == (run / "evaluation").resolve() and (run / "config.json").exists():
             write_report(run)  # now with these figures
-    except (ValueError, OSError) as error:
+        print(text)
+        print(f"pictures  {out / 'sheet.png'}")
+        print(f"numbers   {out / 'evaluation.json'}", flush=True)
+    except (ValueError, OSError, MemoryError) as error:
         return report("evaluate.py", error)
-    print(text)
-    print(f"pictures  {out / 'sheet.png'}")
-    print(f"numbers   {out / 'evaluation.json'}")
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        return report("evaluate.py", MemoryError(f"out of memory: {first_line(error)}"))
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

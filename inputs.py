@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,7 +24,7 @@ from data import (
 from latents import Latents, cache_latents
 from model.memory import phase
 from model.pipeline import DTYPES, decode, generate_latents, load_pipeline, pick_dtype
-from runs import write_aside
+from runs import save_image
 
 
 class Data(NamedTuple):
@@ -103,7 +102,8 @@ def class_images(cfg: TrainConfig, device: torch.device, log: Callable) -> list[
     for the class prompt.
     """
     folder = Path(cfg.class_data_dir)
-    some = folder.is_dir() and any(folder.iterdir())
+    # a kill leaves nothing but a hidden file, perhaps
+    some = folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir())
     have = len(find_singles(folder, flag="--class_data_dir")) if some else 0
     if have < cfg.num_class_images:
         precision = cfg.prior_generation_precision or cfg.mixed_precision
@@ -147,7 +147,3 @@ def encode_all(cfg: TrainConfig, vae, images: PairDataset, device: torch.device)
     return cache_latents(images, encode, cache_dir=cfg.cache_dir, key=key, workers=workers).to(
         device
     )
-
-
-def save_image(image: Image.Image, path: Path) -> None:
-    write_aside(path, lambda aside: image.save(aside, format="PNG"))

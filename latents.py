@@ -7,6 +7,7 @@ that the VAE's noise is no part of "the change".
 import hashlib
 import json
 import os
+import socket
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
@@ -115,15 +116,29 @@ def _load_shard(path: Path, n: int, states: int, masked: bool) -> dict[str, Tens
 
 def _save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
     """Written aside and renamed, so that a shard is there whole or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     try:
         with open(aside, "wb") as file:
             file.write(safetensors.torch.save(tensors))
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}, --cache_dir", str(path)) from error
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _sweep(cache_dir: Path) -> None:
+    """Remove what killed processes of this machine left; others may be writing still."""
+    for left in cache_dir.glob(f".latents-*.{socket.gethostname()}.*"):
+        pid = left.name.rpartition(".")[2]
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            left.unlink(missing_ok=True)
+        except (ValueError, OSError, OverflowError):  # another's, or no process id
+            continue
 
 
 def cache_latents(
@@ -151,6 +166,7 @@ def cache_latents(
     made_of: list[dict[str, str]] = []
     if cache_dir is not None:
         Path(cache_dir).mkdir(parents=True, exist_ok=True)
+        _sweep(Path(cache_dir))
         # once per file, not per view
         once = [{s: file_hash(p) for s, p in pair.files.items()} for pair in dataset.pairs]
         made_of = [hashes for _ in views for hashes in once]

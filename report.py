@@ -18,7 +18,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from runs import write_aside
+from durable import write_aside
 
 PAGE = """<!doctype html>
 <html lang="en">

@@ -3,9 +3,11 @@
     config.json  revision.json  metrics.jsonl  loss.png  samples/  checkpoint-250/
     pytorch_lora_weights.safetensors  summary.json  strengths/  report.html
 
-What must not be half there is written aside, flushed to the disk and renamed.
+What must not be half there is written aside (durable.py). A kill at any moment leaves a folder to
+go on from; what goes on is the run that was not killed, to the bit, its metrics included.
 """
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -13,14 +15,16 @@ import math
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image, ImageDraw
+
+from durable import damage, json_bytes, lock, naming, remove, seal, sign, write_aside, write_json
 
 # Fields that may differ when a run goes on: they change when it stops and what it writes, no step.
 FREE = {
@@ -29,41 +33,16 @@ FREE = {
     "cache_dir", "validation_steps", "validation_epochs", "num_validation_images",
     "validation_prompt", "dataloader_num_workers", "local_rank", "pre_compute_text_embeddings",
     "compile", "device", "enable_xformers_memory_efficient_attention", "lora_format", "lora_dtype",
+    "on_nan", "resume_changed",
 }  # fmt: skip
 
 
-def write_aside(path: Path, write: Callable[[Path], None]) -> None:
-    """Have `write` make a file or a folder beside `path`, flush it, then rename it to `path`."""
-    aside = path.with_name(f".{path.name}.tmp")
-    _remove(aside)
-    write(aside)
-    for file in sorted(aside.rglob("*")) if aside.is_dir() else [aside]:
-        _flush(file)
-    _flush(aside)
-    if path.is_dir():
-        _remove(path)
-    os.replace(aside, path)
-    _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: dict) -> None:
-    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+def without_tokens(text: str) -> str:
+    """The same with what looks like an access token, and the one that is set, starred out."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        if len(token := os.environ.get(name, "").strip()) >= 8:
+            text = text.replace(token, "***")
+    return re.sub(r"\bhf_\w+|(?<=--hub_token=).+", "hf_***", text)
 
 
 def revision() -> dict:
@@ -86,8 +65,11 @@ def revision() -> dict:
     packages = ("torch", "transformers", "safetensors", "Pillow", "numpy", "huggingface_hub")
     return {
         "git": git("rev-parse", "HEAD"),
-        "diff": git("diff", "HEAD") or None,
-        "argv": [re.sub(r"hf_\w+", "hf_***", a) for a in sys.argv],
+        "diff": without_tokens(git("diff", "HEAD") or "") or None,
+        "argv": [
+            "hf_***" if before == "--hub_token" else without_tokens(word)
+            for before, word in zip(["", *sys.argv], sys.argv)
+        ],
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
@@ -106,7 +88,8 @@ def refuse_file(folder: Path, flag: str) -> None:
 class Run:
     """Opens the folder: a new run, or (with `resume`) one to go on with from `self.resume_step`.
 
-    FileExistsError when a run is there already; ValueError when what is resumed had another config.
+    FileExistsError when a run is there already, BlockingIOError when another process writes it;
+    ValueError when what is resumed had another config (`changed` allows it) or is damaged.
     """
 
     def __init__(
@@ -116,109 +99,174 @@ class Run:
         *,
         resume: str | None = None,
         overwrite: bool = False,
+        changed: bool = False,
         tensorboard: str | None = None,
     ):
         self.folder = Path(folder)
         self.checkpoint: Path | None = None
-        refuse_file(self.folder, "--output_dir")
-        there = (self.folder / "config.json").exists()
-        if resume is not None and there:
-            self._find_checkpoint(resume)
-            self._compare(config)
-        elif resume not in (None, "latest"):
-            raise FileNotFoundError(f"--resume_from_checkpoint {resume}: {folder} holds no run")
-        elif there and not overwrite:
-            raise FileExistsError(
-                f"--output_dir {folder} holds a run already: choose another folder, go on with "
-                "--resume_from_checkpoint latest, or replace it with --overwrite"
-            )
-        self.resume_step = int(self.checkpoint.name.rpartition("-")[2]) if self.checkpoint else 0
-        self._config = config
-        self._metrics, self._early = None, []
+        self._config, self._changed = config, changed
+        self._new = not overwrite  # no run may be there
+        self._lock, self._metrics, self._early = None, None, []
         self._tensorboard, self._writer = tensorboard, None
+        refuse_file(self.folder, "--output_dir")
+        _refuse_read_only(self.folder)
         if tensorboard is not None and importlib.util.find_spec("tensorboard") is None:
             raise ValueError(
                 "--report_to tensorboard needs the package: pip install tensorboard "
                 "(metrics.jsonl and loss.png are always written)"
             )
+        there = (self.folder / "config.json").exists()
+        try:
+            if there:
+                self._lock = lock(self.folder, "--output_dir")
+            if resume is not None and there:
+                self._new = False
+                self._find_checkpoint(resume)
+                self._compare(config)
+            elif resume not in (None, "latest"):
+                raise FileNotFoundError(f"--resume_from_checkpoint {resume}: {folder} holds no run")
+            elif there:
+                self._refuse_run()
+        except BaseException:
+            self._unlock()
+            raise
+        self.started: float | None = None
+        self.resume_step = _step(self.checkpoint) if self.checkpoint else 0
+
+    def _refuse_run(self) -> None:
+        if self._new:
+            raise FileExistsError(
+                f"--output_dir {self.folder} holds a run already: choose another folder, go on "
+                "with --resume_from_checkpoint latest, or replace it with --overwrite"
+            )
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def start(self, fingerprints: dict) -> None:
         """Create or clear the folder; called once all that can be wrong has been looked at."""
+        self._compare_data(fingerprints)
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self._lock is None:
+            self._lock = lock(self.folder, "--output_dir")
+            if (self.folder / "config.json").exists():  # came while we were looking
+                self._refuse_run()
+        sign(self._lock)
+        for left in self.folder.glob(".*.tmp"):
+            remove(left)
         rows = self.rows() if self.checkpoint else []
         if self.checkpoint is None:
-            for old in [
-                *self.folder.glob("checkpoint-*"),
-                *self.folder.glob(".*.tmp"),
-                *self.folder.glob("pytorch_lora_weights*.safetensors"),
-                self.folder / "samples",
-                self.folder / "strengths",
-            ]:
-                _remove(old)
-            for name in ("metrics.jsonl", "summary.json", "loss.png", "report.html"):
-                _remove(self.folder / name)
+            # config.json first: without it a kill in between leaves no run, rather than half of one
+            for name in ("config.json", "summary.json", "metrics.jsonl", "loss.png", "report.html",
+                         "samples", "strengths"):  # fmt: skip
+                remove(self.folder / name)
+            for pattern in ("checkpoint-*", "pytorch_lora_weights*.safetensors"):
+                for old in self.folder.glob(pattern):
+                    remove(old)
+        for later in self.checkpoints():  # damaged, or of another future than this one
+            if _step(later) > self.resume_step:
+                aside = later.with_name(f"{later.name}.set-aside")
+                remove(aside)
+                os.replace(later, aside)
         (self.folder / "samples").mkdir(exist_ok=True)
-        write_json(self.folder / "config.json", self._config)
-        write_json(self.folder / "revision.json", {**revision(), **fingerprints})
         # what was logged after the checkpoint will be logged again
         kept = [row for row in rows if row["step"] <= self.resume_step]
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
-        write_aside(
-            self.folder / "metrics.jsonl", lambda aside: aside.write_text(text, encoding="utf-8")
-        )
-        self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        text = b"".join(map(json_bytes, kept))
+        write_aside(self.folder / "metrics.jsonl", lambda aside: aside.write_bytes(text))
+        write_json(self.folder / "revision.json", {**revision(), **fingerprints})
+        write_json(self.folder / "config.json", self._config)
+        self._metrics = open(self.folder / "metrics.jsonl", "ab")  # noqa: SIM115
         self.started = time.time()
         if self._tensorboard is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(self.folder / self._tensorboard)
-        for row in self._early:
+            path = self.folder / self._tensorboard
+            self._writer = SummaryWriter(path, purge_step=self.resume_step + 1)
+        for row in self._early if not kept else []:  # the phases of this start are there already
             self._write(row)
 
     def _find_checkpoint(self, resume: str) -> None:
-        if resume == "latest":
-            self.checkpoint = max(self.checkpoints(), key=_step, default=None)
+        have = sorted(self.checkpoints(), key=_step)
+        if resume != "latest":
+            asked = Path(resume)
+            path = self.folder / asked.name
+            elsewhere = len(asked.parts) > 1 and asked.resolve() != path.resolve()
+            if path not in have or elsewhere:
+                names = ", ".join(p.name for p in have) or "none"
+                raise FileNotFoundError(
+                    f"--resume_from_checkpoint {resume}: not in {self.folder}, which has: {names}"
+                )
+            if fault := damage(path):
+                raise ValueError(f"--resume_from_checkpoint {resume}: {path} is damaged: {fault}")
+            self.checkpoint = path
             return
-        asked = Path(resume)
-        path = self.folder / asked.name
-        elsewhere = len(asked.parts) > 1 and asked.resolve() != path.resolve()
-        if path not in self.checkpoints() or elsewhere:
-            have = ", ".join(p.name for p in sorted(self.checkpoints(), key=_step)) or "none"
-            raise FileNotFoundError(
-                f"--resume_from_checkpoint {resume}: not in {self.folder}, which has: {have}"
+        faults = []
+        for path in reversed(have):
+            if not (fault := damage(path)):
+                self.checkpoint = path
+                break
+            faults.append(f"{path} is damaged: {fault}")
+        if faults and self.checkpoint is None:
+            raise ValueError(f"{'; '.join(faults)}; no other is there: --overwrite starts anew")
+        for fault in faults:
+            warnings.warn(f"{fault}; going on from {self.checkpoint.name}", stacklevel=4)
+
+    def _differs(self, what: str) -> None:
+        if not self._changed:
+            raise ValueError(
+                f"--resume_from_checkpoint: the run in {self.folder} had {what} "
+                "(--resume_changed goes on all the same)"
             )
-        self.checkpoint = path
+        warnings.warn(f"--resume_changed: the run in {self.folder} had {what}", stacklevel=4)
 
     def _compare(self, config: dict) -> None:
-        path = self.folder / "config.json"
-        try:
-            old = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-        now = json.loads(json.dumps(config))
+        old = self._read("config.json")
+        now = json.loads(json_bytes(config))
         other = [k for k in sorted(now) if k not in FREE and old.get(k) != now[k]]
         if other and self.checkpoint is not None:
             told = ", ".join(f"{k} was {old.get(k)!r} and is {now[k]!r}" for k in other)
-            raise ValueError(
-                f"--resume_from_checkpoint: the run in {self.folder} had another config: {told}"
-            )
+            self._differs(f"another config: {told}")
+
+    def _compare_data(self, fingerprints: dict) -> None:
+        if self.checkpoint is None or not (self.folder / "revision.json").exists():
+            return
+        if (was := self._read("revision.json").get("data")) not in (None, fingerprints.get("data")):
+            self._differs(f"other data (sha256 {str(was)[:12]}, not {fingerprints['data'][:12]})")
+
+    def _read(self, name: str) -> dict:
+        path = self.folder / name
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
 
     def checkpoints(self) -> list[Path]:
         return [
-            p
-            for p in self.folder.glob("checkpoint-*")
-            if (p / "state.json").is_file() and p.name[11:].isdigit()
+            path
+            for path in self.folder.glob("checkpoint-*")
+            if path.is_dir() and re.fullmatch("[0-9]{1,18}", path.name[11:])
         ]
+
+    def last_good(self) -> str:
+        """For the end of an error."""
+        good = (p for p in sorted(self.checkpoints(), key=_step, reverse=True) if not damage(p))
+        path = next(good, None)
+        return f"last good checkpoint: {path.name if path else 'none'}"
 
     def rows(self) -> list[dict]:
         """metrics.jsonl; a last line cut by a kill is left out."""
         path = self.folder / "metrics.jsonl"
         rows = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        for line in path.read_bytes().splitlines() if path.exists() else []:
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
                 break
+            if not isinstance(row, dict) or type(row.get("step")) is not int or "kind" not in row:
+                break
+            rows.append(row)
         return rows
 
     def log(self, kind: str, *, step: int = 0, **values) -> None:
@@ -230,11 +278,15 @@ class Run:
             self._write(row)
 
     def _write(self, row: dict) -> None:
-        self._metrics.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self._metrics.flush()
+        try:
+            self._metrics.write(json_bytes(row))
+            self._metrics.flush()
+        except OSError as error:
+            raise naming(error, self.folder / "metrics.jsonl") from error
         if self._writer is not None and row["kind"] == "train":
             for key in row.keys() - {"kind", "step"}:
-                self._writer.add_scalar(key, row[key], row["step"])
+                if row[key] is not None:
+                    self._writer.add_scalar(key, row[key], row["step"])
 
     def save_checkpoint(
         self, step: int, write: Callable[[Path, int], None], limit: int | None
@@ -245,23 +297,35 @@ class Run:
         def fill(aside: Path) -> None:
             aside.mkdir()
             write(aside, step)
+            seal(aside)
 
+        os.fsync(self._metrics.fileno())  # a checkpoint never knows more than the metrics
         write_aside(path, fill)
-        if limit is not None:
-            for old in sorted(self.checkpoints(), key=_step)[:-limit]:
-                _remove(old)
+        self.keep_newest(limit)
         return path
+
+    def keep_newest(self, limit: int | None) -> None:
+        """Remove the checkpoints before the newest `limit`; also what a kill kept from going."""
+        for old in sorted(self.checkpoints(), key=_step)[:-limit] if limit is not None else []:
+            gone = old.with_name(f".{old.name}.tmp")  # at once, or a kill leaves half of it
+            os.replace(old, gone)
+            remove(gone)
 
     def finish(self, status: str, **values) -> None:
         """summary.json and loss.png; status is finished, stopped or crashed."""
-        if self._metrics is None:
-            return
-        self._metrics.close()
+        try:
+            if self._metrics is not None:
+                self._finish(status, values)
+        finally:
+            self._unlock()
+
+    def _finish(self, status: str, values: dict) -> None:
+        with contextlib.suppress(OSError):  # what could not be written has been told of
+            self._metrics.close()
         if self._writer is not None:
             self._writer.close()
         rows = self.rows()
-        steps = max((row["step"] for row in rows), default=0)
-        held_out = [row for row in rows if row["kind"] == "eval"]
+        held_out = [r for r in rows if r["kind"] == "eval" and r.get("loss") is not None]
         if held_out:
             best = min(held_out, key=lambda row: row["loss"])
             values |= {"last_evaluation": held_out[-1], "best_evaluation": best}
@@ -269,15 +333,26 @@ class Run:
             self.folder / "summary.json",
             {
                 "status": status,
-                "steps": steps,
+                "steps": max([0, *(r["step"] for r in rows), *map(_step, self.checkpoints())]),
                 "seconds": round(time.time() - self.started, 1),
                 **values,
             },
         )
-        losses = [(row["step"], row["loss"]) for row in rows if row["kind"] == "train"]
+        losses = [(r["step"], r["loss"]) for r in rows if r["kind"] == "train"]
+        losses = [(step, loss) for step, loss in losses if loss is not None]
         if len(losses) > 1:
-            picture = plot(losses, "loss")
-            write_aside(self.folder / "loss.png", lambda aside: picture.save(aside, format="PNG"))
+            save_image(plot(losses, "loss"), self.folder / "loss.png")
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    write_aside(path, lambda aside: image.save(aside, format="PNG"))
+
+
+def _refuse_read_only(folder: Path) -> None:
+    """PermissionError before hours of work, not after them."""
+    there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), folder)
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"--output_dir {folder}: {there} cannot be written to")
 
 
 def _step(checkpoint: Path) -> int:

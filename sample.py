@@ -10,6 +10,8 @@ Strength is one number everywhere: 0 = before, 1 = after, 0.5 = half way, negati
 
 import argparse
 import math
+import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,8 +22,9 @@ from tqdm import tqdm
 
 import between
 from config import Parser, report
-from data import contact_sheet, find_images, load_image, to_image, to_tensor
-from model.files import moved_note
+from data import contact_sheet, find_images, load_image, shown, to_image, to_tensor
+from model.files import first_line, moved_note
+from model.memory import out_of_memory
 from model.objectives import OBJECTIVES, How, Knobs
 from model.pipeline import (
     Pipeline,
@@ -35,7 +38,7 @@ from model.pipeline import (
     pick_dtype,
 )
 from model.samplers import SAMPLERS
-from runs import refuse_file
+from runs import refuse_file, save_image
 
 
 def check(args: argparse.Namespace) -> None:
@@ -111,8 +114,9 @@ def generate(args: argparse.Namespace) -> None:
             multiplier=pipe.multiplier(args.strength),
         )
         images.append(to_image(decode(pipe.vae, z)[0]))
-        images[-1].save(out / f"{seed:05d}.png")
-    contact_sheet([images], [f"seed {seed}" for seed in seeds], [prompt]).save(out / "sheet.png")
+        save_image(images[-1], out / f"{seed:05d}.png")
+    sheet = contact_sheet([images], [f"seed {seed}" for seed in seeds], [prompt])
+    save_image(sheet, out / "sheet.png")
     print(f"{args.num} images and sheet.png in {out}")
 
 
@@ -205,8 +209,13 @@ def edit(args: argparse.Namespace) -> None:
     settings = variants(args)
     for _, _, how in settings:
         check(how)
-    for file in files:  # all of them before anything is written
+    several = args.strengths is not None or len(settings) > 1
+    tails = [f"{tag}_s{s:g}.png" for _, tag, _ in settings for s in strengths] if several else []
+    longest = max(map(len, [*tails, "_strip.png" if len(strengths) > 1 else ".png"]))
+    for file, stem in zip(files, stems):  # all of them before anything is written
         load_image(file)
+        if len(os.fsencode(stem.name)) + longest > 255:
+            raise ValueError(f"--input {shown([file])} has too long a name for its result's")
 
     pipe = open_pipeline(args)
     objective = objective_of(args, pipe)
@@ -223,15 +232,15 @@ def edit(args: argparse.Namespace) -> None:
                 suffix = "" if args.strengths is None and not tag else f"_s{s:g}"
                 path = out / f"{stem}{tag}{suffix}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                result.save(path)
+                save_image(result, path)
             if len(strengths) > 1 and not tag:
                 between.save_gif(results, out / f"{stem}.gif")
                 strip = contact_sheet([results], columns[1:], [str(stem)])
-                strip.save(out / f"{stem}_strip.png")
+                save_image(strip, out / f"{stem}_strip.png")
             if len(rows) < 64:
                 rows.append([image, *results])
                 names.append(f"{stem} {label}".strip())
-    contact_sheet(rows, columns, names).save(out / "sheet.png")
+    save_image(contact_sheet(rows, columns, names), out / "sheet.png")
     if len(settings) > 1 and not differs:
         warnings.warn(f"--sweep {args.sweep[0]} changes nothing for {objective}", stacklevel=2)
     print(f"{len(files) * len(settings) * len(strengths)} images and sheet.png in {out}")
@@ -402,8 +411,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"{args.command} needs --lora: a run's folder or a LoRA file")
         check(args)
         COMMANDS[args.command](args)
-    except (ValueError, OSError) as error:
+        sys.stdout.flush()  # a reader that went is found out here, not at the end of Python
+    except (ValueError, OSError, MemoryError) as error:
         return report("sample.py", error)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        return report("sample.py", MemoryError(f"out of memory: {first_line(error)}"))
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -9,39 +9,35 @@ is a table of contexts and a table of latents; the loop needs nothing else.
 
 import math
 import os
+import signal
 import sys
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import torch
-from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 import config
+from checkpoint import lora_metadata, restore, save_state
 from config import TrainConfig
-from data import (
-    PairDataset,
-    contact_sheet,
-    fingerprint,
-    to_image,
-)
-from inputs import class_images, encode_all, find_data, make_dataset, make_gallery, save_image
+from data import Pair, PairDataset, fingerprint
+from data import shown as printable
+from durable import write_aside
+from inputs import class_images, encode_all, find_data, make_dataset, make_gallery
 from latents import Latents
 from model.draws import draw, seeded
-from model.files import is_local, moved_note, read_json, read_tensors
+from model.files import is_local, moved_note
 from model.layers import ResBlock, TransformerBlock
 from model.lora import inject, keep_strength, lora_layers
 from model.lora_algebra import start_from
 from model.lora_files import (
     LORA_FILE,
     apply_lora,
-    companion_entry,
     factors_for,
     file_of,
     multiplier,
@@ -49,69 +45,75 @@ from model.lora_files import (
     save_lora,
 )
 from model.lora_layouts import LAYOUTS
-from model.memory import checkpoint_activations, flatten, peak_mib, phase
-from model.objectives import (
-    OBJECTIVES,
-    Draws,
-    How,
-    Knobs,
-    Predict,
-    extra_channels,
-    noise_loss,
-)
-from model.optim import adamw, learning_rate
-from model.pipeline import (
-    DTYPES,
-    Context,
-    at_strengths,
-    decode,
-    generate_latents,
-    guided_predictor,
-    pick_device,
-    pick_dtype,
-    predictor,
-    text_context,
-)
+from model.memory import checkpoint_activations, flatten, out_of_memory, peak_mib, phase
+from model.objectives import OBJECTIVES, Draws, Knobs, extra_channels, noise_loss
+from model.optim import adamw, learning_rate, step_if
+from model.pipeline import DTYPES, Context, pick_device, pick_dtype, predictor, text_context
 from model.schedule import Schedule
+from model.weighting import in_and_out, listened, preservation, weighted_mean
 from model.weights import load_scheduler_config, load_text, load_unet, load_vae
 from report import write_report
-from runs import Run, write_aside, write_json
+from runs import Run, save_image
+from stop import Stop, Stopped
+from watching import Apart, Watch
 
 
 def train(cfg: TrainConfig) -> Path:
-    """Run it all; returns the run's folder. ValueError or OSError for what the user can mend."""
+    """Run it all; returns the run's folder.
+
+    ValueError or OSError for what the user can mend; FloatingPointError and MemoryError for what
+    went wrong on the way; Stopped (a KeyboardInterrupt) for Ctrl-C and SIGTERM.
+    """
     config.check(cfg)
     for sentence in config.without_effect(cfg):
         warnings.warn(sentence, stacklevel=2)
     if (world := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise ValueError(f"WORLD_SIZE is {world}; one process per run is supported so far")
+    device = pick_device(cfg.device)
     run = Run(
         cfg.output_dir,
         # without how this folder was opened, so that --config repeats the run elsewhere
-        asdict(replace(cfg, overwrite=False, resume_from_checkpoint=None)),
+        asdict(replace(cfg, overwrite=False, resume_from_checkpoint=None, resume_changed=False)),
         resume=cfg.resume_from_checkpoint,
         overwrite=cfg.overwrite,
+        changed=cfg.resume_changed,
         tensorboard=cfg.logging_dir if cfg.report_to == "tensorboard" else None,
     )
-    device = pick_device(cfg.device)
     precision = torch.get_float32_matmul_precision()
-    if cfg.allow_tf32:
-        torch.set_float32_matmul_precision("high")
+    deterministic = torch.are_deterministic_algorithms_enabled()
     status = "crashed"
     try:
-        phases(cfg, run, device)
+        if cfg.allow_tf32:
+            torch.set_float32_matmul_precision("high")
+        if cfg.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once
+            torch.use_deterministic_algorithms(True)
+        with Stop() as stop:
+            phases(cfg, run, device, stop)
         status = "finished"
     except KeyboardInterrupt:
         status = "stopped"
         raise
+    except Exception as error:
+        if out_of_memory(error):
+            error = MemoryError(
+                f"out of memory on {device}: a smaller --train_batch_size (and more "
+                "--gradient_accumulation_steps) or --gradient_checkpointing needs less"
+            )
+        if (run.started or run.checkpoint) and not isinstance(error, ValueError):
+            error.add_note(run.last_good())
+        raise error
     finally:
         torch.set_float32_matmul_precision(precision)
-        run.finish(status, peak_mib=round(peak_mib(device), 1))
+        torch.use_deterministic_algorithms(deterministic)
+        # an error on the way is not to be hidden by the same one when its summary is written
+        with suppress(*() if status == "finished" else (OSError,)):
+            run.finish(status, peak_mib=round(peak_mib(device), 1))
     write_report(run.folder)
     return run.folder
 
 
-def phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
+def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop) -> None:
     """Everything between opening the run's folder and closing it."""
     base, paired = cfg.pretrained_model_name_or_path, config.is_pairs(cfg)
     dtype = pick_dtype(cfg.mixed_precision, device)
@@ -151,9 +153,9 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
         raise ValueError(f"--max_train_steps {steps} is less than the {run.resume_step} done")
 
     # ---- 2. text: every prompt once; then the encoder goes, unless it is trained
-    own = [pair.caption or cfg.instance_prompt for pair in pairs]
-    kept = [pair.caption or cfg.instance_prompt for pair in held_out]
-    told = [cfg.validation_prompt or pair.caption or cfg.instance_prompt for pair in shown]
+    said_of = lambda some: [pair.caption or cfg.instance_prompt for pair in some]  # noqa: E731
+    own, kept = said_of(pairs), said_of(held_out)
+    told = [cfg.validation_prompt or said for said in said_of(shown)]
     prompt = cfg.validation_prompt or cfg.instance_prompt
     prompts = list(dict.fromkeys([*own, *kept, *told, prompt, cfg.class_prompt or "", ""]))
     row = {said: i for i, said in enumerate(prompts)}
@@ -196,11 +198,13 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
         def encoded(images: PairDataset) -> Latents:
             return encode_all(cfg, vae, images, device)
 
+        def apart(some: list[Pair], prompts: list[str]) -> Apart:
+            images = make_gallery(cfg, some)
+            return Apart(some, images, encoded(images).mean if some else None, prompts)
+
         latents = encoded(dataset)
         class_latents = encoded(make_dataset(cfg, class_pairs)) if class_pairs else None
-        gallery = make_gallery(cfg, shown)
-        z_shown = encoded(gallery).mean if shown else None  # (k, f, 4, h, w)
-        z_held_out = encoded(make_gallery(cfg, held_out)).mean if held_out else []
+        shown, held_out = apart(shown, told), apart(held_out, kept)
         vae.to("cpu")
     shape = latents.mean.shape[2:]  # (4, h, w)
 
@@ -232,15 +236,16 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
             eight_bit=cfg.use_8bit_adam,
         )
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        if run.checkpoint:
-            restore(run.checkpoint, adapted, opt, scaler)
+        state = restore(run.checkpoint, adapted, opt, scaler) if run.checkpoint else {}
         if cfg.gradient_checkpointing:
             checkpoint_activations(unet, (ResBlock, TransformerBlock), keep_strength(unet))
         if cfg.compile or (cfg.compile is None and device.type == "cuda"):
             unet.compile(fullgraph=True, dynamic=False)  # in place: the keys stay clean
-    states = 1 + len({pair.strength for pair in pairs})
-    meta = {**lora_metadata(cfg, name, knobs, schedule), "states": states}
+    meta = lora_metadata(cfg, name, knobs, schedule, states=1 + len({p.strength for p in pairs}))
+    fade = meta["states"] == 2
+    watch = Watch(unet, vae, schedule, objective, knobs, context_of, cfg.seed, fade)
     run.start({"base": base, "data": fingerprint(pairs), "trained_parameters": flat.numel()})
+    run.keep_newest(cfg.checkpoints_total_limit)
     print(
         f"{name}: {n} {'pairs' if paired else 'images'} x {dataset.views} views, "
         f"{steps} steps of {batch * accum}, {flat.numel():,} trained weights on {base} "
@@ -249,84 +254,29 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
 
     def save(folder: Path, done: int) -> None:
         save_lora(folder / LORA_FILE, unet=unet, text=text, metadata={**meta, "steps": done})
-        save_state(folder, done, opt, scaler)
+        since = {"logged": logged, "tally": tally.sums.tolist()}
+        save_state(folder, opt, {"step": done, "scaler": scaler.state_dict(), **since})
 
-    def ends(i: int) -> list[Tensor]:
-        """Before and after; one of --validation_images has no partner, and is a before image."""
-        return [gallery[i][side] for side in ("before", "after") if side in gallery[i]]
-
-    @torch.no_grad()
-    @torch.compiler.set_stance("force_eager")  # other shapes than the loop's: not worth compiling
-    def edited(i: int, strengths: list[float]) -> list[Image.Image]:
-        """What is shown i-th, with the change."""
-        predict, z = predictor(unet, context_of(told[i])), z_shown[i : i + 1, 0]  # (1, 4, h, w)
-
-        def edit(s: float) -> Tensor:
-            how = How(generator=seeded(cfg.seed, 2), knobs=knobs)
-            return objective.edit(predict, schedule, z, torch.full((1,), s, device=device), how)
-
-        pixels, fade = ends(i)[0][None], meta["states"] == 2
-        return [to_image(x) for x in at_strengths(vae, pixels, z, strengths, edit, fade=fade)]
-
-    @torch.no_grad()
-    @torch.compiler.set_stance("force_eager")
     def show(done: int) -> None:
-        """samples/STEP.png: before | generated | after, or images from the prompt."""
-        if not cfg.num_validation_images:
-            return
-        vae.to(device)
-        rows, columns, names = [], ["before", f"step {done}", "after"], [p.name for p in shown]
-        for i in range(len(shown)):
-            first, *rest = map(to_image, ends(i))
-            rows.append([first, *edited(i, [1.0]), *rest])
-        if not shown:
-            predict = guided_predictor(unet, context_of(prompt), context_of(""), 7.5)
-            seeds = range(cfg.seed, cfg.seed + cfg.num_validation_images)
-            z = [generate_latents(predict, schedule, shape, [seed]) for seed in seeds]
-            rows, columns = [[to_image(decode(vae, one)[0]) for one in z]], [str(s) for s in seeds]
-            names = [f"{prompt}, step {done}"]
-        vae.to("cpu")
-        save_image(contact_sheet(rows, columns, names), run.folder / "samples" / f"{done:06d}.png")
-
-    def strengths(folder: Path) -> None:
-        """strengths/: what is shown first, at several strengths, for report.html."""
-        folder.mkdir()
-        vae.to(device)
-        values, images = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25], []
-        for i, pair in enumerate(shown[:3]):
-            files = dict(zip(("before", "after"), map(to_image, ends(i))))
-            files |= {f"{s:g}": image for s, image in zip(values, edited(i, values))}
-            for name, image in files.items():
-                image.save(folder / f"{i}-{name}.png")
-            sides = {name: f"{i}-{name}.png" for name in ("before", "after") if name in files}
-            images.append({"name": pair.name, "at": [f"{i}-{s:g}.png" for s in values], **sides})
-        vae.to("cpu")
-        write_json(folder / "strengths.json", {"strengths": values, "images": images})
-
-    @torch.no_grad()
-    @torch.compiler.set_stance("force_eager")
-    def validate(done: int) -> None:
-        """The loss on held-out pairs, with the same noise every time, in ten bins of t."""
-        bins = schedule.num_steps * torch.arange(11 if objective.noisy else 2) // 10
-        by_t = []
-        for low, high in pairwise(bins.tolist()):
-            rng, errors = seeded(cfg.seed, 3), []
-            for z, said, pair in zip(z_held_out, kept, held_out):  # z (f, 4, h, w)
-                eps = torch.randn((1, *shape), generator=rng).to(device)
-                t = torch.randint(low, high, (1,), generator=rng).to(device)
-                predict, z = predictor(unet, context_of(said)), z[:, None]
-                s = torch.full((1,), pair.strength, device=device)
-                error = objective.loss(predict, schedule, z[0], z[-1], s, Draws(eps, t), knobs)
-                errors.append(error.mean())
-            by_t.append(torch.stack(errors).mean().item())
-        by_t_named = {"loss_by_t": by_t} if objective.noisy else {}
-        run.log("eval", step=done, loss=sum(by_t) / len(by_t), pairs=len(kept), **by_t_named)
+        """samples/STEP.png, and the held-out loss."""
+        if cfg.num_validation_images:
+            label = f"step {done}"
+            sheet = (
+                watch.sheet(shown, label)
+                if shown.pairs
+                else watch.drawn(prompt, shape, cfg.num_validation_images, label)
+            )
+            save_image(sheet, run.folder / "samples" / f"{done:06d}.png")
+        if held_out.pairs:
+            run.log("eval", step=done, **watch.held_out_loss(held_out))
 
     # ---- 5. the loop: z -> error -> loss -> gradient -> step
     show_every = cfg.validation_steps or cfg.validation_epochs * per_epoch
     ones = torch.ones(batch, device=device)
-    sums, logged, clock = torch.zeros(4, device=device), run.resume_step, time.perf_counter()
-    bar = tqdm(total=steps, initial=logged, desc=name, unit="step", disable=None)
+    tally, logged = Tally(device, state.get("tally")), state.get("logged", 0)
+    clock, recent = time.perf_counter(), {}
+    bar = tqdm(total=steps, initial=run.resume_step, desc=name, unit="step", disable=None)
+    stop.waits = True
     for step in range(run.resume_step, steps):
         pick, class_pick = draw(
             cfg.seed,
@@ -338,6 +288,8 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
             num_steps=schedule.num_steps,
             class_images=len(class_latents) if class_latents else 0,
         )
+        recent[step + 1] = pick.index, pick.t
+        found = torch.zeros(4, device=device)  # loss; inside and outside the mask; its coverage
         for k in range(accum):
             one = pick.part(k, batch).to(device)
             z = latents.draw(one.index, one.vae_noise)  # (b, f, 4, h, w)
@@ -348,12 +300,9 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
             draws = Draws(one.eps, one.t, one.u)
             error = objective.loss(predict, schedule, z[:, 0], z[:, -1], s, draws, knobs)
             loss = weighted_mean(error, mask, cfg.mask_outside)
-            parts = in_and_out(error.detach(), mask)  # (3,)
-            for x_t, t, e_s in heard:
-                with torch.no_grad():
-                    e_0 = predict(x_t, t, None)
-                kept_error = (e_s - e_0)[..., -mask.shape[3] :] ** 2  # of a canvas, the right half
-                loss = loss + cfg.preserve_weight * weighted_mean(kept_error, 1 - mask, 0.0)
+            places = in_and_out(error.detach(), mask)  # (3,)
+            if heard:
+                loss = loss + cfg.preserve_weight * preservation(predict, heard, mask)
             if class_pick:
                 one = class_pick.part(k, batch).to(device)
                 x_0 = class_latents.draw(one.index, one.vae_noise)[:, 0]  # (b, 4, h, w)
@@ -361,46 +310,58 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
                 prior = noise_loss(predict, schedule, x_0, ones, Draws(one.eps, one.t), knobs)
                 loss = loss + cfg.prior_loss_weight * prior.mean()
             scaler.scale(loss / accum).backward()
-            sums += torch.cat([loss.detach()[None], parts]) / accum  # stays on the device
+            found += torch.cat([loss.detach()[None], places]) / accum  # stays on the device
 
         scaler.unscale_(opt)
         grad_norm = torch.nn.utils.clip_grad_norm_([flat], cfg.max_grad_norm)
         opt.param_groups[0]["lr"] = lr = rate(cfg, step, steps)
-        scaler.step(opt)
-        scaler.update()
+        # in fp16 an overflowing gradient is the loss scale's matter, in every other case it is bad
+        ok = found[0].isfinite() & (grad_norm.isfinite() | scaler.is_enabled())  # ()
+        step_if(ok, opt, scaler)
         flat.grad.zero_()  # in place: the layers' gradients are views of it
+        done = step + 1
+        tally.add(ok, found, done)
 
         # ---- from here on nothing changes a weight
-        done = step + 1
         bar.update()
         saving, showing = due(done, cfg.checkpointing_steps, steps), due(done, show_every, steps)
-        if not (saving or showing or due(done, cfg.log_every, steps)):
+        logging = saving or showing or due(done, cfg.log_every, steps)
+        if not (logging or stop.asked):
             continue
-        means = (sums / (done - logged)).tolist()  # the loop's only wait for the device
-        mean_loss = means[0]
-        step_ms = 1e3 * (time.perf_counter() - clock) / (done - logged)
-        if not math.isfinite(mean_loss):
-            kept = max((p.name for p in run.checkpoints()), key=len, default="none")
-            raise FloatingPointError(
-                f"the loss is {mean_loss} between steps {logged} and {done} of {run.folder}; "
-                f"last good checkpoint: {kept}"
-            )
-        peak = round(peak_mib(device), 1)
-        numbers = {"loss": mean_loss, "lr": lr, "grad_norm": grad_norm.item()}
-        if latents.mask is not None:
-            numbers |= zip(("loss_inside", "loss_outside", "mask_coverage"), means[1:])
-        run.log("train", step=done, **numbers, step_ms=round(step_ms, 2), peak_mib=peak)
-        bar.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{lr:.1e}")
-        if bar.disable and 10 * done // steps > 10 * logged // steps:
-            print(f"step {done}/{steps}  loss {mean_loss:.4f}  {step_ms:.0f} ms/step", flush=True)
-        if saving:
-            run.save_checkpoint(done, save, cfg.checkpoints_total_limit)
-        if showing:
+        means, skipped, bad = tally.read()  # the loop's only wait for the device
+        if bad:
+            at = [
+                f"{printable([pairs[i % n].name])} at t {u if objective.noisy else cfg.delta_t}"
+                for i, u in zip(*(x.tolist()[:10] for x in recent[bad]))
+            ]
+            said = f"loss or gradient is not finite at step {bad} of {run.folder} ({', '.join(at)})"
+            if cfg.on_nan == "stop":
+                raise FloatingPointError(f"{said}; --on_nan skip leaves such steps out")
+            warnings.warn(f"{said}: skipped, {skipped} in all so far", stacklevel=1)
+        if logging:
+            step_ms = 1e3 * (time.perf_counter() - clock) / (done - logged)
+            numbers = {"loss": means[0], "lr": lr, "grad_norm": grad_norm.item()}
+            if latents.mask is not None:
+                numbers |= zip(("loss_inside", "loss_outside", "mask_coverage"), means[1:])
+            numbers |= {"skipped": skipped} if cfg.on_nan == "skip" else {}
+            peak = round(peak_mib(device), 1)
+            run.log("train", step=done, **numbers, step_ms=round(step_ms, 2), peak_mib=peak)
+            bar.set_postfix(loss=f"{means[0]:.4f}", lr=f"{lr:.1e}")
+            if bar.disable and 10 * done // steps > 10 * logged // steps:
+                said = f"step {done}/{steps}  loss {means[0]:.4f}  {step_ms:.0f} ms/step"
+                print(said, flush=True)
+            tally.clear()
+            logged = done
+        recent.clear()
+        if showing:  # before the checkpoint: what it has seen is there when a run goes on from it
             show(done)
-            if held_out:
-                validate(done)
-        sums.zero_()
-        logged, clock = done, time.perf_counter()  # saving is not training time
+        stopping = stop.asked  # read once: it may come at any moment
+        if saving or stopping:
+            saved = run.save_checkpoint(done, save, cfg.checkpoints_total_limit)
+        if stopping:
+            raise Stopped(stopping, f"stopped after step {done} of {steps}: {saved} is resumable")
+        clock = time.perf_counter()  # saving is not training time
+    stop.waits = False
     bar.close()
 
     result = partial(save_lora, unet=unet, text=text, metadata={**meta, "steps": steps})
@@ -408,47 +369,35 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device) -> None:
     for layout in dict.fromkeys(layouts):
         write = partial(result, dtype=DTYPES[cfg.lora_dtype], layout=layout)
         write_aside(run.folder / file_of(layout), write)
-    if shown:
-        write_aside(run.folder / "strengths", strengths)
+    if shown.pairs:
+        write_aside(run.folder / "strengths", partial(watch.strengths, shown))
 
 
 # ---- the step ------------------------------------------------------------------------------------
 
 
-def weighted_mean(error: Tensor, mask: Tensor | None, outside: float) -> Tensor:
-    """The mean of (n, 4, h, w), n a multiple of the mask's b.
+class Tally:
+    """What the loop counts on the device and reads where a line of metrics is due."""
 
-    With a mask (b, 1, h, w) it weighs 1 inside and `outside` elsewhere; each sample is divided by
-    its own weight, so that a small mask counts as much as a large one.
-    """
-    if mask is None:
-        return error.mean()
-    w = outside + (1 - outside) * mask.repeat(len(error) // len(mask), 1, 1, 1)
-    per_sample = (w * error).mean(dim=(1, 2, 3)) / w.mean(dim=(1, 2, 3)).clamp(min=1e-6)  # (n,)
-    return per_sample.mean()
+    def __init__(self, device: torch.device, sums: list[float] | None = None):
+        # since the last line: 4 sums of what was found, and of how many steps; the first bad step;
+        # in all: steps skipped
+        self.sums = torch.tensor(sums or [0.0] * 7, device=device)
 
+    def add(self, ok: Tensor, found: Tensor, done: int) -> None:
+        self.sums[:4] += torch.where(ok, found, 0.0)
+        self.sums[4] += ok
+        self.sums[5] = torch.where(ok | (self.sums[5] > 0), self.sums[5], float(done))
+        self.sums[6] += ~ok
 
-def in_and_out(error: Tensor, mask: Tensor | None) -> Tensor:
-    """(3,): the mean of (n, 4, h, w) inside the mask and outside it, and how much is inside."""
-    if mask is None:
-        return error.new_zeros(3)
-    w = mask.repeat(len(error) // len(mask), 1, 1, 1)  # (n, 1, h, w)
-    by_place = error.mean(1, keepdim=True)
-    inside, outside = ((v * by_place).sum() / v.sum().clamp(min=1e-6) for v in (w, 1 - w))
-    return torch.stack([inside, outside, w.mean()])
+    def read(self) -> tuple[list[float], int, int]:
+        """Means of what was found (NaN where nothing was), steps skipped, first bad step or 0."""
+        *found, count, bad, skipped = self.sums.tolist()
+        self.sums[5] = 0.0
+        return [one / count if count else math.nan for one in found], int(skipped), int(bad)
 
-
-def listened(predict: Predict) -> tuple[Predict, list]:
-    """`predict`, and the list of (x_t, t, answer) it will have given with the LoRA on."""
-    heard = []
-
-    def listening(x_t: Tensor, t: Tensor, m: Tensor | None) -> Tensor:
-        answer = predict(x_t, t, m)
-        if m is not None:
-            heard.append((x_t, t, answer))
-        return answer
-
-    return listening, heard
+    def clear(self) -> None:
+        self.sums[:5] = 0.0
 
 
 def rate(cfg: TrainConfig, step: int, steps: int) -> float:
@@ -469,76 +418,20 @@ def due(done: int, every: int, last: int) -> bool:
     return done % every == 0 or done == last
 
 
-# ---- files ---------------------------------------------------------------------------------------
-
-
-def save_state(folder: Path, done: int, opt: torch.optim.Optimizer, scaler) -> None:
-    """optimizer.safetensors and state.json, beside the LoRA."""
-    state = opt.state_dict()["state"][0]
-    tensors = {key: value for key, value in state.items() if torch.is_tensor(value)}
-    save_file(tensors, folder / "optimizer.safetensors")
-    rest = {key: value for key, value in state.items() if key not in tensors}
-    state = {"step": done, "optimizer": rest, "scaler": scaler.state_dict()}
-    write_json(folder / "state.json", state)
-
-
-def restore(checkpoint: Path, adapted: dict, opt: torch.optim.Optimizer, scaler) -> None:
-    """Weights, optimizer and loss scale as they were. ValueError names a file that does not fit."""
-    parts, _ = read_lora(checkpoint / LORA_FILE)
-    for part, model in adapted.items():
-        saved = {n.removeprefix("text_model."): f for n, f in parts.get(part, {}).items()}
-        layers = {n.removeprefix("text_model."): layer for n, layer in lora_layers(model).items()}
-        if saved.keys() != layers.keys():
-            raise ValueError(f"{checkpoint / LORA_FILE} adapts other layers of the {part}")
-        for name, layer in layers.items():
-            layer.lora_A.data.copy_(saved[name].A)
-            layer.lora_B.data.copy_(saved[name].B)
-    state = read_json(checkpoint / "state.json")
-    moments = dict(read_tensors(checkpoint / "optimizer.safetensors"))
-    groups = opt.state_dict()["param_groups"]
-    opt.load_state_dict({"state": {0: {**moments, **state["optimizer"]}}, "param_groups": groups})
-    scaler.load_state_dict(state["scaler"])
-
-
-def lora_metadata(cfg: TrainConfig, objective: str, knobs: Knobs, schedule: Schedule) -> dict:
-    """What whoever uses the LoRA must know."""
-    base = cfg.pretrained_model_name_or_path
-    slope, offset = OBJECTIVES[objective].multiplier
-    said = f"0 = before, 1 = after; LoRA multiplier = {slope:g} * strength + {offset:g}"
-    kept = ("vae_path", "tokenizer_name", "revision", "variant", "resolution",
-            "tokenizer_max_length", "text_encoder_use_attention_mask")  # fmt: skip
-    return {
-        "objective": objective,
-        "multiplier": [slope, offset],
-        "strength": said,
-        "base_model": str(Path(base).resolve()) if is_local(base) else base,
-        "prompt": cfg.instance_prompt,
-        "rank": cfg.lora_rank,
-        "alpha": cfg.lora_alpha or cfg.lora_rank,
-        "targets": cfg.lora_targets,
-        "prediction_type": schedule.prediction_type,
-        "base_lora": cfg.base_lora and companion_entry(cfg.base_lora, cfg.base_lora_strength),
-        **{key: getattr(cfg, key) for key in kept},
-        **knobs._asdict(),
-    }
-
-
 def main(argv: list[str] | None = None) -> int:
-    """The exit status: 0 done, 1 trouble on the way, 2 the user's mistake, 130 Ctrl-C."""
+    """The exit status: 0 done, 1 trouble on the way, 2 the user's mistake, 130 and 143 signals."""
     cfg = config.parse(argv)
     warnings.showwarning = lambda message, *rest: print(f"warning: {message}", file=sys.stderr)
     try:
         folder = train(cfg)
-    except (FloatingPointError, torch.OutOfMemoryError) as error:
-        config.report("train.py", error)
-        return 1
-    except (ValueError, OSError) as error:
+        print(f"LoRA      {folder / LORA_FILE}")
+        print(f"pictures  {folder / 'samples'}")
+        print(f"report    {folder / 'report.html'}", flush=True)
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         return config.report("train.py", error)
-    except KeyboardInterrupt:
-        return 130
-    print(f"LoRA      {folder / LORA_FILE}")
-    print(f"pictures  {folder / 'samples'}")
-    print(f"report    {folder / 'report.html'}")
+    except KeyboardInterrupt as error:
+        config.report("train.py", error)
+        return 128 + getattr(error, "number", signal.SIGINT)
     return 0
 
 

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+MAX_JSON = 2**26
 MOVED = {  # repositories that are gone from the hub, and where their files are now
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "runwayml/stable-diffusion-inpainting": "stable-diffusion-v1-5/stable-diffusion-inpainting",
@@ -205,6 +206,8 @@ def moved_note(name_or_path: str | Path) -> str | None:
 
 def read_json(path: Path) -> dict:
     """A JSON object. ValueError names the file."""
+    if (size := path.stat().st_size) > MAX_JSON:
+        raise ValueError(f"{path} has {size} bytes; a config or an index of a few kB was wanted")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # bytes, syntax, or a number of too many digits

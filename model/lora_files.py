@@ -102,6 +102,7 @@ def read_lora(run_or_file: str | Path, flag: str = "--lora") -> tuple[Parts, dic
         assert isinstance(peft, dict) and isinstance(metadata, dict)
     except (json.JSONDecodeError, AssertionError, RecursionError) as error:
         raise ValueError(f"{path} has a header that is not JSON") from error
+    _check_metadata(metadata, path)
     return unpack(tensors, peft, path), metadata
 
 
@@ -152,6 +153,37 @@ def apply_lora(
                 attach(model, factors) if fixed is None else fix(model, factors, fixed)
             except ValueError as error:
                 raise ValueError(f"{what}: {error}") from error
+
+
+KINDS = {
+    "objective": str, "base_model": str, "prompt": str, "vae_path": str, "tokenizer_name": str,
+    "revision": str, "variant": str, "resolution": int, "delta_t": int, "tokenizer_max_length": int,
+    "text_encoder_use_attention_mask": bool, "prediction_type": str, "states": int,
+    "bridge_t": int, "bridge_channels": bool,
+}  # fmt: skip
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e9  # NaN is not
+
+
+def _check_metadata(metadata: dict, path: Path) -> None:
+    """ValueError for an entry of ours that is of another kind: a stranger may have written it."""
+    slope_offset = metadata.get("multiplier", [1, 0])
+    wrong = [
+        key
+        for key, kind in KINDS.items()
+        if metadata.get(key) is not None
+        and (type(metadata[key]) is not kind or (kind is int and not 1 <= metadata[key] <= 2**16))
+    ]
+    if not (isinstance(slope_offset, list) and list(map(_is_number, slope_offset)) == [True, True]):
+        wrong.append("multiplier")
+    for key in ("delta_t", "bridge_t"):
+        if metadata.get(key, 2) not in range(1, 1000):
+            wrong.append(key)
+    if wrong:
+        said = ascii(metadata[wrong[0]])
+        raise ValueError(f"{path} has the metadata {wrong[0]} = {said[:60]}")
 
 
 def load_lora(

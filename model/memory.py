@@ -22,6 +22,13 @@ def peak_mib(device: torch.device) -> float:
     return rss / MIB if sys.platform == "darwin" else rss / 1024  # bytes there, KiB on Linux
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """CUDA has a type of its own for it; torch on the CPU says it in words."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
 @contextmanager
 def phase(name: str, device: torch.device, log: Callable[..., None]) -> Iterator[None]:
     """A part of the run that holds one big module. Logs seconds, peak and what is left at its end.

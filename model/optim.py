@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 SCHEDULERS = (
     "linear",
@@ -35,6 +35,21 @@ def adamw(
             ) from error
         return AdamW8bit([flat], **settings)
     return torch.optim.AdamW([flat], fused=flat.is_cuda, **settings)
+
+
+def step_if(ok: Tensor, opt: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+    """`opt.step()` where ok () is true: a fused optimizer decides it on the device, without a wait.
+
+    A loss scale that is in use looks at the gradient itself, and moves.
+    """
+    if scaler.is_enabled():
+        scaler.step(opt)
+        scaler.update()
+    elif opt.defaults.get("fused"):
+        opt.found_inf = (~ok).float()
+        opt.step()
+    elif ok:
+        opt.step()
 
 
 def learning_rate(

@@ -40,6 +40,29 @@ def zero_terminal_snr(betas: Tensor) -> Tensor:
     return 1 - torch.cat([a_bar[:1], a_bar[1:] / a_bar[:-1]])
 
 
+RANGES = {  # of the numbers in a scheduler config; whole where the bounds are
+    "beta_start": (0.0, 1.0),
+    "beta_end": (0.0, 1.0),
+    "num_train_timesteps": (1, 100_000),
+    "steps_offset": (0, 100_000),
+    "clip_sample_range": (0.0, 1e6),
+}
+
+
+def _check(known: dict) -> None:
+    """ValueError for a value that is of another kind than its name says, or out of all range."""
+    for key, (low, high) in RANGES.items():
+        kinds = (int,) if isinstance(low, int) else (int, float)
+        value = known.get(key, low)
+        if type(value) not in kinds or not low <= value <= high:
+            said = f"{key}={str(value)[:60]!r}; a number in {low}..{high} was wanted"
+            raise ValueError(f"scheduler config has {said}")
+    for key in ("set_alpha_to_one", "clip_sample", "thresholding", "rescale_betas_zero_snr"):
+        if type(known.get(key, True)) is not bool:
+            said = f"{key}={str(known[key])[:60]!r}; true or false was wanted"
+            raise ValueError(f"scheduler config has {said}")
+
+
 @dataclass(frozen=True)
 class Schedule:
     """ā and the conventions of one checkpoint. Made by `Schedule.from_config`; moved by `to`."""
@@ -61,6 +84,7 @@ class Schedule:
         """
         known = {key: value for key, value in config.items() if value is not None}
         name = known.get("_class_name", "DDIMScheduler")
+        _check(known)
         if known.get("thresholding"):
             raise ValueError(
                 "scheduler config asks for thresholding=true, which latents have no use for"
@@ -82,7 +106,12 @@ class Schedule:
                 f"scheduler config has timestep_spacing={spacing!r}; known are {SPACINGS}"
             )
         if "trained_betas" in known:
-            betas = torch.tensor(known["trained_betas"], dtype=torch.float64)
+            try:
+                betas = torch.tensor(known["trained_betas"], dtype=torch.float64)
+            except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+                raise ValueError(
+                    "scheduler config has trained_betas that are no numbers"
+                ) from error
         else:
             betas = make_betas(
                 known.get("beta_schedule", "linear"),
@@ -90,6 +119,8 @@ class Schedule:
                 known.get("beta_end", 0.02),
                 known.get("num_train_timesteps", 1000),
             )
+        if betas.dim() != 1 or not len(betas) or not ((betas >= 0) & (betas <= 1)).all():
+            raise ValueError("scheduler config has betas that are no list of numbers in 0..1")
         if known.get("rescale_betas_zero_snr"):
             betas = zero_terminal_snr(betas)
         return cls(

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from durable import write_aside
 from model.unet import UNet
-from runs import write_aside
 
 WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
 

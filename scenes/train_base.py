@@ -28,6 +28,7 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from data import contact_sheet
+from durable import write_aside
 from model.draws import seeded
 from model.optim import learning_rate
 from model.pipeline import decode, generate_latents, guided_predictor, pick_device
@@ -35,7 +36,7 @@ from model.schedule import Schedule
 from model.text import TextEncoder
 from model.unet import UNet
 from model.vae import VAE
-from runs import revision, write_aside
+from runs import revision
 from scenes.render import CHANGES, caption, make_scene, render
 from scenes.tokenizer import write_text, write_tokenizer
 

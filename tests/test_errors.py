@@ -74,6 +74,7 @@ def place(tmp_path_factory, sd1):
         ))  # fmt: skip
         shutil.copytree("run", "damaged")
         (root / "damaged" / "checkpoint-2" / "optimizer.safetensors").write_text("?")
+        (root / "damaged" / "checkpoint-1" / "state.json").unlink()
         shutil.copytree("run", "wrong header")
         (root / "wrong header" / "config.json").write_text("?")
         shape = {"unet.conv_in.lora_A.weight": torch.ones(2, 3, 3, 3),
@@ -187,7 +188,8 @@ TRAIN = {
     "--output_dir=run --resume_from_checkpoint=latest --lora_rank=3 --max_train_steps=3":
     "the run in run had another config: lora_rank was 2 and is 3",
     "--output_dir=damaged --resume_from_checkpoint=latest --max_train_steps=3":
-    "damaged/checkpoint-2/optimizer.safetensors (1 bytes) is damaged",
+    "damaged/checkpoint-2 is damaged: optimizer.safetensors has changed; damaged/checkpoint-1 is "
+    "damaged: state.json is missing; no other is there: --overwrite starts anew",
     "--output_dir='wrong header' --resume_from_checkpoint=latest --max_train_steps=3":
     "wrong header/config.json is damaged",
     # --config

@@ -22,9 +22,9 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 import config
+import durable
 import inputs
 import latents
-import runs
 import train
 from config import TrainConfig
 from model import lora_convert, memory
@@ -45,7 +45,7 @@ def quick():
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "gc", types.SimpleNamespace(collect=lambda: 0))
-        patch.setattr(runs, "_flush", lambda path: None)
+        patch.setattr(durable, "_flush", lambda path: None)
         yield
     torch.set_num_threads(threads)
 
@@ -867,6 +867,37 @@ def resume(lab, patch):
     assert json.loads((where / "summary.json").read_text())["steps"] == 3
 
 
+def resume_changed(lab, patch):
+    """What differs is told either way; with the flag the run goes on."""
+    where = lab.fresh(checkpointing_steps=2, max_train_steps=2)
+    again = lab.config(output_dir=str(where), resume_from_checkpoint="latest", learning_rate=1e-4)
+    code, lines = status(command(again))
+    assert code == 2 and "learning_rate was 0.001 and is 0.0001" in lines[0]
+    assert "--resume_changed" in lines[0] and not (where / "checkpoint-3").exists()
+    code, lines = status(command(replace(again, resume_changed=True)))
+    assert code == 0 and "learning_rate was 0.001 and is 0.0001" in lines[0]
+    assert column(where)[:2] == column(lab.run())[:2] and column(where, "lr")[2] == 1e-4
+
+
+def on_nan(lab, patch):
+    """The second loss is none: `stop` says where, `skip` leaves that step out and counts it."""
+    usual, calls = train.OBJECTIVES["delta"], []
+
+    def loss(*arguments):
+        calls.append(1)
+        return usual.loss(*arguments) * (float("nan") if len(calls) == 2 else 1.0)
+
+    patch.setitem(train.OBJECTIVES, "delta", usual._replace(loss=loss))
+    cfg = lab.config()
+    code, lines = status(command(cfg))
+    assert code == 1 and "not finite at step 2 of" in lines[-1] and "at t 599" in lines[-1]
+    calls.clear()
+    with pytest.warns(UserWarning, match="not finite at step 2 .*: skipped, 1 in all so far"):
+        skipped = lab.fresh(on_nan="skip")
+    assert column(skipped, "skipped") == [0, 1, 1] and column(skipped)[1] is None
+    assert column(skipped)[0] == column(lab.run())[0] and column(skipped)[2] > 0
+
+
 def log_every(lab, patch):
     """Each line is the mean since the last one; the last step always has one."""
     folder = lab.run(log_every=2)
@@ -875,7 +906,7 @@ def log_every(lab, patch):
 
 
 class Writer:
-    def __init__(self, folder):
+    def __init__(self, folder, purge_step):
         self.folder, self.seen = folder, []
         Writer.made = self
 
@@ -975,6 +1006,16 @@ def compiled(lab, patch):
     assert asked == [{"fullgraph": True, "dynamic": False}]
 
 
+def deterministic(lab, patch):
+    """Asked of torch while the run goes on, and not after it; on the CPU the bits are the same."""
+    asked = torch.use_deterministic_algorithms
+    seen = []
+    patch.setattr(torch, "use_deterministic_algorithms", lambda on: (seen.append(on), asked(on)))
+    assert bytes_of(lab.fresh(deterministic=True)) == bytes_of(lab.run())
+    assert (seen[0], seen[-1]) == (True, False)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def device(lab, patch):
     assert "cpu)" in lab.said[lab.run()]
     stops("--device nowhere is not available", device="nowhere")(lab, patch)
@@ -1060,6 +1101,7 @@ FLAGS = {
     "adam_epsilon": effect(adam_epsilon),
     "max_grad_norm": effect(max_grad_norm),
     "seed": changes(seed=1),
+    "on_nan": effect(on_nan),
     "tokenizer_max_length": effect(tokenizer_max_length),
     "text_encoder_use_attention_mask": changes(2, text_encoder_use_attention_mask=True),
     "pre_compute_text_embeddings": accepted(pre_compute_text_embeddings=True),
@@ -1073,6 +1115,7 @@ FLAGS = {
         "checkpoint-3", checkpointing_steps=1, checkpoints_total_limit=1
     ),
     "resume_from_checkpoint": effect(resume),
+    "resume_changed": effect(resume_changed),
     "log_every": effect(log_every),
     "report_to": both(report_to("logs"), accepted(report_to="none")),
     "logging_dir": report_to("elsewhere", logging_dir="elsewhere"),
@@ -1090,6 +1133,7 @@ FLAGS = {
     "mixed_precision": effect(mixed_precision),
     "allow_tf32": effect(allow_tf32),
     "compile": effect(compiled),
+    "deterministic": effect(deterministic),
     "device": effect(device),
     "enable_xformers_memory_efficient_attention": accepted(
         enable_xformers_memory_efficient_attention=True
@@ -1126,6 +1170,7 @@ def test_flag(name, lab, monkeypatch):
         ("lr_num_cycles", 2, "--lr_scheduler cosine_with_restarts"),
         ("lr_power", 2.0, "--lr_scheduler polynomial"),
         ("logging_dir", "there", "--report_to tensorboard"),
+        ("resume_changed", True, "--resume_from_checkpoint"),
         ("prior_loss_weight", 2.0, "--with_prior_preservation"),
         ("num_class_images", 5, "--with_prior_preservation"),
         ("prior_generation_precision", "fp32", "--with_prior_preservation"),

@@ -23,7 +23,9 @@ ROOT = Path(__file__).parents[1]
 ARROWS = {
     "config": [],
     "data": [],
-    "runs": [],
+    "durable": [],
+    "stop": [],
+    "runs": ["durable"],
     "model.schedule": [],
     "model.lora": [],
     "model.layers": [],
@@ -34,7 +36,7 @@ ARROWS = {
     "measures": [],
     "model.optim": [],
     "latents": ["data"],
-    "report": ["runs"],
+    "report": ["durable"],
     "model.unet": ["model.layers"],
     "model.vae": ["model.layers"],
     "model.lora_algebra": ["model.lora"],
@@ -46,11 +48,12 @@ ARROWS = {
         "model.vae",
     ],
     "model.lora_convert": [
-        "runs", "model.files", "model.lora", "model.lora_algebra", "model.lora_files",
+        "durable", "runs", "model.files", "model.lora", "model.lora_algebra", "model.lora_files",
         "model.lora_layouts", "model.weights",
     ],
     "model.samplers": ["model.schedule"],
     "model.objectives": ["model.samplers", "model.schedule"],
+    "model.weighting": ["model.objectives"],
     "model.pipeline": [
         "model.lora", "model.lora_files", "model.objectives", "model.samplers", "model.schedule",
         "model.text", "model.unet", "model.vae", "model.weights",
@@ -61,15 +64,23 @@ ARROWS = {
     ],
     "inputs": ["config", "data", "latents", "runs", "model.memory", "model.pipeline"],
     "between": [
-        "data", "measures", "runs", "model.lora_files", "model.morph", "model.objectives",
+        "data", "durable", "measures", "model.lora_files", "model.morph", "model.objectives",
         "model.pipeline",
+    ],
+    "checkpoint": [
+        "config", "durable", "model.files", "model.lora", "model.lora_files", "model.objectives",
+        "model.schedule",
+    ],
+    "watching": [
+        "data", "durable", "model.draws", "model.objectives", "model.pipeline", "model.schedule",
+        "model.unet", "model.vae",
     ],
     "check_data": ["config", "data", "runs"],
     "sample": ["*"],
     "train": ["*"],
     "evaluate": ["*"],
     "comparison": ["data", "measures"],
-    "ablate": ["comparison", "config", "runs"],
+    "ablate": ["comparison", "config", "durable", "runs"],
 }  # fmt: skip
 ROOTS = ("check_data", "sample", "train", "evaluate", "ablate")  # what a user starts
 FOLDERS = ("scenes", "bench", "tests")  # on top of all: nothing outside them imports them
@@ -137,8 +148,9 @@ def test_the_arrows_have_no_circle():
 
 
 def test_only_roots_import_the_config():
-    """Library code takes plain arguments; `inputs` is the first part of train."""
-    assert {name for name in LIBRARY if "config" in siblings(name)} <= {*ROOTS, "inputs"}
+    """Library code takes plain arguments; `inputs` and `checkpoint` are parts of train."""
+    parts = {"inputs", "checkpoint"}
+    assert {name for name in LIBRARY if "config" in siblings(name)} <= {*ROOTS, *parts}
 
 
 def test_libraries():

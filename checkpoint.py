@@ -1,0 +1,76 @@
+"""What a checkpoint holds besides its LoRA, and what a LoRA file says about itself."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+
+from config import TrainConfig
+from durable import write_json
+from model.files import is_local, read_json, read_tensors
+from model.lora import lora_layers
+from model.lora_files import LORA_FILE, companion_entry, read_lora
+from model.objectives import OBJECTIVES, Knobs
+from model.schedule import Schedule
+
+
+def save_state(folder: Path, opt: torch.optim.Optimizer, state: dict) -> None:
+    """optimizer.safetensors and state.json, beside the LoRA."""
+    moments = opt.state_dict()["state"][0]
+    tensors = {key: value for key, value in moments.items() if torch.is_tensor(value)}
+    (folder / "optimizer.safetensors").write_bytes(save(tensors))
+    rest = {key: value for key, value in moments.items() if key not in tensors}
+    write_json(folder / "state.json", {**state, "optimizer": rest})
+
+
+def restore(checkpoint: Path, adapted: dict, opt: torch.optim.Optimizer, scaler) -> dict:
+    """Weights, optimizer and loss scale as they were; returns state.json.
+
+    ValueError names a file that does not fit, as after --resume_changed.
+    """
+    parts, _ = read_lora(checkpoint / LORA_FILE)
+    for part, model in adapted.items():
+        saved = {n.removeprefix("text_model."): f for n, f in parts.get(part, {}).items()}
+        layers = {n.removeprefix("text_model."): layer for n, layer in lora_layers(model).items()}
+        if saved.keys() != layers.keys():
+            raise ValueError(f"{checkpoint / LORA_FILE} adapts other layers of the {part}")
+        for name, layer in layers.items():
+            for mine, its in ((layer.lora_A, saved[name].A), (layer.lora_B, saved[name].B)):
+                if mine.shape != its.shape:
+                    raise ValueError(
+                        f"{checkpoint / LORA_FILE} has {name} with shape {tuple(its.shape)}; "
+                        f"{tuple(mine.shape)} was wanted"
+                    )
+                mine.data.copy_(its)
+    state = read_json(checkpoint / "state.json")
+    moments = dict(read_tensors(checkpoint / "optimizer.safetensors"))
+    groups = opt.state_dict()["param_groups"]
+    opt.load_state_dict({"state": {0: {**moments, **state["optimizer"]}}, "param_groups": groups})
+    scaler.load_state_dict(state["scaler"])
+    return state
+
+
+def lora_metadata(
+    cfg: TrainConfig, objective: str, knobs: Knobs, schedule: Schedule, *, states: int
+) -> dict:
+    """What whoever uses the LoRA must know."""
+    base = cfg.pretrained_model_name_or_path
+    slope, offset = OBJECTIVES[objective].multiplier
+    said = f"0 = before, 1 = after; LoRA multiplier = {slope:g} * strength + {offset:g}"
+    kept = ("vae_path", "tokenizer_name", "revision", "variant", "resolution",
+            "tokenizer_max_length", "text_encoder_use_attention_mask")  # fmt: skip
+    return {
+        "objective": objective,
+        "multiplier": [slope, offset],
+        "strength": said,
+        "base_model": str(Path(base).resolve()) if is_local(base) else base,
+        "prompt": cfg.instance_prompt,
+        "rank": cfg.lora_rank,
+        "alpha": cfg.lora_alpha or cfg.lora_rank,
+        "targets": cfg.lora_targets,
+        "prediction_type": schedule.prediction_type,
+        "base_lora": cfg.base_lora and companion_entry(cfg.base_lora, cfg.base_lora_strength),
+        **{key: getattr(cfg, key) for key in kept},
+        **knobs._asdict(),
+        "states": states,  # 2: it knows the ends alone
+    }

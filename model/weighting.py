@@ -1,0 +1,53 @@
+"""From an objective's error map to one number: masks of the change, and what lies outside them."""
+
+import torch
+from torch import Tensor
+
+from model.objectives import Predict
+
+
+def weighted_mean(error: Tensor, mask: Tensor | None, outside: float) -> Tensor:
+    """The mean of (n, 4, h, w), n a multiple of the mask's b.
+
+    With a mask (b, 1, h, w) it weighs 1 inside and `outside` elsewhere; each sample is divided by
+    its own weight, so that a small mask counts as much as a large one.
+    """
+    if mask is None:
+        return error.mean()
+    w = outside + (1 - outside) * mask.repeat(len(error) // len(mask), 1, 1, 1)
+    per_sample = (w * error).mean(dim=(1, 2, 3)) / w.mean(dim=(1, 2, 3)).clamp(min=1e-6)  # (n,)
+    return per_sample.mean()
+
+
+def in_and_out(error: Tensor, mask: Tensor | None) -> Tensor:
+    """(3,): the mean of (n, 4, h, w) inside the mask and outside it, and how much is inside."""
+    if mask is None:
+        return error.new_zeros(3)
+    w = mask.repeat(len(error) // len(mask), 1, 1, 1)  # (n, 1, h, w)
+    by_place = error.mean(1, keepdim=True)
+    inside, outside = ((v * by_place).sum() / v.sum().clamp(min=1e-6) for v in (w, 1 - w))
+    return torch.stack([inside, outside, w.mean()])
+
+
+def listened(predict: Predict) -> tuple[Predict, list]:
+    """`predict`, and the list of (x_t, t, answer) it will have given with the LoRA on."""
+    heard = []
+
+    def listening(x_t: Tensor, t: Tensor, m: Tensor | None) -> Tensor:
+        answer = predict(x_t, t, m)
+        if m is not None:
+            heard.append((x_t, t, answer))
+        return answer
+
+    return listening, heard
+
+
+def preservation(predict: Predict, heard: list, mask: Tensor) -> Tensor:
+    """‖e_s(x_t) − e_0(x_t)‖² outside the mask (b, 1, h, w), at all that the loss has asked."""
+    terms = []
+    for x_t, t, e_s in list(heard):
+        with torch.no_grad():
+            e_0 = predict(x_t, t, None)
+        apart = (e_s - e_0)[..., -mask.shape[3] :] ** 2  # (n, 4, h, w); of a canvas the right half
+        terms.append(weighted_mean(apart, 1 - mask, 0.0))
+    return torch.stack(terms).mean()

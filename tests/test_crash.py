@@ -1,0 +1,588 @@
+"""Trouble while a run goes on: one sentence, the right exit status, and nothing lost.
+
+What is killed with SIGKILL is in test_kill.py.
+"""
+
+import contextlib
+import io
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import durable
+import runs
+import train
+from config import TrainConfig, report
+from durable import damage, lock, seal, write_aside, write_json
+from model.lora_files import LORA_FILE
+from model.memory import out_of_memory
+from model.optim import adamw, step_if
+from runs import Run
+from stop import Stop, Stopped
+from tests.pairs import write_pairs
+
+ROOT = Path(__file__).parents[1]
+TIMES = ("step_ms", "peak_mib", "seconds", "left_mib")
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    return write_pairs(tmp_path_factory.mktemp("made") / "pairs", 5, 32)
+
+
+@pytest.fixture
+def config(sd1, pairs, tmp_path):
+    return TrainConfig(
+        pretrained_model_name_or_path=str(sd1),
+        before_data_dir=str(pairs / "before"),
+        after_data_dir=str(pairs / "after"),
+        output_dir=str(tmp_path / "run"),
+        pair_objective="slider",
+        resolution=16,
+        lora_rank=2,
+        max_train_steps=6,
+        learning_rate=1e-3,
+        checkpointing_steps=2,
+        log_every=3,
+        validation_pairs=1,
+        validation_steps=4,
+        device="cpu",
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(sd1, pairs, tmp_path_factory):
+    """What the run of `config` leaves when nothing disturbs it."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    cfg = config.__wrapped__(sd1, pairs, folder.parent)
+    return left_by(train.train(cfg))
+
+
+def rows(folder: Path) -> list[dict]:
+    """metrics.jsonl, line by line, without what a clock says."""
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in found]
+
+
+def left_by(folder: Path) -> dict:
+    """Everything that must be the same to the bit however often a run was stopped."""
+    assert not list(folder.rglob("*.tmp"))
+    names = [LORA_FILE, *(f"samples/{p.name}" for p in (folder / "samples").iterdir())]
+    names += [f"checkpoint-6/{p.name}" for p in (folder / "checkpoint-6").iterdir()]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["status"], summary["steps"]) == ("finished", 6)
+    return {"rows": rows(folder), **{name: (folder / name).read_bytes() for name in names}}
+
+
+def status_of(folder: Path | str) -> str:
+    return json.loads((Path(folder) / "summary.json").read_text())["status"]
+
+
+def main(cfg: TrainConfig) -> tuple[int, list[str]]:
+    """The exit status and the lines on stderr of a run that was asked for on the command line."""
+    err = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(err):
+        patch.setattr(train.config, "parse", lambda argv: cfg)
+        patch.setattr("warnings.showwarning", None)  # main sets it: put back what was there
+        code = train.main([])
+    return code, [line for line in err.getvalue().splitlines() if not line.startswith("warning")]
+
+
+def disturbed(patch, at: int, what, objective: str = "slider") -> None:
+    """`what()` happens in the loss of the step number `at` of this process."""
+    usual, calls = train.OBJECTIVES[objective], []
+
+    def loss(*arguments):
+        if torch.is_grad_enabled():  # not those of the held-out loss
+            calls.append(1)
+            if len(calls) == at:
+                what()
+        return usual.loss(*arguments)
+
+    patch.setitem(train.OBJECTIVES, objective, usual._replace(loss=loss))
+
+
+def resumed(cfg: TrainConfig) -> dict:
+    return left_by(train.train(replace(cfg, resume_from_checkpoint="latest")))
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [OSError(28, "full"), ValueError("no"), KeyboardInterrupt()])
+def test_what_is_written_aside_is_there_whole_or_not_at_all(tmp_path, error):
+    """An error in the middle leaves the old file, the old folder, and nothing beside them."""
+    file, folder = tmp_path / "file", tmp_path / "folder"
+    write_aside(file, lambda aside: aside.write_text("old"))
+    write_aside(folder, lambda aside: (aside.mkdir(), (aside / "a").write_text("old")))
+
+    def half(aside):
+        aside.mkdir()
+        (aside / "a").write_text("half")
+        raise error
+
+    def part(aside):
+        aside.write_text("half")
+        raise error
+
+    for path, write in ((folder, half), (file, part)):
+        with pytest.raises(type(error)) as caught:
+            write_aside(path, write)
+        assert not isinstance(error, OSError) or str(path) in str(caught.value)
+    assert (file.read_text(), (folder / "a").read_text()) == ("old", "old")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+    write_aside(folder, lambda aside: (aside.mkdir(), (aside / "b").write_text("new")))
+    assert [p.name for p in folder.iterdir()] == ["b"]
+
+
+def test_an_old_folder_comes_back_when_the_new_one_cannot_take_its_name(tmp_path, monkeypatch):
+    """Folders cannot be renamed over: for a moment neither has the name."""
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "a").write_text("old")
+    usual, calls = os.replace, []
+
+    def second_fails(source, target):
+        calls.append(source)
+        if len(calls) == 2:
+            raise OSError(5, "broken")
+        usual(source, target)
+
+    monkeypatch.setattr(os, "replace", second_fails)
+    with pytest.raises(OSError, match=r"c'$"):
+        write_aside(tmp_path / "c", lambda aside: aside.mkdir())
+    assert (tmp_path / "c" / "a").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
+def test_everything_is_flushed_before_it_gets_its_name(tmp_path, monkeypatch):
+    """The files, their folder, then the rename, then the folder above."""
+    seen = []
+    monkeypatch.setattr(durable, "_flush", lambda path: seen.append(("flush", path.name)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (seen.append(("name", b.name)), a.rename(b)))
+    write_aside(tmp_path / "c", lambda aside: (aside.mkdir(), (aside / "f").write_text("")))
+    above = ("flush", tmp_path.name)
+    assert seen == [("flush", "f"), ("flush", ".c.tmp"), ("name", "c"), above]
+
+
+def test_a_name_of_255_bytes_can_be_written_aside(tmp_path):
+    name = "ü" * 127 + "n"
+    write_aside(tmp_path / name, lambda aside: aside.write_text("x"))
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_json_takes_any_name_and_any_number(tmp_path):
+    """Bytes that are no text, and numbers that JSON has no way to write."""
+    said = {"name": os.fsdecode(b"\xff\xfe.png"), "x": [float("nan"), float("inf"), 1.5]}
+    write_json(tmp_path / "a.json", said)
+    text = (tmp_path / "a.json").read_bytes().decode("utf-8")
+    assert json.loads(text) == {"name": said["name"], "x": [None, None, 1.5]}
+
+
+def test_a_sealed_folder_says_what_is_wrong_with_it(tmp_path):
+    def sealed() -> Path:
+        shutil.rmtree(tmp_path / "c", ignore_errors=True)
+        (tmp_path / "c").mkdir()
+        for name in ("a", "b"):
+            (tmp_path / "c" / name).write_bytes(bytes(1000))
+        seal(tmp_path / "c")
+        return tmp_path / "c"
+
+    assert damage(sealed()) is None
+    with open(sealed() / "b", "r+b") as file:
+        file.seek(500)
+        file.write(b"\1")
+    assert damage(tmp_path / "c") == "b has changed"
+    (sealed() / "a").unlink()
+    assert damage(tmp_path / "c") == "a is missing"
+    (sealed() / "manifest.json").unlink()
+    assert damage(tmp_path / "c") == "manifest.json is missing"
+    for bad in ("", "[]", "{}", '{"sha256": 1}', "[" * 100_000, "\ud800"):
+        path = sealed() / "manifest.json"
+        path.write_bytes(bad.encode("utf-8", "surrogatepass"))
+        assert damage(tmp_path / "c") == "manifest.json cannot be read"
+    (tmp_path / "outside").write_text("")
+    write_json(sealed() / "manifest.json", {"sha256": {"../outside": "e3b0"}})
+    assert damage(tmp_path / "c") == "../outside is missing"
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "state.json", LORA_FILE])
+def test_a_damaged_checkpoint_is_told_of_and_the_one_before_is_used(config, whole, name):
+    folder = train.train(config)
+    with open(folder / "checkpoint-6" / name, "r+b") as file:
+        file.seek(-3, os.SEEK_END)
+        file.write(b"?")
+    said = f"checkpoint-6 is damaged: {name} has changed; going on from checkpoint-4"
+    with pytest.warns(UserWarning, match=said):
+        assert resumed(config) == whole
+    assert (folder / "checkpoint-6.set-aside").is_dir()
+    with pytest.raises(FileNotFoundError, match="which has: checkpoint-2, checkpoint-4, checkpoi"):
+        train.train(replace(config, resume_from_checkpoint="checkpoint-6.set-aside"))
+
+
+def test_a_limit_counts_no_checkpoint_of_another_future(config, whole):
+    """Going on from checkpoint-2, the newest is the next one, not the 4 and 6 that were there."""
+    folder = train.train(config)
+    cfg = replace(config, checkpoints_total_limit=1, resume_from_checkpoint="checkpoint-2")
+    assert left_by(train.train(cfg)) == whole
+    names = ["checkpoint-4.set-aside", "checkpoint-6", "checkpoint-6.set-aside"]
+    assert sorted(p.name for p in folder.glob("checkpoint-*")) == names
+
+
+def test_a_limit_holds_where_a_kill_came_between_saving_and_removing(config, whole):
+    """No checkpoint is made after the last one, so going on removes what is too much."""
+    folder = train.train(config)
+    cfg = replace(config, checkpoints_total_limit=2, resume_from_checkpoint="latest")
+    assert left_by(train.train(cfg)) == whole
+    assert sorted(p.name for p in folder.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_going_on_with_other_data_stops_unless_told_otherwise(config, pairs, tmp_path):
+    """An image that is another one now is as much of a change as a flag."""
+    shutil.copytree(pairs, tmp_path / "pairs")
+    dirs = {f"{s}_data_dir": str(tmp_path / "pairs" / s) for s in ("before", "after")}
+    cfg = replace(config, **dirs, max_train_steps=2)
+    train.train(cfg)
+    shutil.copy(tmp_path / "pairs" / "after" / "1.png", tmp_path / "pairs" / "after" / "2.png")
+    more = replace(cfg, max_train_steps=3, resume_from_checkpoint="latest")
+    with pytest.raises(ValueError, match=r"had other data .*--resume_changed goes on"):
+        train.train(more)
+    with pytest.warns(UserWarning, match="--resume_changed: .* had other data"):
+        train.train(replace(more, resume_changed=True))
+    with pytest.raises(ValueError, match=r"with shape \(2, 32\); \(4, 32\) was wanted"):
+        train.train(replace(more, resume_changed=True, lora_rank=4, max_train_steps=4))
+
+
+def test_metrics_of_a_stranger_are_no_trouble(config, whole):
+    """Torn, doubled by an editor, or of another kind: what is before them is kept."""
+    folder = train.train(config)
+    lines = (folder / "metrics.jsonl").read_bytes()
+    for bad in (b'{"kind": "tr', b"[]\n", b'{"step": "a"}\n', b"\xff\n", b"[" * 99_999, b"\n\n"):
+        (folder / "metrics.jsonl").write_bytes(lines + bad)
+        assert resumed(config) == whole
+
+
+def test_class_images_go_on_after_a_kill_in_the_first(config, tmp_path):
+    """What a kill leaves of an image is hidden, and no image."""
+    (tmp_path / "class").mkdir()
+    (tmp_path / "class" / ".generated_000000.png.tmp").write_bytes(b"half")
+    cfg = replace(
+        config, with_prior_preservation=True, class_prompt="land", num_class_images=1,
+        class_data_dir=str(tmp_path / "class"), max_train_steps=1, num_validation_images=0,
+    )  # fmt: skip
+    train.train(cfg)
+    assert [p.name for p in (tmp_path / "class").iterdir()] == ["generated_000000.png"]
+
+
+# ---- one writer ----------------------------------------------------------------------------------
+
+
+def test_a_second_writer_is_refused(config):
+    """While one holds the folder; not after it, and an error lets go of it."""
+    folder = train.train(replace(config, max_train_steps=2))
+    held = lock(folder, "--output_dir")
+    again = replace(config, resume_from_checkpoint="latest")
+    code, lines = main(again)
+    assert code == 2 and len(lines) == 1 and "is being written by process" in lines[0]
+    with pytest.raises(BlockingIOError):
+        train.train(replace(config, overwrite=True))
+    held.close()
+    with pytest.raises(ValueError, match="another config"):
+        train.train(replace(again, seed=3))
+    train.train(again)
+
+
+def test_two_that_start_at_once_do_not_share_a_new_folder(tmp_path):
+    one, two = Run(tmp_path / "run", {}), Run(tmp_path / "run", {})
+    one.start({"data": "a"})
+    with pytest.raises(BlockingIOError):
+        two.start({"data": "b"})
+    one.finish("finished")
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        two.start({"data": "b"})
+    assert json.loads((tmp_path / "run" / "revision.json").read_text())["data"] == "a"
+
+
+def test_a_file_system_without_locks_is_warned_about(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(durable.fcntl, "flock", none)
+    with pytest.warns(UserWarning, match="cannot be locked"):
+        lock(tmp_path, "--output_dir").close()
+
+
+# ---- signals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_with_a_checkpoint_and_a_summary(config, whole, number, code):
+    """In the fifth step, between two lines of metrics and two checkpoints; and the run goes on."""
+    before = signal.getsignal(number)
+    with pytest.MonkeyPatch.context() as patch:
+        disturbed(patch, 5, lambda: os.kill(os.getpid(), number))
+        assert main(config)[0] == code
+    folder = Path(config.output_dir)
+    assert signal.getsignal(number) is before and status_of(folder) == "stopped"
+    assert damage(folder / "checkpoint-5") is None and not (folder / LORA_FILE).exists()
+    assert [row["step"] for row in rows(folder) if row["kind"] == "train"] == [2, 3, 4]
+    assert resumed(config) == whole
+
+
+def test_a_signal_before_the_first_step_ends_at_once(config, monkeypatch):
+    """Encoding may take hours: nothing is waited for, and nothing was begun."""
+    monkeypatch.setattr(train, "load_vae", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    code, lines = main(config)
+    assert code == 143 and lines == ["train.py: stopped by SIGTERM"]
+    assert not Path(config.output_dir).exists()
+
+
+def test_a_second_signal_ends_the_process_at_once(config):
+    """In a child: by the signal itself, without a checkpoint of that step."""
+
+    def twice():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    child = os.fork()
+    if child == 0:
+        with pytest.MonkeyPatch.context() as patch, open(os.devnull, "w") as null:
+            os.dup2(null.fileno(), 2)
+            disturbed(patch, 3, twice)
+            with contextlib.redirect_stdout(null):
+                main(config)
+        os._exit(0)
+    _, how = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(how) and os.WTERMSIG(how) == signal.SIGTERM
+    assert [p.name for p in Path(config.output_dir).glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_signal_that_is_ignored_stays_ignored(monkeypatch):
+    """As under nohup."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Stop() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stop.asked is None
+        with pytest.raises(Stopped, match="SIGTERM"), Stop():
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# ---- numbers that are none -----------------------------------------------------------------------
+
+
+def poison(patch, bad) -> None:
+    """The loss becomes `bad(loss)` at those t that a multiple of 3 is: a function of the draws."""
+    usual = train.OBJECTIVES["slider"]
+
+    def loss(predict, schedule, a, b, s, draws, knobs):
+        error = usual.loss(predict, schedule, a, b, s, draws, knobs)
+        return bad(error) if torch.is_grad_enabled() and draws.t.item() % 3 == 0 else error
+
+    patch.setitem(train.OBJECTIVES, "slider", usual._replace(loss=loss))
+
+
+def no_gradient(error):
+    return error + (0 * error).sqrt()  # the loss is finite, its gradient is 0 · ∞
+
+
+@pytest.mark.parametrize("bad", [lambda e: e * torch.nan, lambda e: e / 0, no_gradient])
+def test_what_is_not_finite_stops_and_names_step_t_pair_and_checkpoint(config, monkeypatch, bad):
+    poison(monkeypatch, bad)
+    cfg = replace(config, max_train_steps=30, seed=2)
+    code, lines = main(cfg)
+    assert code == 1 and len(lines) == 1
+    words = lines[0].split()
+    step, t = (int(words[words.index(w) + 1].rstrip(");")) for w in ("step", "t"))
+    kept = [int(p.name[11:]) for p in Path(cfg.output_dir).glob("checkpoint-*")]
+    assert t % 3 == 0 and max(kept, default=0) < step <= max(kept, default=0) + 3
+    last = f"checkpoint-{max(kept)}" if kept else "none"
+    assert lines[0].endswith(f"last good checkpoint: {last}") and status_of(cfg.output_dir)
+    assert all(row["loss"] is not None for row in rows(Path(cfg.output_dir)) if "loss" in row)
+
+
+@pytest.mark.parametrize("bad", [lambda e: e * torch.nan, no_gradient])
+def test_skipped_steps_change_nothing_and_are_counted_also_over_a_resume(config, monkeypatch, bad):
+    poison(monkeypatch, bad)
+    cfg = replace(config, max_train_steps=12, on_nan="skip", seed=1, output_dir="")
+    ends = []
+    for cut in (None, 5):
+        one = replace(cfg, output_dir=f"{config.output_dir}{cut}")
+        if cut:
+            with pytest.MonkeyPatch.context() as patch:
+                disturbed(patch, cut, lambda: os.kill(os.getpid(), signal.SIGTERM))
+                assert main(one)[0] == 143
+            one = replace(one, resume_from_checkpoint="latest")
+        assert main(one)[0] == 0
+        folder = Path(one.output_dir)
+        ends.append([rows(folder), (folder / LORA_FILE).read_bytes()])
+    assert ends[0] == ends[1]
+    counts = [row["skipped"] for row in ends[0][0] if row["kind"] == "train"]
+    assert 0 < counts[-1] < 12 and counts == sorted(counts)
+
+
+def test_a_fused_optimizer_takes_the_step_or_leaves_everything_as_it_was():
+    """The decision that CUDA makes without the host: parameters, moments and step count."""
+    flat = torch.nn.Parameter(torch.ones(5))
+    opt = torch.optim.AdamW([flat], lr=0.1, fused=True)
+    plain = torch.nn.Parameter(torch.ones(5))
+    opt_plain = adamw(plain, lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    for ok in (True, False, True):
+        for p, o in ((flat, opt), (plain, opt_plain)):
+            p.grad = torch.full((5,), 0.5 if ok else torch.nan)
+            step_if(torch.tensor(ok), o, scaler)
+    for (_, a), (_, b) in zip(opt.state.items(), opt_plain.state.items()):
+        assert a["step"] == b["step"] == 2
+        torch.testing.assert_close(a["exp_avg_sq"], b["exp_avg_sq"])
+    torch.testing.assert_close(flat, plain)
+
+
+# ---- the machine ---------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def file_limit(size: int):
+    """Writing beyond `size` bytes of a file fails, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+
+
+def test_a_full_disk(config, whole, monkeypatch):
+    """At the third checkpoint: its name in the sentence, the second as it was, and it goes on."""
+    folder = Path(config.output_dir)
+    monkeypatch.setattr(runs, "revision", dict)  # its diff may be long
+    train.train(replace(config, max_train_steps=4))
+    for path in (folder / LORA_FILE, folder / "summary.json", folder / "samples" / "000004.png"):
+        path.unlink()
+    with file_limit(10_000):
+        code, lines = main(
+            replace(config, resume_from_checkpoint="latest", num_validation_images=0)
+        )
+    assert code == 1 and len(lines) == 1
+    assert f"'{folder}/checkpoint-6'; last good checkpoint: checkpoint-4" in lines[0]
+    assert damage(folder / "checkpoint-4") is None and not list(folder.glob(".*.tmp"))
+    assert status_of(folder) == "crashed" and not (folder / LORA_FILE).exists()
+    (folder / "samples" / "000004.png").write_bytes(whole["samples/000004.png"])
+    assert resumed(config) == whole
+
+
+@pytest.mark.parametrize("limit", [0, 300, 1500])
+def test_a_disk_full_for_metrics_and_cache(config, limit):
+    """From the first byte on: a sentence naming a file, exit status 1, no traceback."""
+    cfg = replace(config, cache_dir=f"{config.output_dir}-cache")
+    with file_limit(limit):
+        code, lines = main(cfg)
+    assert code == 1 and len(lines) == 1 and "File too large" in lines[0] and "'" in lines[0]
+    assert not list(Path(cfg.cache_dir).iterdir())
+    with file_limit(limit):
+        code, lines = main(config)
+    assert code == 1 and len(lines) == 1 and config.output_dir in lines[0]
+    assert train.train(replace(config, overwrite=True)).is_dir()
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(config, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(train, "phases", None)
+    code, lines = main(config)
+    assert code == 2 and len(lines) == 1 and "cannot be written to" in lines[0]
+
+
+def test_an_image_that_vanishes_is_named(config, pairs, tmp_path, monkeypatch):
+    """Between the look at the data and the encoding."""
+    shutil.copytree(pairs, tmp_path / "pairs")
+    gone, load_text = tmp_path / "pairs" / "after" / "3.png", train.load_text
+    monkeypatch.setattr(train, "load_text", lambda *a, **k: (gone.unlink(), load_text(*a, **k))[1])
+    dirs = {f"{s}_data_dir": str(tmp_path / "pairs" / s) for s in ("before", "after")}
+    code, lines = main(replace(config, **dirs))
+    assert code == 2 and lines == [f"train.py: image file doesn't exist: {gone}"]
+    assert not Path(config.output_dir).exists()
+
+
+def test_out_of_memory_says_what_needs_less(config):
+    """On CUDA by its type, on the CPU by its words; anything else is not called so."""
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**52, dtype=torch.uint8)
+    assert out_of_memory(caught.value) and out_of_memory(torch.OutOfMemoryError("CUDA"))
+    assert not out_of_memory(RuntimeError("shapes do not fit")) and out_of_memory(MemoryError())
+    with pytest.MonkeyPatch.context() as patch:
+        disturbed(patch, 3, lambda: torch.empty(2**52, dtype=torch.uint8))
+        code, lines = main(config)
+    assert code == 1 and len(lines) == 1 and "out of memory on cpu: a smaller" in lines[0]
+    assert lines[0].endswith("last good checkpoint: checkpoint-2")
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(config):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="a bug"):
+        disturbed(patch, 3, bug)
+        main(config)
+    assert status_of(config.output_dir) == "crashed"
+
+
+def bug():
+    raise RuntimeError("a bug")
+
+
+def test_a_broken_pipe(config, sd1, pairs):
+    """`python train.py | head`: one line on stderr, status 1, and what was saved is good."""
+    read, write = os.pipe()
+    os.close(read)
+    flags = ["--before_data_dir", pairs / "before", "--after_data_dir", pairs / "after",
+             "--pretrained_model_name_or_path", sd1, "--output_dir", config.output_dir,
+             "--resolution", 16, "--max_train_steps", 20, "--num_validation_images", 0,
+             "--checkpointing_steps", 1, "--device", "cpu"]  # fmt: skip
+    argv = [sys.executable, str(ROOT / "train.py"), *map(str, flags)]
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    done = subprocess.run(argv, stdout=write, stderr=subprocess.PIPE, text=True, env=env)
+    os.close(write)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+    assert "Broken pipe" in done.stderr and "last good checkpoint: checkpoint-" in done.stderr
+    assert status_of(config.output_dir) == "crashed"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(OSError(28, "full"), 1), (OSError(5, "broken"), 1), (OSError(30, "read-only"), 2),
+     (PermissionError(13, "no"), 2), (FileNotFoundError(2, "gone"), 2), (ValueError("x"), 2),
+     (FloatingPointError("x"), 1), (MemoryError("x"), 1)],
+)  # fmt: skip
+def test_the_exit_status_says_whose_matter_it_is(error, code, capsys):
+    assert report("train.py", error) == code and len(capsys.readouterr().err.splitlines()) == 1
+
+
+# ---- tokens --------------------------------------------------------------------------------------
+
+
+def test_tokens_reach_no_file_and_no_message(config, monkeypatch, capsys):
+    """By their look, by the flag before them, and by the environment."""
+    tokens = ["hf_AbCdEf0123456789", "strange-token-9", "one-of-the-environment"]
+    monkeypatch.setenv("HF_TOKEN", tokens[2])
+    argv = ["train.py", f"--seed={tokens[0]}", "--hub_token", tokens[1], f"--x={tokens[2]}"]
+    monkeypatch.setattr(sys, "argv", [*argv, f"--hub_token={tokens[1]}"])
+    folder = train.train(replace(config, max_train_steps=1, num_validation_images=0))
+    assert main(replace(config, hub_token=tokens[1]))[0] == 2
+    report("train.py", f"unrecognized arguments: --tokn={tokens[0]}")
+    said = "".join(capsys.readouterr())
+    for path in folder.rglob("*"):
+        said += path.read_bytes().decode("latin-1") if path.is_file() else ""
+    assert not [token for token in tokens if token in said] and "hf_***" in said
+    assert runs.without_tokens("half_way shelf_x") == "half_way shelf_x"

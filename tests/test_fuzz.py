@@ -1,0 +1,399 @@
+"""What reads files, on thousands of inputs: the right kind of result, or one ValueError or OSError.
+
+    make fuzz                 # FUZZ=2000 inputs for each reader; the usual test run takes 20
+
+The inputs are valid files with bytes flipped, cut, doubled and put in, JSON with values of another
+kind, and bytes from nowhere. A traceback, a second line in a message, 2 GiB of memory or 20 seconds
+for one input fail. The usual run takes the same inputs every time; `make fuzz` takes new ones.
+"""
+
+import copy
+import io
+import json
+import os
+import resource
+import shutil
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import save
+
+import config
+import data
+import latents
+from data import PairDataset, find_singles, image_size, load_image
+from durable import MANIFEST, json_bytes, seal
+from evaluate import code
+from model.files import read_json, read_tensors
+from model.lora import inject
+from model.lora_files import load_lora, save_lora
+from model.schedule import Schedule
+from model.weights import load_text, load_tokenizer, load_unet, load_vae
+from runs import Run
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of shards that are made again
+FUZZ = int(os.environ.get("FUZZ", "20"))
+REFUSED = (ValueError, OSError)
+fuzzed = settings(
+    max_examples=FUZZ, deadline=None, database=None, derandomize="FUZZ" not in os.environ,
+    suppress_health_check=list(HealthCheck),
+)  # fmt: skip
+seen: Counter = Counter()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounds():
+    """Memory and time that no input may take; at the end, how often something was read."""
+
+    def hang(*_):
+        raise AssertionError("20 seconds for one input")
+
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limits, before = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGALRM, hang)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**31, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+    signal.signal(signal.SIGALRM, before)
+    print(f"\n{sum(seen.values())} readings: {dict(sorted(seen.items()))}")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("fuzz")
+
+
+def tried(name: str, read):
+    """What `read()` gives, or None where it refuses in one line."""
+    signal.setitimer(signal.ITIMER_REAL, 20)
+    try:
+        result = read()
+    except REFUSED as error:
+        assert str(error) and "\n" not in str(error).strip(), error
+        result = None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    seen[f"{name} {'refused' if result is None else 'read'}"] += 1
+    return result
+
+
+# ---- inputs --------------------------------------------------------------------------------------
+
+WORDS = [b"\0", b"\xff" * 8, b"\x80\0\0\0", b"{", b"}", b'"', b"[", b"null", b"1e999", b"-1", b"\n",
+         b"\xef\xbb\xbf", b"\xed\xa0\x80", b"../", b"9" * 30]  # fmt: skip
+
+
+@st.composite
+def mutated(draw, valid: bytes) -> bytes:
+    """A valid file with one to four accidents."""
+    found = bytearray(valid)
+    for _ in range(draw(st.integers(1, 4))):
+        early = st.integers(0, min(len(found), 64)) | st.integers(0, len(found))
+        at, length = draw(early), draw(st.integers(1, 64))
+        match draw(st.sampled_from(["flip", "cut", "out", "twice", "word", "noise"])):
+            case "flip" if at < len(found):
+                found[at] ^= 1 << draw(st.integers(0, 7))
+            case "cut":
+                del found[at:]
+            case "out":
+                del found[at : at + length]
+            case "twice":
+                found[at:at] = found[at : at + length]
+            case "word":
+                word = draw(st.sampled_from(WORDS))
+                found[at : at + draw(st.sampled_from([0, len(word)]))] = word
+            case "noise":
+                found[at : at + length] = draw(st.binary(max_size=16))
+    return bytes(found)
+
+
+numbers = (
+    st.integers() | st.integers(-2, 2100) | st.sampled_from([2**31, 2**63, 10**400, 1e308, -0.0])
+    | st.floats()
+)  # fmt: skip
+values = st.recursive(
+    st.none() | st.booleans() | numbers | st.text(st.characters(), max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@st.composite
+def changed(draw, valid: dict) -> dict:
+    """A valid object with one to three values that are others, absent, or under another key."""
+    found = copy.deepcopy(valid)
+    for _ in range(draw(st.integers(1, 3))):
+        inside, key = found, draw(st.sampled_from(sorted(valid)))
+        while isinstance(inside.get(key), dict) and inside[key] and draw(st.booleans()):
+            inside, key = inside[key], draw(st.sampled_from(sorted(inside[key])))
+        match draw(st.sampled_from(["other", "absent", "moved", "near"])):
+            case "other":
+                inside[key] = draw(values)
+            case "absent":
+                inside.pop(key, None)
+            case "moved":
+                inside[draw(st.sampled_from(sorted(valid)))] = inside.get(key)
+            case "near" if isinstance(inside.get(key), list):
+                inside[key] = [*inside[key], draw(values)]
+            case _:
+                inside[key] = draw(numbers)
+    return found
+
+
+def write(path: Path, content: bytes | dict) -> Path:
+    if isinstance(content, dict):
+        content = json.dumps(content).encode("utf-8", "surrogatepass")
+    path.write_bytes(content)
+    return path
+
+
+# ---- LoRA files ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapted(sd1, place):
+    """A UNet, and the bytes of a LoRA on a part of it."""
+    unet = load_unet(sd1)
+    other = copy.deepcopy(unet)
+    inject(other, "down_blocks.0.*.to_q,conv_in", rank=2, generator=torch.Generator())
+    meta = {"objective": "delta", "multiplier": [1.0, 0.0], "delta_t": 599, "base_model": "x/y"}
+    save_lora(place / "good.safetensors", unet=other, metadata=meta)
+    return unet, (place / "good.safetensors").read_bytes()
+
+
+def sound(unet, path: Path):
+    """The LoRA on a copy of the UNet; its weights are then all finite."""
+    net = copy.deepcopy(unet)
+    meta = load_lora(path, unet=net)
+    assert isinstance(meta, dict)
+    assert all(p.isfinite().all() for n, p in net.named_parameters() if "lora" in n)
+    return net
+
+
+@fuzzed
+@given(st.data())
+def test_bytes_of_a_lora(adapted, place, data):
+    unet, valid = adapted
+    content = data.draw(mutated(valid) | st.binary(max_size=200))
+    path = write(place / "fuzz.safetensors", content)
+    tried("LoRA bytes", lambda: sound(unet, path))
+
+
+@fuzzed
+@given(st.data())
+def test_header_of_a_lora(adapted, place, data):
+    """Tensors, peft's entry and ours, each as JSON that was changed."""
+    unet, valid = adapted
+    size = int.from_bytes(valid[:8], "little")
+    header, body = json.loads(valid[8 : 8 + size]), valid[8 + size :]
+    meta = header["__metadata__"]
+    for key in ("pairlora", "lora_adapter_metadata"):
+        if data.draw(st.booleans()):
+            meta[key] = json.dumps(data.draw(changed(json.loads(meta[key])) | values))
+    if data.draw(st.booleans()):
+        header = data.draw(changed(header))
+    text = json.dumps(header).encode()
+    path = write(place / "header.safetensors", len(text).to_bytes(8, "little") + text + body)
+    tried("LoRA header", lambda: sound(unet, path))
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+
+LOADERS = {
+    "unet": load_unet,
+    "vae": load_vae,
+    "text_encoder": load_text,
+    "scheduler": lambda root: Schedule.from_config(
+        read_json(root / "scheduler" / "scheduler_config.json")
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def root(sd1, place):
+    shutil.copytree(sd1, place / "sd")
+    return place / "sd"
+
+
+@pytest.mark.parametrize("part", LOADERS)
+def test_configs_of_a_checkpoint(root, sd1, part):
+    """Values of other kinds, and broken JSON."""
+    name = "scheduler_config.json" if part == "scheduler" else "config.json"
+    valid = (sd1 / part / name).read_bytes()
+
+    @settings(fuzzed, max_examples=max(FUZZ // 4, 5))
+    @given(changed(json.loads(valid)) | mutated(valid))
+    def check(content):
+        write(root / part / name, content)
+        tried(f"{part} config", lambda: LOADERS[part](root))
+
+    check()
+    write(root / part / name, valid)
+
+
+@fuzzed
+@given(st.data())
+def test_weights_of_a_checkpoint(root, sd1, data):
+    """The VAE's: whatever is loaded is finite."""
+    path = root / "vae" / "diffusion_pytorch_model.safetensors"
+    write(path, data.draw(mutated((sd1 / "vae" / path.name).read_bytes())))
+    vae = tried("weights", lambda: load_vae(root))
+    assert vae is None or all(p.isfinite().all() for p in vae.parameters())
+    shutil.copy(sd1 / "vae" / path.name, path)
+
+
+@fuzzed
+@given(st.data())
+def test_an_index_of_shards(root, data):
+    """No name in it leads out of its folder; nothing there is opened that is no safetensors."""
+    folder, stem = root / "text_encoder", "model"
+    whole = folder / f"{stem}.safetensors"
+    shard = folder / f"{stem}-00001-of-00001.safetensors"
+    index = folder / f"{stem}.safetensors.index.json"
+    if whole.exists():
+        whole.rename(shard)
+    keys = [key for key, _ in read_tensors(shard)]
+    valid = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(keys, shard.name)}
+    write(index, data.draw(changed(valid) | mutated(json.dumps(valid).encode())))
+    tried("index", lambda: load_text(root))
+    index.unlink()
+    shard.rename(whole)
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer_config.json"])
+def test_tokenizers(root, sd1, name):
+    valid = (sd1 / "tokenizer" / name).read_bytes()
+
+    @settings(fuzzed, max_examples=max(FUZZ // 4, 5))
+    @given(mutated(valid) | (changed(json.loads(valid)) if name.endswith("json") else st.nothing()))
+    def check(content):
+        write(root / "tokenizer" / name, content)
+        tried("tokenizer", lambda: load_tokenizer(root))
+
+    check()
+    write(root / "tokenizer" / name, valid)
+
+
+# ---- images --------------------------------------------------------------------------------------
+
+
+def image_bytes(kind: str) -> bytes:
+    """A small picture in a format, with all that a file of it may carry."""
+    ramp = Image.linear_gradient("L").resize((24, 16))
+    image = Image.merge("RGB", [ramp, ramp.rotate(180), ramp])
+    out, more = io.BytesIO(), {}
+    if kind in ("GIF", "PNG", "TIFF", "WEBP"):
+        more = {"save_all": True, "append_images": [image.rotate(90)]}
+    if kind == "PNG":
+        image = image.convert("P")
+        more = {"transparency": 3}
+    if kind in ("JPEG", "WEBP"):
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        more |= {"exif": exif}
+    image.save(out, kind, **more)
+    return out.getvalue()
+
+
+KINDS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images(place, kind, monkeypatch):
+    """What can be read is as large as its header says, RGB, and makes an item of a data set."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2**20)  # or honest giants take all the time
+    folder = place / kind
+    folder.mkdir()
+    valid = image_bytes(kind)
+
+    @settings(fuzzed, max_examples=max(FUZZ // 2, 5))
+    @given(mutated(valid) | st.binary(max_size=100).map(lambda tail: valid[:20] + tail))
+    def check(content):
+        path = write(folder / "a.png", content)
+        image = tried(kind, lambda: load_image(path))
+        size = tried(f"{kind} size", lambda: image_size(path))
+        assert image is None or (image.mode, image.size) == ("RGB", size)
+        tried(f"{kind} item", lambda: PairDataset(find_singles(folder), 16)[0])
+
+    check()
+
+
+# ---- a run's own files ---------------------------------------------------------------------------
+
+
+@fuzzed
+@given(st.data())
+def test_config_files(place, data):
+    """--config: a TrainConfig that was checked, or a sentence."""
+    valid = {f: getattr(config.TrainConfig, f) for f in config.TrainConfig.__dataclass_fields__}
+    valid |= {"instance_data_dir": "x", "validation_images": None}
+    path = write(place / "c.json", data.draw(changed(valid) | mutated(json.dumps(valid).encode())))
+
+    def read():
+        return config.check(config.TrainConfig(**config.read_file(str(path))))
+
+    cfg = tried("--config", read)
+    assert cfg is None or isinstance(config.without_effect(cfg), list)
+
+
+@fuzzed
+@given(st.data())
+def test_a_runs_folder(place, data):
+    """Metrics, manifest, config and revision of a run that is gone on with, all of them damaged."""
+    folder = place / "run"
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "checkpoint-3").mkdir(parents=True)
+    write(folder / "checkpoint-3" / "state.json", {"step": 3})
+    seal(folder / "checkpoint-3")
+    row = {"kind": "train", "step": 2, "loss": 0.5}
+    files = {
+        folder / "config.json": json_bytes({"seed": 0}, 2),
+        folder / "revision.json": json_bytes({"data": "0"}, 2),
+        folder / "metrics.jsonl": json_bytes(row) * 2,
+        folder / "checkpoint-3" / MANIFEST: (folder / "checkpoint-3" / MANIFEST).read_bytes(),
+    }
+    for path, content in files.items():
+        fuzz = data.draw(st.sampled_from([0, 0, 1, 2]))
+        write(path, data.draw([st.just(content), mutated(content), st.binary()][fuzz]))
+
+    def go_on():
+        run = Run(folder, {"seed": 0}, resume="latest")
+        try:
+            rows = run.rows()
+            assert all(type(row["step"]) is int for row in rows)
+            run._compare_data({"data": "0"})
+        finally:
+            run.finish("crashed")
+        return run
+
+    tried("run", go_on)
+
+
+@fuzzed
+@given(content=st.data())
+def test_latent_shards(place, content):
+    """A shard that was damaged is made again, whatever is wrong with it."""
+    good = save({name: torch.ones(2, 1, 4, 2, 2) for name in ("mean", "std")})
+    path = write(place / "shard.safetensors", content.draw(mutated(good)))
+    shard = latents._load_shard(path, 2, 1, False)
+    assert shard is None or (
+        shard["mean"].shape == (2, 1, 4, 2, 2) and shard["std"].isfinite().all()
+    )
+    seen[f"shard {'refused' if shard is None else 'read'}"] += 1
+
+
+@fuzzed
+@given(st.text(st.characters()))
+def test_text_in_messages_and_reports(text):
+    """One printable line, and code in Markdown that ends where it should."""
+    assert data.shown([text]).isprintable()
+    assert code(text).isprintable() and code(text)[1:-1].count("`") == 0
+    assert json.loads(json_bytes({"a": text}).decode("utf-8")) == {"a": text}
+    seen["text"] += 1

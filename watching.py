@@ -1,0 +1,139 @@
+"""What one looks at while a run goes on: pictures, and the loss on pairs it never trains on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from data import Pair, PairDataset, contact_sheet, to_image
+from durable import write_json
+from model.draws import seeded
+from model.objectives import Draws, How, Knobs, Objective
+from model.pipeline import (
+    Context,
+    at_strengths,
+    decode,
+    generate_latents,
+    guided_predictor,
+    predictor,
+)
+from model.schedule import Schedule
+from model.unet import UNet
+from model.vae import VAE
+
+STRENGTHS = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25]  # of the report's slider
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Pairs that are looked at, not trained on: their images, latents and prompts."""
+
+    pairs: list[Pair]
+    images: PairDataset | None
+    z: Tensor | None  # (k, f, 4, h, w), posterior means
+    prompts: list[str]
+
+
+@dataclass(frozen=True)
+class Watch:
+    unet: UNet
+    vae: VAE  # in host memory between two pictures
+    schedule: Schedule
+    objective: Objective
+    knobs: Knobs
+    context_of: Callable[[str], Context]
+    seed: int
+    fade: bool  # how states in between are shown: see `at_strengths`
+
+    def edited(self, shown: Apart, i: int, strengths: list[float]) -> list[Image.Image]:
+        """The i-th of what is shown, with the change."""
+        z = shown.z[i : i + 1, 0]  # (1, 4, h, w)
+        predict = predictor(self.unet, self.context_of(shown.prompts[i]))
+
+        def edit(s: float) -> Tensor:
+            how = How(generator=seeded(self.seed, 2), knobs=self.knobs)
+            s = torch.full((1,), s, device=z.device)
+            return self.objective.edit(predict, self.schedule, z, s, how)
+
+        pixels = ends(shown, i)[0][None]
+        images = at_strengths(self.vae, pixels, z, strengths, edit, fade=self.fade)
+        return list(map(to_image, images))
+
+    # other shapes than the loop's, in here: not worth compiling
+    @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")
+    def sheet(self, shown: Apart, column: str) -> Image.Image:
+        """before | generated | after."""
+        self.vae.to(self.schedule.alphas_cumprod.device)
+        rows = []
+        for i in range(len(shown.pairs)):
+            first, *rest = map(to_image, ends(shown, i))
+            rows.append([first, *self.edited(shown, i, [1.0]), *rest])
+        self.vae.to("cpu")
+        names = [pair.name for pair in shown.pairs]
+        return contact_sheet(rows, ["before", column, "after"], names)
+
+    @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")
+    def drawn(self, prompt: str, shape: tuple, count: int, label: str) -> Image.Image:
+        """Images from the prompt, where there are no pairs to show. shape: (4, h, w)."""
+        self.vae.to(self.schedule.alphas_cumprod.device)
+        predict = guided_predictor(self.unet, self.context_of(prompt), self.context_of(""), 7.5)
+        seeds = range(self.seed, self.seed + count)
+        z = [generate_latents(predict, self.schedule, shape, [seed]) for seed in seeds]
+        images = [to_image(decode(self.vae, one)[0]) for one in z]
+        self.vae.to("cpu")
+        return contact_sheet([images], [str(seed) for seed in seeds], [f"{prompt}, {label}"])
+
+    @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")
+    def strengths(self, shown: Apart, folder: Path) -> None:
+        """strengths/: the first three at several strengths, for report.html."""
+        folder.mkdir()
+        self.vae.to(self.schedule.alphas_cumprod.device)
+        images = []
+        for i, pair in enumerate(shown.pairs[:3]):
+            files = dict(zip(("before", "after"), map(to_image, ends(shown, i))))
+            at = self.edited(shown, i, STRENGTHS)
+            files |= {f"{s:g}": image for s, image in zip(STRENGTHS, at)}
+            for name, image in files.items():
+                image.save(folder / f"{i}-{name}.png")
+            sides = {name: f"{i}-{name}.png" for name in ("before", "after") if name in files}
+            images.append({"name": pair.name, "at": [f"{i}-{s:g}.png" for s in STRENGTHS], **sides})
+        self.vae.to("cpu")
+        write_json(folder / "strengths.json", {"strengths": STRENGTHS, "images": images})
+
+    @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")
+    def held_out_loss(self, held_out: Apart) -> dict:
+        """The loss on held-out pairs, with the same noise every time, in ten bins of t."""
+        num_steps, by_t = self.schedule.num_steps, []
+        bins = num_steps * torch.arange(11 if self.objective.noisy else 2) // 10
+        for low, high in pairwise(bins.tolist()):
+            rng, errors = seeded(self.seed, 3), []
+            for z, said, pair in zip(held_out.z, held_out.prompts, held_out.pairs):
+                z = z[:, None]  # (f, 1, 4, h, w)
+                eps = torch.randn(z[0].shape, generator=rng).to(z.device)
+                t = torch.randint(low, high, (1,), generator=rng).to(z.device)
+                predict, s = (
+                    predictor(self.unet, self.context_of(said)),
+                    z.new_tensor([pair.strength]),
+                )
+                draws = Draws(eps, t)
+                error = self.objective.loss(
+                    predict, self.schedule, z[0], z[-1], s, draws, self.knobs
+                )
+                errors.append(error.mean())
+            by_t.append(torch.stack(errors).mean().item())
+        by_t_named = {"loss_by_t": by_t} if self.objective.noisy else {}
+        return {"loss": sum(by_t) / len(by_t), "pairs": len(held_out.pairs), **by_t_named}
+
+
+def ends(shown: Apart, i: int) -> list[Tensor]:
+    """Before and after, (3, H, W); one of --validation_images has no partner, and is a before."""
+    item = shown.images[i]
+    return [item[side] for side in ("before", "after") if side in item]
