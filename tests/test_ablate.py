@@ -18,6 +18,7 @@ from PIL import Image
 
 import ablate
 import comparison
+import durable
 import evaluate
 import runs
 import train
@@ -53,7 +54,7 @@ class Lab:
             "  --strengths 0,1 --device cpu\n"
         )
         patch.setattr(ablate.subprocess, "run", self.start)
-        patch.setattr(runs, "_flush", lambda path: None)
+        patch.setattr(durable, "_flush", lambda path: None)
         patch.setattr(memory, "gc", types.SimpleNamespace(collect=lambda: 0))
         patch.setattr(warnings, "showwarning", warnings.showwarning)  # the programs set it
 

@@ -4,6 +4,7 @@ What the loaders' own tests try already (damaged weights, shards, broken and tru
 configs: test_weights.py, test_data.py) is not repeated here.
 """
 
+import ast
 import io
 import json
 import os
@@ -81,9 +82,11 @@ def test_nothing_asks_for_code_of_strangers():
         if path.parent.name in ("tests", "bench") or ".venv" in path.parts:
             continue
         text = path.read_text(encoding="utf-8")
-        for word in ("import pickle", "trust_remote_code=True", "weights_only=False", " eval("):
+        for word in ("import pickle", "trust_remote_code=True", " eval("):
             assert word not in text, (path, word)
-        assert text.count("torch.load(") == text.count("weights_only=True"), path
+        for call in ast.walk(ast.parse(text)):
+            if isinstance(call, ast.Call) and ast.unparse(call.func) == "torch.load":
+                assert "weights_only=True" in map(ast.unparse, call.keywords), path
 
 
 # ---- headers -------------------------------------------------------------------------------------
@@ -159,11 +162,10 @@ def test_what_a_lora_says_about_itself_is_checked(tmp_path, ours):
 )
 def test_an_alpha_is_a_positive_number(tmp_path, alpha):
     path = lora_file(tmp_path / "x.safetensors", lora_adapter_metadata={"unet.lora_alpha": alpha})
-    with pytest.raises(ValueError, match=r"x\.safetensors has the alpha"):
-        read_lora(path)
-    said = {"unet.alpha_pattern": [1, 2], "unet.lora_alpha": 4}
-    parts, _ = read_lora(lora_file(path, lora_adapter_metadata=said))
-    assert [f.scale for f in parts["unet"].values()] == [2.0]
+    for said in ({"unet.lora_alpha": alpha}, {"unet.alpha_pattern": [1, 2], "unet.lora_alpha": 4}):
+        lora_file(path, lora_adapter_metadata=said)
+        with pytest.raises(ValueError, match=r"x\.safetensors has a header without a usable lo"):
+            read_lora(path)
 
 
 def test_types_that_are_no_weights(tmp_path):
