@@ -117,7 +117,7 @@ test-fast: $(READY) $(READY_DEV) ## the tests that take seconds
 	$(PY) -m pytest -n auto --maxprocesses 8 -m "not slow" $(ARGS)
 
 fuzz: $(READY) $(READY_DEV) ## every reader on inputs made up or mutated: FUZZ= of them each [2000]
-	FUZZ=$(or $(FUZZ),2000) $(PY) -m pytest -s tests/test_fuzz.py $(ARGS)
+	FUZZ=$(or $(FUZZ),2000) $(PY) -m pytest -s tests/test_fuzz.py tests/test_fuzz_formats.py $(ARGS)
 
 lint: $(READY_DEV) ## style
 	$(PY) -m ruff check .

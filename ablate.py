@@ -33,15 +33,16 @@ from typing import NamedTuple
 import comparison
 import config
 from config import Parser, TrainConfig, report
-from durable import write_aside, write_json
+from durable import lock, remove, sign, write_aside, write_json
 from runs import refuse_file
 
 ROOT = Path(__file__).parent
-OURS = {  # flags that no line may have: they are set here
+OURS = {  # flags that no line may have: they are set here, or do no work
     "train": {"--seed", "--output_dir", "--overwrite", "--no-overwrite",
-              "--resume_from_checkpoint"},
-    "evaluate": {"--lora", "--out", "--pictures"},
+              "--resume_from_checkpoint", "-h", "--help"},
+    "evaluate": {"--lora", "--out", "--pictures", "-h", "--help"},
 }  # fmt: skip
+LEFT = ("table.md", "results.json", "plot.png", "sheet.png")  # beside the arms' folders
 SHOWN = 6  # pairs in sheet.png
 
 # ---- the file ------------------------------------------------------------------------------------
@@ -58,6 +59,8 @@ class Arm(NamedTuple):
 def read_lines(path: Path) -> list[tuple[int, str, list[str]]]:
     """(number, name, words) of each line. ValueError names the file and the line."""
     try:
+        if (size := path.stat().st_size) > 2**24:
+            raise ValueError(f"{path} has {size} bytes; lines of flags were wanted")
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text file: {error}") from error
@@ -96,6 +99,8 @@ def read_arms(path: Path) -> list[Arm]:
             raise ValueError(f"{here}: {name!r} is in line {arms[name][0]} already")
         elif not name[0].isalnum():  # it will be a folder's name
             raise ValueError(f"{here}: a name begins with a letter or a digit, got {name!r}")
+        elif name.lower() in LEFT:  # which would replace the arm's folder
+            raise ValueError(f"{here}: {name!r} is what the ablation itself writes")
         else:
             arms[name] = (number, words)
         if taken := sorted({word.split("=")[0] for word in words} & OURS[kind]):
@@ -150,7 +155,7 @@ def read(path: Path) -> dict:
     """A JSON file that may not be there, or be damaged."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, TypeError, ValueError):
+    except (OSError, RecursionError, TypeError, ValueError):
         return {}
 
 
@@ -164,15 +169,20 @@ def changed(job: Job) -> list[str]:
     return [k for k in sorted(old | now) if old.get(k) != now.get(k)] if there else []
 
 
-def call(program: str, flags: Sequence[str], log: Path, threads: int | None) -> None:
-    """Run one of our programs, adding what it says to `log`. ValueError if it failed."""
+def call(program: str, flags: Sequence[str], log: Path, threads: int | None, held: int) -> None:
+    """Run one of our programs, adding what it says to `log`. ValueError if it failed.
+
+    It inherits the open file `held`, whose lock ends with the last process that has it: a program
+    that outlives a killed ablation keeps the next from working beside it.
+    """
     env = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
     command = [sys.executable, str(ROOT / program), *flags]
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a", encoding="utf-8") as out:
         out.write(f"$ {shlex.join(command[1:])}\n")
         out.flush()
-        status = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=env).returncode
+        how = {"stdout": out, "stderr": subprocess.STDOUT, "env": env, "pass_fds": [held]}
+        status = subprocess.run(command, **how).returncode
     if status in (130, -signal.SIGINT):
         raise KeyboardInterrupt
     if status:
@@ -180,17 +190,18 @@ def call(program: str, flags: Sequence[str], log: Path, threads: int | None) -> 
         raise ValueError(f"{program} ended with status {status}: {said} (all of it: {log})")
 
 
-def run(job: Job, threads: int | None) -> dict:
+def run(job: Job, threads: int | None, held: int) -> dict:
     """Train and judge, or keep what is there; its figures. ValueError says what failed."""
     with job.training:
-        trained = train(job, threads)
+        trained = train(job, threads, held)
     judged, log = job.folder / "evaluation", job.folder.with_suffix(".log")
     # flags.json is of the run's last end: another end is another run to judge
     now = {"flags": job.arm.evaluate, "run": str(job.run), "end": trained}
-    kept = read(judged / "flags.json") == now and read(judged / "evaluation.json")
+    kept = read(judged / "flags.json") == now and usable(judged, job.run)
     if not kept:
+        remove(judged / "flags.json")  # or a kill leaves the figures of these flags under others
         own = ["--lora", str(job.run), "--out", str(judged), "--pictures", str(SHOWN)]
-        call("evaluate.py", [*job.arm.evaluate, *own], log, threads)
+        call("evaluate.py", [*job.arm.evaluate, *own], log, threads, held)
         write_json(judged / "flags.json", now)
     values = comparison.figures(read(judged / "evaluation.json"), job.run)
     told = ", ".join(f"{k} {v:.{comparison.COLUMNS[k][0]}f}" for k, (v, _) in values.items())
@@ -198,7 +209,22 @@ def run(job: Job, threads: int | None) -> dict:
     return values
 
 
-def train(job: Job, threads: int | None) -> int:
+def usable(judged: Path, run: Path) -> bool:
+    """Whether an evaluation that is there has the figures and pictures that are wanted of it."""
+    result, pictures = read(judged / "evaluation.json"), judged / "pictures"
+    try:
+        figures = comparison.figures(result, run)
+        names = [row["name"] for row in result["per_pair"]]
+        numbers = [f"{value:g}" for pair in figures.values() for value in pair if value is not None]
+        whole = {"data", "pairs"} <= result.keys() and numbers and len(names) == result["pairs"]
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
+        return False
+    kinds = ("before", "predicted", "after")
+    files = [pictures / f"{i:03d}-{k}.png" for i in range(len(names[:SHOWN])) for k in kinds]
+    return bool(whole) and all(path.is_file() for path in files)
+
+
+def train(job: Job, threads: int | None, held: int) -> int:
     """When the run was finished, in nanoseconds; trains it if it was not."""
     other, summary = changed(job), job.run / "summary.json"
     status = read(summary).get("status")
@@ -207,7 +233,7 @@ def train(job: Job, threads: int | None) -> int:
         print(f"{title(job)}: training ({why})", flush=True)
         how = ["--overwrite"] if other else ["--resume_from_checkpoint", "latest"]
         own = ["--seed", str(job.seed), "--output_dir", str(job.run), *how]
-        call("train.py", [*job.arm.train, *own], job.run.with_suffix(".log"), threads)
+        call("train.py", [*job.arm.train, *own], job.run.with_suffix(".log"), threads, held)
     return summary.stat().st_mtime_ns
 
 
@@ -275,6 +301,12 @@ def ablate(path: Path, seeds: list[int], out: Path, workers: int) -> int:
     jobs = make_jobs(path, arms, seeds, out)
     refuse_file(out, "--out")
     out.mkdir(parents=True, exist_ok=True)
+    with lock(out, "--out") as held:
+        sign(held)
+        return work_off(path, jobs, out, workers, held.fileno())
+
+
+def work_off(path: Path, jobs: list[Job], out: Path, workers: int, held: int) -> int:
     cores = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
     threads = max(1, cores // workers) if workers > 1 else None
     done, failed, stop = [], [], threading.Event()
@@ -283,7 +315,7 @@ def ablate(path: Path, seeds: list[int], out: Path, workers: int) -> int:
         if stop.is_set():
             return None
         try:
-            return run(job, threads)
+            return run(job, threads, held)
         except KeyboardInterrupt:  # the program that ran was interrupted, with all others
             stop.set()
             raise

@@ -15,12 +15,13 @@ from PIL import Image
 from torch import Tensor
 
 from data import MAX_ASPECT, aspect_gap, by, contact_sheet, load_image, to_image, to_tensor
-from durable import write_json
+from durable import write_aside, write_json
 from measures import mse, path, perceived, psnr, structure
 from model.lora_files import load_lora
 from model.morph import States, blended, fit, inverted, renderer, respaced, steps_between
 from model.objectives import OBJECTIVES
 from model.pipeline import Pipeline, encode, padded
+from runs import save_image
 
 DEFAULTS = {
     "adain": True, "attention": True, "noise_level": 0.6, "fit_steps": 0, "learning_rate": 1e-3,
@@ -141,10 +142,10 @@ def morph(
     out, images = Path(args.out), [to_image(frame) for frame in frames]
     out.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
-        image.save(out / f"{i:03d}.png")
+        save_image(image, out / f"{i:03d}.png")
     save_gif(images, out / "morph.gif")
     titles = [f"{one:.3f}" for one in s.tolist()]
-    contact_sheet([images], titles, [f"strengths, {method}"]).save(out / "strip.png")
+    save_image(contact_sheet([images], titles, [f"strengths, {method}"]), out / "strip.png")
     numbers = {
         "before": args.before,
         "after": args.after,
@@ -218,4 +219,5 @@ def end_psnr(frames: Tensor, pixels: Tensor) -> dict[str, float]:
 
 def save_gif(images: Sequence[Image.Image], file: Path) -> None:
     """A loop of ten frames a second."""
-    images[0].save(file, save_all=True, append_images=images[1:], duration=100, loop=0)
+    how = {"save_all": True, "append_images": images[1:], "duration": 100, "loop": 0}
+    write_aside(file, lambda aside: images[0].save(aside, format="GIF", **how))

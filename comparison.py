@@ -3,6 +3,7 @@
 Plain data in: `evaluation.json` of each run, and which flags differ.
 """
 
+import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,10 +56,14 @@ def figures(result: dict, folder: Path) -> dict[str, tuple[float, float | None]]
 def training_seconds(folder: Path) -> float:
     """Of all steps, also those before an interruption; without saving and showing."""
     total, done = 0.0, 0
-    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        if row["kind"] == "train":
-            total, done = total + (row["step"] - done) * row["step_ms"] / 1000, row["step"]
+    path = folder / "metrics.jsonl"
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            if row["kind"] == "train":
+                total, done = total + (row["step"] - done) * row["step_ms"] / 1000, row["step"]
+    except (ArithmeticError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}") from error
     return total
 
 
@@ -81,8 +86,13 @@ def shown(value: object) -> str:
         return f"{value:g}"
     if isinstance(value, list):
         return " ".join(map(str, value))
-    text = "-" if value is None else str(value)
-    return text.replace("|", "\\|")
+    return "-" if value is None else str(value)
+
+
+def plain(text: str) -> str:
+    """As text in Markdown: no tag, no cell's end, no line's."""
+    text = text if text.isprintable() else ascii(text)[1:-1]
+    return html.escape(text, quote=False).replace("|", "\\|")
 
 
 def table(
@@ -95,16 +105,17 @@ def table(
     fields = list(next(iter(flags.values())))
     columns = [name for name in COLUMNS if any(name in values for values in summary.values())]
     head = ["arm", *fields, *columns, "seeds"]
-    lines = [f"# {title}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    lines = [f"# {plain(title)}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for name, values in summary.items():
         cells = [cell(values.get(column), COLUMNS[column][0]) for column in columns]
         missing = f" of {len(seeds)}" if len(runs[name]) < len(seeds) else ""
-        cells = [name, *flags[name].values(), *cells, f"{len(runs[name])}{missing}"]
+        told = map(plain, flags[name].values())
+        cells = [name, *told, *cells, f"{len(runs[name])}{missing}"]
         lines.append(f"| {' | '.join(cells)} |")
     seeded = "over the seeds; of an arm with one seed, " if len(seeds) > 1 else ""
     meaning = [f"- {name}: {COLUMNS[name][1]}" for name in columns]
     lines += ["", f"± is the standard error {seeded}over the pairs.", "", *meaning]
-    return "\n".join([*lines, *(line for note in notes for line in ("", note)), ""])
+    return "\n".join([*lines, *(line for note in notes for line in ("", plain(note))), ""])
 
 
 def cell(value: dict | None, digits: int) -> str:

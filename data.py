@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from torch import Tensor
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 MAX_CAPTION = 10_000  # characters
+MAX_FRAMES = 10_000  # of an animated file: its header may promise any number
 MAX_LINKS = 1000  # linked folders followed in one search: links to each other multiply
 MAX_ASPECT = 0.02  # 768x383 is 768x384 with a row lost; beyond 2 % it is another frame
 
@@ -267,7 +269,8 @@ def find_sequences(
         raise ValueError(
             f"--sequence_times has {len(times)} times for {len(folders)} folders of --sequence_dirs"
         )
-    if sorted(set(times)) != times:
+    rises = all(0 < b - a < math.inf for a, b in pairwise(times))  # so written, NaN does not
+    if not rises or times[-1] - times[0] == math.inf:
         raise ValueError(f"--sequence_times must rise, got {' '.join(f'{t:g}' for t in times)}")
     first = find_pairs(folders[0], folders[-1], mask_dir=mask_dir, allow_unmatched=allow_unmatched)
     between = [find_pairs(folders[0], f, allow_unmatched=allow_unmatched) for f in folders[1:-1]]
@@ -287,7 +290,7 @@ def find_clips(folder: Path | str, stride: int = 1, *, mask_dir: Path | str | No
     """Clips in a folder, each a sub-folder of frames in the order of their names, or an animated
     GIF, WebP or PNG: every `stride`-th frame, the first being the before of all others. Strengths
     are shares of the way from the first frame taken to the last. ValueError names a clip of fewer
-    than two frames."""
+    than two frames or, in one file, more than MAX_FRAMES, and two of one name."""
     root = Path(folder)
     if not root.is_dir():
         raise FileNotFoundError(f"--frames_dir doesn't exist: {shown([folder])}")
@@ -296,11 +299,21 @@ def find_clips(folder: Path | str, stride: int = 1, *, mask_dir: Path | str | No
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            clips[entry.name] = list(find_images(entry, "--frames_dir"))
+            name, frames = entry.name, list(find_images(entry, "--frames_dir"))
         elif entry.suffix.lower() in SUFFIXES | {".gif", ".apng"}:
             with _reading(entry), Image.open(entry) as image:
                 count = getattr(image, "n_frames", 1)
-            clips[entry.stem] = [Frame(entry, i) for i in range(count)]
+            if count > MAX_FRAMES:
+                raise ValueError(
+                    f"--frames_dir: {shown([entry])} has {count} frames, of {MAX_FRAMES} at most "
+                    "in one file: a folder of frames may hold more"
+                )
+            name, frames = entry.stem, [Frame(entry, i) for i in range(count)]
+        else:
+            continue
+        if name in clips:
+            raise ValueError(f"--frames_dir: two clips are named {shown([name])}, wanted one")
+        clips[name] = frames
     if not clips:
         raise ValueError(
             f"--frames_dir holds no clips (folders of frames or animated files): {shown([folder])}"

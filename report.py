@@ -11,13 +11,13 @@ import argparse
 import base64
 import io
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 
-from PIL import Image
-
+from data import image_size, load_image
 from durable import write_aside
 
 PAGE = """<!doctype html>
@@ -64,16 +64,17 @@ for (const box of document.querySelectorAll(".slider")) {{
 def write_report(run: Path) -> Path:
     """RUN/report.html from what is in the folder. ValueError or OSError names what is missing."""
     config, summary = read(run / "config.json"), read(run / "summary.json", {})
-    pictures = read(run / "strengths" / "strengths.json", {})
+    pictures = run / "strengths" / "strengths.json"
     sheets = sorted((run / "samples").glob("*.png"))
     loss, judged = run / "loss.png", run / "evaluation" / "evaluation.json"
     lora = run / "pytorch_lora_weights.safetensors"
     parts = [rows(facts(config, summary))]
-    if pictures:
-        parts += ["<h2>Strength</h2>", strengths(run / "strengths", pictures)]
+    if pictures.exists():
+        show = lambda told: strengths(run / "strengths", told)  # noqa: E731
+        parts += ["<h2>Strength</h2>", made_of(pictures, show)]
     # what an earlier training of this folder was judged to be says nothing about this one
     if judged.exists() and lora.exists() and judged.stat().st_mtime_ns > lora.stat().st_mtime_ns:
-        parts += ["<h2>Held-out pairs</h2>", evaluation(read(judged))]
+        parts += ["<h2>Held-out pairs</h2>", made_of(judged, evaluation)]
         if (sheet := judged.with_name("sheet.png")).exists():
             parts.append(f"<details><summary>pictures</summary>{picture(sheet, 768)}</details>")
     if loss.exists():
@@ -86,14 +87,16 @@ def write_report(run: Path) -> Path:
         rows(config),
         "</details>",
     ]
-    small = all(max(Image.open(p).size) <= 128 for p in (run / "strengths").glob("*.png"))
+    small = all(max(image_size(p)) <= 128 for p in (run / "strengths").glob("*.png"))
     page = PAGE.format(
         title=escape(run.resolve().name),
         rendering="pixelated" if small else "auto",
         body="\n".join(parts),
     )
     path = run / "report.html"
-    write_aside(path, lambda aside: aside.write_text(page, encoding="utf-8"))
+    # bytes of a name that are no text become escapes
+    content = page.encode("utf-8", "backslashreplace")
+    write_aside(path, lambda aside: aside.write_bytes(content))
     return path
 
 
@@ -102,9 +105,20 @@ def read(path: Path, otherwise: dict | None = None) -> dict:
     if otherwise is not None and not path.exists():
         return otherwise
     try:
+        if (size := path.stat().st_size) > 2**26:
+            raise ValueError(f"it has {size} bytes")
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
+    except (RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def made_of(path: Path, part: Callable[[dict], str]) -> str:
+    """A part of the page from a JSON file. ValueError names one that is not what it should be."""
+    told = read(path)
+    try:
+        return part(told)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}") from error
 
 
 # ---- parts ---------------------------------------------------------------------------------------
@@ -113,7 +127,8 @@ def read(path: Path, otherwise: dict | None = None) -> dict:
 def facts(config: dict, summary: dict) -> dict:
     """What a reader wants first, by title."""
     seen = config.get("before_data_dir") or config.get("instance_data_dir")
-    held_out = summary.get("last_evaluation") or {}
+    held_out = summary.get("last_evaluation")
+    held_out = held_out if isinstance(held_out, dict) else {}
     found = {
         "status": summary.get("status", "not finished"),
         "objective": config.get("pair_objective"),
@@ -165,24 +180,31 @@ def figure(value: dict, digits: int = 3) -> str:
 
 def strengths(folder: Path, pictures: dict) -> str:
     """before | at the slider's strength | after, a row per image, moved together."""
-    values = pictures["strengths"]
+    values = [float(value) for value in pictures["strengths"]]
     start = values.index(1.0) if 1.0 in values else len(values) - 1
     lines = []
     for image in pictures["images"]:
         at = "".join(
-            picture(folder / name, alt=f"strength {s:g}", at=i, hidden=i != start)
+            picture(beside(folder, name), alt=f"strength {s:g}", at=i, hidden=i != start)
             for i, (s, name) in enumerate(zip(values, image["at"]))
         )
-        ends = {side: picture(folder / image[side], alt=side) for side in ("before", "after")
+        ends = {side: picture(beside(folder, image[side]), alt=side) for side in ("before", "after")
                 if image.get(side)}  # fmt: skip
         cells = {
             "before": ends.get("before"),
-            escape(image["name"]): at,
+            escape(str(image["name"])): at,
             "after": ends.get("after"),
         }
         shown = (f"<figure>{v}<figcaption>{k}</figcaption></figure>" for k, v in cells.items() if v)
         lines.append(f'<div class="row">{"".join(shown)}</div>')
     return slider(len(values), start, "strength", "".join(lines))
+
+
+def beside(folder: Path, name: str) -> Path:
+    """A picture in the folder, by its name alone."""
+    if name != os.path.basename(name) or not name.endswith(".png"):
+        raise ValueError(f"{name!r} is no name of a picture")
+    return folder / name
 
 
 def sheet_slider(sheets: Sequence[Path], most: int = 8) -> str:
@@ -207,7 +229,9 @@ def picture(
     path: Path, largest: int = 256, alt: str = "", at: int | None = None, hidden: bool = False
 ) -> str:
     """An <img> with the picture inside it, `largest` pixels at the most."""
-    image, data = Image.open(path).convert("RGB"), io.BytesIO()
+    if path.is_symlink():  # a page that is passed on must not show what lies elsewhere
+        raise ValueError(f"{path} is a link, a picture was wanted")
+    image, data = load_image(path), io.BytesIO()
     image.thumbnail((largest, largest))
     kind = "PNG" if max(image.size) <= 128 else "JPEG"  # JPEG smears what is this small
     image.save(data, format=kind, **({"quality": 88} if kind == "JPEG" else {}))
@@ -226,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         print(write_report(args.run))
     except (ValueError, OSError) as error:
-        print(f"report.py: {error}", file=sys.stderr)
+        print(f"report.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 

@@ -9,6 +9,7 @@ OUT must not be there yet.
 """
 
 import argparse
+import errno
 import math
 import shutil
 import sys
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from durable import write_aside, write_json
@@ -268,9 +270,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"OUT {args.out} should end in .safetensors")
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.run(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         print(f"model.weights {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+        return 1 if full or isinstance(error, SafetensorError) else 2  # it could not be written
     return 0
 
 

@@ -36,7 +36,7 @@ ARROWS = {
     "measures": [],
     "model.optim": [],
     "latents": ["data"],
-    "report": ["durable"],
+    "report": ["data", "durable"],
     "model.unet": ["model.layers"],
     "model.vae": ["model.layers"],
     "model.lora_algebra": ["model.lora"],
@@ -65,7 +65,7 @@ ARROWS = {
     "inputs": ["config", "data", "latents", "runs", "model.memory", "model.pipeline"],
     "between": [
         "data", "durable", "measures", "model.lora_files", "model.morph", "model.objectives",
-        "model.pipeline",
+        "model.pipeline", "runs",
     ],
     "checkpoint": [
         "config", "durable", "model.files", "model.lora", "model.lora_files", "model.objectives",
