@@ -118,7 +118,8 @@ def made_of(path: Path, part: Callable[[dict], str]) -> str:
     try:
         return part(told)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: {error!r}") from error
+        said = str(error) if isinstance(error, ValueError) else repr(error)
+        raise ValueError(f"{path} is damaged: {said}") from error
 
 
 # ---- parts ---------------------------------------------------------------------------------------
@@ -247,6 +248,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("run", type=Path, help="a run's folder")
     args = parser.parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):  # a path may hold bytes that are no text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         print(write_report(args.run))
     except (ValueError, OSError) as error:

@@ -85,6 +85,13 @@ def mutated(draw, valid: bytes) -> bytes:
     return bytes(found)
 
 
+@st.composite
+def late(draw, valid: bytes) -> bytes:
+    """The same, all of them behind some place: a header of many checks is left alone."""
+    cut = draw(st.integers(0, len(valid) - 1))
+    return valid[:cut] + draw(mutated(valid[cut:]))
+
+
 numbers = (
     st.integers() | st.integers(-2, 2100) | st.sampled_from([2**31, 2**63, 10**400, 1e308, -0.0])
     | st.floats()

@@ -25,9 +25,9 @@ from model.lora_convert import main as convert
 from model.lora_files import load_lora, save_lora
 from model.lora_layouts import LAYOUTS
 from model.weights import load_scheduler_config, load_text, load_unet, load_vae
-from tests.fuzzing import FUZZ, bounded, changed, fuzzed, mutated, seen, tried, values, write
+from tests.fuzzing import FUZZ, bounded, changed, fuzzed, late, mutated, seen, tried, values, write
 from tests.pairs import write_pairs
-from tests.single_files import original, published
+from tests.single_files import averages, original, published
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of what a file does not say
 
@@ -84,7 +84,8 @@ def rearranged(draw, tensors: dict) -> dict:
 def whole(request, place):
     """The tensors of a checkpoint in one file, beside its tokenizer."""
     root = published(place / request.param, request.param)
-    return root, original(root)
+    tensors = original(root)
+    return root, tensors | averages(tensors)
 
 
 def opened(path: Path, root: Path):
@@ -116,8 +117,8 @@ def test_keys_of_a_single_file(whole, place):
 
 @pytest.mark.parametrize("kind", ["safetensors", "ckpt", "old.ckpt"])
 def test_bytes_of_a_single_file(whole, place, kind):
-    """Mutated anywhere, but often near the start or, of a zip, near the end."""
-    root, tensors = whole
+    """Mutated anywhere, but often near the start or, as a zip has its table there, near the end."""
+    _, tensors = whole
     out, path = io.BytesIO(), place / f"bytes.{kind}"
     few = {key: t for key, t in tensors.items() if key.startswith("first_stage_model.")}
     few = {"state_dict": few, "epoch": 3} if kind != "safetensors" else few
@@ -130,11 +131,9 @@ def test_bytes_of_a_single_file(whole, place, kind):
     @settings(fuzzed, max_examples=max(FUZZ // 4, 5))
     @given(st.data())
     def check(data):
-        content = data.draw(mutated(valid))
-        if data.draw(st.booleans()):
-            cut = len(valid) - data.draw(st.integers(1, 3000))
-            content = valid[:cut] + data.draw(mutated(valid[cut:]))
-        write(path, content)
+        cut = len(valid) - data.draw(st.integers(1, 3000))
+        end = mutated(valid[cut:]).map(lambda tail: valid[:cut] + tail)
+        write(path, data.draw(mutated(valid) | late(valid) | end))
         vae = tried(f"{kind} bytes", lambda: load_vae(path))
         assert vae is None or all(p.isfinite().all() for p in vae.parameters())
 
@@ -190,9 +189,9 @@ def test_keys_of_a_lora(unet, place, layout):
 # ---- clips and sequences -------------------------------------------------------------------------
 
 
-def animation(kind: str, frames: int = 3) -> bytes:
-    out, images = io.BytesIO(), [Image.new("RGB", (24, 16), (80 * i, 0, 99)) for i in range(frames)]
-    more = {} if kind == "TIFF" else {"duration": [0, 40, 65_000][:frames], "loop": 0}
+def animation(kind: str, frames: int = 5) -> bytes:
+    out, images = io.BytesIO(), [Image.new("RGB", (24, 16), (50 * i, 0, 99)) for i in range(frames)]
+    more = {} if kind == "TIFF" else {"duration": [0, 40, 65_000, 1, 7][:frames], "loop": 0}
     images[0].save(out, kind, save_all=True, append_images=images[1:], **more)
     return out.getvalue()
 
@@ -206,7 +205,7 @@ def test_clips(place, kind):
     @settings(fuzzed, max_examples=max(FUZZ // 2, 5))
     @given(st.data())
     def check(data):
-        path = write(folder / f"a.{kind}", data.draw(mutated(valid)))
+        path = write(folder / f"a.{kind}", data.draw(mutated(valid) | late(valid)))
         stride = data.draw(st.integers(1, 3))
         pairs = tried(f"clip {kind}", lambda: find_clips(folder, stride))
         if pairs is None:
@@ -223,13 +222,19 @@ def first(dataset, n: int):
 
 
 @fuzzed
-@given(times=st.none() | st.lists(st.floats() | st.integers(-9, 9), min_size=1, max_size=5),
-       order=st.lists(st.sampled_from(["before", "after", "mask", "none"]), max_size=4))  # fmt: skip
-def test_sequences(place, times, order):
+@given(st.data())
+def test_sequences(place, data):
     if not (root := place / "states").exists():
         write_pairs(root, 2, 16)
-    folders = [root / name for name in order]
-    pairs = tried("sequence", lambda: find_sequences(folders, times))
+    names = st.permutations(["before", "mask", "after"])
+    order = data.draw(names | st.lists(st.sampled_from(["before", "after", "none"]), max_size=4))
+    some, n = (
+        st.floats() | st.integers(-9, 9),
+        len(order) + data.draw(st.sampled_from([0, 0, 0, 1])),
+    )
+    rising = st.lists(some, min_size=n, max_size=n, unique=True).map(sorted)
+    times = data.draw(st.none() | rising | st.lists(some, max_size=4))
+    pairs = tried("sequence", lambda: find_sequences([root / x for x in order], times))
     for pair in pairs or []:
         assert 0 < pair.strength <= 1
     assert pairs is None or [p.strength for p in pairs].count(1) == 2
@@ -328,10 +333,12 @@ def test_reports(place):
     (run / "pytorch_lora_weights.safetensors").touch()
     told = {"strengths": [0.0, 1.0], "images": [{"name": "a", "before": "b.png",
             "after": "b.png", "at": ["b.png", "b.png"]}]}  # fmt: skip
-    config = {"instance_prompt": "a", "pair_objective": "delta", "seed": 0, "loss": "l1"}
-    summary = {"status": "finished", "steps": 3, "seconds": 1.5, "last_evaluation": {"loss": 0.1}}
-    objects = {"config.json": config, "summary.json": summary,
-               "strengths/strengths.json": told, "evaluation/evaluation.json": judged()}  # fmt: skip
+    objects = {
+        "config.json": {"instance_prompt": "a", "pair_objective": "delta", "seed": 0},
+        "summary.json": {"status": "finished", "seconds": 1.5, "last_evaluation": {"loss": 0.1}},
+        "strengths/strengths.json": told,
+        "evaluation/evaluation.json": judged(),
+    }
     files = {name: json.dumps(content).encode() for name, content in objects.items()}
     pictures = ("samples/000003.png", "strengths/b.png", "loss.png")
     files |= dict.fromkeys(pictures, picture.getvalue())
