@@ -269,8 +269,9 @@ def find_sequences(
         raise ValueError(
             f"--sequence_times has {len(times)} times for {len(folders)} folders of --sequence_dirs"
         )
-    rises = all(0 < b - a < math.inf for a, b in pairwise(times))  # so written, NaN does not
-    if not rises or times[-1] - times[0] == math.inf:
+    # so written, NaN does not rise; times that differ by nothing beside the others do not either
+    rising = lambda some: all(a < b for a, b in pairwise(some))  # noqa: E731
+    if not (rising(times) and times[-1] - times[0] < math.inf and rising(_shares(times))):
         raise ValueError(f"--sequence_times must rise, got {' '.join(f'{t:g}' for t in times)}")
     first = find_pairs(folders[0], folders[-1], mask_dir=mask_dir, allow_unmatched=allow_unmatched)
     between = [find_pairs(folders[0], f, allow_unmatched=allow_unmatched) for f in folders[1:-1]]

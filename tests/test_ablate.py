@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -292,7 +293,28 @@ def test_an_interrupted_program_is_no_failure(tmp_path, monkeypatch):
     ended = types.SimpleNamespace(returncode=-signal.SIGINT)
     monkeypatch.setattr(ablate.subprocess, "run", lambda *a, **k: ended)
     with pytest.raises(KeyboardInterrupt):
-        ablate.call("train.py", [], tmp_path / "log", None)
+        ablate.call("train.py", [], tmp_path / "log", None, 2)
+
+
+def test_a_program_that_outlives_the_ablation_keeps_its_folder(tmp_path, monkeypatch, capsys):
+    """It has inherited the lock: the same command waits to be given again until that has ended."""
+    monkeypatch.setattr(ablate, "ROOT", tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "train.py").write_text("import sys; open(sys.argv[1]).read()\n")
+    (tmp_path / "arms.txt").write_text("evaluate: --samples 1\na: --instance_data_dir x\n")
+    out, again = tmp_path / "out", [str(tmp_path / "arms.txt"), "--out", str(tmp_path / "out")]
+    out.mkdir()
+    held = durable.lock(out, "--out")
+    more = [str(tmp_path / "pipe")], tmp_path / "log", None, held.fileno()
+    started = threading.Thread(target=ablate.call, args=("train.py", *more))
+    started.start()
+    with open(tmp_path / "pipe", "w"):  # it reads: it has been started
+        held.close()  # as the end of this process would
+        assert ablate.main(again) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and f"--out {out} is being written by another process" in said
+    started.join()
+    durable.lock(out, "--out").close()
 
 
 # ---- figures -------------------------------------------------------------------------------------

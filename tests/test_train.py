@@ -126,18 +126,39 @@ def test_20_steps_equal_a_loop_of_diffusers_and_peft(config, family, dreambooth,
     assert abs(expected[-1] - expected[0]) > 1e-3
 
 
-@pytest.mark.parametrize("objective", ["delta", "slider"])
-def test_resume_equals_uninterrupted_to_the_bit(config, objective):
+MASKED = {"preserve_weight": 0.5, "mask_outside": 0.2}
+
+
+@pytest.mark.parametrize(
+    "objective, more",
+    [("delta", {}), ("slider", {"train_text_encoder": True}),
+     ("bridge", {"bridge_channels": True, "mask_from_change": True, **MASKED}),
+     ("concat", {"mask_dir": "mask", **MASKED}), ("canvas", {"mask_dir": "mask"}),
+     ("anchored", {"mask_dir": "mask", "preserve_weight": 0.5, "gradient_accumulation_steps": 2}),
+     ("delta", {"sequence_dirs": ("before", "mask", "after"), "before_data_dir": None,
+                "after_data_dir": None}),
+     ("delta", {"base_lora": True, "init_lora": True})],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)  # fmt: skip
+def test_resume_equals_uninterrupted_to_the_bit(config, pairs, tmp_path, objective, more):
+    if "mask_dir" in more:
+        more = more | {"mask_dir": str(pairs / "mask")}
+    if "sequence_dirs" in more:
+        more = more | {"sequence_dirs": tuple(str(pairs / x) for x in more["sequence_dirs"])}
+    if "base_lora" in more:
+        other = replace(config, output_dir=str(tmp_path / "other"), max_train_steps=1, log_every=1)
+        more = dict.fromkeys(more, str(train(other)))
     cfg = replace(
         config, pair_objective=objective, checkpointing_steps=2, train_batch_size=2,
-        random_flip=True, lr_scheduler="cosine", log_every=3,
-        train_text_encoder=objective == "slider",
+        random_flip=True, lr_scheduler="cosine", log_every=3, **more,
     )  # fmt: skip
     whole = train(cfg)
     files = {
         name: (whole / name).read_bytes() for name in (LORA, "checkpoint-6/optimizer.safetensors")
     }
-    kept = [(r["step"], r["loss"], r["grad_norm"], r["lr"]) for r in rows(whole)]
+    numbers = lambda r: {k: v for k, v in r.items() if k not in ("step_ms", "peak_mib")}  # noqa: E731
+    kept = list(map(numbers, rows(whole)))
+    assert ("loss_inside" in kept[0]) == any(key.startswith("mask_") for key in more)
 
     # as a kill after step 4 and half of a line would leave it
     shutil.rmtree(whole / "checkpoint-6")
@@ -147,9 +168,11 @@ def test_resume_equals_uninterrupted_to_the_bit(config, objective):
     (whole / "metrics.jsonl").write_text(text + '{"kind": "train", "st')
     again = train(replace(cfg, resume_from_checkpoint="latest"))
     assert {name: (again / name).read_bytes() for name in files} == files
-    assert [(r["step"], r["loss"], r["grad_norm"], r["lr"]) for r in rows(again)] == kept
+    assert list(map(numbers, rows(again))) == kept
     assert json.loads((again / "summary.json").read_text())["status"] == "finished"
 
+    if more:
+        return
     # from the first checkpoint, with more steps after that: the first six are the same again
     for old in ("checkpoint-4", "checkpoint-6"):
         shutil.rmtree(whole / old)
