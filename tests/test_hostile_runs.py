@@ -10,7 +10,6 @@ import io
 import json
 import os
 import resource
-import signal
 import struct
 import zlib
 from pathlib import Path
@@ -29,6 +28,7 @@ from model.lora_convert import main as convert
 from model.lora_files import save_lora
 from model.weights import load_unet
 from tests.pairs import write_pairs
+from tests.test_crash import file_limit
 from tests.test_hostile import NAMES
 
 # ---- clips ---------------------------------------------------------------------------------------
@@ -264,19 +264,6 @@ def test_damaged_strengths(run, capsys, content):
 
 
 # ---- results on a full disk ----------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def file_limit(size):
-    """Writing beyond `size` bytes of a file fails, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, before)
 
 
 @pytest.mark.parametrize("command", ["convert", "concat", "merge"])
