@@ -33,7 +33,7 @@ from typing import NamedTuple
 import comparison
 import config
 from config import Parser, TrainConfig, report
-from durable import lock, remove, sign, write_aside, write_json
+from durable import lock, remove, write_aside, write_json
 from runs import refuse_file
 
 ROOT = Path(__file__).parent
@@ -301,12 +301,12 @@ def ablate(path: Path, seeds: list[int], out: Path, workers: int) -> int:
     jobs = make_jobs(path, arms, seeds, out)
     refuse_file(out, "--out")
     out.mkdir(parents=True, exist_ok=True)
-    with lock(out, "--out") as held:
-        sign(held)
+    with lock(out, "--out") as held:  # not signed: who holds it last may be one that was started
         return work_off(path, jobs, out, workers, held.fileno())
 
 
 def work_off(path: Path, jobs: list[Job], out: Path, workers: int, held: int) -> int:
+    """Exit status as above."""
     cores = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
     threads = max(1, cores // workers) if workers > 1 else None
     done, failed, stop = [], [], threading.Event()
