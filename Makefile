@@ -47,7 +47,7 @@ endif
 quote = '$(subst ','\'',$(1))'
 flag  = $(if $(2),$(1) $(call quote,$(2)))
 
-.PHONY: help setup check-data train evaluate ablate base sample generate test test-fast fuzz lint clean
+.PHONY: help setup check-data train evaluate ablate base sample generate bench test test-fast check-gpu fuzz lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -109,12 +109,18 @@ generate: $(READY) ## images from a prompt: PROMPT= [RUN=]
 	$(PY) sample.py generate $(if $(wildcard $(RUN)),--lora $(call quote,$(RUN)),--model $(call quote,$(MODEL))) \
 	  --out $(call quote,$(or $(OUT),samples)) $(call flag,--prompt,$(PROMPT)) $(ARGS)
 
+bench: $(READY) $(READY_DEV) ## speed and memory beside diffusers + peft: ARGS=[--quick | --device cuda]
+	$(PY) -m bench $(ARGS)
+
 test: $(READY) $(READY_DEV) ## all tests
 	$(PY) -m ruff check .
 	$(PY) -m pytest -n auto --maxprocesses 8 $(ARGS)
 
 test-fast: $(READY) $(READY_DEV) ## the tests that take seconds
 	$(PY) -m pytest -n auto --maxprocesses 8 -m "not slow" $(ARGS)
+
+check-gpu: $(READY) $(READY_DEV) ## what only a GPU can show, on this machine's, in a minute
+	$(PY) -m pytest -m gpu tests/test_gpu.py $(ARGS)
 
 fuzz: $(READY) $(READY_DEV) ## every reader on inputs made up or mutated: FUZZ= of them each [2000]
 	FUZZ=$(or $(FUZZ),2000) $(PY) -m pytest -s tests/test_fuzz.py tests/test_fuzz_formats.py $(ARGS)

@@ -4,6 +4,8 @@ A Stable Diffusion checkpoint stores `down_blocks.0.attentions.0.transformer_blo
 the modules here carry those names, so a checkpoint loads without a table of keys.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -187,7 +189,7 @@ def timestep_embedding(t: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: f
     """
     half = dim // 2
     exponent = torch.arange(half, dtype=torch.float32, device=t.device) / (half - freq_shift)
-    frequency = torch.exp(-torch.log(torch.tensor(10000.0, device=t.device)) * exponent)  # (half,)
+    frequency = torch.exp(-math.log(10000.0) * exponent)  # (half,)
     angle = t.float()[:, None] * frequency  # (b, half)
     sin, cos = angle.sin(), angle.cos()
     emb = torch.cat([cos, sin] if flip_sin_to_cos else [sin, cos], dim=1)  # (b, 2·half)

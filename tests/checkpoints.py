@@ -1,9 +1,10 @@
 """Random checkpoints in the published layout, from the public config values of each family.
 
-    python tests/checkpoints.py OUT [--family sd1|sd2|ip2p|inpaint] [--size tiny|small|full]
+    python tests/checkpoints.py OUT [--family sd1|sd2|ip2p|inpaint] [--size tiny|small|tenth|full]
 
 `tiny` has every part of the real thing at two or more levels and takes milliseconds; `small` is the
-same at four levels and f = 8; `full` is the real size (SD1.5: 686 + 248 tensors).
+same at four levels and f = 8; `tenth` has SD1.5's graph at about a tenth of its widths; `full` is
+the real size (SD1.5: 686 + 248 tensors).
 """
 
 import argparse
@@ -22,6 +23,10 @@ SIZES = {
     "small": dict(
         unet=(32, 64, 96, 96), vae=(16, 16, 32, 32), text=32, text_layers=2, groups=8, heads=4
     ),
+    "tenth": dict(
+        unet=(32, 64, 128, 128), vae=(16, 32, 64, 64), text=64, text_layers=4, groups=16, heads=8,
+        layers=2,
+    ),
     "full": dict(
         unet=(320, 640, 1280, 1280),
         vae=(128, 256, 512, 512),
@@ -29,8 +34,9 @@ SIZES = {
         text_layers=12,
         groups=32,
         heads=8,
+        layers=2,
     ),
-}
+}  # fmt: skip
 IN_CHANNELS = {"sd1": 4, "sd2": 4, "ip2p": 8, "inpaint": 9}
 STEMS = {
     "unet": "diffusion_pytorch_model",
@@ -68,7 +74,7 @@ def unet_config(family: str = "sd1", size: str = "tiny") -> dict:
         "flip_sin_to_cos": True,
         "freq_shift": 0,
         "in_channels": IN_CHANNELS[family],
-        "layers_per_block": 2 if size == "full" else 1,
+        "layers_per_block": s.get("layers", 1),
         "mid_block_scale_factor": 1,
         "norm_eps": 1e-05,
         "norm_num_groups": s["groups"],
@@ -90,7 +96,7 @@ def vae_config(size: str = "tiny") -> dict:
         "in_channels": 3,
         "out_channels": 3,
         "latent_channels": 4,
-        "layers_per_block": 2 if size == "full" else 1,
+        "layers_per_block": s.get("layers", 1),
         "norm_num_groups": s["groups"],
         "sample_size": 512,
     }

@@ -1,0 +1,268 @@
+"""Speed and memory beside diffusers + peft: the same work on one machine, taking turns.
+
+    python -m bench --quick                     a tiny model on a CPU, a minute or two
+    python -m bench                             all that this device is for; bench/RESULTS.md
+    python -m bench --report                    bench/RESULTS.md from the results that are there
+
+Every arm (a system and its setting) is a process of its own, so that its peak of memory is its own.
+They take turns in the order A B C C B A A B C ...: whatever else the machine does meets all alike,
+and ratios are taken within a round. Weights are random: their values cost nothing.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+from typing import NamedTuple
+
+from bench.report import write_report
+from durable import write_json
+from runs import revision
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+ARMS = {  # task -> arm -> what its process is told beside the case
+    "train": {
+        "ours": {"system": "ours", "objective": "after"},
+        "ours compiled": {"system": "ours", "objective": "after", "compile": True},
+        "ours delta": {"system": "ours", "objective": "delta"},
+        "peer script": {"system": "peer", "setting": "script"},
+        "peer tuned, eager": {"system": "peer", "setting": "tuned"},
+        "peer tuned": {"system": "peer", "setting": "tuned", "compile": True},
+    },
+    "encode": {"ours": {"system": "ours"}, "peer": {"system": "peer"}},
+    "sample": {"ours": {"system": "ours"}, "peer": {"system": "peer"}},
+    "edit": {
+        "ours": {"system": "ours", "objective": "after"},
+        "ours delta": {"system": "ours", "objective": "delta"},
+        "peer": {"system": "peer"},
+    },
+}
+
+
+class Case(NamedTuple):
+    task: str
+    device: str
+    dtype: str
+    size: str
+    resolution: int
+    batch: int
+    checkpointing: bool = False
+
+    @property
+    def name(self) -> str:
+        recompute = ("checkpointing",) if self.checkpointing else ()
+        shape = (self.size, self.resolution, f"b{self.batch}")
+        return "-".join(map(str, (self.task, self.device, *shape, self.dtype, *recompute)))
+
+
+def planned(device: str) -> list[Case]:
+    """What is to be measured on a CPU and on a GPU."""
+    if device == "cpu":
+        shapes = [("tenth", 256, 4), ("full", 256, 1)]
+        others = [("tenth", 256)]
+    else:
+        shapes = [("full", side, b) for side in (256, 512, 768) for b in (1, 4, 16)]
+        others = [("full", 512)]
+    dtype = "fp32" if device == "cpu" else "bf16"
+    cases = [Case("train", device, dtype, *shape) for shape in shapes]
+    if device == "cuda":
+        cases.append(Case("train", device, dtype, "full", 512, 1, True))
+    for size, side in others:
+        cases += [Case("encode", device, dtype, size, side, 4)]
+        cases += [Case(task, device, dtype, size, side, 1) for task in ("sample", "edit")]
+    return cases
+
+
+class Process:
+    """A process of bench/ours.py, peer.py or ceiling.py, and its clock."""
+
+    def __init__(self, module: str, job: dict, cache: Path):
+        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+        self.said = tempfile.TemporaryFile("w+")  # what it and its libraries print
+        self.start = time.perf_counter()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", f"bench.{module}", json.dumps(job)],
+            cwd=ROOT, env=env, text=True, stderr=self.said,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+
+    def answer(self) -> dict:
+        """RuntimeError with its last words if it has died."""
+        line = self.process.stdout.readline()
+        if line:
+            return json.loads(line)
+        self.process.wait()
+        self.said.seek(0)
+        words = [text for text in self.said.read().splitlines() if text.strip()]
+        raise RuntimeError(words[-1] if words else f"exit status {self.process.returncode}")
+
+    def ask(self, command: str) -> dict:
+        try:
+            print(command, file=self.process.stdin, flush=True)
+        except BrokenPipeError:
+            pass  # `answer` says why
+        return self.answer()
+
+    def close(self) -> None:
+        self.process.communicate()
+        self.said.close()
+
+
+class Arm:
+    """Starts its process where there is none, and keeps what it answered."""
+
+    def __init__(self, module: str, job: dict, cache: Path):
+        self.module, self.job, self.cache = module, job, cache
+        self.process: Process | None = None
+        self.units = 1
+        self.result: dict = {"seconds": []}
+
+    def open(self) -> float:
+        """Seconds from its start to the end of its first unit."""
+        self.process = Process(self.module, self.job, self.cache)
+        if self.module == "ceiling":
+            self.result |= {"machine": self.process.answer()}
+        self.process.ask("run 1")
+        return round(time.perf_counter() - self.process.start, 2)
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.process.close()
+        self.process = None
+
+    def prepare(self, turn_s: float) -> None:
+        """The first start, with an empty cache of compiled code; one unit's time and arithmetic."""
+        self.result["first_s"] = self.open()
+        if self.job.get("compile"):
+            self.close()
+            self.result["first_warm_s"] = self.open()
+        elif self.module != "ceiling":
+            self.result |= self.process.ask("flops")
+        one = self.process.ask("run 1")["seconds"]
+        self.units = max(1, min(100, math.ceil(turn_s / one)))
+
+    def turn(self) -> None:
+        if self.process is None:
+            self.open()
+        said = self.process.ask(f"run {self.units}")
+        self.result["seconds"].append(said["seconds"])
+        self.result["peak_mib"] = max(said["peak_mib"], self.result.get("peak_mib", 0))
+
+
+def measure(case: Case, arms: dict[str, dict], args: argparse.Namespace, folder: Path) -> dict:
+    """All arms of a case. One that fails is left out from then on, with its reason."""
+    root = args.data / case.size
+    made = [sys.executable, "-m", "bench.made", str(root), case.size]
+    subprocess.run([*made, str(case.resolution), str(case.batch)], cwd=ROOT, check=True)
+    common = case._asdict() | {
+        "root": str(root), "rank": 16, "compile": False, "objective": "after",
+    }  # fmt: skip
+    running = {
+        name: Arm(job["system"], common | job, folder / f"{case.name} {name}")
+        for name, job in arms.items()
+    }
+    running["ceiling"] = Arm("ceiling", common, folder)
+    everyone = dict(running)
+
+    def attempt(name: str, act) -> None:
+        try:
+            act()
+        except RuntimeError as error:
+            print(f"{case.name}: {name} failed: {error}", file=sys.stderr)
+            running.pop(name).result["error"] = str(error)
+        if args.one_at_a_time or name not in running:
+            everyone[name].close()
+
+    try:
+        for name, arm in everyone.items():
+            attempt(name, lambda arm=arm: arm.prepare(args.turn_s))
+        for i in range(args.rounds):
+            for name in list(running)[:: -1 if i % 2 else 1]:
+                attempt(name, running[name].turn)
+    finally:
+        for arm in everyone.values():
+            arm.close()
+    ceiling = everyone.pop("ceiling").result
+    return {
+        "case": case._asdict(),
+        "date": date.today().isoformat(),
+        "machine": ceiling.pop("machine", {}),
+        "ceiling": ceiling,
+        "arms": {name: arm.result for name, arm in everyone.items()},
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--quick", action="store_true", help="the tiny model at 64 px, eagerly, in a minute or two")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="[cpu]")
+    add("--only", default="", help="cases whose name has this in it: train-cpu-tenth")
+    add("--arms", help="some of them, with commas: ours,peer script")
+    add("--no_compile", action="store_true", help="leave the compiled arms out")
+    add("--rounds", type=int, default=7, help="turns of each arm [7]")
+    add("--turn_s", type=float, default=1.0, help="seconds that a turn takes at least [1]")
+    add("--one_at_a_time", action="store_true", help="a new process for every turn: less memory")
+    add("--note", default="", help="what a reader must know: the machine was shared")
+    add("--data", type=Path, default=ROOT / "data" / "bench", help="made here [data/bench]")
+    add("--out", type=Path, help="[bench/results; with --quick data/bench/quick/results]")
+    add("--report", action="store_true", help="measure nothing")
+    args = parser.parse_args(argv)
+    args.data = args.data.resolve()
+    args.out = args.out or (args.data / "quick" / "results" if args.quick else RESULTS)
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    cases = [] if args.report else planned(args.device)
+    if args.quick:
+        tasks = {"train": 2, "encode": 2, "sample": 1, "edit": 1}
+        cases = [Case(task, "cpu", "fp32", "tenth", 64, b) for task, b in tasks.items()]
+        args.rounds, args.no_compile = min(args.rounds, 5), True
+    cases = [case for case in cases if args.only in case.name]
+    if not cases and not args.report:
+        parser.error(f"--only {args.only} leaves no case; there are "
+                     + ", ".join(case.name for case in planned(args.device)))  # fmt: skip
+    known = {name for case in cases for name in ARMS[case.task]}
+    wanted = args.arms.split(",") if args.arms else known
+    if unknown := set(wanted) - known:
+        parser.error(f"--arms has {sorted(unknown)[0]!r}; there are {', '.join(sorted(known))}")
+    plan = [] if args.quick else [c.name for d in ("cpu", "cuda") for c in planned(d)]
+    ran = revision()
+    for case in cases:
+        arms = {
+            name: job
+            for name, job in ARMS[case.task].items()
+            if name in wanted and not (args.no_compile and job.get("compile"))
+        }
+        if not arms:
+            continue
+        print(f"{case.name}: {', '.join(arms)}", flush=True)
+        load = os.getloadavg()[0]
+        with tempfile.TemporaryDirectory() as folder:
+            result = measure(case, arms, args, Path(folder))
+        result |= {
+            "revision": ran["git"],
+            "dirty": ran["diff"] is not None,
+            "load": [round(load, 1), round(os.getloadavg()[0], 1)],
+            "cores": os.cpu_count(),
+            "note": args.note,
+        }
+        write_json(args.out / f"{case.name}.json", result)
+        write_report(args.out, plan)
+    if args.report:
+        write_report(args.out, plan)
+    print(f"{args.out.parent / 'RESULTS.md'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""This project's side: train.py's own loop, and what sample.py calls.
+
+python -m bench.ours '{"task": "train", ...}'          one process of bench/__main__.py
+"""
+
+import json
+import sys
+import tempfile
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+
+import sample
+import train
+from bench.turns import Enough, Turns
+from config import TrainConfig
+from data import load_image, to_image, to_tensor
+from model.pipeline import DTYPES, decode, encode, generate_latents, load_pipeline
+from model.weights import load_vae
+
+NEVER = 10**6  # no line of metrics, picture or checkpoint within the measured steps
+
+
+def training(job: dict, turns: Turns) -> None:
+    """train.train() itself. It calls `draw` once at the start of every step: there it waits."""
+    draw = train.draw
+
+    def paused(*args, **more):
+        turns()
+        return draw(*args, **more)
+
+    train.draw = paused
+    data = Path(job["root"])
+    with tempfile.TemporaryDirectory() as folder:
+        train.train(
+            TrainConfig(
+                pretrained_model_name_or_path=job["root"],
+                before_data_dir=str(data / f"pairs-{job['resolution']}-{job['batch']}" / "before"),
+                after_data_dir=str(data / f"pairs-{job['resolution']}-{job['batch']}" / "after"),
+                output_dir=f"{folder}/run",
+                instance_prompt="a square",
+                pair_objective=job["objective"],
+                resolution=job["resolution"],
+                train_batch_size=job["batch"],
+                lora_rank=job["rank"],
+                learning_rate=1e-4,
+                mixed_precision={"fp32": "no"}.get(job["dtype"], job["dtype"]),
+                compile=job["compile"],
+                gradient_checkpointing=job["checkpointing"],
+                device=job["device"],
+                max_train_steps=NEVER,
+                log_every=NEVER,
+                checkpointing_steps=NEVER,
+                validation_steps=NEVER,
+                num_validation_images=0,
+            )
+        )
+
+
+@torch.no_grad()
+def encoding(job: dict, turns: Turns) -> None:
+    """A batch of images to latents; in fp32, as train.py has its autoencoder."""
+    vae = load_vae(job["root"], device=job["device"])
+    pixels = torch.rand(job["batch"], 3, job["resolution"], job["resolution"]) * 2 - 1
+    while True:
+        turns()
+        encode(vae, pixels)
+
+
+@torch.no_grad()
+def sampling(job: dict, turns: Turns) -> None:
+    """`sample.py generate`: a prompt to an image, 30 DDIM steps at guidance 7.5."""
+    pipe = load_pipeline(job["root"], dtype=DTYPES[job["dtype"]], device=job["device"])
+    side = job["resolution"] // pipe.vae.downscale
+    while True:
+        turns()
+        _, predict = pipe.predictors("a square", 7.5)
+        z = generate_latents(predict, pipe.schedule, (4, side, side), [0], steps=30)
+        to_image(decode(pipe.vae, z)[0])
+
+
+def editing(job: dict, turns: Turns) -> None:
+    """`sample.py edit` of one image. `after`: noised to 0.7 and denoised, 21 of 30 steps."""
+    root = Path(job["root"])
+    dtype = DTYPES[job["dtype"]]
+    pipe = load_pipeline(job["root"], root / "lora", dtype=dtype, device=job["device"])
+    argv = ["edit", "--lora", str(root / "lora"), "--input", "-", "--out", "-", "--start", "noise"]
+    args: Namespace = sample.make_parser().parse_args([*argv, "--prompt", "a square"])
+    image = load_image(root / f"pairs-{job['resolution']}-1" / "before" / "0.png")
+    while True:
+        turns()
+        pixels = to_tensor(image)[None]
+        to_image(sample.edit_pixels(pipe, job["objective"], pixels, [1.0], args)[0])
+
+
+TASKS = {"train": training, "encode": encoding, "sample": sampling, "edit": editing}
+
+
+def main(argv: list[str]) -> int:
+    job = json.loads(argv[0])
+    try:
+        TASKS[job["task"]](job, Turns(job["device"]))
+    except Enough:
+        return 0
+    raise AssertionError("the work ended by itself")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
