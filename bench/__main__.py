@@ -10,6 +10,7 @@ and ratios are taken within a round. Weights are random: their values cost nothi
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -85,7 +86,7 @@ class Process:
 
     def __init__(self, module: str, job: dict, cache: Path):
         env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
-        self.said = tempfile.TemporaryFile("w+")  # what it and its libraries print
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115, what it and its libraries print
         self.start = time.perf_counter()
         self.process = subprocess.Popen(
             [sys.executable, "-m", f"bench.{module}", json.dumps(job)],
@@ -104,10 +105,8 @@ class Process:
         raise RuntimeError(words[-1] if words else f"exit status {self.process.returncode}")
 
     def ask(self, command: str) -> dict:
-        try:
+        with contextlib.suppress(BrokenPipeError):  # `answer` says why
             print(command, file=self.process.stdin, flush=True)
-        except BrokenPipeError:
-            pass  # `answer` says why
         return self.answer()
 
     def close(self) -> None:

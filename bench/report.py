@@ -51,7 +51,7 @@ def said(result: dict) -> str:
     turns = max(len(arm["seconds"]) for arm in result["arms"].values())
     text = (
         f"{result['date']}, revision {revision}; {machine.get('device')}, "
-        f"{machine.get('threads')} threads of {result['cores']} cores, load {load[0]} to {load[1]}; "
+        f"{machine.get('threads')} of {result['cores']} cores, load {load[0]} to {load[1]}; "
         f"{versions}. {turns} turns each."
     )
     return f"{text} {result['note']}".strip()

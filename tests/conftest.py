@@ -22,3 +22,17 @@ def sd1(tmp_path_factory):
 def sd2(tmp_path_factory):
     """A tiny SD2-shaped checkpoint (linear projections, heads per level, v-prediction)."""
     return make_checkpoint(tmp_path_factory.mktemp("sd2"), "sd2", prediction_type="v_prediction")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What the checks on a GPU measured, as a table: `make check-gpu`."""
+    if terminalreporter.config.option.markexpr != "gpu":
+        return
+    terminalreporter.section("GPU checks")
+    for outcome in ("passed", "failed", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            rows = [value for name, value in report.user_properties if name == "measured"]
+            why = report.longrepr[2] if outcome == "skipped" else ""
+            test = report.nodeid.rpartition("::")[2]
+            for what, value, wanted in rows or [(test, "-", why)]:
+                terminalreporter.write_line(f"{outcome:8} {what:62} {value:>9}  {wanted}")

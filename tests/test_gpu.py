@@ -1,0 +1,232 @@
+"""What only CUDA can show: `make check-gpu`, a minute, and a table of what was measured at its end.
+
+Elsewhere all of it is skipped. Random weights, 64 × 64 images; a check says its figure with
+`measured`.
+"""
+
+import gc
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import CLIPTextModel
+
+import train as loop
+from config import TrainConfig
+from model.layers import ResBlock, TransformerBlock
+from model.lora import inject, keep_strength, lora_layers, set_strength
+from model.memory import MIB, checkpoint_activations
+from model.unet import UNet
+from model.vae import VAE
+from model.weights import load_unet
+from tests.pairs import write_pairs
+from train import train
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use"),
+]
+LORA = "pytorch_lora_weights.safetensors"
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at cuBLAS' first call: a later
+# test's --deterministic would come too late
+
+
+@pytest.fixture(autouse=True)
+def no_tf32(monkeypatch):
+    """fp32 is to mean fp32: cuDNN's convolutions take TF32 by default."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture
+def measured(record_property):
+    """`measured(what, value, wanted)`: a row of the table at the end; the value comes back."""
+
+    def row(what: str, value: float, wanted: str) -> float:
+        record_property("measured", (what, f"{value:.3g}", wanted))
+        return value
+
+    return row
+
+
+@pytest.fixture
+def config(sd1, tmp_path):
+    pairs = write_pairs(tmp_path / "pairs", 4, 64)
+    return TrainConfig(
+        pretrained_model_name_or_path=str(sd1),
+        before_data_dir=str(pairs / "before"),
+        after_data_dir=str(pairs / "after"),
+        instance_prompt="a square",
+        output_dir=str(tmp_path / "run"),
+        resolution=64,
+        train_batch_size=2,
+        lora_rank=4,
+        max_train_steps=8,
+        learning_rate=1e-3,
+        log_every=1,
+        num_validation_images=0,
+        mixed_precision="no",
+        compile=False,
+        device="cuda",
+    )
+
+
+def rows(folder, kind="train"):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def losses(cfg, tmp_path, name):
+    return [row["loss"] for row in rows(train(replace(cfg, output_dir=str(tmp_path / name))))]
+
+
+def furthest(got, expected):
+    """The largest relative difference."""
+    return max(abs(a - b) / abs(b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("objective", ["after", "delta"])
+def test_the_gpu_computes_what_the_cpu_does(config, tmp_path, objective, measured):
+    cfg = replace(config, pair_objective=objective)
+    expected = losses(replace(cfg, device="cpu"), tmp_path, "cpu")
+    off = furthest(losses(cfg, tmp_path, "cuda"), expected)
+    assert measured(f"fp32 losses of {objective}, off the CPU's", off, "< 1e-3") < 1e-3
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_follows_fp32(config, tmp_path, precision, measured):
+    cfg = replace(config, pair_objective="after")
+    expected = losses(cfg, tmp_path, "fp32")
+    got = losses(replace(cfg, mixed_precision=precision), tmp_path, precision)
+    off = furthest(got, expected)
+    assert measured(f"{precision} losses, off those of fp32", off, "< 0.05") < 0.05
+
+
+@pytest.mark.parametrize("objective", ["after", "delta"])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_compiled_equals_eager(config, tmp_path, objective, precision, measured):
+    """To the precision in use; `delta` also calls the UNet without its LoRA."""
+    cfg = replace(config, pair_objective=objective, mixed_precision=precision)
+    expected = losses(cfg, tmp_path, "eager")
+    off = furthest(losses(replace(cfg, compile=True), tmp_path, "compiled"), expected)
+    bound = {"no": 1e-3, "bf16": 0.05}[precision]
+    name = f"compiled losses of {objective} ({precision}), off eager's"
+    assert measured(name, off, f"< {bound:g}") < bound
+
+
+@pytest.fixture
+def unet(sd1):
+    """With a LoRA whose B is not zero, on CUDA."""
+
+    def make():
+        model = load_unet(sd1, device="cuda")
+        inject(model, "attn,ff", rank=4, generator=torch.Generator().manual_seed(0))
+        rng = torch.Generator().manual_seed(1)
+        for layer in lora_layers(model).values():
+            layer.lora_B.data += torch.randn(layer.lora_B.shape, generator=rng).cuda() / 10
+        return model
+
+    return make
+
+
+def gradients(model, side=32):
+    """Gradients of all LoRA weights, flat, and the peak in MiB above what was there."""
+    rng = torch.Generator().manual_seed(2)
+    x = torch.randn(2, 4, side, side, generator=rng).cuda()
+    ctx = torch.randn(2, 8, model.ctx_dim, generator=rng).cuda()
+    t = torch.tensor([10, 700], device="cuda")
+    set_strength(model, torch.tensor([1.0, -0.5], device="cuda"))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model(x, t, ctx).square().mean().backward()
+    peak = (torch.cuda.max_memory_allocated() - before) / MIB
+    layers = lora_layers(model).values()
+    return torch.cat([p.grad.flatten() for m in layers for p in (m.lora_A, m.lora_B)]), peak
+
+
+def test_activation_checkpointing_costs_nothing_but_time(unet, measured):
+    plain, saving = unet(), unet()
+    assert checkpoint_activations(saving, (ResBlock, TransformerBlock), keep_strength(saving))
+    gradients(unet(), side=64)  # cuBLAS takes its workspace
+    expected, most = gradients(plain, side=64)
+    got, peak = gradients(saving, side=64)
+    off = ((got - expected).norm() / expected.norm()).item()
+    assert measured("gradient with checkpointing, off without", off, "< 1e-4") < 1e-4
+    assert measured("its peak memory, over without", peak / most, "< 0.8") < 0.8
+
+
+def test_deterministic_resumes_to_the_bit(config, tmp_path, measured):
+    cfg = replace(
+        config, pair_objective="delta", deterministic=True, mixed_precision="bf16",
+        checkpointing_steps=4,
+    )  # fmt: skip
+    whole = train(cfg)
+    kept = load_file(whole / LORA)
+    (whole / LORA).unlink()
+    for late in whole.glob("checkpoint-8*"):
+        late.rename(tmp_path / late.name)
+    again = load_file(train(replace(cfg, resume_from_checkpoint="latest")) / LORA)
+    different = sum(not torch.equal(kept[name], again[name]) for name in kept)
+    assert kept.keys() == again.keys()
+    assert measured("tensors that differ after a resumed run", different, "0") == 0
+
+
+@pytest.mark.parametrize("objective", ["after", "delta", "slider", "bridge"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_steady_step_never_waits_for_the_gpu(
+    config, tmp_path, monkeypatch, objective, compiled, measured
+):
+    """Steps 4 to 7 of 8 under torch's own check, which raises at whatever synchronises."""
+    draw, steps = loop.draw, []
+
+    def watched(seed, step, *args, **more):
+        steps.append(step)
+        torch.cuda.set_sync_debug_mode("error" if 4 <= step < 7 else "default")
+        return draw(seed, step, *args, **more)
+
+    monkeypatch.setattr(loop, "draw", watched)
+    cfg = replace(
+        config, pair_objective=objective, compile=compiled, mixed_precision="bf16", log_every=100
+    )
+    try:
+        train(cfg)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert steps == list(range(8))
+    measured(f"waits in three steps of {objective}{' compiled' * compiled}", 0, "0")
+
+
+def test_a_steady_step_allocates_nothing_that_stays(config, monkeypatch, measured):
+    draw, there = loop.draw, []
+
+    def watched(*args, **more):
+        there.append(torch.cuda.memory_allocated())
+        return draw(*args, **more)
+
+    monkeypatch.setattr(loop, "draw", watched)
+    train(replace(config, pair_objective="after", log_every=100))
+    grown = (max(there[3:]) - min(there[3:])) / MIB
+    assert measured("MiB that memory grows by after step 3", grown, "< 0.1") < 0.1
+
+
+def test_only_the_unet_is_there_in_a_step(config, sd1, monkeypatch, measured):
+    """Each phase's peak holds its network, and the steps have the UNet's alone on the GPU."""
+    draw, there = loop.draw, set()
+
+    def watched(*args, **more):
+        networks = [m for m in gc.get_objects() if type(m) in (UNet, VAE, CLIPTextModel)]
+        there.update(type(m) for m in networks if next(m.parameters()).is_cuda)
+        return draw(*args, **more)
+
+    monkeypatch.setattr(loop, "draw", watched)
+    gc.collect()
+    folder = train(config)
+    assert there == {UNet}
+    phases = {row["name"]: row for row in rows(folder, "phase")}
+    for name, part in (("text", "text_encoder"), ("latents", "vae"), ("unet", "unet")):
+        weights = sum(f.stat().st_size for f in (sd1 / part).glob("*.safetensors")) / MIB
+        peak = measured(f"peak MiB of {name}", phases[name]["peak_mib"], f"> {weights:.2f}")
+        assert peak > 0.95 * weights  # a file has names in it too
+    measured("peak MiB of the steps", max(row["peak_mib"] for row in rows(folder)), "")
