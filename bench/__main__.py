@@ -14,6 +14,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -34,7 +35,7 @@ ARMS = {  # task -> arm -> what its process is told beside the case
         "ours compiled": {"system": "ours", "objective": "after", "compile": True},
         "ours delta": {"system": "ours", "objective": "delta"},
         "peer script": {"system": "peer", "setting": "script"},
-        "peer tuned, eager": {"system": "peer", "setting": "tuned"},
+        "peer tuned eager": {"system": "peer", "setting": "tuned"},
         "peer tuned": {"system": "peer", "setting": "tuned", "compile": True},
     },
     "encode": {"ours": {"system": "ours"}, "peer": {"system": "peer"}},
@@ -102,7 +103,9 @@ class Process:
         self.process.wait()
         self.said.seek(0)
         words = [text for text in self.said.read().splitlines() if text.strip()]
-        raise RuntimeError(words[-1] if words else f"exit status {self.process.returncode}")
+        errors = [text for text in words if re.match(r"[\w.]+(Error|Exception)\b", text)]
+        said = [f"exit status {self.process.returncode}", *words[-1:], *errors[-1:]]
+        raise RuntimeError(said[-1])
 
     def ask(self, command: str) -> dict:
         with contextlib.suppress(BrokenPipeError):  # `answer` says why
@@ -164,8 +167,8 @@ def measure(case: Case, arms: dict[str, dict], args: argparse.Namespace, folder:
         "root": str(root), "rank": 16, "compile": False, "objective": "after",
     }  # fmt: skip
     running = {
-        name: Arm(job["system"], common | job, folder / f"{case.name} {name}")
-        for name, job in arms.items()
+        name: Arm(job["system"], common | job, folder / f"{i}")
+        for i, (name, job) in enumerate(arms.items())  # a compiler trips over spaces in a path
     }
     running["ceiling"] = Arm("ceiling", common, folder)
     everyone = dict(running)
