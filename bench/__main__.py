@@ -165,6 +165,7 @@ def measure(case: Case, arms: dict[str, dict], args: argparse.Namespace, folder:
     subprocess.run([*made, str(case.resolution), str(case.batch)], cwd=ROOT, check=True)
     common = case._asdict() | {
         "root": str(root), "rank": 16, "compile": False, "objective": "after",
+        "processor_time": args.processor_time,
     }  # fmt: skip
     running = {
         name: Arm(job["system"], common | job, folder / f"{i}")
@@ -215,6 +216,11 @@ def main(argv: list[str] | None = None) -> int:
     add("--rounds", type=int, default=7, help="turns of each arm [7]")
     add("--turn_s", type=float, default=1.0, help="seconds that a turn takes at least [1]")
     add("--one_at_a_time", action="store_true", help="a new process for every turn: less memory")
+    add(
+        "--processor_time",
+        action="store_true",
+        help="of each process, in the clock's place: for one thread on a shared CPU",
+    )
     add("--note", default="", help="what a reader must know: the machine was shared")
     add("--data", type=Path, default=ROOT / "data" / "bench", help="made here [data/bench]")
     add("--out", type=Path, help="[bench/results; with --quick data/bench/quick/results]")
@@ -257,6 +263,7 @@ def main(argv: list[str] | None = None) -> int:
             "load": [round(load, 1), round(os.getloadavg()[0], 1)],
             "cores": os.cpu_count(),
             "note": args.note,
+            "processor_time": args.processor_time,
         }
         write_json(args.out / f"{case.name}.json", result)
         write_report(args.out, plan)

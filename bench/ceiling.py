@@ -44,7 +44,7 @@ def cpu_name() -> str:
 
 def main(argv: list[str]) -> int:
     job = json.loads(argv[0])
-    turns, n = Turns(job["device"]), size(job["device"])
+    turns, n = Turns(job), size(job["device"])
     turns.say(machine(job["device"]) | {"flops": 2 * n**3})
     a, b = (torch.randn(n, n, device=job["device"]).to(DTYPES[job["dtype"]]) for _ in range(2))
     try:

@@ -100,7 +100,7 @@ TASKS = {"train": training, "encode": encoding, "sample": sampling, "edit": edit
 def main(argv: list[str]) -> int:
     job = json.loads(argv[0])
     try:
-        TASKS[job["task"]](job, Turns(job["device"]))
+        TASKS[job["task"]](job, Turns(job))
     except Enough:
         return 0
     raise AssertionError("the work ended by itself")

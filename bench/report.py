@@ -50,11 +50,12 @@ def said(result: dict) -> str:
     revision = (result["revision"] or "unknown")[:10] + (" + changes" if result["dirty"] else "")
     turns = max(len(arm["seconds"]) for arm in result["arms"].values())
     text = (
-        f"{result['date']}, revision {revision}; {machine.get('device')}, "
+        f"{result['date']}, revision {revision}; {machine.get('device')}, threads "
         f"{machine.get('threads')} of {result['cores']} cores, load {load[0]} to {load[1]}; "
         f"{versions}. {turns} turns each."
     )
-    return f"{text} {result['note']}".strip()
+    clock = "Processor time of each process, not the clock's." if result["processor_time"] else ""
+    return " ".join(filter(None, (text, clock, result["note"])))
 
 
 def table(result: dict) -> list[str]:

@@ -27,8 +27,9 @@ class Enough(Exception):
 
 
 class Turns:
-    def __init__(self, device: str):
-        self.device = torch.device(device)
+    def __init__(self, job: dict):
+        self.device = torch.device(job["device"])
+        self.clock = time.process_time if job["processor_time"] else time.perf_counter
         self.left, self.of, self.start = 0, 0, 0.0
         self.began = False
         self.counting = ExitStack()
@@ -49,7 +50,7 @@ class Turns:
             self.counter = None
         elif self.of:
             self.wait()
-            seconds = (time.perf_counter() - self.start) / self.of
+            seconds = (self.clock() - self.start) / self.of
             self.say({"seconds": seconds, "peak_mib": round(peak_mib(self.device), 1)})
         self.next()
 
@@ -76,7 +77,7 @@ class Turns:
         self.wait()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        self.start = time.perf_counter()
+        self.start = self.clock()
 
     def wait(self) -> None:
         if self.device.type == "cuda":
