@@ -245,6 +245,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--arms has {sorted(unknown)[0]!r}; there are {', '.join(sorted(known))}")
     plan = [] if args.quick else [c.name for d in ("cpu", "cuda") for c in planned(d)]
     ran = revision()
+    if args.device == "cuda" and ran["gpu"] is None and not args.report:
+        parser.error("--device cuda needs a GPU that torch can use")
     for case in cases:
         arms = {
             name: job

@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+import torch
 
 from bench.__main__ import Case, Process, main
 from bench.report import ratio, write_report
@@ -75,6 +76,11 @@ def test_the_report_takes_ratios_within_a_round(tmp_path):
     [
         (["--only", "nothing"], "--only nothing leaves no case; there are train-cpu-tenth"),
         (["--arms", "ours,theirs"], "--arms has 'theirs'; there are ours"),
+        pytest.param(
+            ["--device", "cuda"],
+            "--device cuda needs a GPU that torch can use",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
 )
 def test_mistakes_are_said(argv, said, tmp_path, capsys):
