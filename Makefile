@@ -47,7 +47,7 @@ endif
 quote = '$(subst ','\'',$(1))'
 flag  = $(if $(2),$(1) $(call quote,$(2)))
 
-.PHONY: help setup check-data train evaluate ablate base sample generate bench test test-fast check-gpu fuzz lint clean
+.PHONY: help setup check-data train evaluate ablate base sample generate bench test test-fast check-gpu fuzz lint docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -127,6 +127,9 @@ fuzz: $(READY) $(READY_DEV) ## every reader on inputs made up or mutated: FUZZ= 
 
 lint: $(READY_DEV) ## style
 	$(PY) -m ruff check .
+
+docs: $(READY) ## write docs/flags.md from config.py
+	$(PY) -m docs.flags > docs/flags.md
 
 clean: ## remove caches (never runs or data)
 	rm -rf .pytest_cache .ruff_cache

@@ -180,11 +180,19 @@ class TrainConfig:
         False, "go on although the config or the data are not what they were"
     )
     log_every: int = knob(10, "a line of metrics every so many steps")
-    report_to: str | None = knob(None, "besides metrics.jsonl", choices=("tensorboard", "none"))
+    report_to: str | None = knob(
+        None, "besides metrics.jsonl", choices=("tensorboard", "wandb", "none")
+    )
     logging_dir: str = knob("logs", "where tensorboard's files go, in --output_dir")
-    push_to_hub: bool = knob(False, "not supported yet: stops and says how to upload")
-    hub_token: str | None = knob(None, "as above")
-    hub_model_id: str | None = knob(None, "as above")
+    push_to_hub: bool = knob(
+        False, "upload the LoRA, a card on how to use it, and its pictures at the end"
+    )
+    hub_token: str | None = knob(
+        None, "for that; HF_TOKEN or `hf auth login`, which no process list shows, when not given"
+    )
+    hub_model_id: str | None = knob(
+        None, "repository, owner/name; your own, named as --output_dir, when not given"
+    )
 
     validation_steps: int | None = knob(None, "pictures every so many steps", group="validation")
     validation_epochs: int = knob(50, "or every so many epochs")
@@ -243,7 +251,7 @@ def report(prog: str, error) -> int:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    trouble = isinstance(error, FloatingPointError | MemoryError)
+    trouble = isinstance(error, FloatingPointError | MemoryError | ConnectionError)
     return 1 if trouble or getattr(error, "errno", None) in NO_MISTAKE else 2
 
 
@@ -307,7 +315,11 @@ def read_file(path: str) -> dict:
 
 def make_parser(prog: str = "train.py") -> Parser:
     """The flags one by one; whether they go together is `check`'s."""
-    parser = Parser(prog=prog, description="Train a LoRA on pairs of images, or on single ones.")
+    parser = Parser(
+        prog=prog,
+        usage="%(prog)s [--config FILE] [--FLAG VALUE ...]",  # all of them follow, in groups
+        description="Train a LoRA on pairs of images, or on single ones. [x] is a default.",
+    )
     parser.add_argument(
         "--config", metavar="FILE", help="a config.json to start from, of an earlier run say"
     )
@@ -440,10 +452,11 @@ def check(cfg: TrainConfig) -> TrainConfig:
         cfg.class_labels_conditioning is None,
         "--class_labels_conditioning is for DeepFloyd IF; Stable Diffusion has no class labels",
     )
+    need(cfg.push_to_hub or cfg.hub_token is None, "--hub_token needs --push_to_hub")
     need(
-        not cfg.push_to_hub and cfg.hub_token is None and cfg.hub_model_id is None,
-        "--push_to_hub, --hub_token and --hub_model_id are not supported yet; after training run: "
-        f"hf upload OWNER/NAME {cfg.output_dir}/pytorch_lora_weights.safetensors",
+        cfg.hub_token is None or cfg.report_to != "wandb",
+        "--hub_token cannot be had with --report_to wandb, which records the command line: "
+        "set HF_TOKEN instead",
     )
     return cfg
 
@@ -475,6 +488,7 @@ def without_effect(cfg: TrainConfig) -> list[str]:
         ("lr_warmup_steps", cfg.lr_scheduler != "constant", "--lr_scheduler constant_with_warmup"),
         ("lr_num_cycles", cfg.lr_scheduler == restarts, f"--lr_scheduler {restarts}"),
         ("lr_power", cfg.lr_scheduler == "polynomial", "--lr_scheduler polynomial"),
+        ("hub_model_id", cfg.push_to_hub, "--push_to_hub"),
         ("logging_dir", cfg.report_to == "tensorboard", "--report_to tensorboard"),
         ("resume_changed", cfg.resume_from_checkpoint is not None, "--resume_from_checkpoint"),
         ("prior_loss_weight", prior, "--with_prior_preservation"),

@@ -40,6 +40,7 @@ from measures import (
 from model.files import first_line
 from model.memory import out_of_memory
 from model.pipeline import Pipeline, decode, encode
+from progress import no_bars
 from report import write_report
 from runs import save_image
 from sample import (
@@ -159,7 +160,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
     outcomes = [opened(d) for d in args.outcome_dirs]
     wanted = sorted({*strengths, *between})
     rows, pictures = [], []
-    for i, pair in enumerate(tqdm(pairs, "evaluate", disable=None)):
+    for i, pair in enumerate(tqdm(pairs, "evaluate", disable=no_bars())):
         item = dataset[i]
         before, after = eight_bit(item["before"]), eight_bit(item["after"])
         mask = item["mask"][0] > 0.5 if "mask" in item else None

@@ -24,6 +24,7 @@ from data import (
 from latents import Latents, cache_latents
 from model.memory import phase
 from model.pipeline import DTYPES, decode, generate_latents, load_pipeline, pick_dtype
+from progress import no_bars
 from runs import save_image
 
 
@@ -123,7 +124,7 @@ def class_images(cfg: TrainConfig, device: torch.device, log: Callable) -> list[
             side = cfg.resolution // pipe.vae.downscale
             seeds = range(cfg.seed + have, cfg.seed + cfg.num_class_images)
             for i in tqdm(
-                range(0, len(seeds), cfg.sample_batch_size), "class images", disable=None
+                range(0, len(seeds), cfg.sample_batch_size), "class images", disable=no_bars()
             ):
                 batch = seeds[i : i + cfg.sample_batch_size]
                 z = generate_latents(predict, pipe.schedule, (4, side, side), batch, steps=50)

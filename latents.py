@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from data import PairDataset, file_hash, shown
+from progress import no_bars
 
 CACHE_FORMAT = 1  # part of every shard's name: raise it when what is stored changes
 
@@ -171,7 +172,8 @@ def cache_latents(
         once = [{s: file_hash(p) for s, p in pair.files.items()} for pair in dataset.pairs]
         made_of = [hashes for _ in views for hashes in once]
     shards = []
-    with tqdm(total=n, desc="latents", disable=None if progress is None else not progress) as bar:
+    disable = no_bars() if progress is None else not progress
+    with tqdm(total=n, desc="latents", disable=disable) as bar:
         for start in range(0, n, shard_size):
             items, path, shard = range(start, min(start + shard_size, n)), None, None
             if cache_dir is not None:

@@ -9,7 +9,6 @@ go on from; what goes on is the run that was not killed, to the bit, its metrics
 
 import contextlib
 import importlib.metadata
-import importlib.util
 import json
 import math
 import os
@@ -30,6 +29,7 @@ from durable import damage, json_bytes, lock, naming, remove, seal, sign, write_
 FREE = {
     "max_train_steps", "num_train_epochs", "output_dir", "overwrite", "resume_from_checkpoint",
     "checkpointing_steps", "checkpoints_total_limit", "log_every", "report_to", "logging_dir",
+    "push_to_hub", "hub_token", "hub_model_id",
     "cache_dir", "validation_steps", "validation_epochs", "num_validation_images",
     "validation_prompt", "dataloader_num_workers", "local_rank", "pre_compute_text_embeddings",
     "compile", "device", "enable_xformers_memory_efficient_attention", "lora_format", "lora_dtype",
@@ -90,6 +90,7 @@ class Run:
 
     FileExistsError when a run is there already, BlockingIOError when another process writes it;
     ValueError when what is resumed had another config (`changed` allows it) or is damaged.
+    `tracker`, given the folder and a step, opens what is told the numbers too (trackers.py).
     """
 
     def __init__(
@@ -100,21 +101,16 @@ class Run:
         resume: str | None = None,
         overwrite: bool = False,
         changed: bool = False,
-        tensorboard: str | None = None,
+        tracker: Callable | None = None,
     ):
         self.folder = Path(folder)
         self.checkpoint: Path | None = None
         self._config, self._changed = config, changed
         self._new = not overwrite  # no run may be there
         self._lock, self._metrics, self._early = None, None, []
-        self._tensorboard, self._writer = tensorboard, None
+        self._open_tracker, self._tracker = tracker, None
         refuse_file(self.folder, "--output_dir")
         _refuse_read_only(self.folder)
-        if tensorboard is not None and importlib.util.find_spec("tensorboard") is None:
-            raise ValueError(
-                "--report_to tensorboard needs the package: pip install tensorboard "
-                "(metrics.jsonl and loss.png are always written)"
-            )
         there = (self.folder / "config.json").exists()
         try:
             if there:
@@ -154,13 +150,15 @@ class Run:
             if (self.folder / "config.json").exists():  # came while we were looking
                 self._refuse_run()
         sign(self._lock)
+        if self._open_tracker is not None:  # before anything is cleared: it may refuse
+            self._tracker = self._open_tracker(self.folder, self.resume_step + 1)
         for left in self.folder.glob(".*.tmp"):
             remove(left)
         rows = self.rows() if self.checkpoint else []
         if self.checkpoint is None:
             # config.json first: without it a kill in between leaves no run, rather than half of one
             for name in ("config.json", "summary.json", "metrics.jsonl", "loss.png", "report.html",
-                         "samples", "strengths"):  # fmt: skip
+                         "README.md", "samples", "strengths"):  # fmt: skip
                 remove(self.folder / name)
             for pattern in ("checkpoint-*", "pytorch_lora_weights*.safetensors"):
                 for old in self.folder.glob(pattern):
@@ -179,11 +177,6 @@ class Run:
         write_json(self.folder / "config.json", self._config)
         self._metrics = open(self.folder / "metrics.jsonl", "ab")  # noqa: SIM115
         self.started = time.time()
-        if self._tensorboard is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            path = self.folder / self._tensorboard
-            self._writer = SummaryWriter(path, purge_step=self.resume_step + 1)
         for row in self._early if not kept else []:  # the phases of this start are there already
             self._write(row)
 
@@ -283,10 +276,11 @@ class Run:
             self._metrics.flush()
         except OSError as error:
             raise naming(error, self.folder / "metrics.jsonl") from error
-        if self._writer is not None and row["kind"] == "train":
-            for key in row.keys() - {"kind", "step"}:
-                if row[key] is not None:
-                    self._writer.add_scalar(key, row[key], row["step"])
+        if self._tracker is not None and row["kind"] in ("train", "eval"):
+            said = {"train": "", "eval": "held_out/"}[row["kind"]]
+            numbers = {said + k: v for k, v in row.items() if isinstance(v, int | float)}
+            del numbers[f"{said}step"]
+            self._tracker.log(numbers, row["step"])
 
     def save_checkpoint(
         self, step: int, write: Callable[[Path, int], None], limit: int | None
@@ -322,8 +316,8 @@ class Run:
     def _finish(self, status: str, values: dict) -> None:
         with contextlib.suppress(OSError):  # what could not be written has been told of
             self._metrics.close()
-        if self._writer is not None:
-            self._writer.close()
+        if self._tracker is not None:
+            self._tracker.close(status == "finished")
         rows = self.rows()
         held_out = [r for r in rows if r["kind"] == "eval" and r.get("loss") is not None]
         if held_out:

@@ -38,6 +38,7 @@ from model.pipeline import (
     pick_dtype,
 )
 from model.samplers import SAMPLERS
+from progress import no_bars
 from runs import refuse_file, save_image
 
 
@@ -103,7 +104,7 @@ def generate(args: argparse.Namespace) -> None:
     _, predict = pipe.predictors(prompt, args.guidance)
     out.mkdir(parents=True, exist_ok=True)
     images, seeds = [], range(args.seed, args.seed + args.num)
-    for seed in tqdm(seeds, desc="generate", disable=None):
+    for seed in tqdm(seeds, desc="generate", disable=no_bars()):
         z = generate_latents(
             predict,
             pipe.schedule,
@@ -221,7 +222,7 @@ def edit(args: argparse.Namespace) -> None:
     objective = objective_of(args, pipe)
     columns = ["before", *(f"strength {s:g}" for s in strengths)]
     rows, names, differs = [], [], False  # rows of the sheet
-    for file, stem in zip(tqdm(files, desc=args.command, disable=None), stems):
+    for file, stem in zip(tqdm(files, desc=args.command, disable=no_bars()), stems):
         image = load_image(file)
         pixels, first = to_tensor(image)[None], None  # (1, 3, H, W)
         for label, tag, how in settings:

@@ -28,6 +28,7 @@ from config import TrainConfig
 from data import Pair, PairDataset, fingerprint
 from data import shown as printable
 from durable import write_aside
+from hub import find_token, open_repository, publish
 from inputs import class_images, encode_all, find_data, make_dataset, make_gallery
 from latents import Latents
 from model.draws import draw, seeded
@@ -52,9 +53,11 @@ from model.pipeline import DTYPES, Context, pick_device, pick_dtype, predictor, 
 from model.schedule import Schedule
 from model.weighting import in_and_out, listened, preservation, weighted_mean
 from model.weights import load_scheduler_config, load_text, load_unet, load_vae
+from progress import no_bars
 from report import write_report
 from runs import Run, save_image
 from stop import Stop, Stopped
+from trackers import pick_tracker
 from watching import Apart, Watch
 
 
@@ -70,14 +73,18 @@ def train(cfg: TrainConfig) -> Path:
     if (world := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise ValueError(f"WORLD_SIZE is {world}; one process per run is supported so far")
     device = pick_device(cfg.device)
+    token = find_token(cfg.hub_token) if cfg.push_to_hub else None
+    # without how this folder was opened and where it went, so that --config repeats the run only
+    once = ("overwrite", "resume_from_checkpoint", "resume_changed",
+            "push_to_hub", "hub_token", "hub_model_id")  # fmt: skip
+    told = asdict(replace(cfg, **{name: getattr(TrainConfig, name) for name in once}))
     run = Run(
         cfg.output_dir,
-        # without how this folder was opened, so that --config repeats the run elsewhere
-        asdict(replace(cfg, overwrite=False, resume_from_checkpoint=None, resume_changed=False)),
+        told,
         resume=cfg.resume_from_checkpoint,
         overwrite=cfg.overwrite,
         changed=cfg.resume_changed,
-        tensorboard=cfg.logging_dir if cfg.report_to == "tensorboard" else None,
+        tracker=pick_tracker(cfg.report_to, cfg.logging_dir, told),
     )
     precision = torch.get_float32_matmul_precision()
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -89,7 +96,7 @@ def train(cfg: TrainConfig) -> Path:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once
             torch.use_deterministic_algorithms(True)
         with Stop() as stop:
-            phases(cfg, run, device, stop)
+            phases(cfg, run, device, stop, token)
         status = "finished"
     except KeyboardInterrupt:
         status = "stopped"
@@ -110,11 +117,19 @@ def train(cfg: TrainConfig) -> Path:
         with suppress(*() if status == "finished" else (OSError,)):
             run.finish(status, peak_mib=round(peak_mib(device), 1))
     write_report(run.folder)
+    if token is not None:
+        with Stop():
+            print(f"uploaded  {publish(run.folder, repository(cfg), token)}", flush=True)
     return run.folder
 
 
-def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop) -> None:
-    """Everything between opening the run's folder and closing it."""
+def repository(cfg: TrainConfig) -> str:
+    """What --push_to_hub uploads to."""
+    return cfg.hub_model_id or Path(cfg.output_dir).resolve().name
+
+
+def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop, token: str | None) -> None:
+    """Everything between opening the run's folder and closing it. `token`: of --push_to_hub."""
     base, paired = cfg.pretrained_model_name_or_path, config.is_pairs(cfg)
     dtype = pick_dtype(cfg.mixed_precision, device)
     files = {"variant": cfg.variant, "revision": cfg.revision, "device": device}
@@ -151,6 +166,8 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop) -> None
     steps = cfg.max_train_steps or (cfg.num_train_epochs or 0) * per_epoch or 200
     if run.resume_step > steps:
         raise ValueError(f"--max_train_steps {steps} is less than the {run.resume_step} done")
+    if token is not None:  # what keeps the upload from happening is said before the training
+        open_repository(repository(cfg), token)
 
     # ---- 2. text: every prompt once; then the encoder goes, unless it is trained
     said_of = lambda some: [pair.caption or cfg.instance_prompt for pair in some]  # noqa: E731
@@ -163,6 +180,8 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop) -> None
     strength_of = torch.tensor([pair.strength for pair in pairs], device=device)  # (n,)
     with phase("text", device, run.log):
         text = load_text(base, **files, tokenizer=cfg.tokenizer_name)
+        said = f" with the tokenizer of {cfg.tokenizer_name}" if cfg.tokenizer_name else ""
+        print(f"text encoder  {loaded(text.model, base)}{said}")
         most = text.model.config.max_position_embeddings
         if (cfg.tokenizer_max_length or 0) > most:
             raise ValueError(
@@ -192,6 +211,7 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop) -> None
     # ---- 3. latents: every image once; then the VAE waits in host memory for the pictures
     with phase("latents", device, run.log):
         vae = load_vae(cfg.vae_path, device=device) if cfg.vae_path else load_vae(base, **files)
+        print(f"autoencoder   {loaded(vae, cfg.vae_path or base)}")
         if cfg.resolution % vae.downscale:
             raise ValueError(f"--resolution must be a multiple of {vae.downscale} for this VAE")
 
@@ -211,6 +231,7 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop) -> None
     # ---- 4. UNet: frozen, with a LoRA in fp32
     with phase("unet", device, run.log):
         unet = load_unet(base, **files, dtype=dtype)
+        print(f"UNet          {loaded(unet, base)}")
         if unet.in_channels != 4:
             raise ValueError(f"{base} has a UNet of {unet.in_channels} input channels, not 4")
         if under:
@@ -248,7 +269,8 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop) -> None
     run.keep_newest(cfg.checkpoints_total_limit)
     print(
         f"{name}: {n} {'pairs' if paired else 'images'} x {dataset.views} views, "
-        f"{steps} steps of {batch * accum}, {flat.numel():,} trained weights on {base} "
+        f"{steps} steps of {batch * accum}, {flat.numel():,} trained weights "
+        f"(rank {cfg.lora_rank}, {len(layers)} layers, float32) on {base} "
         f"({str(dtype).removeprefix('torch.')}, {device})"
     )
 
@@ -275,7 +297,9 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop) -> None
     ones = torch.ones(batch, device=device)
     tally, logged = Tally(device, state.get("tally")), state.get("logged", 0)
     clock, recent = time.perf_counter(), {}
-    bar = tqdm(total=steps, initial=run.resume_step, desc=name, unit="step", disable=None)
+    began, first = clock, run.resume_step
+    # time left by the mean so far: pictures and checkpoints, which it counts, will come again
+    bar = tqdm(total=steps, initial=first, desc=name, unit="step", disable=no_bars(), smoothing=0)
     stop.waits = True
     for step in range(run.resume_step, steps):
         pick, class_pick = draw(
@@ -348,8 +372,9 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop) -> None
             run.log("train", step=done, **numbers, step_ms=round(step_ms, 2), peak_mib=peak)
             bar.set_postfix(loss=f"{means[0]:.4f}", lr=f"{lr:.1e}")
             if bar.disable and 10 * done // steps > 10 * logged // steps:
+                left = (steps - done) * (time.perf_counter() - began) / (done - first)
                 said = f"step {done}/{steps}  loss {means[0]:.4f}  {step_ms:.0f} ms/step"
-                print(said, flush=True)
+                print(f"{said}  {tqdm.format_interval(left)} left", flush=True)
             tally.clear()
             logged = done
         recent.clear()
@@ -371,6 +396,12 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop) -> None
         write_aside(run.folder / file_of(layout), write)
     if shown.pairs:
         write_aside(run.folder / "strengths", partial(watch.strengths, shown))
+
+
+def loaded(model: torch.nn.Module, source: str) -> str:
+    """For a line on what is there now."""
+    count, one = sum(p.numel() for p in model.parameters()), next(model.parameters())
+    return f"{count:,} weights in {str(one.dtype).removeprefix('torch.')}, {source}, {one.device}"
 
 
 # ---- the step ------------------------------------------------------------------------------------

@@ -44,8 +44,11 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _reason(error: Exception) -> str:
-    """Why the hub did not give a file, in one line and without addresses, which may be signed."""
+def hub_reason(error: Exception, token: str = "HF_TOKEN") -> str:
+    """Why the hub did not do it, in one line and without addresses, which may be signed.
+
+    `token` is what to look at where the hub says that one may not.
+    """
     from huggingface_hub import errors
 
     if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
@@ -54,7 +57,7 @@ def _reason(error: Exception) -> str:
         return "HF_HUB_OFFLINE is set"
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is not None:
-        return f"it answered {status}" + ("; check HF_TOKEN" if status in (401, 403) else "")
+        return f"it answered {status}" + (f"; check {token}" if status in (401, 403) else "")
     return re.sub(r"\w+://\S+", "its address", first_line(error))
 
 
@@ -104,8 +107,8 @@ def locate(name_or_path: str | Path, file: str, revision: str | None = None) -> 
         if _known_absent(repo, file, revision) or _cached(repo, revision):
             return None
         raise FileNotFoundError(
-            f"{repo} is not in the hub's cache, and the hub cannot be reached ({_reason(error)}); "
-            "a local directory in diffusers' layout works too"
+            f"{repo} is not in the hub's cache, and the hub cannot be reached "
+            f"({hub_reason(error)}); a local directory in diffusers' layout works too"
         ) from error
     except errors.EntryNotFoundError:
         return None
@@ -121,7 +124,7 @@ def locate(name_or_path: str | Path, file: str, revision: str | None = None) -> 
         ) from error
     except Exception as error:  # connection, disk and downloader each raise kinds of their own
         raise FileNotFoundError(
-            f"{file} of {repo} cannot be fetched from the hub: {_reason(error)}"
+            f"{file} of {repo} cannot be fetched from the hub: {hub_reason(error)}"
         ) from error
 
 

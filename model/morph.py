@@ -27,6 +27,7 @@ from model.optim import adamw
 from model.pipeline import Pipeline, decode
 from model.samplers import ddim, ddim_invert
 from model.schedule import Schedule
+from progress import no_bars
 
 States = Callable[[Tensor], Tensor]
 Render = Callable[[Tensor], Tensor]
@@ -262,7 +263,7 @@ def fit(
     predict, _ = pipe.predictors(prompt, 1.0)
     schedule, device, knobs = pipe.schedule, z.device, Knobs()
     one, each = torch.ones(1, device=device), torch.eye(2, device=device)
-    bar = tqdm(range(steps), desc="fit", unit="step", disable=None)
+    bar = tqdm(range(steps), desc="fit", unit="step", disable=no_bars())
     for step in bar:
         size = {"pairs": 1, "views": 1, "shape": z.shape[1:], "num_steps": schedule.num_steps}
         pick, _ = draw(seed, step, 1, **size)

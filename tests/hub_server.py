@@ -6,10 +6,14 @@
 
 It speaks what a download of single files needs: HEAD and GET of
 /{owner}/{name}/resolve/{revision}/{file}, ranges, redirections to a signed address, and errors
-told apart by X-Error-Code.
+told apart by X-Error-Code. And what a commit needs: /api/repos/create, /api/validate-yaml,
+/api/models/.../preupload and /commit, git-lfs's batches and PUT of large files to /lfs/{sha256}.
+What was committed lies in `hub.uploaded[repository][path]`.
 """
 
+import base64
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,6 +24,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SIGNATURE = "c2lnbmVkLWJ5LXRoZS1odWI"
+REPO_API = re.compile(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main")
 FILE_URL = re.compile(r"/(cdn/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 STATUS = {
     "EntryNotFound": 404,
@@ -48,6 +53,9 @@ class Hub:
         "short": GET has fewer bytes than HEAD said
         "signed": no fault; GET is sent on to a signed address, as it is for large files
         "expired": the signed address refuses
+
+    and by the first words of a POST's or PUT's path ("/api/repos/create", "/lfs", ...) a number.
+    Who uploads is "me" with `token`, if one is given.
     """
 
     def __init__(
@@ -56,7 +64,10 @@ class Hub:
         *,
         revisions: Mapping[str, str] | None = None,
         faults: Mapping[str, str | int] | None = None,
+        token: str | None = None,
     ):
+        self.token, self.large = token, {}
+        self.uploaded: dict[str, dict[str, bytes]] = {}
         self.repos, self.faults = dict(repos), dict(faults or {})
         self.revisions = dict(revisions or {"main": COMMIT})
         self.requests: list[Request] = []
@@ -90,6 +101,60 @@ class _Answer(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.answer()
+
+    def do_POST(self) -> None:
+        self.take()
+
+    def do_PUT(self) -> None:
+        self.take()
+
+    def take(self) -> None:
+        """A step of an upload."""
+        path, hub = urlsplit(self.path).path, self.hub
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        token = self.headers.get("Authorization")
+        hub.requests.append(Request(self.command, path, "", "", token))
+        fault = next((n for words, n in hub.faults.items() if path.startswith(words)), None)
+        if fault is not None:
+            return self.head(fault)
+        if path.startswith("/lfs/"):  # a signed address: nobody's token belongs there
+            assert hashlib.sha256(body).hexdigest() == path[5:]
+            hub.large[path[5:]] = body
+            return self.head(200)
+        if hub.token is not None and token != f"Bearer {hub.token}":
+            return self.head(401)
+        if path == "/api/validate-yaml":
+            return self.tell({})
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            repo = f"{asked['organization'] or 'me'}/{asked['name']}"
+            there = repo in hub.uploaded
+            hub.uploaded.setdefault(repo, {})
+            return self.tell({"url": f"{hub.url}/{repo}"}, 409 if there else 200)
+        if path.endswith(".git/info/lfs/objects/batch"):
+            return self.tell({"objects": [
+                {**one, "actions": {"upload": {"href": f"{hub.url}/lfs/{one['oid']}"}}}
+                for one in json.loads(body)["objects"]
+            ]})  # fmt: skip
+        repo, step = REPO_API.fullmatch(path).groups()
+        if step == "preupload":
+            return self.tell({"files": [
+                {"path": file["path"], "shouldIgnore": False,
+                 "uploadMode": "regular" if file["path"].endswith(".md") else "lfs"}
+                for file in json.loads(body)["files"]
+            ]})  # fmt: skip
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                hub.uploaded[repo][value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                hub.uploaded[repo][value["path"]] = hub.large[value["oid"]]
+        self.tell({"commitUrl": f"{hub.url}/{repo}/commit/{COMMIT}", "commitOid": COMMIT})
+
+    def tell(self, answer: dict, status: int = 200) -> None:
+        content = json.dumps(answer).encode()
+        self.head(status, Content_Type="application/json", Content_Length=len(content))
+        self.wfile.write(content)
 
     def log_message(self, *_: object) -> None:
         pass

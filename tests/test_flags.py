@@ -27,11 +27,13 @@ import inputs
 import latents
 import train
 from config import TrainConfig
+from docs.flags import table
 from model import lora_convert, memory
 from model.layers import ResBlock
 from model.lora_files import LORA_FILE, read_lora
 from model.unet import UNet
 from tests.checkpoints import make_checkpoint, to_variant, weights_file
+from tests.hub_server import Hub
 from tests.pairs import write_pairs
 
 ROOT = Path(__file__).parents[1]
@@ -936,6 +938,49 @@ def report_to(where: str, **flags):
     return effect(check)
 
 
+class Wandb:
+    """Of that package what is used."""
+
+    def __init__(self, refuses: str | None = None):
+        self.refuses, self.runs = refuses, []
+
+    def init(self, **how):
+        if self.refuses:
+            raise RuntimeError(self.refuses)
+        run = types.SimpleNamespace(id=how["id"] or f"id{len(self.runs)}", how=how, seen=[])
+        run.log = lambda values, step: run.seen.append((step, values))
+        run.finish = lambda exit_code: run.seen.append(exit_code)
+        self.runs.append(run)
+        return run
+
+
+def wandb(lab, patch):
+    """Every line goes to a run of wandb's; a run that goes on goes on there; no package, no run."""
+    patch.setitem(sys.modules, "wandb", None)
+    stops("--report_to wandb needs the package: pip install wandb", report_to="wandb")(lab, patch)
+    package = types.ModuleType("wandb")
+    package.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    patch.setitem(sys.modules, "wandb", package)
+    package.init = Wandb("api_key not configured").init
+    cfg = lab.config(report_to="wandb")
+    code, lines = status(command(cfg))
+    assert code == 2 and len(lines) == 1 and "--report_to wandb: api_key not configured" in lines[0]
+    assert not Path(cfg.output_dir, "config.json").exists()  # nothing to overwrite next time
+    package.init = (fake := Wandb()).init
+    lab.fresh(**dataclasses.asdict(replace(cfg, max_train_steps=2, validation_pairs=1)))
+    cfg = replace(cfg, resume_from_checkpoint="latest", validation_pairs=1)
+    folder = lab.fresh(**dataclasses.asdict(cfg))
+    one, two = fake.runs
+    assert (one.how["id"], two.how["id"]) == (None, one.id) and one.how["resume"] == "allow"
+    assert one.how["config"]["lora_rank"] == 2 and one.how["dir"] == str(folder)
+    assert one.seen[-1] == two.seen[-1] == 0
+    losses = [values["loss"] for _, values in one.seen[:-1] + two.seen[:-1] if "loss" in values]
+    assert losses == column(folder)
+    assert [step for step, values in two.seen[:-1] if "held_out/loss" in values] == [3]
+    stops("--hub_token cannot be had with --report_to wandb", report_to="wandb",
+          push_to_hub=True, hub_token="secret")(lab, patch)  # fmt: skip
+
+
 def samples(*names: str, **flags):
     def check(lab, patch):
         assert sorted(pictures(lab.run(**flags))) == [f"{name}.png" for name in names]
@@ -1021,7 +1066,39 @@ def device(lab, patch):
     stops("--device nowhere is not available", device="nowhere")(lab, patch)
 
 
-HUB = "--push_to_hub, --hub_token and --hub_model_id are not supported yet"
+def uploaded(lab, patch, hub: Hub, **flags) -> Path:
+    """The run of an upload to a hub on the loopback."""
+    for name, value in (("ENDPOINT", hub.url), ("HF_HUB_DISABLE_XET", True)):
+        patch.setattr(huggingface_hub.constants, name, value)
+    folder = lab.fresh(push_to_hub=True, **flags)
+    assert bytes_of(folder) == bytes_of(lab.run())
+    return folder
+
+
+def push_to_hub(lab, patch):
+    """tests/test_hub_upload.py says what else, and what goes wrong."""
+    patch.setenv("HF_TOKEN", "some-token")
+    with Hub({}, token="some-token") as hub:
+        folder = uploaded(lab, patch, hub)
+    assert hub.uploaded[f"me/{folder.name}"][LORA_FILE] == bytes_of(folder)
+
+
+def hub_token(lab, patch):
+    """It goes before that of the environment; without an upload it is a mistake."""
+    patch.setenv("HF_TOKEN", "another")
+    with Hub({}, token="some-token") as hub:
+        uploaded(lab, patch, hub, hub_token="some-token")
+    assert hub.uploaded
+    stops("--hub_token needs --push_to_hub", hub_token="secret")(lab, patch)
+
+
+def hub_model_id(lab, patch):
+    patch.setenv("HF_TOKEN", "some-token")
+    with Hub({}) as hub:
+        uploaded(lab, patch, hub, hub_model_id="someone/lora")
+    assert LORA_FILE in hub.uploaded["someone/lora"]
+
+
 COSINES = {"lr_scheduler": "cosine_with_restarts", "max_train_steps": 4}
 FLAGS = {
     "pretrained_model_name_or_path": effect(other_checkpoint),
@@ -1117,11 +1194,11 @@ FLAGS = {
     "resume_from_checkpoint": effect(resume),
     "resume_changed": effect(resume_changed),
     "log_every": effect(log_every),
-    "report_to": both(report_to("logs"), accepted(report_to="none")),
+    "report_to": both(report_to("logs"), effect(wandb), accepted(report_to="none")),
     "logging_dir": report_to("elsewhere", logging_dir="elsewhere"),
-    "push_to_hub": sentence(HUB, push_to_hub=True),
-    "hub_token": sentence(HUB, hub_token="secret"),
-    "hub_model_id": sentence(HUB, hub_model_id="someone/lora"),
+    "push_to_hub": effect(push_to_hub),
+    "hub_token": effect(hub_token),
+    "hub_model_id": effect(hub_model_id),
     "validation_steps": samples("000002", "000003", num_validation_images=1, validation_steps=2),
     "validation_epochs": samples(
         "000002", "000003", num_validation_images=1, validation_epochs=2, train_batch_size=5
@@ -1170,6 +1247,7 @@ def test_flag(name, lab, monkeypatch):
         ("lr_num_cycles", 2, "--lr_scheduler cosine_with_restarts"),
         ("lr_power", 2.0, "--lr_scheduler polynomial"),
         ("logging_dir", "there", "--report_to tensorboard"),
+        ("hub_model_id", "me/it", "--push_to_hub"),
         ("resume_changed", True, "--resume_from_checkpoint"),
         ("prior_loss_weight", 2.0, "--with_prior_preservation"),
         ("num_class_images", 5, "--with_prior_preservation"),
@@ -1246,6 +1324,32 @@ def test_every_flag_can_be_said_on_the_command_line(lab):
     assert {f"--{name}" for name in FIELDS} <= known
     flags = [name for name, f in FIELDS.items() if f.default is False]
     assert flags and all(f"--no-{name}" in known for name in flags)
+
+
+def test_the_table_of_flags_is_what_the_config_says():
+    """docs/flags.md is written by `make docs`; every flag has its line, with its default."""
+    written = (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
+    assert written == table(), "docs/flags.md is not config.py's: run `make docs`"
+    lines = {line.split("`")[1]: line for line in written.splitlines() if line.startswith("| `--")}
+    assert list(lines) == [f"--{name}" for name in FIELDS]
+    assert {line.replace("\\|", "").count("|") for line in lines.values()} == {5}
+    assert "| `0.0002` | number |" in lines["--learning_rate"]
+    groups = re.findall(r"^## (.+)$", written, re.M)
+    said = [f.metadata["group"] for f in FIELDS.values() if f.metadata["group"]]
+    assert [name.lower() for name in groups] == [name.lower() for name in said]
+
+
+def test_the_help_is_in_the_same_groups(capsys):
+    """Each flag under its group's title, no line wider than a terminal is made to be."""
+    with pytest.raises(SystemExit):
+        config.make_parser().parse_args(["--help"])
+    shown = capsys.readouterr().out
+    heads = [f.metadata["group"] for f in FIELDS.values() if f.metadata["group"]]
+    at = [shown.index(f"\n{head}:\n") for head in heads]
+    assert at == sorted(at)
+    for (name, f), where in zip(FIELDS.items(), (shown.index(f"\n  --{n}") for n in FIELDS)):
+        assert f.metadata["group"] is None or where > shown.index(f"\n{f.metadata['group']}:\n")
+        assert f.metadata["help"].split()[0] in shown[where:], name
 
 
 def test_rank_is_a_second_spelling():

@@ -13,6 +13,7 @@ import pytest
 
 import ablate
 import check_data
+import hub
 import sample
 import train
 from model import lora_convert
@@ -25,6 +26,8 @@ ARROWS = {
     "data": [],
     "durable": [],
     "stop": [],
+    "progress": [],
+    "trackers": ["durable"],
     "runs": ["durable"],
     "model.schedule": [],
     "model.lora": [],
@@ -35,7 +38,7 @@ ARROWS = {
     "model.draws": [],
     "measures": [],
     "model.optim": [],
-    "latents": ["data"],
+    "latents": ["data", "progress"],
     "report": ["data", "durable"],
     "model.unet": ["model.layers"],
     "model.vae": ["model.layers"],
@@ -60,9 +63,11 @@ ARROWS = {
     ],
     "model.morph": [
         "model.draws", "model.lora", "model.memory", "model.objectives", "model.optim",
-        "model.pipeline", "model.samplers", "model.schedule",
+        "model.pipeline", "model.samplers", "model.schedule", "progress",
     ],
-    "inputs": ["config", "data", "latents", "runs", "model.memory", "model.pipeline"],
+    "inputs": [
+        "config", "data", "latents", "progress", "runs", "model.memory", "model.pipeline",
+    ],
     "between": [
         "data", "durable", "measures", "model.lora_files", "model.morph", "model.objectives",
         "model.pipeline", "runs",
@@ -70,6 +75,11 @@ ARROWS = {
     "checkpoint": [
         "config", "durable", "model.files", "model.lora", "model.lora_files", "model.objectives",
         "model.schedule",
+    ],
+    "hub_card": ["model.files", "model.lora_files"],
+    "hub": [
+        "config", "durable", "hub_card", "model.files", "model.lora_files", "model.lora_layouts",
+        "progress", "report",
     ],
     "watching": [
         "data", "durable", "model.draws", "model.objectives", "model.pipeline", "model.schedule",
@@ -82,8 +92,8 @@ ARROWS = {
     "comparison": ["data", "measures"],
     "ablate": ["comparison", "config", "durable", "runs"],
 }  # fmt: skip
-ROOTS = ("check_data", "sample", "train", "evaluate", "ablate")  # what a user starts
-FOLDERS = ("scenes", "bench", "tests")  # on top of all: nothing outside them imports them
+ROOTS = ("check_data", "hub", "sample", "train", "evaluate", "ablate")  # what a user starts
+FOLDERS = ("scenes", "bench", "docs", "tests")  # on top of all: nothing outside them imports them
 LIBRARIES = {  # beyond the standard library
     "config": set(),
     "data": {"torch", "numpy", "PIL"},
@@ -278,6 +288,7 @@ def test_the_readmes_flags_exist():
         **{f"sample.py {name}": flags(sample.main, name) for name in ("edit", "sweep", "morph")},
         "check_data.py": flags(check_data.main),
         "ablate.py": flags(ablate.main),
+        "hub.py": flags(hub.main),
         **{f"-m model.weights {one}": flags(lora_convert.main, one)
             for one in ("convert", "concat", "merge")},
     }  # fmt: skip

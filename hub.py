@@ -1,0 +1,129 @@
+"""A finished run onto the hub: its LoRA files, a card that says how to use them, and pictures.
+
+    python hub.py RUN OWNER/NAME        train.py --push_to_hub does it at the end of a training
+
+The token goes to the hub and nowhere else: into no file and no message.
+"""
+
+import dataclasses
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import config
+from durable import write_aside
+from hub_card import model_card
+from model.files import hub_reason
+from model.lora_files import file_of, read_lora
+from model.lora_layouts import LAYOUTS
+from progress import no_bars
+from report import read
+
+
+def find_token(given: str | None) -> str:
+    """The given one, else huggingface_hub's. ValueError where there is none."""
+    from huggingface_hub import get_token
+
+    token = given or get_token()
+    if not token:
+        raise ValueError(
+            "an upload needs a token: --hub_token, the variable HF_TOKEN, or `hf auth login`"
+        )
+    if not re.fullmatch("[!-~]+", token):
+        raise ValueError("the hub's token has letters in it that no token has; check --hub_token")
+    return token
+
+
+def reason(error: BaseException) -> str:
+    """In one line: what the client wraps says more than the wrapping."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return hub_reason(error, "--hub_token")
+
+
+def open_repository(name: str, token: str) -> str:
+    """Make the repository if it is not there; returns owner/name.
+
+    ValueError: a name or a token that the hub does not take. ConnectionError: no hub.
+    """
+    from huggingface_hub import HfApi, utils
+
+    try:
+        utils.validate_repo_id(name)
+    except utils.HFValidationError as error:
+        raise ValueError(f"{name!r} is no name of a repository (--hub_model_id)") from error
+    try:
+        return HfApi(token=token).create_repo(name, exist_ok=True).repo_id
+    except Exception as error:  # of the hub's client, of its transport, of an answer that is none
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        kind = ValueError if status in range(400, 500) else ConnectionError
+        raise kind(f"the hub did not open the repository {name}: {reason(error)}") from error
+
+
+def publish(folder: Path, name: str, token: str) -> str:
+    """Write README.md, upload what it speaks of; returns the repository's address.
+
+    ConnectionError: it failed, whyever. The run has gained its README.md and lost nothing.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi, utils
+
+    if no_bars() or not sys.stderr.isatty():
+        utils.disable_progress_bars()
+
+    def failed(repo: str, why: str) -> ConnectionError:
+        return ConnectionError(
+            f"{folder} is whole, but its upload to {repo} failed: {why}; "
+            f"`python hub.py {shlex.quote(str(folder))} {repo}` tries again"
+        )
+
+    try:
+        repo = open_repository(name, token)
+    except (ValueError, ConnectionError) as error:
+        raise failed(name, str(error)) from error
+    files = [CommitOperationAdd(file, folder / file) for file in write_card(folder, repo)]
+    try:
+        HfApi(token=token).create_commit(repo, files, commit_message="A LoRA and how to use it")
+    except Exception as error:
+        raise failed(repo, reason(error)) from error
+    return f"{HfApi().endpoint}/{repo}"
+
+
+def write_card(folder: Path, repo: str) -> list[str]:
+    """README.md in the run's folder; returns it and all else that belongs to the repository."""
+    layouts = [layout for layout in LAYOUTS if (folder / file_of(layout)).is_file()]
+    default = {f.name: f.default for f in dataclasses.fields(config.TrainConfig)}
+    flags = {
+        key: value
+        for key, value in read(folder / "config.json").items()
+        if key in default and value != default[key]
+    }
+    pictures = read(folder / "strengths" / "strengths.json", {})
+    sheets = sorted(path.name for path in (folder / "samples").glob("*.png"))[-1:]
+    sheets = [f"samples/{name}" for name in sheets]
+    meta = read_lora(folder)[1]
+    card = model_card(repo, meta, flags, layouts, pictures, sheets[0] if sheets else None)
+    write_aside(folder / "README.md", lambda aside: aside.write_text(card, encoding="utf-8"))
+    shown = sorted(path.name for path in (folder / "strengths").glob("*.png"))
+    return ["README.md", *map(file_of, layouts), *sheets, *(f"strengths/{name}" for name in shown)]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = config.Parser(prog="hub.py", description=__doc__.split("\n")[0])
+    parser.add_argument("run", type=Path, help="the folder of a finished run")
+    parser.add_argument(
+        "name", metavar="OWNER/NAME", help="the repository, made if it is not there"
+    )
+    args = parser.parse_args(argv)
+    try:
+        if "objective" not in read_lora(args.run, "RUN")[1]:
+            raise ValueError(f"{args.run} holds no LoRA that was trained here")
+        print(publish(args.run, args.name, find_token(None)))
+    except (ValueError, OSError) as error:
+        return config.report("hub.py", error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

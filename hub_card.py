@@ -1,0 +1,232 @@
+"""The model card of a run: what its LoRA has learnt, and how each client is to use it.
+
+Prompts, names and paths come from anywhere: in the card they are text, never Markdown or YAML.
+"""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+from model.files import MOVED, is_local
+from model.lora_files import LORA_FILE, file_of
+
+# What the weights do when a client applies them as it applies any LoRA. The other objectives have
+# steps of their own at use, which no other client makes.
+PORTABLE = ("slider", "anchored", "after", "dreambooth")
+USES = {
+    "delta": "At one fixed noise level the UNet is asked twice, with the LoRA and without it; the "
+    "difference of the two answers, added to the before image's latent, is the change.",
+    "bridge": "The path starts at the noised before image and ends, step by step, at the clean "
+    "after image. Another seed gives another outcome.",
+    "concat": "The after image is denoised from noise, with the before latent as four more input "
+    "channels of the UNet (InstructPix2Pix).",
+    "canvas": "Before and after are the two halves of one picture; the right half is denoised "
+    "from noise, the left one given.",
+    "slider": "The before image is inverted to noise at LoRA multiplier -1 and denoised at the "
+    "multiplier of the strength that is wanted.",
+    "anchored": "The before image is inverted to noise without the LoRA and denoised with it.",
+    "after": "The before image is inverted to noise without the LoRA and denoised with it.",
+    "dreambooth": "An image is denoised from noise by the prompt, with the LoRA.",
+}
+READERS = {
+    "diffusers": "diffusers with peft, this project",
+    "attn_procs": "ComfyUI, diffusers of 2023 and what reads its files",
+    "kohya": "A1111, Forge, ComfyUI, kohya's tools, diffusers",
+}
+PLACES = {"output_dir", "before_data_dir", "after_data_dir", "instance_data_dir", "class_data_dir",
+          "mask_dir", "sequence_dirs", "frames_dir", "cache_dir", "logging_dir",
+          "validation_images", "init_lora"}  # fmt: skip
+
+
+# ---- text from anywhere --------------------------------------------------------------------------
+
+
+def printable(text: str) -> str:
+    """On one line, without what no letter is."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def markdown(text: str) -> str:
+    """Text that Markdown shows as it is: a backslash before all punctuation (CommonMark 2.4)."""
+    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", " ".join(printable(text).split()))
+
+
+def yaml(text: str) -> str:
+    """A double-quoted YAML scalar: JSON's, which YAML reads alike when nothing odd is in it."""
+    return json.dumps(printable(text), ensure_ascii=False)
+
+
+def fenced(code: str, language: str) -> str:
+    """A block that no backticks within it can end."""
+    longest = max((len(run) for run in re.findall("`+", code)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{code}\n{fence}"
+
+
+# ---- the card ------------------------------------------------------------------------------------
+
+
+def model_card(
+    repo: str, meta: dict, flags: dict, layouts: list[str], pictures: dict | None, sheet: str | None
+) -> str:
+    """README.md of a repository, owner/name.
+
+    meta is the header of the LoRA file; flags the training's that differ from their defaults;
+    layouts those of the files that are there; pictures the content of strengths.json; sheet the
+    path of a picture in the repository.
+    """
+    title = repo.rpartition("/")[2]
+    base, objective, prompt = meta["base_model"], meta["objective"], meta["prompt"]
+    local = is_local(base)
+    said = markdown(Path(base).name if local else base)
+    what = (
+        "has learnt what images have in common"
+        if objective == "dreambooth"
+        else "has learnt the change between before and after images"
+    )
+    parts = [
+        front_matter(meta),
+        f"# {markdown(title)}",
+        f"A LoRA on {said}{' (a local checkpoint)' if local else ''} that {what}. "
+        "Trained with PairLoRA.",
+        f"Prompt: {markdown(prompt) or '(empty)'}",
+        *([strength_table(pictures)] if pictures else []),
+        *([f"![pictures at the end of the training]({sheet})"] if sheet else []),
+        "## Strength",
+        f"{markdown(meta['strength'])}.",
+        "Between 0 and 1 is part of the change, negative is backwards, above 1 is exaggerated. The "
+        "multiplier is what other clients call the weight or the strength of a LoRA.",
+        f"## Objective: {objective}",
+        USES.get(objective, "Its formulas are in PairLoRA's model/objectives.py."),
+    ]
+    if companion := meta.get("base_lora"):
+        parts.append(
+            f"It was trained on top of another LoRA ({markdown(Path(companion['path']).name)}, "
+            f"strength {companion['strength']:g}), which is not in these files."
+        )
+    listed = (f"| `{file_of(layout)}` | {READERS[layout]} |" for layout in layouts)
+    parts += [
+        "## Files",
+        "\n".join(["| file | read by |", "|---|---|", *listed]),
+        "## Use",
+        "### sample.py",
+        fenced(own_snippet(repo, meta, local), "sh"),
+        "### diffusers",
+        *diffusers_part(repo, meta, local),
+        "### ComfyUI, A1111, Forge",
+        *others_part(repo, meta, layouts),
+        "## Training",
+        "Flags that differ from their defaults; folders of the machine are left out.",
+        fenced(command_line(flags, local), "sh"),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def front_matter(meta: dict) -> str:
+    lines = ["---"]
+    if not is_local(base := meta["base_model"]):
+        lines += [f"base_model: {yaml(MOVED.get(base, base))}", "base_model_relation: adapter"]
+    if meta["objective"] in PORTABLE:
+        lines.append("library_name: diffusers")
+    made = "text-to-image" if meta["objective"] == "dreambooth" else "image-to-image"
+    lines += [f"pipeline_tag: {made}", f"instance_prompt: {yaml(meta['prompt'])}"]
+    lines += ["tags:", "- lora", "- stable-diffusion", f"- {made}", "---"]
+    return "\n".join(lines)
+
+
+def strength_table(pictures: dict) -> str:
+    """A row per image: before, at each strength, after."""
+    ends = [side for side in ("before", "after") if pictures["images"][0].get(side)]
+    heads = [f"strength {s:g}" for s in pictures["strengths"]]
+    heads = [*ends[:1], *heads, *ends[1:]]
+    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for image in pictures["images"]:
+        files = [image[ends[0]]] * len(ends[:1]) + image["at"] + [image[e] for e in ends[1:]]
+        cells = (f"![{head}](strengths/{file})" for head, file in zip(heads, files))
+        lines.append(f"| {markdown(image['name'])} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def own_snippet(repo: str, meta: dict, local: bool) -> str:
+    name = repo.rpartition("/")[2]
+    base = " --model path/to/base" if local else ""
+    use = "edit --input photo.jpg"
+    if meta["objective"] == "dreambooth":
+        use = f"generate --prompt {shlex.quote(printable(meta['prompt']))}"
+    return (
+        f"hf download {repo} --local-dir {name}\n"
+        f"python sample.py {use} --lora {name}{base} --strength 1 --out samples"
+    )
+
+
+def diffusers_part(repo: str, meta: dict, local: bool) -> list[str]:
+    objective, base, name = meta["objective"], meta["base_model"], repo.rpartition("/")[2]
+    if objective == "concat":
+        merged = (
+            f"python -m model.weights merge --model {'path/to/base' if local else base} "
+            f"--lora {name} merged --strength 1"
+        )
+        return [
+            "The UNet has more input channels than the base's. Merged into the base it is a model "
+            "for `StableDiffusionInstructPix2PixPipeline`:",
+            fenced(merged, "sh"),
+        ]
+    if objective not in PORTABLE:
+        return ["Its use has steps of its own, which no pipeline of diffusers makes: sample.py."]
+    edits = objective != "dreambooth"
+    pipeline = f"StableDiffusion{'Img2Img' * edits}Pipeline"
+    given = ', image=load_image("photo.jpg"), strength=0.7, guidance_scale=1' if edits else ""
+    code = [
+        f"from diffusers import {pipeline}",
+        *(["from diffusers.utils import load_image"] if edits else []),
+        "",
+        f"base = {'path/to/base' if local else MOVED.get(base, base)!r}",
+        f"pipe = {pipeline}.from_pretrained(base)",
+        f'pipe.load_lora_weights("{repo}", weight_name="{LORA_FILE}", adapter_name="change")',
+        "strength = 1.0",
+        f'pipe.set_adapters("change", {multiplier(meta)})',
+        f"image = pipe({printable(meta['prompt'])!r}{given}).images[0]",
+    ]
+    told = "The pipeline's own `strength` is how far the image goes towards noise."
+    return [fenced("\n".join(code), "python"), *([told] if edits else [])]
+
+
+def others_part(repo: str, meta: dict, layouts: list[str]) -> list[str]:
+    if meta["objective"] not in PORTABLE:
+        return ["They would apply the weights in another way than they were trained for."]
+    name = repo.rpartition("/")[2]
+    left_out = "Of the file in diffusers' layout they leave out the attention layers"
+    convert = f"python -m model.weights convert {name} {name}_kohya.safetensors --format kohya"
+    if "kohya" in layouts:
+        parts = [f"{left_out}: take `{file_of('kohya')}`."]
+    elif "attn_procs" in layouts:
+        parts = [f"{left_out}: in ComfyUI take `{file_of('attn_procs')}`. For A1111 and Forge:"]
+    else:
+        parts = [f"{left_out}. This writes one for them:"]
+    parts += [] if "kohya" in layouts else [fenced(convert, "sh")]
+    return [*parts, f"The prompt is the one above; the weight is {multiplier(meta)}."]
+
+
+def multiplier(meta: dict) -> str:
+    """Of the LoRA, as a formula in `strength`."""
+    slope, offset = meta["multiplier"]
+    scaled = "strength" if slope == 1 else f"{slope:g} * strength"
+    return f"{scaled} {'-+'[offset > 0]} {abs(offset):g}" if offset else scaled
+
+
+def command_line(flags: dict, local: bool) -> str:
+    """A train.py command, one flag a line."""
+    lines = ["python train.py"]
+    for name, value in flags.items():
+        if name in PLACES:
+            continue
+        if name in ("pretrained_model_name_or_path", "vae_path", "tokenizer_name", "base_lora"):
+            value = Path(value).name if is_local(value) else value
+        if isinstance(value, bool):
+            lines.append(f"--{'' if value else 'no-'}{name}")
+        else:
+            values = value if isinstance(value, list | tuple) else [value]
+            words = (shlex.quote(printable(str(one))) for one in values)
+            lines.append(f"--{name}{' ' if len(values) > 1 else '='}{' '.join(words)}")
+    return " \\\n  ".join(lines)
