@@ -37,9 +37,9 @@ from durable import lock, remove, write_aside, write_json
 from runs import refuse_file
 
 ROOT = Path(__file__).parent
-OURS = {  # flags that no line may have: they are set here, or do no work
-    "train": {"--seed", "--output_dir", "--overwrite", "--no-overwrite",
-              "--resume_from_checkpoint", "-h", "--help"},
+OURS = {  # flags that no line may have: set here, for a run that was chosen, or of no work
+    "train": {"--seed", "--output_dir", "--overwrite", "--no-overwrite", "-h", "--help",
+              "--resume_from_checkpoint", "--push_to_hub", "--hub_token", "--hub_model_id"},
     "evaluate": {"--lora", "--out", "--pictures", "-h", "--help"},
 }  # fmt: skip
 LEFT = ("table.md", "results.json", "plot.png", "sheet.png")  # beside the arms' folders
@@ -104,7 +104,8 @@ def read_arms(path: Path) -> list[Arm]:
         else:
             arms[name] = (number, words)
         if taken := sorted({word.split("=")[0] for word in words} & OURS[kind]):
-            raise ValueError(f"{here}: {taken[0]} is set for each run, an arm cannot have it")
+            why = "is for a run of its own" if "hub" in taken[0] else "is set for each run"
+            raise ValueError(f"{here}: {taken[0]} {why}, an arm cannot have it")
         if kind == "train":  # an unknown flag or a wrong value is found in its line
             config.make_parser(here).parse_args(words)
     if not arms:

@@ -121,6 +121,7 @@ def test_lines_of_an_arms_file(tmp_path):
         ("a: --seed 3", "--seed is set for each run"),
         ("a: --output_dir=x", "--output_dir is set for each run"),
         ("common: --overwrite", "--overwrite is set for each run"),
+        ("a: --push_to_hub", "--push_to_hub is for a run of its own"),
         ("evaluate: --lora x", "--lora is set for each run"),
         ("a --lora_rank 4", "a line is `name: --flag value ...`"),
         ("--lora_rank 4", "a line is `name: --flag value ...`"),

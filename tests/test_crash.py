@@ -490,11 +490,12 @@ def test_a_full_disk(config, whole, monkeypatch):
 def test_a_disk_full_for_metrics_and_cache(config, limit):
     """From the first byte on: a sentence naming a file, exit status 1, no traceback."""
     cfg = replace(config, cache_dir=f"{config.output_dir}-cache")
-    with file_limit(limit):
+    stdout = contextlib.redirect_stdout(io.StringIO())  # else it is in a file of pytest's
+    with stdout, file_limit(limit):
         code, lines = main(cfg)
     assert code == 1 and len(lines) == 1 and "File too large" in lines[0] and "'" in lines[0]
     assert not list(Path(cfg.cache_dir).iterdir())
-    with file_limit(limit):
+    with stdout, file_limit(limit):
         code, lines = main(config)
     assert code == 1 and len(lines) == 1 and config.output_dir in lines[0]
     assert train.train(replace(config, overwrite=True)).is_dir()
