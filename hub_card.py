@@ -175,6 +175,7 @@ def diffusers_part(repo: str, meta: dict, local: bool) -> list[str]:
     if objective not in PORTABLE:
         return ["Its use has steps of its own, which no pipeline of diffusers makes: sample.py."]
     edits = objective != "dreambooth"
+    revision = f", revision={meta['revision']!r}" if meta.get("revision") else ""
     pipeline = f"StableDiffusion{'Img2Img' * edits}Pipeline"
     given = ', image=load_image("photo.jpg"), strength=0.7, guidance_scale=1' if edits else ""
     code = [
@@ -182,7 +183,7 @@ def diffusers_part(repo: str, meta: dict, local: bool) -> list[str]:
         *(["from diffusers.utils import load_image"] if edits else []),
         "",
         f"base = {'path/to/base' if local else MOVED.get(base, base)!r}",
-        f"pipe = {pipeline}.from_pretrained(base)",
+        f"pipe = {pipeline}.from_pretrained(base{revision})",
         f'pipe.load_lora_weights("{repo}", weight_name="{LORA_FILE}", adapter_name="change")',
         "strength = 1.0",
         f'pipe.set_adapters("change", {multiplier(meta)})',
@@ -196,14 +197,14 @@ def others_part(repo: str, meta: dict, layouts: list[str]) -> list[str]:
     if meta["objective"] not in PORTABLE:
         return ["They would apply the weights in another way than they were trained for."]
     name = repo.rpartition("/")[2]
-    left_out = "Of the file in diffusers' layout they leave out the attention layers"
+    left_out = "Of a file in diffusers' layout ComfyUI leaves out the attention layers"
     convert = f"python -m model.weights convert {name} {name}_kohya.safetensors --format kohya"
     if "kohya" in layouts:
-        parts = [f"{left_out}: take `{file_of('kohya')}`."]
+        parts = [f"All of them: `{file_of('kohya')}`. {left_out}."]
     elif "attn_procs" in layouts:
-        parts = [f"{left_out}: in ComfyUI take `{file_of('attn_procs')}`. For A1111 and Forge:"]
+        parts = [f"ComfyUI: `{file_of('attn_procs')}`. {left_out}. This is for all of them:"]
     else:
-        parts = [f"{left_out}. This writes one for them:"]
+        parts = [f"{left_out}. This writes one for all of them:"]
     parts += [] if "kohya" in layouts else [fenced(convert, "sh")]
     return [*parts, f"The prompt is the one above; the weight is {multiplier(meta)}."]
 

@@ -220,13 +220,14 @@ def test_each_objective_says_how_it_is_used(objective):
 
 def test_each_client_gets_its_file():
     assert "pytorch_lora_weights_kohya" not in card()
-    assert "take `pytorch_lora_weights_kohya.safetensors`" in card(("diffusers", "kohya"))
+    assert "All of them: `pytorch_lora_weights_kohya.safetensors`" in card(("diffusers", "kohya"))
     both = card(("diffusers", "attn_procs"))
-    assert "in ComfyUI take `pytorch_lora_weights_attn_procs.safetensors`" in both
+    assert "ComfyUI: `pytorch_lora_weights_attn_procs.safetensors`" in both
     assert "--format kohya" in both and "weight is 2 * strength - 1" in both
     local = card(base_model="/where/I/live/base", flags={"output_dir": "/x", "vae_path": "/x/vae"})
     assert "/where" not in local and "base_model" not in front(local) and "/x" not in local
     assert "a local checkpoint" in local and "--vae_path=vae" in local
+    assert "from_pretrained(base, revision='v2')" in card(revision="v2")
     gone = card(base_model="runwayml/stable-diffusion-v1-5")
     assert front(gone)["base_model"] == "stable-diffusion-v1-5/stable-diffusion-v1-5"
     under = card(base_lora={"path": "/where/style.safetensors", "strength": 0.5, "sha256": ""})
