@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import ablate
+import bench.__main__
 import check_data
 import hub
 import sample
@@ -289,6 +290,7 @@ def test_the_readmes_flags_exist():
         "check_data.py": flags(check_data.main),
         "ablate.py": flags(ablate.main),
         "hub.py": flags(hub.main),
+        "-m bench": flags(bench.__main__.main),
         **{f"-m model.weights {one}": flags(lora_convert.main, one)
             for one in ("convert", "concat", "merge")},
     }  # fmt: skip
