@@ -77,6 +77,7 @@ class TrainConfig:
     cache_dir: str | None = knob(None, "folder that keeps encoded latents for the next run")
     dataloader_num_workers: int = knob(0, "processes that read images while latents are encoded")
 
+    # delta: LOG.md, "Which objective learns a determined change that the base never saw"
     pair_objective: str | None = knob(
         None,
         "what a pair means (model/objectives.py); delta when not given",
