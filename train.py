@@ -238,7 +238,7 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop, token: 
             apply_lora(under, cfg.base_lora, unet=unet, fixed=under_at)
         targets = cfg.lora_targets
         if extra := extra_channels(name, knobs):
-            unet.widen(extra)
+            unet.widen(4 + extra - unet.in_channels)  # --base_lora may have widened it
             targets += ",conv_in"  # what reads the new channels
         inject(unet, targets, cfg.lora_rank, cfg.lora_alpha, generator=seeded(cfg.seed, 0))
         adapted = {"unet": unet} | ({"text_encoder": text.model} if text else {})
@@ -354,9 +354,10 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop, token: 
             continue
         means, skipped, bad = tally.read()  # the loop's only wait for the device
         if bad:
+            index, t = recent[bad]
             at = [
-                f"{printable([pairs[i % n].name])} at t {u if objective.noisy else cfg.delta_t}"
-                for i, u in zip(*(x.tolist()[:10] for x in recent[bad]))
+                f"{printable([pairs[i % n].name])} at t {u}"
+                for i, u in zip(index.tolist()[:10], objective.steps(t, schedule, knobs).tolist())
             ]
             said = f"loss or gradient is not finite at step {bad} of {run.folder} ({', '.join(at)})"
             if cfg.on_nan == "stop":

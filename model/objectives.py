@@ -69,8 +69,9 @@ def penalty(error: Tensor, knobs: Knobs) -> Tensor:
     return error**2
 
 
-def noise_steps(t: Tensor, schedule: Schedule, t_min: int) -> Tensor:
-    """t over all steps -> over t_min and up, evenly."""
+def noise_steps(t: Tensor, schedule: Schedule, knobs: Knobs, t_min: int = 0) -> Tensor:
+    """t over all steps -> over the knob's t_min (or else this one) and up, evenly."""
+    t_min = t_min if knobs.t_min is None else knobs.t_min
     return t_min + t * (schedule.num_steps - t_min) // schedule.num_steps
 
 
@@ -79,7 +80,7 @@ def noise_loss(
 ) -> Tensor:
     """w(t) ‖e_m(x_t, t) − target‖², the loss of DDPM (eq. 14) at LoRA multiplier m; or another
     `penalty` in the square's place."""
-    t = noise_steps(draws.t, schedule, knobs.t_min or 0)
+    t = noise_steps(draws.t, schedule, knobs)
     x_t = schedule.add_noise(x_0, draws.eps, t)
     pred = predict(x_t, t, m)
     weight = schedule.loss_weight(t, knobs.snr_gamma).to(pred.dtype).view(-1, 1, 1, 1)
@@ -100,6 +101,11 @@ def noise_like(z: Tensor, generator: torch.Generator | None) -> Tensor:
 # ---- delta: the change as a correction, no noise -------------------------------------------------
 
 
+def delta_steps(t, schedule, knobs):
+    """The one step τ, whatever is drawn."""
+    return torch.full_like(t, knobs.delta_t)
+
+
 def delta(predict: Predict, schedule: Schedule, z: Tensor, s: Tensor, knobs: Knobs) -> Tensor:
     """D_s(z) = z + x̂_0(e_s) − x̂_0(e_0), both at √ā_τ z and the one step τ.
 
@@ -107,7 +113,7 @@ def delta(predict: Predict, schedule: Schedule, z: Tensor, s: Tensor, knobs: Kno
     no noise, in the manner of img2img-turbo (Parmar et al. 2024, arXiv 2403.12036), but the frozen
     base's own answer is taken off, so only what the LoRA adds is left.
     """
-    t = torch.full((z.shape[0],), knobs.delta_t, dtype=torch.int64, device=z.device)
+    t = delta_steps(torch.empty(len(z), dtype=torch.int64, device=z.device), schedule, knobs)
     signal, _ = schedule.roots(t, z)
     x = signal * z
     with torch.no_grad():  # the frozen half has no gradient
@@ -136,6 +142,11 @@ def beside(predict: Predict, z: Tensor, knobs: Knobs) -> Predict:
     return lambda x_t, t, m: predict(torch.cat([x_t, z], 1), t, m)
 
 
+def bridge_steps(t, schedule, knobs):
+    """t over all steps -> over 0..τ−1."""
+    return t * knobs.bridge_t // schedule.num_steps
+
+
 def bridge_loss(predict, schedule, a, b, s, draws, knobs):
     """‖x̂_0(x_t) − b‖² at x_t = √ā_t (b + w (a − b)) + √(1−ā_t) ε,  w = t/τ,  t < τ.
 
@@ -144,7 +155,7 @@ def bridge_loss(predict, schedule, a, b, s, draws, knobs):
     et al. 2023, arXiv 2302.05872), on the base's own noise levels. Noise decides what the before
     image leaves open, so a random change stays sharp where `delta` averages.
     """
-    t = draws.t * knobs.bridge_t // schedule.num_steps  # 0..τ−1
+    t = bridge_steps(draws.t, schedule, knobs)
     w = (t / knobs.bridge_t).to(a.dtype).view(-1, 1, 1, 1)
     x_t = schedule.add_noise(b + w * (a - b), draws.eps, t)
     pred = beside(predict, a, knobs)(x_t, t, s)
@@ -251,6 +262,11 @@ def slider_edit(predict, schedule, z, s, how):
 # ---- anchored: each side answers as the base does on the other -----------------------------------
 
 
+def anchored_steps(t, schedule, knobs):
+    """High ones, if not told otherwise."""
+    return noise_steps(t, schedule, knobs, t_min=500)
+
+
 def anchored_loss(predict, schedule, a, b, s, draws, knobs):
     """½ ‖e_{−s}(a_t) − e_0(b_t)‖² + ½ ‖e_s(b_t) − e_0(a_t)‖², the same ε and t, t high; e_0 fixed.
 
@@ -258,7 +274,7 @@ def anchored_loss(predict, schedule, a, b, s, draws, knobs):
     the before, moved by the whole change. The idea of ADDifT (the trainer TrainTrain): what the
     base is wrong about on both sides alike cancels, and the LoRA holds the difference alone.
     """
-    t = noise_steps(draws.t, schedule, 500 if knobs.t_min is None else knobs.t_min)
+    t = anchored_steps(draws.t, schedule, knobs)
     t, eps = torch.cat([t, t]), torch.cat([draws.eps, draws.eps])
     x_t = schedule.add_noise(torch.cat([a, b]), eps, t)
     with torch.no_grad():
@@ -305,15 +321,16 @@ class Objective(NamedTuple):
     edit: Callable
     multiplier: tuple[float, float] = (1.0, 0.0)  # strength s: LoRA multiplier m[0]·s + m[1]
     noisy: bool = True  # whether the loss reads ε and t
+    steps: Callable = noise_steps  # the t of the loss, of the t drawn: (t, schedule, knobs)
 
 
 OBJECTIVES = {
-    "delta": Objective(delta_loss, delta_edit, noisy=False),
-    "bridge": Objective(bridge_loss, bridge_edit),
+    "delta": Objective(delta_loss, delta_edit, noisy=False, steps=delta_steps),
+    "bridge": Objective(bridge_loss, bridge_edit, steps=bridge_steps),
     "concat": Objective(concat_loss, concat_edit),
     "canvas": Objective(canvas_loss, canvas_edit),
     "slider": Objective(slider_loss, slider_edit, (2.0, -1.0)),
-    "anchored": Objective(anchored_loss, after_edit),
+    "anchored": Objective(anchored_loss, after_edit, steps=anchored_steps),
     "after": Objective(after_loss, after_edit),
     "dreambooth": Objective(after_loss, after_edit),
 }

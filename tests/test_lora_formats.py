@@ -9,6 +9,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditio
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -822,3 +824,26 @@ def test_a_lora_that_sees_the_before_image_merges_into_a_pix2pix_unet(tmp_path, 
         blind = ours(torch.cat([x_t, 0 * z], 1), t, ctx)
     torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
     assert factor != 1 and (a - blind).abs().max() > 1e-3
+    pipe = DiffusionPipeline.from_pretrained(
+        out, safety_checker=None, requires_safety_checker=False
+    )
+    assert type(pipe).__name__ == index["_class_name"] and pipe.unet.config.in_channels == 8
+    pipe.set_progress_bar_config(disable=True)
+    before = Image.open(pairs / "before" / "0.png")
+    edited = pipe("a square", before, num_inference_steps=2, output_type="np").images
+    assert edited.shape == (1, 32, 32, 3)
+
+
+def test_a_companion_that_sees_the_before_image_under_a_lora_that_does(tmp_path, sd1):
+    """Both read the same four more channels."""
+    pairs = write_pairs(tmp_path / "pairs", 2, 32)
+    cfg = TrainConfig(
+        pretrained_model_name_or_path=str(sd1), before_data_dir=str(pairs / "before"),
+        after_data_dir=str(pairs / "after"), output_dir=str(tmp_path / "under"), resolution=32,
+        pair_objective="concat", lora_rank=2, max_train_steps=1, num_validation_images=0,
+        device="cpu",
+    )  # fmt: skip
+    under = train(cfg)
+    over = train(replace(cfg, base_lora=str(under), output_dir=str(tmp_path / "over")))
+    assert read_lora(over)[0]["unet"]["conv_in"].A.shape[1] == 8
+    assert load_pipeline(None, over).unet.in_channels == 8

@@ -327,3 +327,15 @@ def test_the_base_alone_is_strength_0(predict):
     x, t = noise(3), torch.tensor([10, 700])
     assert torch.equal(predict(x, t, None), predict(x, t, 0 * ONES))
     assert not torch.equal(predict(x, t, None), predict(x, t, ONES))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_steps_an_objective_names_are_those_it_asks_at(name):
+    """What a message about a bad loss says of t is what the network was told."""
+    sched, (a, b, draws) = schedule(), pair()
+    predict, calls = recorder(lambda x_t, t, m: 0 * x_t[:, :4])
+    for knobs in (Knobs(), Knobs(bridge_t=333, delta_t=77, t_min=200)):
+        calls.clear()
+        OBJECTIVES[name].loss(predict, sched, a, b, ONES, draws, knobs)
+        named = OBJECTIVES[name].steps(draws.t, sched, knobs)
+        assert all(torch.equal(t[: len(named)], named) for _, t, _ in calls)
