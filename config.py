@@ -214,6 +214,7 @@ class TrainConfig:
     )
     allow_tf32: bool = knob(False, "TF32 matrix products on Ampere and newer")
     compile: bool | None = knob(None, "torch.compile the UNet; on CUDA when not given")
+    cuda_graph: bool = knob(False, "play each step's gradient back as one CUDA graph")
     deterministic: bool = knob(False, "the same bits every time on CUDA too; slower there")
     device: str | None = knob(None, "cuda, cuda:1, cpu, mps; the best there is when not given")
     enable_xformers_memory_efficient_attention: bool = knob(

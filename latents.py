@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import safetensors.torch
 import torch
@@ -21,9 +22,25 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from data import PairDataset, file_hash, shown
+from model.draws import Pick
 from progress import no_bars
 
 CACHE_FORMAT = 1  # part of every shard's name: raise it when what is stored changes
+
+
+class Batch(NamedTuple):
+    """What a step's gradient is made of, B items, on the device."""
+
+    index: Tensor  # (B,) int64
+    z: Tensor  # (B, f, 4, h, w)
+    mask: Tensor | None  # (B, 1, h, w)
+    eps: Tensor  # (B, 4, h, w)
+    t: Tensor  # (B,) int64
+    u: Tensor  # (B,)
+
+    def part(self, k: int, size: int) -> "Batch":
+        """The k-th micro-batch of `size`."""
+        return Batch(*(x if x is None else x[k * size : (k + 1) * size] for x in self))
 
 
 @dataclass(frozen=True)
@@ -37,16 +54,14 @@ class Latents:
     def __len__(self) -> int:
         return len(self.mean)
 
-    def draw(self, index: Tensor, noise: Tensor) -> Tensor:
-        """Latents (b, f, c, h, w) for index (b,) and noise (b, c, h, w).
+    def batch(self, pick: Pick) -> Batch:
+        """The items that were picked, one draw of the posterior each.
 
         The states of an item share its noise, so that VAE noise is no part of the change.
         """
-        return self.mean[index] + self.std[index] * noise[:, None]  # (b, f, c, h, w)
-
-    def mask_of(self, index: Tensor) -> Tensor | None:
-        """(b, 1, h, w) for index (b,), if there are masks."""
-        return None if self.mask is None else self.mask[index]
+        index, noise, *draws = (x.to(self.mean.device, non_blocking=True) for x in pick)
+        z = self.mean[index] + self.std[index] * noise[:, None]  # (B, f, 4, h, w)
+        return Batch(index, z, None if self.mask is None else self.mask[index], *draws)
 
     def to(self, device: torch.device | str) -> "Latents":
         mask = None if self.mask is None else self.mask.to(device)

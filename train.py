@@ -30,9 +30,10 @@ from data import shown as printable
 from durable import write_aside
 from hub import find_token, open_repository, publish
 from inputs import class_images, encode_all, find_data, make_dataset, make_gallery
-from latents import Latents
+from latents import Batch, Latents
 from model.draws import draw, seeded
 from model.files import is_local, moved_note
+from model.graph import Replayed
 from model.layers import ResBlock, TransformerBlock
 from model.lora import inject, keep_strength, lora_layers
 from model.lora_algebra import start_from
@@ -46,7 +47,14 @@ from model.lora_files import (
     save_lora,
 )
 from model.lora_layouts import LAYOUTS
-from model.memory import checkpoint_activations, flatten, out_of_memory, peak_mib, phase
+from model.memory import (
+    checkpoint_activations,
+    flatten,
+    out_of_memory,
+    peak_mib,
+    phase,
+    unless_full,
+)
 from model.objectives import OBJECTIVES, Draws, Knobs, extra_channels, noise_loss
 from model.optim import adamw, learning_rate, step_if
 from model.pipeline import DTYPES, Context, pick_device, pick_dtype, predictor, text_context
@@ -73,6 +81,8 @@ def train(cfg: TrainConfig) -> Path:
     if (world := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise ValueError(f"WORLD_SIZE is {world}; one process per run is supported so far")
     device = pick_device(cfg.device)
+    if cfg.cuda_graph and device.type != "cuda":
+        raise ValueError(f"--cuda_graph is for CUDA, the device is {device}")
     token = find_token(cfg.hub_token) if cfg.push_to_hub else None
     # without how this folder was opened and where it went, so that --config repeats the run only
     once = ("overwrite", "resume_from_checkpoint", "resume_changed",
@@ -104,8 +114,8 @@ def train(cfg: TrainConfig) -> Path:
     except Exception as error:
         if out_of_memory(error):
             error = MemoryError(
-                f"out of memory on {device}: a smaller --train_batch_size (and more "
-                "--gradient_accumulation_steps) or --gradient_checkpointing needs less"
+                f"out of memory on {device}: --gradient_checkpointing, a smaller --resolution or "
+                "--mixed_precision bf16 needs less"
             )
         if (run.started or run.checkpoint) and not isinstance(error, ValueError):
             error.add_note(run.last_good())
@@ -161,8 +171,9 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop, token: 
         load_scheduler_config(base, revision=cfg.revision, prediction_type=cfg.prediction_type)
     ).to(device)
     class_pairs = class_images(cfg, device, run.log) if cfg.with_prior_preservation else []
-    n, batch, accum = len(pairs), cfg.train_batch_size, cfg.gradient_accumulation_steps
-    per_epoch = math.ceil(n / (batch * accum))
+    n, micro = len(pairs), cfg.train_batch_size
+    total = micro * cfg.gradient_accumulation_steps  # of a step
+    per_epoch = math.ceil(n / total)
     steps = cfg.max_train_steps or (cfg.num_train_epochs or 0) * per_epoch or 200
     if run.resume_step > steps:
         raise ValueError(f"--max_train_steps {steps} is less than the {run.resume_step} done")
@@ -269,7 +280,7 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop, token: 
     run.keep_newest(cfg.checkpoints_total_limit)
     print(
         f"{name}: {n} {'pairs' if paired else 'images'} x {dataset.views} views, "
-        f"{steps} steps of {batch * accum}, {flat.numel():,} trained weights "
+        f"{steps} steps of {total}, {flat.numel():,} trained weights "
         f"(rank {cfg.lora_rank}, {len(layers)} layers, float32) on {base} "
         f"({str(dtype).removeprefix('torch.')}, {device})"
     )
@@ -293,8 +304,36 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop, token: 
             run.log("eval", step=done, **watch.held_out_loss(held_out))
 
     # ---- 5. the loop: z -> error -> loss -> gradient -> step
+    def add_gradient(own: Batch, other: Batch | None) -> Tensor:
+        """Of a step's whole loss, in micro-batches. (4,): loss; inside, outside the mask; coverage.
+
+        Works on the device alone, so that it can be one CUDA graph.
+        """
+        found, cuts = torch.zeros(4, device=device), total // micro
+        for k in range(cuts):
+            one = own.part(k, micro)
+            s = strength_of[one.index % n]  # (b,), 1 but for states in between
+            predict = predictor(unet, context(prompt_of[one.index % n]))
+            predict, heard = listened(predict) if cfg.preserve_weight else (predict, [])
+            draws = Draws(one.eps, one.t, one.u)
+            error = objective.loss(predict, schedule, one.z[:, 0], one.z[:, -1], s, draws, knobs)
+            loss = weighted_mean(error, one.mask, cfg.mask_outside)
+            places = in_and_out(error.detach(), one.mask)  # (3,)
+            if heard:
+                loss = loss + cfg.preserve_weight * preservation(predict, heard, one.mask)
+            if other is not None:
+                one = other.part(k, micro)
+                predict, ones = predictor(unet, class_context), torch.ones_like(one.u)
+                draws = Draws(one.eps, one.t)
+                prior = noise_loss(predict, schedule, one.z[:, 0], ones, draws, knobs)
+                loss = loss + cfg.prior_loss_weight * prior.mean()
+            scaler.scale(loss / cuts).backward()
+            found += torch.cat([loss.detach()[None], places]) / cuts
+        return found
+
+    class_context = context_of(cfg.class_prompt) if class_latents else None
+    compute = Replayed(add_gradient) if cfg.cuda_graph else add_gradient
     show_every = cfg.validation_steps or cfg.validation_epochs * per_epoch
-    ones = torch.ones(batch, device=device)
     tally, logged = Tally(device, state.get("tally")), state.get("logged", 0)
     clock, recent = time.perf_counter(), {}
     began, first = clock, run.resume_step
@@ -305,7 +344,7 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop, token: 
         pick, class_pick = draw(
             cfg.seed,
             step,
-            batch * accum,
+            total,
             pairs=n,
             views=dataset.views,
             shape=shape,
@@ -313,28 +352,20 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop, token: 
             class_images=len(class_latents) if class_latents else 0,
         )
         recent[step + 1] = pick.index, pick.t
-        found = torch.zeros(4, device=device)  # loss; inside and outside the mask; its coverage
-        for k in range(accum):
-            one = pick.part(k, batch).to(device)
-            z = latents.draw(one.index, one.vae_noise)  # (b, f, 4, h, w)
-            mask = latents.mask_of(one.index)  # (b, 1, h, w) or None
-            s = strength_of[one.index % n]  # (b,), 1 but for states in between
-            predict = predictor(unet, context(prompt_of[one.index % n]))
-            predict, heard = listened(predict) if cfg.preserve_weight else (predict, [])
-            draws = Draws(one.eps, one.t, one.u)
-            error = objective.loss(predict, schedule, z[:, 0], z[:, -1], s, draws, knobs)
-            loss = weighted_mean(error, mask, cfg.mask_outside)
-            places = in_and_out(error.detach(), mask)  # (3,)
-            if heard:
-                loss = loss + cfg.preserve_weight * preservation(predict, heard, mask)
-            if class_pick:
-                one = class_pick.part(k, batch).to(device)
-                x_0 = class_latents.draw(one.index, one.vae_noise)[:, 0]  # (b, 4, h, w)
-                predict = predictor(unet, context_of(cfg.class_prompt))
-                prior = noise_loss(predict, schedule, x_0, ones, Draws(one.eps, one.t), knobs)
-                loss = loss + cfg.prior_loss_weight * prior.mean()
-            scaler.scale(loss / accum).backward()
-            found += torch.cat([loss.detach()[None], places]) / accum  # stays on the device
+        own = latents.batch(pick)
+        other = class_latents.batch(class_pick) if class_pick else None
+        while (found := unless_full(compute, own, other)) is None:
+            if micro == 1:
+                raise MemoryError("one image is too much")
+            flat.grad.zero_()
+            micro = max(size for size in range(1, micro // 2 + 1) if total % size == 0)
+            warnings.warn(
+                f"out of memory at step {step + 1}: from here on its {total} images go through "
+                f"the network {micro} at a time; the result is the same",
+                stacklevel=1,
+            )
+            if cfg.cuda_graph:
+                compute.reset()
 
         scaler.unscale_(opt)
         grad_norm = torch.nn.utils.clip_grad_norm_([flat], cfg.max_grad_norm)

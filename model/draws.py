@@ -21,13 +21,6 @@ class Pick(NamedTuple):
     t: Tensor  # (B,) int64
     u: Tensor  # (B,) in [0, 1): what is left out by chance
 
-    def part(self, k: int, size: int) -> "Pick":
-        """The k-th micro-batch of `size`."""
-        return Pick(*(x[k * size : (k + 1) * size] for x in self))
-
-    def to(self, device: torch.device) -> "Pick":
-        return Pick(*(x.to(device, non_blocking=True) for x in self))
-
 
 def seeded(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
     """The generator of a step."""

@@ -26,7 +26,22 @@ def out_of_memory(error: BaseException) -> bool:
     """CUDA has a type of its own for it; torch on the CPU says it in words."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
+    if error.__context__ is not None and out_of_memory(error.__context__):  # as in a broken capture
+        return True
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
+def unless_full(compute: Callable[..., Tensor], *inputs) -> Tensor | None:
+    """`compute(*inputs)`; or None if memory did not suffice, with what it held given back."""
+    try:
+        return compute(*inputs)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+    gc.collect()  # out here the error is gone, and with it the frames that held the activations
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    return None
 
 
 @contextmanager

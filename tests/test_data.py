@@ -30,6 +30,7 @@ from data import (
 )
 from inputs import find_data
 from latents import Latents, cache_latents
+from model.draws import Pick
 
 
 def picture(seed=0, size=(32, 32)):
@@ -635,9 +636,11 @@ def test_latents_are_the_posterior_of_each_side(five):
 
 def test_both_sides_of_an_item_get_the_same_noise():
     latents = Latents(torch.randn(3, 2, 4, 2, 2), torch.rand(3, 2, 4, 2, 2) + 0.5)
-    index, noise = torch.tensor([2, 0, 2]), torch.randn(3, 4, 2, 2)
-    drawn = latents.draw(index, noise)
-    assert drawn.shape == (3, 2, 4, 2, 2)
+    index, noise, eps = torch.tensor([2, 0, 2]), torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
+    batch = latents.batch(Pick(index, noise, eps, index, torch.rand(3)))
+    drawn = batch.z
+    assert drawn.shape == (3, 2, 4, 2, 2) and batch.mask is None and torch.equal(batch.eps, eps)
+    assert torch.equal(batch.part(1, 2).z, drawn[2:]) and batch.part(1, 2).mask is None
     back = (drawn - latents.mean[index]) / latents.std[index]
     assert torch.allclose(back[:, 0], noise, atol=1e-5)
     assert torch.allclose(back[:, 1], noise, atol=1e-5)

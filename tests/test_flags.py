@@ -1210,6 +1210,8 @@ FLAGS = {
     "mixed_precision": effect(mixed_precision),
     "allow_tf32": effect(allow_tf32),
     "compile": effect(compiled),
+    # what it does is in test_train.py, on a stand-in for CUDA, and in test_gpu.py
+    "cuda_graph": sentence("--cuda_graph is for CUDA, the device is cpu", cuda_graph=True),
     "deterministic": effect(deterministic),
     "device": effect(device),
     "enable_xformers_memory_efficient_attention": accepted(

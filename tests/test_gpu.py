@@ -116,6 +116,20 @@ def test_compiled_equals_eager(config, tmp_path, objective, precision, measured)
     assert measured(name, off, f"< {bound:g}") < bound
 
 
+@pytest.mark.parametrize("objective", ["after", "delta", "slider", "bridge", "concat"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_captured_step_equals_the_plain_one(config, tmp_path, objective, compiled, measured):
+    """Eight steps of two micro-batches, the last five played back from one CUDA graph."""
+    cfg = replace(
+        config, pair_objective=objective, mixed_precision="bf16", compile=compiled,
+        gradient_accumulation_steps=2,
+    )  # fmt: skip
+    expected = losses(cfg, tmp_path, "plain")
+    off = furthest(losses(replace(cfg, cuda_graph=True), tmp_path, "captured"), expected)
+    name = f"captured losses of {objective}{' compiled' * compiled}, off the plain ones"
+    assert measured(name, off, "< 0.01") < 0.01
+
+
 @pytest.fixture
 def unet(sd1):
     """With a LoRA whose B is not zero, on CUDA."""

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -20,9 +21,11 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from config import TrainConfig
 from data import PairDataset, find_pairs
 from inputs import make_dataset
+from latents import Batch
 from model.draws import draw, seeded
+from model.graph import Replayed
 from model.lora import inject, lora_layers
-from model.lora_files import read_lora
+from model.lora_files import LORA_FILE, read_lora
 from model.memory import flatten
 from model.objectives import OBJECTIVES
 from model.unet import UNet
@@ -207,6 +210,78 @@ def test_accumulation_is_the_larger_batch(config, objective):
     rel = 1e-4 if objective == "anchored" else 1e-5  # the square of a difference of nearly equals
     assert results[1] == pytest.approx(results[0], rel=rel)
     assert results[2] == pytest.approx(results[0], rel=rel)
+
+
+def test_out_of_memory_cuts_the_step_smaller_and_the_result_is_the_same(config, monkeypatch):
+    """Six images where two are too many, in the second micro-batch too: 6, then 3, then 1."""
+    usual, sizes = OBJECTIVES["delta"], []
+    cfg = replace(config, pair_objective="delta", max_train_steps=3, train_batch_size=1)
+    expected = train(replace(cfg, gradient_accumulation_steps=6, output_dir=f"{cfg.output_dir}1"))
+
+    def small(predict, schedule, z, *more):
+        sizes.append(len(z))
+        if len(z) > 1 and (len(z) > 3 or len(sizes) > 2):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return usual.loss(predict, schedule, z, *more)
+
+    monkeypatch.setitem(OBJECTIVES, "delta", usual._replace(loss=small))
+    with pytest.warns(UserWarning, match="out of memory at step 1: ") as told:
+        folder = train(replace(cfg, train_batch_size=6))
+    assert sizes == [6, 3, 3] + [1] * 18
+    said = [str(w.message) for w in told if "out of memory" in str(w.message)]
+    assert ["3 at a time" in said[0], "1 at a time" in said[1], len(said)] == [True, True, 2]
+    assert losses(folder) == losses(expected)
+    assert (folder / LORA_FILE).read_bytes() == (expected / LORA_FILE).read_bytes()
+
+
+class OnCuda:
+    """As much of torch.cuda as a capture uses: what is captured is computed again at replay."""
+
+    def __init__(self, patch, replayed):
+        self.replays, self.captures = 0, 0
+        for name in ("current_stream", "Stream"):
+            patch.setattr(torch.cuda, name, lambda: self)
+        patch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+        patch.setattr(torch.cuda, "CUDAGraph", lambda: self)
+        patch.setattr(torch.cuda, "graph", self.capture)
+        self.replayed = replayed
+
+    def wait_stream(self, other):
+        pass
+
+    @contextmanager
+    def capture(self, graph):
+        self.captures += 1
+        compute, self.replayed.compute = self.replayed.compute, lambda *buffers: torch.zeros(())
+        yield
+        self.replayed.compute = compute
+
+    def replay(self):
+        self.replays += 1
+        self.replayed.result = self.replayed.compute(*self.replayed.buffers)
+
+
+def test_a_captured_step_reads_its_buffers(monkeypatch):
+    """Three real calls, then a capture, which computes nothing, and replays with the new inputs."""
+
+    def batch(k):
+        full = torch.full((2,), float(k))
+        return Batch(full.long(), full, None, full, full, full)
+
+    seen = []
+
+    def compute(own, other):
+        seen.append(own.z[0].item())
+        assert other is None and own.mask is None
+        return own.z.sum()
+
+    replayed = Replayed(compute)
+    cuda = OnCuda(monkeypatch, replayed)
+    for k in range(6):
+        assert replayed(batch(k), None) == 2 * k
+    assert (cuda.captures, cuda.replays, seen) == (1, 3, [0, 1, 2, 3, 4, 5])
+    replayed.reset()
+    assert replayed(batch(7), None) == 14 and replayed.graph is None
 
 
 @pytest.mark.parametrize("objective", PAIRED)
