@@ -31,6 +31,7 @@ from durable import write_aside
 from hub import find_token, open_repository, publish
 from inputs import class_images, encode_all, find_data, make_dataset, make_gallery
 from latents import Batch, Latents
+from model.cpu import quick_convs
 from model.draws import draw, seeded
 from model.files import is_local, moved_note
 from model.graph import Replayed
@@ -242,6 +243,7 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop, token: 
     # ---- 4. UNet: frozen, with a LoRA in fp32
     with phase("unet", device, run.log):
         unet = load_unet(base, **files, dtype=dtype)
+        quick_convs(unet)
         print(f"UNet          {loaded(unet, base)}")
         if unet.in_channels != 4:
             raise ValueError(f"{base} has a UNet of {unet.in_channels} input channels, not 4")

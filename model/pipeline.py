@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.cpu import quick_convs
 from model.lora import set_strength
 from model.lora_files import apply_lora, find_companion, load_lora, lora_path, multiplier, read_lora
 from model.objectives import Predict
@@ -267,6 +268,7 @@ def load_pipeline(
     text = load_text(base, **files, tokenizer=tokenizer_name or meta.get("tokenizer_name"))
     vae = load_vae(vae_path, device=device) if vae_path else load_vae(base, **files)
     unet = load_unet(base, **files, dtype=dtype)
+    quick_convs(unet)
     if unet.in_channels != 4:
         raise ValueError(f"{base} has a UNet of {unet.in_channels} input channels; 4 are wanted")
     if under is not None:

@@ -36,6 +36,7 @@ ARROWS = {
     "model.text": [],
     "model.memory": [],
     "model.graph": [],
+    "model.cpu": [],
     "model.files": [],
     "model.draws": [],
     "measures": [],
@@ -60,8 +61,8 @@ ARROWS = {
     "model.objectives": ["model.samplers", "model.schedule"],
     "model.weighting": ["model.objectives"],
     "model.pipeline": [
-        "model.lora", "model.lora_files", "model.objectives", "model.samplers", "model.schedule",
-        "model.text", "model.unet", "model.vae", "model.weights",
+        "model.cpu", "model.lora", "model.lora_files", "model.objectives", "model.samplers",
+        "model.schedule", "model.text", "model.unet", "model.vae", "model.weights",
     ],
     "model.morph": [
         "model.draws", "model.lora", "model.memory", "model.objectives", "model.optim",
