@@ -33,6 +33,12 @@ ARMS = {  # task -> arm -> what its process is told beside the case
     "train": {
         "ours": {"system": "ours", "objective": "after"},
         "ours compiled": {"system": "ours", "objective": "after", "compile": True},
+        "ours captured": {
+            "system": "ours",
+            "objective": "after",
+            "compile": True,
+            "cuda_graph": True,
+        },
         "ours delta": {"system": "ours", "objective": "delta"},
         "peer script": {"system": "peer", "setting": "script"},
         "peer tuned eager": {"system": "peer", "setting": "tuned"},
@@ -74,6 +80,8 @@ def planned(device: str) -> list[Case]:
         others = [("full", 512)]
     dtype = "fp32" if device == "cpu" else "bf16"
     cases = [Case("train", device, dtype, *shape) for shape in shapes]
+    if device == "cpu":
+        cases.append(Case("train", device, "bf16", "full", 256, 1))
     if device == "cuda":
         cases.append(Case("train", device, dtype, "full", 512, 1, True))
     for size, side in others:
@@ -164,7 +172,8 @@ def measure(case: Case, arms: dict[str, dict], args: argparse.Namespace, folder:
     made = [sys.executable, "-m", "bench.made", str(root), case.size]
     subprocess.run([*made, str(case.resolution), str(case.batch)], cwd=ROOT, check=True)
     common = case._asdict() | {
-        "root": str(root), "rank": 16, "compile": False, "objective": "after",
+        "root": str(root), "rank": 16, "compile": False, "cuda_graph": False,
+        "objective": "after",
         "processor_time": args.processor_time,
     }  # fmt: skip
     running = {
@@ -251,7 +260,9 @@ def main(argv: list[str] | None = None) -> int:
         arms = {
             name: job
             for name, job in ARMS[case.task].items()
-            if name in wanted and not (args.no_compile and job.get("compile"))
+            if name in wanted
+            and not (args.no_compile and job.get("compile"))
+            and not (case.device == "cpu" and job.get("cuda_graph"))
         }
         if not arms:
             continue

@@ -47,6 +47,7 @@ def training(job: dict, turns: Turns) -> None:
                 learning_rate=1e-4,
                 mixed_precision={"fp32": "no"}.get(job["dtype"], job["dtype"]),
                 compile=job["compile"],
+                cuda_graph=job["cuda_graph"],
                 gradient_checkpointing=job["checkpointing"],
                 device=job["device"],
                 max_train_steps=NEVER,

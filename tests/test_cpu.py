@@ -13,10 +13,10 @@ from model.weights import load_unet
 F64 = {"dtype": torch.float64}
 
 
-@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("stride", "padding"), [(1, 1), (2, 1), (2, 0)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_convolution_of_few_pixels_is_a_product(stride, bias, monkeypatch):
-    conv = nn.Conv2d(96, 160, 3, stride, padding=1, bias=bias, **F64)
+def test_a_convolution_of_few_pixels_is_a_product(stride, padding, bias, monkeypatch):
+    conv = nn.Conv2d(96, 160, 3, stride, padding, bias=bias, **F64)
     x = torch.randn(2, 96, 5, 4, **F64, requires_grad=True)
     grad = torch.randn(conv(x).shape, **F64)
     expected = conv(x), *torch.autograd.grad(conv(x), (x, conv.weight), grad)
