@@ -51,6 +51,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--steps must be between 1 and 1000, got {args.steps}")
     if not 0 <= args.seed < 2**31:
         raise ValueError(f"--seed must be in 0..2147483647, got {args.seed}")
+    if not 0 <= getattr(args, "eta", 0.0) <= 1:
+        raise ValueError(f"--eta must be in 0..1, got {args.eta}")
     if not 0 < getattr(args, "noise_level", 1.0) <= 1:
         raise ValueError(f"--noise_level must be in (0, 1], got {args.noise_level}")
     refuse_file(Path(args.out), "--out")
@@ -135,6 +137,7 @@ def editor(
             noise_level=args.noise_level,
             guided=with_guidance,
             image_guidance=args.image_guidance,
+            eta=args.eta,
             generator=torch.Generator().manual_seed(args.seed if seed is None else seed),
             knobs=Knobs(**{k: pipe.meta[k] for k in Knobs._fields if k in pipe.meta}),
         )
@@ -296,8 +299,8 @@ def numbers(text: str) -> list[float]:
 
 
 SWEPT = {
-    "guidance": float, "image_guidance": float, "noise_level": float, "start": str, "steps": int,
-    "seed": int, "prompt": str,
+    "guidance": float, "image_guidance": float, "noise_level": float, "eta": float, "start": str,
+    "steps": int, "seed": int, "prompt": str,
 }  # fmt: skip
 
 
@@ -354,6 +357,7 @@ def add_edit_flags(parser: argparse.ArgumentParser) -> None:
         "--image_guidance", type=float, default=1.0,
         help="how much more the before image counts for `concat`, 1 = no more [1]",
     )  # fmt: skip
+    add("--eta", type=float, default=0.0, help="noise `bridge` draws anew in each step, 0..1 [0]")
     add(
         "--between", choices=["fade", "lora"],
         help="strengths between 0 and 1: fade the image at 1 in, or weaken the LoRA "
@@ -400,7 +404,7 @@ def make_parser() -> Parser:
     states = commands.add_parser("morph", help="the states between a given before and after")
     add_common_flags(states)
     between.add_flags(states)
-    states.set_defaults(guidance=1.0, image_guidance=1.0, start="invert", strength=1.0)
+    states.set_defaults(guidance=1.0, image_guidance=1.0, start="invert", eta=0.0, strength=1.0)
     return parser
 
 

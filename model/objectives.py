@@ -55,6 +55,7 @@ class How(NamedTuple):
     )
     guided: Predict | None = None  # predict under classifier-free guidance; None: guidance 1
     image_guidance: float = 1.0  # `concat`: how much more the before image counts than none
+    eta: float = 0.0  # `bridge`: how much of its noise is drawn anew in each step, 0..1
     generator: torch.Generator | None = None
     knobs: Knobs = Knobs()
 
@@ -166,7 +167,8 @@ def bridge_edit(predict, schedule, z, s, how):
     """Down the same path: x̂_0 from the network, ε̂ = what is left of x_t, and on to the next t.
 
     DDIM's step (eq. 12) with b̂ + w (z − b̂) in the place of x̂_0. Starts from the noised z at τ−1,
-    whatever `how` says of the start. Multiplier s.
+    whatever `how` says of the start. With η the noise is √(1−η²) ε̂ + η ε, ε drawn anew: of the
+    same size, it forgets what the network guessed wrong before. Multiplier s.
     """
     tau = how.knobs.bridge_t
     ts = torch.linspace(tau - 1, 0, min(how.steps, tau), dtype=torch.float64).round().long()
@@ -179,6 +181,9 @@ def bridge_edit(predict, schedule, z, s, how):
             return b_hat
         signal, noise = schedule.roots(at(t), x)
         eps_hat = (x - signal * (b_hat + t / tau * (z - b_hat))) / noise
+        if how.eta:
+            eps = noise_like(z, how.generator)
+            eps_hat = (1 - how.eta**2) ** 0.5 * eps_hat + how.eta * eps
         x = schedule.add_noise(b_hat + t_next / tau * (z - b_hat), eps_hat, at(t_next))
 
 

@@ -337,6 +337,8 @@ EDIT = {
     "--start middle": "--start: invalid choice: 'middle'",
     "--noise_level 0": "--noise_level must be in (0, 1], got 0.0",
     "--noise_level nan": "--noise_level must be a finite number, got nan",
+    "--eta 1.1": "--eta must be in 0..1, got 1.1",
+    "--eta nan": "--eta must be in 0..1, got nan",
     "--num 3": "unrecognized arguments: --num 3",
 }
 GENERATE = {

@@ -460,6 +460,12 @@ def test_a_sweep_over_seeds_is_one_over_noise(place, tmp_path):
     assert not np.array_equal(written["0_seed1_s1.png"], written["0_seed2_s1.png"])
 
 
+def test_a_sweep_over_eta_is_one_over_what_bridge_draws(place, tmp_path, sd1):
+    write_lora(place / "bridge", sd1, objective="bridge", bridge_channels=False)
+    written = sweep(place, tmp_path, "eta=0,1", lora="bridge")
+    assert not np.array_equal(written["0_eta0_s1.png"], written["0_eta1_s1.png"])
+
+
 def test_a_knob_that_does_nothing_is_said_to(place, tmp_path, monkeypatch, capsys):
     """`delta` takes no steps."""
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
@@ -472,7 +478,7 @@ def test_a_knob_that_does_nothing_is_said_to(place, tmp_path, monkeypatch, capsy
     [
         (
             "--sweep colour=1,2",
-            "one of guidance, image_guidance, noise_level, start, steps, seed, prompt",
+            "one of guidance, image_guidance, noise_level, eta, start, steps, seed, prompt",
         ),
         ("--sweep steps", "such as steps=5,30, got 'steps'"),
         ("--sweep steps=1,b", "got 'steps=1,b'"),

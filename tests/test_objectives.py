@@ -259,19 +259,26 @@ def test_bridge_trains_on_the_path_that_its_edit_walks():
     w = (t / tau).view(-1, 1, 1, 1)
     torch.testing.assert_close(x[:, :4], sched.add_noise(b + w * (a - b), draws.eps, t))
 
-    calls.clear()
-    how = How(steps=7, knobs=knobs, generator=torch.Generator().manual_seed(0))
-    end = OBJECTIVES["bridge"].edit(predict, sched, a, ONES, how)
-    torch.testing.assert_close(end, b, rtol=0, atol=1e-9)
-    assert [int(t[0]) for _, t, _ in calls] == [399, 332, 266, 200, 133, 66, 0]
-    noises = []
-    for x, t, m in calls:
-        signal, level = sched.roots(t, b)
-        w = t[0] / tau
-        noises.append((x[:, :4] - signal * (b + w * (a - b))) / level)
-        assert torch.equal(x[:, 4:], a) and torch.equal(m, ONES)
-    for eps in noises[1:]:
-        torch.testing.assert_close(eps, noises[0], rtol=0, atol=1e-9)
+    for eta in (0.0, 0.6):  # the share of the noise that is drawn anew in each step
+        calls.clear()
+        how = How(steps=7, eta=eta, knobs=knobs, generator=torch.Generator().manual_seed(0))
+        end = OBJECTIVES["bridge"].edit(predict, sched, a, ONES, how)
+        torch.testing.assert_close(end, b, rtol=0, atol=1e-9)
+        assert [int(t[0]) for _, t, _ in calls] == [399, 332, 266, 200, 133, 66, 0]
+        rng, eps = torch.Generator().manual_seed(0), None
+        for x, t, m in calls:
+            signal, level = sched.roots(t, b)
+            w = t[0] / tau
+            seen = (x[:, :4] - signal * (b + w * (a - b))) / level
+            if eps is None or eta:
+                drawn = torch.randn(a.shape, generator=rng, dtype=a.dtype)
+            if eps is None:  # the start is the before image itself, w = 1 and not (τ−1)/τ
+                torch.testing.assert_close(seen, drawn + signal / level * (a - b) / tau)
+                eps = seen
+            elif eta:
+                eps = (1 - eta**2) ** 0.5 * eps + eta * drawn
+            torch.testing.assert_close(seen, eps, rtol=0, atol=1e-7)
+            assert torch.equal(x[:, 4:], a) and torch.equal(m, ONES)
 
 
 def test_canvas_keeps_the_before_half_clean_and_learns_on_the_other():
