@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data import MAX_ASPECT, aspect_gap, by, contact_sheet, load_image, to_image, to_tensor
+from data import MAX_ASPECT, aspect_gap, by
 from durable import write_aside, write_json
+from images import contact_sheet, load_image, to_image, to_tensor
 from measures import mse, path, perceived, psnr, structure
 from model.lora_files import load_lora
 from model.morph import States, blended, fit, inverted, renderer, respaced, steps_between

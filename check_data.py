@@ -18,18 +18,9 @@ from PIL import Image, ImageChops, ImageOps
 
 from config import Parser
 from config import report as fail
-from data import (
-    MAX_ASPECT,
-    aspect_gap,
-    by,
-    by_name,
-    contact_sheet,
-    find_pairs,
-    load_image,
-    load_mask,
-    read_caption,
-    shown,
-)
+from data import MAX_ASPECT, aspect_gap, by
+from images import contact_sheet, load_image, load_mask, shown
+from pairs import by_name, find_pairs, read_caption
 from runs import refuse_file, save_image
 
 NO_CHANGE = 0.5  # of 255, mean absolute difference: what saving as JPEG twice costs

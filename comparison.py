@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 import measures
-from data import contact_sheet
+from images import contact_sheet
 
 # ---- figures -------------------------------------------------------------------------------------
 

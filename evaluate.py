@@ -23,8 +23,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import Parser, report
-from data import PairDataset, contact_sheet, find_pairs, fingerprint, to_image
+from data import PairDataset
 from durable import write_aside, write_json
+from images import contact_sheet, to_image
 from measures import (
     cosine,
     distance,
@@ -40,6 +41,7 @@ from measures import (
 from model.files import first_line
 from model.memory import out_of_memory
 from model.pipeline import Pipeline, decode, encode
+from pairs import find_pairs, fingerprint
 from progress import no_bars
 from report import write_report
 from runs import save_image

@@ -11,19 +11,12 @@ from tqdm import tqdm
 
 import config
 from config import TrainConfig
-from data import (
-    Pair,
-    PairDataset,
-    find_clips,
-    find_pairs,
-    find_sequences,
-    find_singles,
-    to_image,
-    unmatched,
-)
+from data import PairDataset
+from images import to_image
 from latents import Latents, cache_latents
 from model.memory import phase
 from model.pipeline import DTYPES, decode, generate_latents, load_pipeline, pick_dtype
+from pairs import Pair, find_clips, find_pairs, find_sequences, find_singles, unmatched
 from progress import no_bars
 from runs import save_image
 

@@ -21,8 +21,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from data import PairDataset, file_hash, shown
+from data import PairDataset
+from images import shown
 from model.draws import Pick
+from pairs import file_hash
 from progress import no_bars
 
 CACHE_FORMAT = 1  # part of every shard's name: raise it when what is stored changes

@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 
-from data import image_size, load_image
 from durable import write_aside
+from images import image_size, load_image
 
 PAGE = """<!doctype html>
 <html lang="en">

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import between
 from config import Parser, report
-from data import contact_sheet, find_images, load_image, shown, to_image, to_tensor
+from images import contact_sheet, load_image, shown, to_image, to_tensor
 from model.files import first_line, moved_note
 from model.memory import out_of_memory
 from model.objectives import OBJECTIVES, How, Knobs
@@ -38,6 +38,7 @@ from model.pipeline import (
     pick_dtype,
 )
 from model.samplers import SAMPLERS
+from pairs import find_images
 from progress import no_bars
 from runs import refuse_file, save_image
 

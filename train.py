@@ -25,10 +25,10 @@ from tqdm import tqdm
 import config
 from checkpoint import lora_metadata, restore, save_state
 from config import TrainConfig
-from data import Pair, PairDataset, fingerprint
-from data import shown as printable
+from data import PairDataset
 from durable import write_aside
 from hub import find_token, open_repository, publish
+from images import shown as printable
 from inputs import class_images, encode_all, find_data, make_dataset, make_gallery
 from latents import Batch, Latents
 from model.cpu import quick_convs
@@ -62,6 +62,7 @@ from model.pipeline import DTYPES, Context, pick_device, pick_dtype, predictor, 
 from model.schedule import Schedule
 from model.weighting import in_and_out, listened, preservation, weighted_mean
 from model.weights import load_scheduler_config, load_text, load_unet, load_vae
+from pairs import Pair, fingerprint
 from progress import no_bars
 from report import write_report
 from runs import Run, save_image

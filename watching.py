@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data import Pair, PairDataset, contact_sheet, to_image
+from data import PairDataset
 from durable import write_json
+from images import contact_sheet, to_image
 from model.draws import seeded
 from model.objectives import Draws, How, Knobs, Objective
 from model.pipeline import (
@@ -24,6 +25,7 @@ from model.pipeline import (
 from model.schedule import Schedule
 from model.unet import UNet
 from model.vae import VAE
+from pairs import Pair
 
 STRENGTHS = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25]  # of the report's slider
 

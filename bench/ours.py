@@ -15,7 +15,7 @@ import sample
 import train
 from bench.turns import Enough, Turns
 from config import TrainConfig
-from data import load_image, to_image, to_tensor
+from images import load_image, to_image, to_tensor
 from model.pipeline import DTYPES, decode, encode, generate_latents, load_pipeline
 from model.weights import load_vae
 

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from data import contact_sheet
 from durable import write_aside
+from images import contact_sheet
 from model.draws import seeded
 from model.optim import learning_rate
 from model.pipeline import decode, generate_latents, guided_predictor, pick_device

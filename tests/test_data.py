@@ -14,23 +14,24 @@ import torch
 from PIL import Image
 
 import check_data
-import data
 import latents as latent_cache
 from config import TrainConfig
-from data import (
-    Geometry,
-    Pair,
-    PairDataset,
-    change_mask,
-    file_hash,
-    find_clips,
-    find_pairs,
-    find_sequences,
-    load_image,
-)
+from data import Geometry, PairDataset, apply, change_mask, draw_geometry
+from images import image_size, load_image, load_mask, to_image, to_tensor
 from inputs import find_data
 from latents import Latents, cache_latents
 from model.draws import Pick
+from pairs import (
+    Pair,
+    file_hash,
+    find_clips,
+    find_images,
+    find_pairs,
+    find_sequences,
+    find_singles,
+    fingerprint,
+    unmatched,
+)
 
 
 def picture(seed=0, size=(32, 32)):
@@ -75,7 +76,7 @@ def test_pairs_match_by_relative_stem_at_any_depth_and_suffix(folders):
     pairs = find_pairs(before, after)
     assert [p.name for p in pairs] == ["a", "b/1", "b/2"]
     assert pairs[1] == Pair("b/1", before / "b/1.bmp", after / "b/1.TIFF")
-    assert data.unmatched(before, after) == ([], [])
+    assert unmatched(before, after) == ([], [])
 
 
 def test_find_images_survives_links_in_a_circle(folders, tmp_path):
@@ -85,7 +86,7 @@ def test_find_images_survives_links_in_a_circle(folders, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     save(picture(), tmp_path / "elsewhere" / "c.png")
     (before / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
-    found = [p.relative_to(before).as_posix() for p in data.find_images(before)]
+    found = [p.relative_to(before).as_posix() for p in find_images(before)]
     assert found == ["a.png", "linked/c.png", "self.png"]
     with pytest.raises(ValueError, match=r"self\.png cannot be read as an image"):
         load_image(before / "self.png")
@@ -97,9 +98,9 @@ def test_missing_folders_are_named(folders, tmp_path):
     cases = [
         (lambda: find_pairs(gone, after), f"Before images root doesn't exist: {gone}"),
         (lambda: find_pairs(before, gone), f"After images root doesn't exist: {gone}"),
-        (lambda: data.find_images(gone), f"--instance_data_dir doesn't exist: {gone}"),
+        (lambda: find_images(gone), f"--instance_data_dir doesn't exist: {gone}"),
         (
-            lambda: data.find_images(gone, "--class_data_dir"),
+            lambda: find_images(gone, "--class_data_dir"),
             f"--class_data_dir doesn't exist: {gone}",
         ),
         (lambda: find_pairs(before, after, mask_dir=gone), f"--mask_dir doesn't exist: {gone}"),
@@ -143,7 +144,7 @@ def test_unmatched_images_are_named_and_can_be_skipped(folders):
         f"1 of 2 after images has no partner in {before}: d; --allow_unmatched skips them"
     )
     assert [p.name for p in find_pairs(before, after, allow_unmatched=True)] == ["c"]
-    assert data.unmatched(before, after) == (["a", "b"], ["d"])
+    assert unmatched(before, after) == (["a", "b"], ["d"])
 
 
 def test_two_files_of_one_name_are_named(folders):
@@ -185,7 +186,7 @@ def test_captions_stand_beside_the_after_image_or_else_the_before(folders):
     (after / "a.txt").write_bytes("\ufeff a café \n".encode())
     (before / "b.txt").write_text("only here")
     assert [p.caption for p in find_pairs(before, after)] == ["a café", "only here", None]
-    assert [p.caption for p in data.find_singles(before)] == ["from before", "only here", None]
+    assert [p.caption for p in find_singles(before)] == ["from before", "only here", None]
     for content, said in (
         (b"\xff\xfe\x00", "is not UTF-8 text"),
         (b" \n", "is empty: write one, or delete the file"),
@@ -199,12 +200,12 @@ def test_captions_stand_beside_the_after_image_or_else_the_before(folders):
 
 def test_singles_are_pairs_without_a_before(folders, tmp_path):
     folder, empty = folders(["b.png", "a.jpg"], [])
-    assert data.find_singles(folder) == [
+    assert find_singles(folder) == [
         Pair("a", None, folder / "a.jpg"),
         Pair("b", None, folder / "b.png"),
     ]
     with pytest.raises(ValueError, match=f"^--class_data_dir holds no images: {empty}$"):
-        data.find_singles(empty, flag="--class_data_dir")
+        find_singles(empty, flag="--class_data_dir")
 
 
 @pytest.mark.parametrize(
@@ -231,13 +232,13 @@ def test_accents_match_however_the_file_system_spells_them(folders):
 
 def test_fingerprint_follows_names_captions_and_bytes_not_places(folders, tmp_path):
     before, after = folders(["a.png"], ["a.png"])
-    first = data.fingerprint(find_pairs(before, after))
+    first = fingerprint(find_pairs(before, after))
     before.rename(tmp_path / "moved")
-    assert data.fingerprint(find_pairs(tmp_path / "moved", after)) == first
+    assert fingerprint(find_pairs(tmp_path / "moved", after)) == first
     (after / "a.txt").write_text("words")
-    captioned = data.fingerprint(find_pairs(tmp_path / "moved", after))
+    captioned = fingerprint(find_pairs(tmp_path / "moved", after))
     save(picture(9, (8, 8)), after / "a.png")
-    changed = data.fingerprint(find_pairs(tmp_path / "moved", after))
+    changed = fingerprint(find_pairs(tmp_path / "moved", after))
     assert len({first, captioned, changed}) == 3 and len(first) == 64
 
 
@@ -329,7 +330,7 @@ def test_exif_orientation(tmp_path, orientation, suffix):
     path = tmp_path / ("x" + suffix)
     stored.save(path, exif=exif, **({"lossless": True} if suffix == ".webp" else {}))
     assert pixels(load_image(path)) == pixels(upright)
-    assert data.image_size(path) == (3, 2)
+    assert image_size(path) == (3, 2)
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp", ".png", ".tif"])
@@ -366,7 +367,7 @@ def test_broken_files_are_named(tmp_path, content, reason):
     path.write_bytes(content)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for load in (load_image, data.load_mask):
+        for load in (load_image, load_mask):
             with pytest.raises(ValueError, match=f"bad.png cannot be read as an image: .*{reason}"):
                 load(path)
 
@@ -400,19 +401,19 @@ def test_missing_files_and_unknown_colours(tmp_path):
 def test_masks_of_labels_are_stretched(tmp_path):
     labels = save(grid("L", 0, 1), tmp_path / "labels.png")
     greys = save(grid("L", 0, 1, 255), tmp_path / "greys.png")
-    assert np.asarray(data.load_mask(labels)).tolist() == [[0, 255]]
-    assert np.asarray(data.load_mask(greys)).tolist() == [[0, 1, 255]]
-    assert data.load_mask(labels).mode == "L"
+    assert np.asarray(load_mask(labels)).tolist() == [[0, 255]]
+    assert np.asarray(load_mask(greys)).tolist() == [[0, 1, 255]]
+    assert load_mask(labels).mode == "L"
 
 
 def test_tensor_round_trip_is_exact():
     image = Image.fromarray(np.arange(256 * 3, dtype=np.uint8).reshape(16, 16, 3))
-    tensor = data.to_tensor(image)
+    tensor = to_tensor(image)
     assert tensor.shape == (3, 16, 16) and tensor.dtype == torch.float32
     assert tensor.min() == -1 and tensor.max() == 1 and tensor.is_contiguous()
-    assert pixels(data.to_image(tensor)) == pixels(image)
+    assert pixels(to_image(tensor)) == pixels(image)
     wild = torch.tensor([-7.0, 0.001, 7.0]).reshape(3, 1, 1).requires_grad_()
-    assert pixels(data.to_image(wild)) == [[[0, 128, 255]]]
+    assert pixels(to_image(wild)) == [[[0, 128, 255]]]
 
 
 # ---------------------------------------------------------------------------------- lockstep
@@ -477,7 +478,7 @@ def test_items_depend_on_seed_and_index_only(coordinates):
 def test_one_augmentation_leaves_the_draws_of_the_others_alone():
     def draw(**settings):
         generator = torch.Generator().manual_seed(5)
-        return [data.draw_geometry(90, 64, 64, generator=generator, **settings) for _ in range(8)]
+        return [draw_geometry(90, 64, 64, generator=generator, **settings) for _ in range(8)]
 
     plain, flipped = draw(), draw(random_flip=True)
     assert [g.crop for g in plain] == [g.crop for g in flipped]
@@ -487,7 +488,7 @@ def test_one_augmentation_leaves_the_draws_of_the_others_alone():
 
 def test_crops_reach_both_ends_and_never_beyond():
     generator = torch.Generator().manual_seed(0)
-    draws = [data.draw_geometry(10, 8, 8, generator=generator) for _ in range(100)]
+    draws = [draw_geometry(10, 8, 8, generator=generator) for _ in range(100)]
     assert {g.crop for g in draws} == {(k, 0, k + 8, 8) for k in range(3)}
     assert {g.resize for g in draws} == {(10, 8)}
 
@@ -497,16 +498,14 @@ def test_an_image_of_the_right_size_keeps_its_pixels(tmp_path):
     pair = Pair("x", None, save(image, tmp_path / "x.png"))
     dataset = PairDataset([pair], 24, seed=1)
     left = dataset.geometry(0).crop[0]
-    assert pixels(data.to_image(dataset[0]["after"])) == pixels(
-        image.crop((left, 0, left + 24, 24))
-    )
-    flipped = data.apply(image, Geometry((40, 24), (0, 0, 24, 24), True))
+    assert pixels(to_image(dataset[0]["after"])) == pixels(image.crop((left, 0, left + 24, 24)))
+    flipped = apply(image, Geometry((40, 24), (0, 0, 24, 24), True))
     assert pixels(flipped) == np.asarray(image)[:, 23::-1].tolist()
 
 
 def test_shrinking_averages_instead_of_picking():
     stripes = Image.fromarray(np.tile(np.array([0, 255], np.uint8), (64, 32)))
-    small = data.apply(stripes, Geometry((8, 8), (0, 0, 8, 8), False))
+    small = apply(stripes, Geometry((8, 8), (0, 0, 8, 8), False))
     assert np.abs(np.asarray(small).astype(int) - 127).max() < 16
 
 
@@ -522,7 +521,7 @@ def test_items_and_views(folders):
         dataset[6]
     (batch,) = torch.utils.data.DataLoader(dataset, batch_size=6)
     assert batch["after"].shape == (6, 3, 8, 8) and batch["caption"][:2] == ["", "words"]
-    single = PairDataset(data.find_singles(before), 8)[0]
+    single = PairDataset(find_singles(before), 8)[0]
     assert "before" not in single and single["after"].shape == (3, 8, 8)
 
 
@@ -737,7 +736,7 @@ def test_a_damaged_shard_is_made_again_with_a_warning(five, tmp_path, damage):
 
 def test_files_are_hashed_once_not_once_per_view(five, tmp_path, monkeypatch):
     hashed = []
-    original = data.file_hash
+    original = file_hash
     monkeypatch.setattr(latent_cache, "file_hash", lambda p: hashed.append(p) or original(p))
     cached(five, tmp_path, views=3)
     assert sorted(hashed) == sorted(p for pair in five for p in (pair.before, pair.after))

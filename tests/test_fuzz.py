@@ -21,16 +21,17 @@ from PIL import Image
 from safetensors.torch import save
 
 import config
-import data
 import latents
-from data import PairDataset, find_singles, image_size, load_image
+from data import PairDataset
 from durable import MANIFEST, json_bytes, seal
 from evaluate import code
+from images import image_size, load_image, shown
 from model.files import read_json, read_tensors
 from model.lora import inject
 from model.lora_files import load_lora, save_lora
 from model.schedule import Schedule
 from model.weights import load_text, load_tokenizer, load_unet, load_vae
+from pairs import find_singles
 from runs import Run
 from tests.fuzzing import FUZZ, bounded, changed, fuzzed, mutated, seen, tried, values, write
 
@@ -287,7 +288,7 @@ def test_latent_shards(place, content):
 @given(st.text(st.characters()))
 def test_text_in_messages_and_reports(text):
     """One printable line, and code in Markdown that ends where it should."""
-    assert data.shown([text]).isprintable()
+    assert shown([text]).isprintable()
     assert code(text).isprintable() and code(text)[1:-1].count("`") == 0
     assert json.loads(json_bytes({"a": text}).decode("utf-8")) == {"a": text}
     seen["text"] += 1

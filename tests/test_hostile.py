@@ -20,14 +20,15 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import config
-import data
 import durable
 import inputs
-from data import PairDataset, find_images, find_pairs, find_singles, load_image, read_caption
+from data import PairDataset
 from evaluate import code
+from images import contact_sheet, image_size, load_image, shown
 from model.files import read_json, read_tensors
 from model.lora_files import LORA_FILE, read_lora
 from model.weights import load_tokenizer, load_unet
+from pairs import find_images, find_pairs, find_singles, read_caption
 from runs import Run
 from sample import main as sample_main
 from tests.pairs import write_pairs
@@ -256,7 +257,7 @@ def test_the_header_and_the_picture_agree_on_the_size(tmp_path, orientation):
     exif[0x0112] = orientation
     Image.new("RGB", (8, 16)).save(tmp_path / "a.jpg", exif=exif)
     size = (16, 8) if orientation == 6 else (8, 16)
-    assert data.image_size(tmp_path / "a.jpg") == load_image(tmp_path / "a.jpg").size == size
+    assert image_size(tmp_path / "a.jpg") == load_image(tmp_path / "a.jpg").size == size
 
 
 def test_compressed_text_in_a_png(tmp_path):
@@ -292,14 +293,14 @@ def test_file_names(tmp_path, name):
     dirs = tmp_path / "pairs" / "before", tmp_path / "pairs" / "after"
     pairs = find_pairs(*dirs)
     assert len(pairs) == 1 and PairDataset(pairs, 32)[0]["after"].shape == (3, 32, 32)
-    assert data.shown([name]).isprintable()
+    assert shown([name]).isprintable()
     durable.write_json(tmp_path / "names.json", {"name": pairs[0].name})
     assert json.loads((tmp_path / "names.json").read_text("utf-8")) == {"name": pairs[0].name}
     (dirs[0] / f"{name}.png").write_bytes(b"")
     with pytest.raises(ValueError) as caught:
         PairDataset(pairs, 32)
     assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value)
-    sheet = data.contact_sheet([[Image.new("RGB", (8, 8))]], ["x"], [name])
+    sheet = contact_sheet([[Image.new("RGB", (8, 8))]], ["x"], [name])
     assert sheet.size[0] > 8 and "\n" not in code(name) and code(f"{name}`x`").count("`") == 2
 
 
@@ -377,9 +378,9 @@ def test_a_hundred_thousand_pairs(tmp_path, monkeypatch):
     """Matched, split and reported in one go each; a message stays a message."""
     names = [f"{i:06d}.png" for i in range(100_000)]
     monkeypatch.setattr(
-        data, "find_images", lambda folder, flag="": [Path(folder, n) for n in names]
+        "pairs.find_images", lambda folder, flag="": [Path(folder, n) for n in names]
     )
-    monkeypatch.setattr(data, "read_caption", lambda *images: None)
+    monkeypatch.setattr("pairs.read_caption", lambda *images: None)
     for side in ("before", "after"):
         (tmp_path / side).mkdir()
     dirs = {f"{side}_data_dir": str(tmp_path / side) for side in ("before", "after")}
@@ -387,7 +388,7 @@ def test_a_hundred_thousand_pairs(tmp_path, monkeypatch):
     assert len(found.train) == len(found.held_out) == 50_000 and len(found.shown) == 4
     assert not {p.name for p in found.train} & {p.name for p in found.held_out}
     monkeypatch.setattr(
-        data, "find_images",
+        "pairs.find_images",
         lambda folder, flag="": [Path(folder, f"{Path(folder).name[0]}{n}") for n in names],
     )  # fmt: skip
     with pytest.raises(ValueError) as caught:

@@ -7,7 +7,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 
 import sample
-from data import load_image, to_image, to_tensor
+from images import load_image, to_image, to_tensor
 from model.lora import inject, lora_layers
 from model.pipeline import decode, keep_detail
 from model.text import TextEncoder

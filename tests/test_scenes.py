@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import find_pairs
+from pairs import find_pairs
 from scenes.render import (
     CHANGES,
     RANDOM_CHANGES,

@@ -24,7 +24,9 @@ ROOT = Path(__file__).parents[1]
 # Module -> the modules of this project that it may import. "*": the library, and sample.
 ARROWS = {
     "config": [],
-    "data": [],
+    "images": [],
+    "pairs": ["images"],
+    "data": ["images", "pairs"],
     "durable": [],
     "stop": [],
     "progress": [],
@@ -41,8 +43,8 @@ ARROWS = {
     "model.draws": [],
     "measures": [],
     "model.optim": [],
-    "latents": ["data", "progress", "model.draws"],
-    "report": ["data", "durable"],
+    "latents": ["data", "images", "pairs", "progress", "model.draws"],
+    "report": ["durable", "images"],
     "model.unet": ["model.layers"],
     "model.vae": ["model.layers"],
     "model.lora_algebra": ["model.lora"],
@@ -69,11 +71,12 @@ ARROWS = {
         "model.pipeline", "model.samplers", "model.schedule", "progress",
     ],
     "inputs": [
-        "config", "data", "latents", "progress", "runs", "model.memory", "model.pipeline",
+        "config", "data", "images", "latents", "pairs", "progress", "runs", "model.memory",
+        "model.pipeline",
     ],
     "between": [
-        "data", "durable", "measures", "model.lora_files", "model.morph", "model.objectives",
-        "model.pipeline", "runs",
+        "data", "durable", "images", "measures", "model.lora_files", "model.morph",
+        "model.objectives", "model.pipeline", "runs",
     ],
     "checkpoint": [
         "config", "durable", "model.files", "model.lora", "model.lora_files", "model.objectives",
@@ -85,20 +88,22 @@ ARROWS = {
         "progress", "report",
     ],
     "watching": [
-        "data", "durable", "model.draws", "model.objectives", "model.pipeline", "model.schedule",
-        "model.unet", "model.vae",
+        "data", "durable", "images", "model.draws", "model.objectives", "model.pipeline",
+        "model.schedule", "model.unet", "model.vae", "pairs",
     ],
-    "check_data": ["config", "data", "runs"],
+    "check_data": ["config", "data", "images", "pairs", "runs"],
     "sample": ["*"],
     "train": ["*"],
     "evaluate": ["*"],
-    "comparison": ["data", "measures"],
+    "comparison": ["images", "measures"],
     "ablate": ["comparison", "config", "durable", "runs"],
 }  # fmt: skip
 ROOTS = ("check_data", "hub", "sample", "train", "evaluate", "ablate")  # what a user starts
 FOLDERS = ("scenes", "bench", "docs", "tests")  # on top of all: nothing outside them imports them
 LIBRARIES = {  # beyond the standard library
     "config": set(),
+    "images": {"torch", "numpy", "PIL"},
+    "pairs": set(),
     "data": {"torch", "numpy", "PIL"},
 }
 REFERENCES = ("diffusers", "peft", "accelerate")

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from config import TrainConfig
-from data import PairDataset, find_pairs
+from data import PairDataset
 from inputs import make_dataset
 from latents import Batch
 from model.draws import draw, seeded
@@ -31,6 +31,7 @@ from model.objectives import OBJECTIVES
 from model.unet import UNet
 from model.weighting import weighted_mean
 from model.weights import load_text, load_unet
+from pairs import find_pairs
 from tests.pairs import write_pairs
 from train import rate, train
 

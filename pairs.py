@@ -1,0 +1,323 @@
+"""Pairs of images: files that belong together, matched by name.
+
+find_pairs -> [Pair]    before and after, or one sentence on why they do not fit together
+find_sequences          states at several times: a pair for each, with its own strength
+find_clips              frames of clips, likewise
+find_singles            images alone
+fingerprint             what a data set is, in one hash
+"""
+
+import hashlib
+import json
+import math
+import os
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from images import Frame, frame_count, shown
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+MAX_CAPTION = 10_000  # characters
+MAX_FRAMES = 10_000  # of an animated file: its header may promise any number
+MAX_LINKS = 1000  # linked folders followed in one search: links to each other multiply
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Files that show one place before and after. A DreamBooth image has `before=None`."""
+
+    name: str  # relative path without suffix, posix
+    before: Path | Frame | None
+    after: Path | Frame
+    mask: Path | None = None
+    caption: str | None = None
+    strength: float = 1.0  # how much of the change `after` shows: below 1 for a state in between
+
+    @property
+    def files(self) -> dict[str, Path | Frame]:
+        """What there is of before, after and mask."""
+        sides = {"before": self.before, "after": self.after, "mask": self.mask}
+        return {side: path for side, path in sides.items() if path is not None}
+
+
+def find_images(folder: Path | str, flag: str = "--instance_data_dir") -> list[Path]:
+    """Image files at any depth, hidden ones left out, sorted by relative path.
+
+    FileNotFoundError and NotADirectoryError name `flag` and the path; ValueError: too many links.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise FileNotFoundError(f"{flag} doesn't exist: {shown([folder])}")
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{flag} is a file, wanted a folder: {shown([folder])}")
+    found, links = [], 0
+
+    def walk(inside: Path, above: frozenset[Path]) -> None:
+        nonlocal links
+        real = inside.resolve()
+        if real in above:  # a link back to a folder we are in
+            return
+        for entry in inside.iterdir():
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                if (links := links + entry.is_symlink()) > MAX_LINKS:
+                    raise ValueError(
+                        f"{flag} {shown([folder])}: more than {MAX_LINKS} linked folders"
+                    )
+                walk(entry, above | {real})
+            # a dangling link is listed, so that loading it names it; a pipe would hang the reader
+            elif entry.suffix.lower() in SUFFIXES and (entry.is_file() or entry.is_symlink()):
+                found.append(entry)
+
+    walk(folder, frozenset())
+    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def by_name(folder: Path | str, flag: str) -> dict[str, list[Path]]:
+    """Relative path without suffix -> the files of that name, of which there should be one."""
+    groups: dict[str, list[Path]] = {}
+    for path in find_images(folder, flag):
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        # macOS stores é as two code points where others store one
+        groups.setdefault(unicodedata.normalize("NFC", name), []).append(path)
+    return groups
+
+
+def _one_each(folder: Path | str, flag: str) -> dict[str, Path]:
+    groups = by_name(folder, flag)
+    for name, paths in groups.items():
+        if len(paths) > 1:
+            raise ValueError(
+                f"{flag}: {len(paths)} files are named {shown([name])}, wanted one: {shown(paths)}"
+            )
+    return {name: paths[0] for name, paths in groups.items()}
+
+
+def _case_hint(left: Sequence[str], right: Sequence[str]) -> str:
+    folded = {name.casefold(): name for name in right}
+    for name in left:
+        if (other := folded.get(name.casefold(), name)) != name:
+            return f"; {shown([name])} and {shown([other])} differ only in upper and lower case"
+    return ""
+
+
+def read_caption(*images: Path | None) -> str | None:
+    """The first NAME.txt found beside the images, or None. ValueError names the file."""
+    for image in images:
+        if image is None or not (path := image.with_suffix(".txt")).is_file():
+            continue
+        if (size := path.stat().st_size) > 4 * MAX_CAPTION + 1000:  # not to be read at all
+            raise ValueError(
+                f"caption {shown([path])} has {size} bytes, of {MAX_CAPTION} characters"
+            )
+        try:
+            text = path.read_bytes().decode("utf-8-sig").strip()  # -sig: Notepad writes a mark
+        except UnicodeDecodeError:
+            raise ValueError(f"caption {shown([path])} is not UTF-8 text") from None
+        if not text:
+            raise ValueError(f"caption {shown([path])} is empty: write one, or delete the file")
+        if len(text) > MAX_CAPTION:
+            raise ValueError(
+                f"caption {shown([path])} has {len(text)} characters, at most {MAX_CAPTION} can be"
+            )
+        return text
+    return None
+
+
+def _masks(names: Sequence[str], mask_dir: Path | str, allow_unmatched: bool) -> dict[str, Path]:
+    masks = _one_each(mask_dir, "--mask_dir")
+    missing = [name for name in names if name not in masks]
+    if len(missing) == len(names) or (missing and not allow_unmatched):
+        hint = _case_hint(missing, list(masks))
+        raise ValueError(
+            f"{len(missing)} of {len(names)} images have no mask in --mask_dir "
+            f"{shown([mask_dir])}: {shown(missing)}{hint}"
+            + ("" if len(missing) == len(names) else "; --allow_unmatched takes them without")
+        )
+    return masks
+
+
+def _both_sides(before_dir: Path | str, after_dir: Path | str) -> tuple[dict[str, Path], ...]:
+    before = _one_each(before_dir, "Before images root")
+    after = _one_each(after_dir, "After images root")
+    if os.path.samefile(before_dir, after_dir):
+        raise ValueError(
+            "--before_data_dir and --after_data_dir are the same folder, "
+            f"so there is no change to learn: {shown([after_dir])}"
+        )
+    return before, after
+
+
+def unmatched(before_dir: Path | str, after_dir: Path | str) -> tuple[list[str], list[str]]:
+    """Names that only the before folder has, and names that only the after folder has."""
+    before, after = _both_sides(before_dir, after_dir)
+    return [n for n in before if n not in after], [n for n in after if n not in before]
+
+
+def find_pairs(
+    before_dir: Path | str,
+    after_dir: Path | str,
+    *,
+    mask_dir: Path | str | None = None,
+    allow_unmatched: bool = False,
+) -> list[Pair]:
+    """Pairs of equal relative path without suffix, sorted; a caption is NAME.txt beside either.
+
+    Anything left over is an error that names it. `allow_unmatched` leaves single files out (ask
+    `unmatched` which) and takes pairs without a mask as they are. Raises FileNotFoundError or
+    NotADirectoryError for the folders, ValueError for the rest.
+    """
+    before, after = _both_sides(before_dir, after_dir)
+    names = [name for name in before if name in after]
+    lonely = [n for n in before if n not in after], [n for n in after if n not in before]
+    hint = _case_hint(*lonely)
+    if not names:
+        held = [
+            f"{shown([folder])} holds {len(side)} images ({shown(list(side), 3) or 'none'})"
+            for folder, side in ((before_dir, before), (after_dir, after))
+        ]
+        raise ValueError(f"No matching image pairs found: {held[0]}, {held[1]}{hint}")
+    if any(lonely) and not allow_unmatched:
+        parts = [
+            f"{len(only)} of {len(side)} {word} images {'has' if len(only) == 1 else 'have'} "
+            f"no partner in {shown([other])}: {shown(only)}"
+            for only, side, word, other in (
+                (lonely[0], before, "before", after_dir),
+                (lonely[1], after, "after", before_dir),
+            )
+            if only
+        ]
+        raise ValueError("; ".join(parts) + hint + "; --allow_unmatched skips them")
+    masks = _masks(names, mask_dir, allow_unmatched) if mask_dir is not None else {}
+    return [
+        Pair(n, before[n], after[n], masks.get(n), read_caption(after[n], before[n])) for n in names
+    ]
+
+
+def _shares(times: Sequence[float]) -> list[float]:
+    """Times on any scale -> shares of the way from the first (0) to the last (1)."""
+    return [(time - times[0]) / (times[-1] - times[0]) for time in times]
+
+
+def _states(
+    name: str, frames: Sequence[Path | Frame], shares: Sequence[float], mask: Path | None
+) -> list[Pair]:
+    """The first frame with each of the others."""
+    caption = read_caption(frames[-1], frames[0])
+    return [
+        Pair(name if s == 1 else f"{name} at {s:g}", frames[0], frame, mask, caption, s)
+        for s, frame in zip(shares[1:], frames[1:])
+    ]
+
+
+def find_sequences(
+    folders: Sequence[Path | str],
+    times: Sequence[float] | None = None,
+    *,
+    mask_dir: Path | str | None = None,
+    allow_unmatched: bool = False,
+) -> list[Pair]:
+    """States of the same places at k + 1 times, a folder each, matched by name as `find_pairs`
+    does: for every place k pairs of the first state with a later one, its strength the later one's
+    share of the time. Times rise on any scale; evenly spaced when not given."""
+    times = list(range(len(folders))) if times is None else list(times)
+    if len(folders) < 2:
+        raise ValueError(f"--sequence_dirs names {len(folders)} folder, wanted at least 2")
+    if len(times) != len(folders):
+        raise ValueError(
+            f"--sequence_times has {len(times)} times for {len(folders)} folders of --sequence_dirs"
+        )
+    # so written, NaN does not rise; times that differ by nothing beside the others do not either
+    rising = lambda some: all(a < b for a, b in pairwise(some))  # noqa: E731
+    if not (rising(times) and times[-1] - times[0] < math.inf and rising(_shares(times))):
+        raise ValueError(f"--sequence_times must rise, got {' '.join(f'{t:g}' for t in times)}")
+    first = find_pairs(folders[0], folders[-1], mask_dir=mask_dir, allow_unmatched=allow_unmatched)
+    between = [find_pairs(folders[0], f, allow_unmatched=allow_unmatched) for f in folders[1:-1]]
+    files = [{pair.name: pair.after for pair in state} for state in between]
+    pairs = []
+    for pair in first:
+        if any(pair.name not in state for state in files):
+            continue  # allow_unmatched: a place that lacks a state
+        frames = [pair.before, *(state[pair.name] for state in files), pair.after]
+        pairs += _states(pair.name, frames, _shares(times), pair.mask)
+    if not pairs:
+        raise ValueError("--sequence_dirs: no place is in all of the folders")
+    return pairs
+
+
+def find_clips(folder: Path | str, stride: int = 1, *, mask_dir: Path | str | None = None):
+    """Clips in a folder, each a sub-folder of frames in the order of their names, or an animated
+    GIF, WebP or PNG: every `stride`-th frame, the first being the before of all others. Strengths
+    are shares of the way from the first frame taken to the last. ValueError names a clip of fewer
+    than two frames or, in one file, more than MAX_FRAMES, and two of one name."""
+    root = Path(folder)
+    if not root.is_dir():
+        raise FileNotFoundError(f"--frames_dir doesn't exist: {shown([folder])}")
+    clips: dict[str, list[Path | Frame]] = {}
+    for entry in sorted(root.iterdir()):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            name, frames = entry.name, list(find_images(entry, "--frames_dir"))
+        elif entry.suffix.lower() in SUFFIXES | {".gif", ".apng"}:
+            if (count := frame_count(entry)) > MAX_FRAMES:
+                raise ValueError(
+                    f"--frames_dir: {shown([entry])} has {count} frames, of {MAX_FRAMES} at most "
+                    "in one file: a folder of frames may hold more"
+                )
+            name, frames = entry.stem, [Frame(entry, i) for i in range(count)]
+        else:
+            continue
+        if name in clips:
+            raise ValueError(f"--frames_dir: two clips are named {shown([name])}, wanted one")
+        clips[name] = frames
+    if not clips:
+        raise ValueError(
+            f"--frames_dir holds no clips (folders of frames or animated files): {shown([folder])}"
+        )
+    masks = _masks(list(clips), mask_dir, False) if mask_dir is not None else {}
+    pairs = []
+    for name, frames in clips.items():
+        taken = frames[::stride]
+        if len(taken) < 2:
+            raise ValueError(
+                f"--frames_dir: {shown([name])} has {len(frames)} frames, "
+                f"wanted at least two at --frame_stride {stride}"
+            )
+        pairs += _states(name, taken, _shares(range(len(taken))), masks.get(name))
+    return pairs
+
+
+def find_singles(
+    folder: Path | str,
+    *,
+    mask_dir: Path | str | None = None,
+    allow_unmatched: bool = False,
+    flag: str = "--instance_data_dir",
+) -> list[Pair]:
+    """Every image of a folder as a Pair without a before. Errors as in `find_pairs`."""
+    images = _one_each(folder, flag)
+    if not images:
+        raise ValueError(f"{flag} holds no images: {shown([folder])}")
+    masks = _masks(list(images), mask_dir, allow_unmatched) if mask_dir is not None else {}
+    return [Pair(n, None, path, masks.get(n), read_caption(path)) for n, path in images.items()]
+
+
+def file_hash(path: Path | Frame) -> str:
+    """sha256 of the file's bytes, hex; of a frame, with its number."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return f"{digest} {path.number}" if isinstance(path, Frame) else digest
+
+
+def fingerprint(pairs: Sequence[Pair]) -> str:
+    """sha256 over names, captions and file bytes, hex: equal for equal data, wherever it lies."""
+    rows = [
+        [p.name, p.caption, p.strength, {side: file_hash(path) for side, path in p.files.items()}]
+        for p in pairs
+    ]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
