@@ -1,0 +1,155 @@
+"""What grows with the number of pairs: a run of train.py on synthetic sets of several sizes.
+
+    python -m bench.scale --pairs 100 10000 100000 [--captions] [--args "--latents_on disk"]
+
+Each set is trained on twice by a process of its own: cold, then with the latent cache there. The
+networks are tiny and random, the images 16 px: what is measured is all that is not arithmetic.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from PIL import Image
+
+from durable import remove, write_aside, write_json
+
+ROOT = Path(__file__).parents[1]
+SIZE = 16  # px
+STAGES = ("find_data", "make_dataset", "encode_all", "fingerprint")  # of train.py, in seconds
+COLUMNS = {
+    "first_s": "s to first step",
+    "step_ms": "ms/step",
+    "peak_mib": "peak MiB",
+    "rows_s": "cache rows/s",
+    **{f"{name}_s": f"{name} s" for name in STAGES},
+    "text_s": "text s",
+}
+
+
+def write_set(root: Path, pairs: int, captions: bool) -> None:
+    """before/ and after/, four flat fields each and a red one in the after; perhaps NAME.txt."""
+    rng = np.random.default_rng(0)
+    for side in ("before", "after"):
+        (root / side).mkdir(parents=True)
+    for i in range(pairs):
+        fields = rng.integers(0, 256, (2, 2, 3), dtype=np.uint8)
+        before = fields.repeat(SIZE // 2, 0).repeat(SIZE // 2, 1)
+        after = before.copy()
+        after[2:8, 4:10] = 220, 30, 30
+        for side, pixels in (("before", before), ("after", after)):
+            Image.fromarray(pixels).save(root / side / f"{i:06d}.png")
+        if captions:
+            (root / "after" / f"{i:06d}.txt").write_text(f"field {i} turned red", encoding="utf-8")
+
+
+def one(argv: list[str]) -> dict:
+    """A run of train.py in this process: seconds of its stages and up to its first step."""
+    began = time.perf_counter()
+    import runs
+    import train
+
+    spent, rows = dict.fromkeys(STAGES, 0.0), []
+    log = runs.Run.log
+
+    def timed(name: str):
+        stage = getattr(train, name)
+
+        def run(*args):
+            start = time.perf_counter()
+            try:
+                return stage(*args)
+            finally:
+                spent[name] += time.perf_counter() - start
+
+        return run
+
+    def noted(self, kind: str, **numbers):
+        rows.append({"kind": kind, "at": time.perf_counter() - began, **numbers})
+        log(self, kind, **numbers)
+
+    runs.Run.log = noted
+    for name in STAGES:
+        setattr(train, name, timed(name))
+    if status := train.main(argv):
+        raise SystemExit(status)
+    steps = [row for row in rows if row["kind"] == "train"]
+    (text,) = (row["seconds"] for row in rows if row.get("name") == "text")
+    return {
+        "first_s": round(steps[0]["at"], 2),
+        "step_ms": round(median(row["step_ms"] for row in steps[2:] or steps), 2),
+        "peak_mib": steps[-1]["peak_mib"],
+        **{f"{name}_s": round(seconds, 2) for name, seconds in spent.items()},
+        "text_s": text,
+    }
+
+
+def measure(data: Path, pairs: int, args: argparse.Namespace) -> dict:
+    """{"cold": ..., "warm": ...} of one set."""
+    kind = "captions" if args.captions else "plain"
+    images, cache = data / f"{kind}-{pairs}", data / f"cache-{kind}-{pairs}"
+    if not images.exists():
+        write_aside(images, lambda folder: write_set(folder, pairs, args.captions))
+    remove(cache)
+    found = {}
+    for when, steps in (("cold", 1), ("warm", args.steps)):
+        argv = [
+            f"--pretrained_model_name_or_path={data / 'tiny'}",
+            f"--before_data_dir={images / 'before'}", f"--after_data_dir={images / 'after'}",
+            f"--output_dir={data / 'run'}", "--overwrite", f"--cache_dir={cache}",
+            "--instance_prompt=a field", f"--resolution={SIZE}", "--lora_rank=4",
+            "--train_batch_size=4", f"--max_train_steps={steps}", "--log_every=1",
+            "--num_validation_images=0", *shlex.split(args.args),
+        ]  # fmt: skip
+        command = [sys.executable, "-m", "bench.scale", "--one", json.dumps(argv)]
+        done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+        result = json.loads(done.stdout.splitlines()[-1])
+        result["rows_s"] = round(pairs / max(result["encode_all_s"], 1e-3))
+        found[when] = result
+        print(line(pairs, when, result), flush=True)
+    return found
+
+
+def line(pairs: int, when: str, result: dict) -> str:
+    return f"| {pairs} | {when} | " + " | ".join(str(result[key]) for key in COLUMNS) + " |"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.scale", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--pairs", type=int, nargs="+", default=[100, 10_000, 100_000], metavar="N")
+    add("--steps", type=int, default=100, help="of the run that finds the cache [100]")
+    add("--captions", action="store_true", help="a prompt of its own for every pair")
+    add("--args", default="", help="more flags of train.py")
+    add("--data", type=Path, default=ROOT / "data" / "bench" / "scale", help="[data/bench/scale]")
+    add("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.one:
+        print(json.dumps(one(json.loads(args.one))))
+        return 0
+    from tests.checkpoints import make_checkpoint
+
+    data = args.data.resolve()
+    data.mkdir(parents=True, exist_ok=True)
+    if not (data / "tiny").exists():
+        write_aside(data / "tiny", make_checkpoint)
+    print(f"| pairs | cache | {' | '.join(COLUMNS.values())} |")
+    print("|" + "---|" * (2 + len(COLUMNS)))
+    results = {str(pairs): measure(data, pairs, args) for pairs in args.pairs}
+    load = [round(x, 1) for x in os.getloadavg()]
+    write_json(data / "results.json", {"load": load, "args": args.args, "results": results})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
