@@ -75,6 +75,11 @@ class TrainConfig:
     views: int = knob(4, "crops cached per image where cropping is random")
     background: str = knob("white", "colour behind transparent pixels")
     cache_dir: str | None = knob(None, "folder that keeps encoded latents for the next run")
+    latents_on: str = knob(
+        "auto",
+        "where latents lie while training; `disk` is the --cache_dir; what fits when `auto`",
+        choices=("auto", "device", "host", "disk"),
+    )
     dataloader_num_workers: int = knob(0, "processes that read images while latents are encoded")
 
     # delta: LOG.md, "Which objective learns a determined change that the base never saw"
@@ -400,6 +405,10 @@ def check(cfg: TrainConfig) -> TrainConfig:
     need(
         cfg.resolution > 0 and cfg.resolution % 8 == 0,
         f"--resolution must be a positive multiple of 8, got {cfg.resolution}",
+    )
+    need(
+        cfg.latents_on != "disk" or cfg.cache_dir is not None,
+        "--latents_on disk needs a --cache_dir to have them in",
     )
     for name in (
         "train_batch_size", "gradient_accumulation_steps", "sample_batch_size",

@@ -127,8 +127,10 @@ def class_images(cfg: TrainConfig, device: torch.device, log: Callable) -> list[
     return find_singles(folder, flag="--class_data_dir")[: max(cfg.num_class_images, 1)]
 
 
-def encode_all(cfg: TrainConfig, vae, images: PairDataset, device: torch.device) -> Latents:
-    """The scaled posteriors of all images, on the device."""
+def encode_all(
+    cfg: TrainConfig, vae, images: PairDataset, device: torch.device, place: str = "device"
+) -> Latents:
+    """The scaled posteriors of all images. `place`: on the device what is only looked at."""
 
     def encode(pixels: Tensor) -> tuple[Tensor, Tensor]:
         mean, logvar = vae.encode(pixels.to(device))
@@ -136,8 +138,12 @@ def encode_all(cfg: TrainConfig, vae, images: PairDataset, device: torch.device)
 
     # two sets of weights under one name are told apart by their sum
     weights = sum(p.double().abs().sum().item() for p in vae.parameters())
-    key = f"{cfg.vae_path or cfg.pretrained_model_name_or_path} fp32 {weights:.10e}"
-    workers = cfg.dataloader_num_workers
-    return cache_latents(images, encode, cache_dir=cfg.cache_dir, key=key, workers=workers).to(
-        device
+    return cache_latents(
+        images,
+        encode,
+        cache_dir=cfg.cache_dir,
+        key=f"{cfg.vae_path or cfg.pretrained_model_name_or_path} fp32 {weights:.10e}",
+        place=place,
+        device=device,
+        workers=cfg.dataloader_num_workers,
     )

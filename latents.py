@@ -1,24 +1,25 @@
 """Latents: every image through the VAE once, kept as the posterior's mean and std.
 
+    cache_latents -> Latents    a table of rows, on the device, in memory or on disk
+    Latents.batch               a step's items, one draw of the posterior each, on the device
+    one_ahead                   the same for all steps, each copied while the one before computes
+
 A step draws one sample of the posterior per item, with the same noise for all of its states, so
 that the VAE's noise is no part of "the change".
 """
 
 import hashlib
 import json
-import os
-import socket
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import PairDataset
@@ -26,6 +27,7 @@ from images import shown
 from model.draws import Pick
 from pairs import file_hash
 from progress import no_bars
+from rows import Rows, make_rows
 
 CACHE_FORMAT = 1  # part of every shard's name: raise it when what is stored changes
 
@@ -47,116 +49,93 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Latents:
-    """The VAE's posterior of n items in f states: [before, after], or one state for singles."""
+    """The VAE's posterior of n items in f states: [before, after], or one state for singles.
 
-    mean: Tensor  # (n, f, c, h, w) float32
-    std: Tensor  # (n, f, c, h, w) float32
-    mask: Tensor | None = None  # (n, 1, h, w) in [0, 1]; 1 all over where a pair has no mask
+    Rows of `mean` and `std` (f, c, h, w) and, if any pair has a mask, `mask` (1, h, w) in [0, 1],
+    which is 1 all over where a pair has none.
+    """
+
+    rows: Rows
+    device: torch.device
 
     def __len__(self) -> int:
-        return len(self.mean)
+        return self.rows.n
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one latent: (c, h, w)."""
+        return self.rows.shapes["mean"][1:]
+
+    @property
+    def masked(self) -> bool:
+        return "mask" in self.rows.shapes
+
+    @property
+    def mean(self) -> Tensor:
+        """All of them, (n, f, c, h, w), where they are in memory."""
+        return self.rows.tensors["mean"]
 
     def batch(self, pick: Pick) -> Batch:
         """The items that were picked, one draw of the posterior each.
 
         The states of an item share its noise, so that VAE noise is no part of the change.
         """
-        index, noise, *draws = (x.to(self.mean.device, non_blocking=True) for x in pick)
-        z = self.mean[index] + self.std[index] * noise[:, None]  # (B, f, 4, h, w)
-        return Batch(index, z, None if self.mask is None else self.mask[index], *draws)
+        index, noise, *draws = pick
+        if self.rows.place == "device":
+            index, noise = send(index, self.device), send(noise, self.device)
+        row = self.rows.take(index)
+        z = row["mean"] + row["std"] * noise[:, None]  # (B, f, 4, h, w)
+        return Batch(*(send(x, self.device) for x in (index, z, row.get("mask"), *draws)))
 
-    def to(self, device: torch.device | str) -> "Latents":
-        mask = None if self.mask is None else self.mask.to(device)
-        return Latents(self.mean.to(device), self.std.to(device), mask)
 
+def send(x: Tensor | None, device: torch.device) -> Tensor | None:
+    """To the device; to CUDA from pinned memory, which the copy's stream alone waits for."""
+    if x is None or x.device.type == device.type:
+        return x
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
+def one_ahead(
+    make: Callable[[int], tuple], steps: Iterable[int], device: torch.device
+) -> Iterator[tuple]:
+    """make(step) for every step; on CUDA one step early and on a stream of its own.
+
+    So reading, drawing and copying for a step go on while the GPU computes the one before. What is
+    made is tensors, in tuples, and what is none.
+    """
+    if device.type != "cuda":
+        yield from map(make, steps)
+        return
+    side, early = torch.cuda.Stream(device), []
+    side.wait_stream(torch.cuda.current_stream(device))  # what `make` reads is there
+
+    def arrived(made: tuple, copied: torch.cuda.Event) -> tuple:
+        stream = torch.cuda.current_stream(device)
+        stream.wait_event(copied)
+        for tensor in tensors_in(made):
+            tensor.record_stream(stream)  # its memory is not used again before this stream is done
+        return made
+
+    for step in steps:
+        with torch.cuda.stream(side):
+            early.append((make(step), side.record_event()))
+        if len(early) == 2:
+            yield arrived(*early.pop(0))
+    yield from (arrived(*one) for one in early)
+
+
+def tensors_in(made: tuple) -> Iterator[Tensor]:
+    """Those on CUDA."""
+    for x in made:
+        if isinstance(x, tuple):
+            yield from tensors_in(x)
+        elif isinstance(x, Tensor) and x.is_cuda:
+            yield x
+
+
+# ---- encoding ------------------------------------------------------------------------------------
 
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
-
-
-def _encode_shard(
-    dataset: PairDataset,
-    encode: Encode,
-    items: Sequence[int],
-    batch_size: int,
-    workers: int,
-    tick: Callable,
-) -> dict[str, Tensor]:
-    """mean and std (n, f, c, h, w), and mask (n, 1, h, w) if any pair of the data set has one."""
-    states = ("after",) if dataset.pairs[0].before is None else ("before", "after")
-    masked = dataset.change_masks or any(pair.mask is not None for pair in dataset.pairs)
-    parts: dict[str, list[Tensor]] = {"mean": [], "std": []} | ({"mask": []} if masked else {})
-    loader = DataLoader(
-        Subset(dataset, items),
-        batch_size,
-        num_workers=workers,
-        collate_fn=list,
-        multiprocessing_context="spawn" if workers else None,
-    )
-    for batch in loader:
-        with torch.no_grad():
-            posteriors = [encode(torch.stack([item[state] for item in batch])) for state in states]
-        mean = torch.stack([mean.float().cpu() for mean, _ in posteriors], 1)  # (b, f, c, h, w)
-        std = torch.stack([(logvar.float() / 2).exp().cpu() for _, logvar in posteriors], 1)
-        for item, *latents in zip(batch, mean, std):
-            for state, m, s in zip(states, *latents):
-                if not (m.isfinite().all() and s.isfinite().all()):
-                    raise ValueError(
-                        f"the VAE's latents of {shown([item['name']])} ({state}) are not finite: "
-                        "run it in float32 or bfloat16"
-                    )
-        parts["mean"].append(mean)
-        parts["std"].append(std)
-        if masked:
-            whole = torch.ones(1, dataset.resolution, dataset.resolution)
-            mask = torch.stack([item.get("mask", whole) for item in batch])  # (b, 1, R, R)
-            parts["mask"].append(F.avg_pool2d(mask, dataset.resolution // mean.shape[-1]))
-        tick(len(batch))
-    return {name: torch.cat(part) for name, part in parts.items()}
-
-
-def _load_shard(path: Path, n: int, states: int, masked: bool) -> dict[str, Tensor] | None:
-    """A shard's tensors; None if there is none, and with a warning if it is of no use."""
-    if not path.exists():
-        return None
-    try:
-        shard = safetensors.torch.load_file(path)
-        shape = shard["mean"].shape
-        fits = len(shape) == 5 and shape[:2] == (n, states) and shard["std"].shape == shape
-        fits &= not masked or shard["mask"].shape == (n, 1, *shape[-2:])
-        if fits and all(tensor.isfinite().all() for tensor in shard.values()):
-            return shard
-        reason = "holds values that are not finite" if fits else "holds other shapes"
-    except Exception as error:  # safetensors has its own types, and a bad file finds others
-        reason = f"cannot be read ({error})"
-    warnings.warn(f"latent shard {shown([path])} {reason}: it is made again", stacklevel=3)
-    return None
-
-
-def _save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Written aside and renamed, so that a shard is there whole or not at all."""
-    aside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    try:
-        with open(aside, "wb") as file:
-            file.write(safetensors.torch.save(tensors))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError as error:
-        raise OSError(error.errno, f"{error.strerror}, --cache_dir", str(path)) from error
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def _sweep(cache_dir: Path) -> None:
-    """Remove what killed processes of this machine left; others may be writing still."""
-    for left in cache_dir.glob(f".latents-*.{socket.gethostname()}.*"):
-        pid = left.name.rpartition(".")[2]
-        try:
-            os.kill(int(pid), 0)
-        except ProcessLookupError:
-            left.unlink(missing_ok=True)
-        except (ValueError, OSError, OverflowError):  # another's, or no process id
-            continue
 
 
 def cache_latents(
@@ -165,10 +144,14 @@ def cache_latents(
     *,
     cache_dir: Path | str | None,
     key: str,
+    place: str = "auto",
+    device: torch.device | str = "cpu",
     batch_size: int = 8,
     shard_size: int = 256,
     workers: int = 0,
     progress: bool | None = None,
+    share: tuple[int, int] = (0, 1),
+    wait: Callable[[], None] = lambda: None,
 ) -> Latents:
     """Every item of the data set through the VAE once; with `cache_dir`, through it once ever.
 
@@ -176,34 +159,86 @@ def cache_latents(
     names the VAE and its precision. A shard's name is a hash of `key` and of what its items are
     made of: file bytes, the geometry drawn, background. So changed files are encoded anew,
     an interrupted run goes on where it was, and a new seed costs nothing where nothing is random.
-    `workers` processes read the images meanwhile; progress None: a bar on a terminal.
+    `place`, `device`, `share` and `wait` are `make_rows`'s. `workers` processes read the images
+    meanwhile; progress None: a bar on a terminal.
     """
-    n, views = len(dataset), range(dataset.views)
+    n, device = len(dataset), torch.device(device)
     states = 1 if dataset.pairs[0].before is None else 2
     masked = dataset.change_masks or any(pair.mask is not None for pair in dataset.pairs)
-    made_of: list[dict[str, str]] = []
-    if cache_dir is not None:
-        Path(cache_dir).mkdir(parents=True, exist_ok=True)
-        _sweep(Path(cache_dir))
-        # once per file, not per view
-        once = [{s: file_hash(p) for s, p in pair.files.items()} for pair in dataset.pairs]
-        made_of = [hashes for _ in views for hashes in once]
-    shards = []
+    # once per file, not per view
+    once = [] if cache_dir is None else [
+        {side: file_hash(path) for side, path in pair.files.items()} for pair in dataset.pairs
+    ]  # fmt: skip
+
+    def name(items: range) -> str:
+        rows = [[once[i % len(once)], list(vars(dataset.geometry(i)).values())] for i in items]
+        recipe = [CACHE_FORMAT, key, dataset.background, masked, dataset.change_masks, rows]
+        digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
+        return f"latents-{items.start:07d}-{digest}.safetensors"
+
+    def fits(shapes: dict) -> bool:
+        mean = shapes["mean"]
+        wanted = {"mean": mean, "std": mean} | ({"mask": (1, *mean[-2:])} if masked else {})
+        return shapes == wanted and len(mean) == 4 and mean[0] == states
+
     disable = no_bars() if progress is None else not progress
     with tqdm(total=n, desc="latents", disable=disable) as bar:
-        for start in range(0, n, shard_size):
-            items, path, shard = range(start, min(start + shard_size, n)), None, None
-            if cache_dir is not None:
-                rows = [[made_of[i], astuple(dataset.geometry(i))] for i in items]
-                recipe = [CACHE_FORMAT, key, dataset.background, masked, dataset.change_masks, rows]
-                digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
-                path = Path(cache_dir) / f"latents-{start:07d}-{digest}.safetensors"
-                if shard := _load_shard(path, len(items), states, masked):
-                    bar.update(len(items))
-            if shard is None:
-                shard = _encode_shard(dataset, encode, items, batch_size, workers, bar.update)
-                if path is not None:
-                    _save_shard(path, shard)
-            shards.append(shard)
-    whole = {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
-    return Latents(whole["mean"], whole["std"], whole.get("mask"))
+        rows = make_rows(
+            n,
+            lambda parts: _encoded(dataset, encode, parts, masked, batch_size, workers, bar.update),
+            folder=cache_dir,
+            name=name,
+            fits=fits,
+            place=place,
+            device=device,
+            what=f"the latents of {n:,} images",
+            shard_size=shard_size,
+            share=share,
+            wait=wait,
+            tick=bar.update,
+        )
+    return Latents(rows, device)
+
+
+def _encoded(
+    dataset: PairDataset,
+    encode: Encode,
+    parts: Sequence[range],
+    masked: bool,
+    batch_size: int,
+    workers: int,
+    tick: Callable,
+) -> Iterator[dict[str, Tensor]]:
+    """For each part mean and std (n, f, c, h, w), and mask (n, 1, h, w) if any pair has one."""
+    states = ("after",) if dataset.pairs[0].before is None else ("before", "after")
+    cut = [[part[i : i + batch_size] for i in range(0, len(part), batch_size)] for part in parts]
+    loader = DataLoader(  # one for all parts: starting its processes takes seconds
+        dataset,
+        batch_sampler=[batch for batches in cut for batch in batches],
+        num_workers=workers,
+        collate_fn=list,
+        multiprocessing_context="spawn" if workers else None,
+    )
+    loaded = iter(loader)
+    for batches in cut:
+        done: dict[str, list[Tensor]] = {"mean": [], "std": []} | ({"mask": []} if masked else {})
+        for batch in islice(loaded, len(batches)):
+            with torch.no_grad():
+                posteriors = [encode(torch.stack([item[s] for item in batch])) for s in states]
+            mean = torch.stack([mean.float().cpu() for mean, _ in posteriors], 1)  # (b, f, c, h, w)
+            std = torch.stack([(logvar.float() / 2).exp().cpu() for _, logvar in posteriors], 1)
+            for item, *latents in zip(batch, mean, std):
+                for state, m, s in zip(states, *latents):
+                    if not (m.isfinite().all() and s.isfinite().all()):
+                        raise ValueError(
+                            f"the VAE's latents of {shown([item['name']])} ({state}) are not "
+                            "finite: run it in float32 or bfloat16"
+                        )
+            done["mean"].append(mean)
+            done["std"].append(std)
+            if masked:
+                whole = torch.ones(1, dataset.resolution, dataset.resolution)
+                mask = torch.stack([item.get("mask", whole) for item in batch])  # (b, 1, R, R)
+                done["mask"].append(F.avg_pool2d(mask, dataset.resolution // mean.shape[-1]))
+            tick(len(batch))
+        yield {name: torch.cat(tensors) for name, tensors in done.items()}

@@ -30,7 +30,7 @@ from durable import write_aside
 from hub import find_token, open_repository, publish
 from images import shown as printable
 from inputs import class_images, encode_all, find_data, make_dataset, make_gallery
-from latents import Batch, Latents
+from latents import Batch, Latents, one_ahead
 from model.cpu import quick_convs
 from model.draws import draw, seeded
 from model.files import is_local, moved_note
@@ -228,18 +228,20 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop, token: 
         if cfg.resolution % vae.downscale:
             raise ValueError(f"--resolution must be a multiple of {vae.downscale} for this VAE")
 
-        def encoded(images: PairDataset) -> Latents:
-            return encode_all(cfg, vae, images, device)
+        def encoded(images: PairDataset, place: str = "device") -> Latents:
+            return encode_all(cfg, vae, images, device, place)
 
         def apart(some: list[Pair], prompts: list[str]) -> Apart:
             images = make_gallery(cfg, some)
             return Apart(some, images, encoded(images).mean if some else None, prompts)
 
-        latents = encoded(dataset)
-        class_latents = encoded(make_dataset(cfg, class_pairs)) if class_pairs else None
+        latents = encoded(dataset, cfg.latents_on)
+        print(f"latents       {latents.rows}")
+        class_latents = None
+        if class_pairs:
+            class_latents = encoded(make_dataset(cfg, class_pairs), cfg.latents_on)
         shown, held_out = apart(shown, told), apart(held_out, kept)
         vae.to("cpu")
-    shape = latents.mean.shape[2:]  # (4, h, w)
 
     # ---- 4. UNet: frozen, with a LoRA in fp32
     with phase("unet", device, run.log):
@@ -300,13 +302,28 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop, token: 
             sheet = (
                 watch.sheet(shown, label)
                 if shown.pairs
-                else watch.drawn(prompt, shape, cfg.num_validation_images, label)
+                else watch.drawn(prompt, latents.shape, cfg.num_validation_images, label)
             )
             save_image(sheet, run.folder / "samples" / f"{done:06d}.png")
         if held_out.pairs:
             run.log("eval", step=done, **watch.held_out_loss(held_out))
 
     # ---- 5. the loop: z -> error -> loss -> gradient -> step
+    def fetch(step: int) -> tuple[int, Batch, Batch | None]:
+        """What is drawn for a step, its latents with it, on the device."""
+        pick, other = draw(
+            cfg.seed,
+            step,
+            total,
+            pairs=n,
+            views=dataset.views,
+            shape=latents.shape,
+            num_steps=schedule.num_steps,
+            class_images=len(class_latents) if class_latents else 0,
+        )
+        recent[step + 1] = pick.index, pick.t
+        return step, latents.batch(pick), other and class_latents.batch(other)
+
     def add_gradient(own: Batch, other: Batch | None) -> Tensor:
         """Of a step's whole loss, in micro-batches. (4,): loss; inside, outside the mask; coverage.
 
@@ -343,20 +360,7 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop, token: 
     # time left by the mean so far: pictures and checkpoints, which it counts, will come again
     bar = tqdm(total=steps, initial=first, desc=name, unit="step", disable=no_bars(), smoothing=0)
     stop.waits = True
-    for step in range(run.resume_step, steps):
-        pick, class_pick = draw(
-            cfg.seed,
-            step,
-            total,
-            pairs=n,
-            views=dataset.views,
-            shape=shape,
-            num_steps=schedule.num_steps,
-            class_images=len(class_latents) if class_latents else 0,
-        )
-        recent[step + 1] = pick.index, pick.t
-        own = latents.batch(pick)
-        other = class_latents.batch(class_pick) if class_pick else None
+    for step, own, other in one_ahead(fetch, range(first, steps), device):
         while (found := unless_full(compute, own, other)) is None:
             if micro == 1:
                 raise MemoryError("one image is too much")
@@ -400,7 +404,7 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop, token: 
         if logging:
             step_ms = 1e3 * (time.perf_counter() - clock) / (done - logged)
             numbers = {"loss": means[0], "lr": lr, "grad_norm": grad_norm.item()}
-            if latents.mask is not None:
+            if latents.masked:
                 numbers |= zip(("loss_inside", "loss_outside", "mask_coverage"), means[1:])
             numbers |= {"skipped": skipped} if cfg.on_nan == "skip" else {}
             peak = round(peak_mib(device), 1)
@@ -412,7 +416,7 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop, token: 
                 print(f"{said}  {tqdm.format_interval(left)} left", flush=True)
             tally.clear()
             logged = done
-        recent.clear()
+        recent = {ahead: drawn for ahead, drawn in recent.items() if ahead > done}
         if showing:  # before the checkpoint: what it has seen is there when a run goes on from it
             show(done)
         stopping = stop.asked  # read once: it may come at any moment

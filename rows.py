@@ -1,0 +1,277 @@
+"""Tables of n rows that may be too large for a device or for memory: where they lie, how to read.
+
+    make_rows -> Rows    every row made once; on disk, once ever
+    Rows.take            some rows, from wherever they are
+
+On disk a table is shards, each there whole or not at all, so that making one may be killed at any
+moment. A row is a plain read into the buffer where it is wanted: no slower than a memory map, and
+what was read is not resident memory of the process afterwards, as the pages of a map are.
+"""
+
+import json
+import os
+import socket
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+import safetensors.torch
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from images import shown
+
+MIB, GIB = 2**20, 2**30
+# of what is free: a network and its activations are still to come
+SHARES = {"device": 0.25, "host": 0.5}
+
+
+class Shard(NamedTuple):
+    """Some rows in a file, float32."""
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]  # of one row
+    begin: dict[str, int]  # byte of the first row
+
+
+@dataclass(frozen=True)
+class Rows:
+    """n rows of named float32 tensors; `tensors` or `shards` holds them."""
+
+    n: int
+    shapes: dict[str, tuple[int, ...]]  # of one row
+    place: str  # device, host or disk
+    tensors: dict[str, Tensor]  # (n, ...)
+    shards: list[Shard]
+    shard_size: int = 1
+
+    def take(self, index: Tensor) -> dict[str, Tensor]:
+        """Rows (b, ...) for index (b,): on the device if they lie there, else on the CPU.
+
+        OSError names a file that is gone, cut short or holds values that are not finite.
+        """
+        if self.place != "disk":
+            return {name: tensor[index] for name, tensor in self.tensors.items()}
+        found = {name: torch.empty(len(index), *shape) for name, shape in self.shapes.items()}
+        into = {name: memoryview(rows.numpy()).cast("B") for name, rows in found.items()}
+        for k, i in enumerate(index.tolist()):
+            shard, row = self.shards[i // self.shard_size], i % self.shard_size
+            # opened for every row: there may be more shards than a process may have open
+            with open(shard.path, "rb", buffering=0) as file:
+                for name, view in into.items():
+                    size = len(view) // len(index)
+                    part = view[k * size : (k + 1) * size]
+                    if os.preadv(file.fileno(), [part], shard.begin[name] + row * size) < size:
+                        raise OSError(f"{shown([shard.path])} was cut short: delete it")
+        for name, rows in found.items():
+            if not rows.isfinite().all():
+                bad = index[~rows.flatten(1).isfinite().all(1)].tolist()
+                paths = [self.shards[i // self.shard_size].path for i in bad]
+                raise OSError(f"{shown(paths, 1)}: {name} is not finite: delete it")
+        return found
+
+    def __str__(self) -> str:
+        where = {"device": "on the device", "host": "in memory", "disk": "on disk"}[self.place]
+        return f"{self.n:,} rows, {self.n * row_bytes(self.shapes) / MIB:,.1f} MiB, {where}"
+
+
+def row_bytes(shapes: dict[str, tuple[int, ...]]) -> int:
+    return 4 * sum(map(prod, shapes.values()))
+
+
+# ---- shards --------------------------------------------------------------------------------------
+
+
+def open_shard(path: Path, n: int, fits: Callable[[dict], bool]) -> Shard | None:
+    """None if there is none, and with a warning if it is of no use. Looks at its header alone."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt"):  # compares what the header says with the file's length
+            pass
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = {k: v for k, v in json.loads(file.read(length)).items() if k[0] != "_"}
+        begin = {name: 8 + length + one["data_offsets"][0] for name, one in header.items()}
+        shapes = {name: tuple(one["shape"][1:]) for name, one in header.items()}
+        whole = all(one["shape"][:1] == [n] and one["dtype"] == "F32" for one in header.values())
+        if whole and fits(shapes):
+            return Shard(path, shapes, begin)
+        reason = "holds other shapes"
+    except Exception as error:  # safetensors has its own types, and a bad file finds others
+        reason = f"cannot be read ({error})"
+    warnings.warn(f"cache file {shown([path])} {reason}: it is made again", stacklevel=3)
+    return None
+
+
+def load_shard(path: Path) -> dict[str, Tensor] | None:
+    """The tensors; None, with a warning, if not all of them are finite."""
+    tensors = safetensors.torch.load_file(path)
+    if all(tensor.isfinite().all() for tensor in tensors.values()):
+        return tensors
+    reason = "holds values that are not finite"
+    warnings.warn(f"cache file {shown([path])} {reason}: it is made again", stacklevel=3)
+    return None
+
+
+def save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Written aside and renamed, so that a shard is there whole or not at all."""
+    aside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    try:
+        with open(aside, "wb") as file:
+            file.write(safetensors.torch.save(tensors))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}, --cache_dir", str(path)) from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes of this machine left; others may be writing still."""
+    for left in folder.glob(f".*.safetensors.{socket.gethostname()}.*"):
+        pid = left.name.rpartition(".")[2]
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            left.unlink(missing_ok=True)
+        except (ValueError, OSError, OverflowError):  # another's, or no process id
+            continue
+
+
+# ---- places --------------------------------------------------------------------------------------
+
+
+def free_bytes(device: torch.device) -> int:
+    """Of a GPU, or of the host's memory: what is available to this process and its kin."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):  # no Linux: half of all there is
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    try:  # a container's own limit
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        return min(free, max(limit - int((group / "memory.current").read_text()), 0))
+    except (OSError, ValueError):  # none, or the word max
+        return free
+
+
+def choose(wanted: str, size: int, device: torch.device, on_disk: bool, what: str) -> str:
+    """The place for a table of `size` bytes: where it fits and is fastest, if `wanted` is auto.
+
+    ValueError if there is none, or it does not fit where it is wanted.
+    """
+    cpu = torch.device("cpu")
+    if wanted == "disk" and on_disk:
+        return "disk"
+    free = {"device": free_bytes(device), "host": free_bytes(cpu)}
+    if wanted == "auto":
+        for place in ("device",) if device.type == "cpu" else ("device", "host"):
+            # on a CPU the device's memory is the host's
+            share = SHARES["host" if device.type == "cpu" else place]
+            if size <= share * free[place]:
+                return place
+        if on_disk:
+            return "disk"
+    elif wanted in free and size <= free[wanted]:
+        return wanted
+    place = wanted if wanted in free else "host"
+    raise ValueError(
+        f"{what} take {size / GIB:.2f} GiB, of which the {place} has {free[place] / GIB:.2f} free: "
+        "--cache_dir with --latents_on auto or disk keeps them on disk"
+    )
+
+
+# ---- making --------------------------------------------------------------------------------------
+
+Make = Callable[[list[range]], Iterator[dict[str, Tensor]]]
+
+
+def make_rows(
+    n: int,
+    make: Make,
+    *,
+    folder: Path | str | None = None,
+    name: Callable[[range], str] = str,
+    fits: Callable[[dict], bool] = lambda shapes: True,
+    place: str = "auto",
+    device: torch.device | str = "cpu",
+    what: str = "rows",
+    shard_size: int = 256,
+    share: tuple[int, int] = (0, 1),
+    wait: Callable[[], None] = lambda: None,
+    tick: Callable[[int], object] = lambda rows: None,
+) -> Rows:
+    """Rows 0..n - 1. `make` takes ranges of them and gives the tensors of each, one by one.
+
+    With `folder` a range is a shard there, called `name(range)`; one that is there and whose rows'
+    shapes `fits` takes is not made again, `tick` is told how many rows it has. Of the others this
+    rank of `share` = (rank, world) makes its part, then calls `wait`, which returns when all ranks
+    have; what is missing even then, as on a machine with a folder of its own, is made here too.
+    Without `folder` every rank makes all. `place` is one of auto, device, host and disk; ValueError
+    if the table, `what` in the sentence, does not fit there.
+    """
+    device = torch.device(device)
+    parts = [range(at, min(at + shard_size, n)) for at in range(0, n, shard_size)]
+    if folder is None:
+        return _gathered(n, parts, make(parts), place, device, what, False)
+    folder, (rank, world) = Path(folder), share
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
+    paths = [folder / name(part) for part in parts]
+    shards: list[Shard | None] = [None] * len(parts)
+    for mine in [range(rank, len(parts), world), range(len(parts))][: 1 + (world > 1)]:
+        todo = []
+        for i in mine:
+            if shards[i] is None and (shard := open_shard(paths[i], len(parts[i]), fits)):
+                shards[i] = shard
+                tick(len(parts[i]))
+            elif shards[i] is None:
+                todo.append(i)
+        for i, tensors in zip(todo, make([parts[i] for i in todo])):
+            save_shard(paths[i], tensors)
+            shards[i] = open_shard(paths[i], len(parts[i]), fits)
+        wait()
+    shapes = shards[0].shapes
+    place = choose(place, n * row_bytes(shapes), device, True, what)
+    if place == "disk":
+        return Rows(n, shapes, place, {}, shards, shard_size)
+
+    def again(i: int) -> dict[str, Tensor]:
+        (tensors,) = make([parts[i]])
+        save_shard(paths[i], tensors)
+        return tensors
+
+    loaded = (load_shard(path) or again(i) for i, path in enumerate(paths))
+    return _gathered(n, parts, loaded, place, device, what, True)
+
+
+def _gathered(
+    n: int,
+    parts: list[range],
+    found: Iterable[dict[str, Tensor]],
+    place: str,
+    device: torch.device,
+    what: str,
+    on_disk: bool,
+) -> Rows:
+    """Into tensors made once for all, so that no more than these and a shard is ever there."""
+    rows: dict[str, Tensor] = {}
+    for part, tensors in zip(parts, found):
+        if not rows:
+            shapes = {name: tuple(tensor.shape[1:]) for name, tensor in tensors.items()}
+            place = choose(place, n * row_bytes(shapes), device, on_disk, what)
+            at = device if place == "device" else "cpu"
+            rows = {name: torch.empty(n, *shape, device=at) for name, shape in shapes.items()}
+        for name, tensor in tensors.items():
+            rows[name][part.start : part.stop] = tensor
+    return Rows(n, shapes, place, rows, [])
