@@ -69,9 +69,9 @@ class Rows:
                         raise OSError(f"{shown([shard.path])} was cut short: delete it")
         for name, rows in found.items():
             if not rows.isfinite().all():
-                bad = index[~rows.flatten(1).isfinite().all(1)].tolist()
-                paths = [self.shards[i // self.shard_size].path for i in bad]
-                raise OSError(f"{shown(paths, 1)}: {name} is not finite: delete it")
+                first = index[~rows.flatten(1).isfinite().all(1)][0].item()
+                path = self.shards[first // self.shard_size].path
+                raise OSError(f"{shown([path])}: {name} is not finite: delete it")
         return found
 
     def __str__(self) -> str:

@@ -1,6 +1,5 @@
-"""data.py and check_data.py: matching, loading, lockstep, latents, the report."""
+"""images.py, pairs.py, data.py and check_data.py: loading, matching, lockstep, the report."""
 
-import os
 import pickle
 import re
 import struct
@@ -14,13 +13,10 @@ import torch
 from PIL import Image
 
 import check_data
-import latents as latent_cache
 from config import TrainConfig
 from data import Geometry, PairDataset, apply, change_mask, draw_geometry
 from images import image_size, load_image, load_mask, to_image, to_tensor
 from inputs import find_data
-from latents import Latents, cache_latents
-from model.draws import Pick
 from pairs import (
     Pair,
     file_hash,
@@ -580,178 +576,6 @@ def test_impossible_settings_are_named(tmp_path, resolution, settings, message):
         PairDataset([pair], resolution, **settings)
     with pytest.raises(ValueError, match="items with and without a before"):
         PairDataset([pair, Pair("y", pair.after, pair.after)], 8)
-
-
-# ------------------------------------------------------------------------------------ latents
-
-
-class Encoder:
-    """Stands in for the VAE: 4 channels at an eighth, and it counts what it was given."""
-
-    def __init__(self):
-        self.images = 0
-
-    def __call__(self, x):
-        self.images += len(x)
-        mean = torch.nn.functional.avg_pool2d(x, 8)  # (b, 3, h, w)
-        mean = torch.cat([mean, mean[:, :1]], 1)  # (b, 4, h, w)
-        return mean, mean - 2
-
-
-@pytest.fixture
-def five(folders):
-    names = [f"{i}.png" for i in range(5)]
-    return find_pairs(*folders(names, names))
-
-
-def cached(pairs, cache_dir, key="vae fp32", **settings):
-    """Latents, and how many images went through the encoder."""
-    encoder = Encoder()
-    dataset = PairDataset(pairs, 16, **settings)
-    latents = cache_latents(
-        dataset, encoder, cache_dir=cache_dir, key=key, batch_size=2, shard_size=2, progress=False
-    )
-    return latents, encoder.images
-
-
-def same(one, two):
-    masks = one.mask is two.mask or torch.equal(one.mask, two.mask)
-    return torch.equal(one.mean, two.mean) and torch.equal(one.std, two.std) and masks
-
-
-def test_latents_are_the_posterior_of_each_side(five):
-    latents, images = cached(five, None)
-    assert latents.mean.shape == latents.std.shape == (5, 2, 4, 2, 2) and images == 10
-    assert latents.mask is None and len(latents) == 5
-    item = PairDataset(five, 16)[3]
-    for state, side in enumerate(("before", "after")):
-        mean, logvar = Encoder()(item[side][None])
-        assert torch.equal(latents.mean[3, state], mean[0])
-        assert torch.allclose(latents.std[3, state], (logvar[0] / 2).exp())
-    singles = [Pair(p.name, None, p.after) for p in five]
-    alone = cached(singles, None)[0]
-    assert torch.equal(alone.mean[:, 0], latents.mean[:, 1]) and alone.mean.shape[1] == 1
-
-
-def test_both_sides_of_an_item_get_the_same_noise():
-    latents = Latents(torch.randn(3, 2, 4, 2, 2), torch.rand(3, 2, 4, 2, 2) + 0.5)
-    index, noise, eps = torch.tensor([2, 0, 2]), torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
-    batch = latents.batch(Pick(index, noise, eps, index, torch.rand(3)))
-    drawn = batch.z
-    assert drawn.shape == (3, 2, 4, 2, 2) and batch.mask is None and torch.equal(batch.eps, eps)
-    assert torch.equal(batch.part(1, 2).z, drawn[2:]) and batch.part(1, 2).mask is None
-    back = (drawn - latents.mean[index]) / latents.std[index]
-    assert torch.allclose(back[:, 0], noise, atol=1e-5)
-    assert torch.allclose(back[:, 1], noise, atol=1e-5)
-    assert latents.to("meta").mean.device.type == "meta"
-
-
-def test_masks_are_averaged_onto_the_latent_grid(five, tmp_path):
-    half = Image.new("L", (8, 8))
-    half.paste(255, (0, 0, 6, 8))  # the right latent cell is half covered
-    mask = save(half, tmp_path / "mask.png")
-    pairs = [Pair(p.name, p.before, p.after, mask if i else None) for i, p in enumerate(five)]
-    latents, _ = cached(pairs, tmp_path / "cache")
-    assert latents.mask.shape == (5, 1, 2, 2)
-    assert latents.mask[0].tolist() == [[[1, 1], [1, 1]]]  # no mask: everywhere
-    assert latents.mask[1].tolist() == [[[1, 0.5], [1, 0.5]]]
-    again, images = cached(pairs, tmp_path / "cache")
-    assert images == 0 and same(again, latents)
-
-
-def test_the_cache_equals_no_cache_and_is_used(five, tmp_path):
-    plain, _ = cached(five, None, random_flip=True, views=2, seed=1)
-    made, images = cached(five, tmp_path / "cache", random_flip=True, views=2, seed=1)
-    read, none = cached(five, tmp_path / "cache", random_flip=True, views=2, seed=1)
-    assert (images, none) == (20, 0)
-    assert same(plain, made) and same(made, read)
-    assert not torch.equal(made.mean[:5], made.mean[5:])  # the views do differ
-    names = sorted(os.listdir(tmp_path / "cache"))
-    assert len(names) == 5 and all(name.endswith(".safetensors") for name in names)
-
-
-def test_an_interrupted_caching_resumes(five, tmp_path):
-    whole, _ = cached(five, tmp_path / "cache")
-    shards = sorted((tmp_path / "cache").iterdir())
-    shards[1].unlink()
-    resumed, images = cached(five, tmp_path / "cache")
-    assert images == 4 and same(resumed, whole)  # two pairs, two sides
-
-    class Interrupted(Encoder):
-        def __call__(self, x):
-            if self.images >= 4:
-                raise KeyboardInterrupt
-            return super().__call__(x)
-
-    settings = dict(
-        cache_dir=tmp_path / "other", key="k", batch_size=2, shard_size=2, progress=False
-    )
-    with pytest.raises(KeyboardInterrupt):
-        cache_latents(PairDataset(five, 16), Interrupted(), **settings)
-    encoder = Encoder()
-    assert same(cache_latents(PairDataset(five, 16), encoder, **settings), whole)
-    assert encoder.images == 6
-
-
-def test_a_shard_that_cannot_be_written_leaves_nothing_behind(five, tmp_path, monkeypatch):
-    def full(source, target):
-        raise OSError(28, "No space left on device", str(target))
-
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="No space left"):
-        cached(five, tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
-def test_what_changes_the_latents_changes_the_shard(five, tmp_path):
-    first, _ = cached(five, tmp_path)
-    assert cached(five, tmp_path, seed=9)[1] == 0  # square images, nothing random: no new work
-    assert cached(five, tmp_path, key="vae bf16")[1] == 10
-    assert cached(five, tmp_path, background="black")[1] == 10
-    assert cached(five, tmp_path, random_flip=True, seed=1)[1] > 0
-    save(picture(77, (8, 8)), five[4].before)
-    changed, images = cached(five, tmp_path)
-    assert images == 2  # the last shard holds one pair
-    assert torch.equal(changed.mean[:4], first.mean[:4])
-    assert not torch.equal(changed.mean[4, 0], first.mean[4, 0])
-
-
-@pytest.mark.parametrize("damage", ["empty", "cut", "garbage", "other shape", "nan"])
-def test_a_damaged_shard_is_made_again_with_a_warning(five, tmp_path, damage):
-    whole, _ = cached(five, tmp_path / "c")
-    shard = sorted((tmp_path / "c").iterdir())[0]
-    content = shard.read_bytes()
-    if damage == "other shape":
-        wrong = {"mean": torch.ones(1, 2), "std": torch.ones(1)}
-        latent_cache.safetensors.torch.save_file(wrong, shard)
-    elif damage == "nan":
-        bad = torch.full((2, 2, 4, 2, 2), float("nan"))
-        latent_cache.safetensors.torch.save_file({"mean": bad, "std": bad.clone()}, shard)
-    else:
-        shard.write_bytes({"empty": b"", "cut": content[:-9], "garbage": b"x" * 99}[damage])
-    with pytest.warns(UserWarning, match=f"latent shard .*{shard.name}.*: it is made again"):
-        again, images = cached(five, tmp_path / "c")
-    assert images == 4 and same(again, whole) and shard.read_bytes() == content
-
-
-def test_files_are_hashed_once_not_once_per_view(five, tmp_path, monkeypatch):
-    hashed = []
-    original = file_hash
-    monkeypatch.setattr(latent_cache, "file_hash", lambda p: hashed.append(p) or original(p))
-    cached(five, tmp_path, views=3)
-    assert sorted(hashed) == sorted(p for pair in five for p in (pair.before, pair.after))
-
-
-def test_latents_that_are_not_finite_name_the_pair(five, tmp_path):
-    def encode(x):
-        mean, logvar = Encoder()(x)
-        return mean, torch.where(mean[:, :1] == mean[1, 0, 0, 0], torch.inf, logvar)
-
-    with pytest.raises(
-        ValueError, match=r"latents of 1 \(before\) are not finite: run it in float32"
-    ):
-        cache_latents(PairDataset(five, 16), encode, cache_dir=tmp_path, key="k", progress=False)
-    assert list(tmp_path.glob("*.safetensors")) == []
 
 
 # ------------------------------------------------------------------------------- check_data.py

@@ -458,8 +458,20 @@ def cache_dir(lab, patch):
     cache = lab.new()
     first = lab.fresh(cache_dir=cache)
     assert list(Path(cache).glob("latents-*.safetensors"))
-    patch.setattr(latents, "_encode_shard", None)
+    patch.setattr(latents, "_encoded", lambda *all: iter(()))
     assert column(lab.fresh(cache_dir=cache)) == column(first) == column(lab.run())
+
+
+def latents_on(lab, patch):
+    """The same run from everywhere; on disk needs the cache."""
+    cache, said = lab.new(), {}
+    for place in ("auto", "device", "host", "disk"):
+        folder = lab.fresh(latents_on=place, cache_dir=cache)
+        assert column(folder) == column(lab.run())
+        (said[place],) = re.findall(r"latents +5 rows, .*, (.*)\n", lab.said[folder])
+    places = {"auto": "on the device", "device": "on the device", "host": "in memory"}
+    assert said == places | {"disk": "on disk"}
+    stops("--latents_on disk needs a --cache_dir", latents_on="disk")(lab, patch)
 
 
 def dataloader_num_workers(lab, patch):
@@ -1132,6 +1144,7 @@ FLAGS = {
     "views": effect(views),
     "background": effect(background),
     "cache_dir": effect(cache_dir),
+    "latents_on": effect(latents_on),
     "dataloader_num_workers": effect(dataloader_num_workers),
     "pair_objective": effect(pair_objective),
     "delta_t": effect(delta_t),

@@ -21,7 +21,6 @@ from PIL import Image
 from safetensors.torch import save
 
 import config
-import latents
 from data import PairDataset
 from durable import MANIFEST, json_bytes, seal
 from evaluate import code
@@ -32,6 +31,7 @@ from model.lora_files import load_lora, save_lora
 from model.schedule import Schedule
 from model.weights import load_text, load_tokenizer, load_unet, load_vae
 from pairs import find_singles
+from rows import Rows, load_shard, open_shard
 from runs import Run
 from tests.fuzzing import FUZZ, bounded, changed, fuzzed, mutated, seen, tried, values, write
 
@@ -274,13 +274,16 @@ def test_a_runs_folder(place, data):
 @fuzzed
 @given(content=st.data())
 def test_latent_shards(place, content):
-    """A shard that was damaged is made again, whatever is wrong with it."""
+    """One that was damaged is made again, whatever is wrong with it, or names itself when read."""
     good = save({name: torch.ones(2, 1, 4, 2, 2) for name in ("mean", "std")})
     path = write(place / "shard.safetensors", content.draw(mutated(good)))
-    shard = latents._load_shard(path, 2, 1, False)
-    assert shard is None or (
-        shard["mean"].shape == (2, 1, 4, 2, 2) and shard["std"].isfinite().all()
-    )
+    shapes = dict.fromkeys(("mean", "std"), (1, 4, 2, 2))
+    shard, finite = open_shard(path, 2, lambda its: its == shapes), False
+    if shard is not None:
+        whole, table = load_shard(path), Rows(2, shapes, "disk", {}, [shard], 2)
+        finite = whole is not None
+        found = tried("rows", lambda: table.take(torch.tensor([1, 0])))
+        assert not finite or torch.equal(found["mean"], whole["mean"].flip(0))
     seen[f"shard {'refused' if shard is None else 'read'}"] += 1
 
 

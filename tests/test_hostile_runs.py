@@ -302,7 +302,7 @@ def test_a_disk_full_for_an_animation(tmp_path):
 # What writes by itself: into what its caller has aside, into memory, or line by line.
 WRITERS = {
     "ablate.py": {"call"}, "checkpoint.py": {"save_state"}, "durable.py": {"seal", "lock"},
-    "latents.py": {"_save_shard"}, "report.py": {"picture"}, "runs.py": {"start"},
+    "report.py": {"picture"}, "rows.py": {"save_shard"}, "runs.py": {"start"},
     "watching.py": {"strengths"}, "model/lora_convert.py": {"write"},
     "model/lora_files.py": {"write_lora"},
 }  # fmt: skip
