@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from PIL import Image, ImageColor
 from torch import Tensor
 
 from images import image_size, load_image, load_mask, shown, to_tensor
-from pairs import Pair, find_pairs  # noqa: F401, a data set's two steps are at hand together
+from pairs import Pair, file_hash, find_pairs  # noqa: F401, a data set's two steps are at hand together
 
 MAX_ASPECT = 0.02  # 768x383 is 768x384 with a row lost; beyond 2 % it is another frame
 
@@ -177,6 +178,11 @@ class PairDataset(torch.utils.data.Dataset):
             for size in self.sizes
         )
         return (self.center_crop or fits) and not self.random_flip and self.random_scale == 1
+
+    @cached_property
+    def hashes(self) -> list[dict[str, str]]:
+        """Of every pair the files' `file_hash` by side; they are read once."""
+        return [{side: file_hash(path) for side, path in p.files.items()} for p in self.pairs]
 
     def geometry(self, index: int) -> Geometry:
         """The draw of item `index`."""

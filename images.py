@@ -61,9 +61,25 @@ def _reading(path: Path | str) -> Iterator[None]:
         ) from error
 
 
+def _png_with_exif(path: Path | str) -> bool:
+    """Whether any chunk of a PNG may tell its orientation, those behind the pixels included."""
+    told = (b"Raw profile type exif", b"XML:com.adobe.xmp")
+    with open(path, "rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            length, kind = int.from_bytes(head[:4], "big"), head[4:]
+            start = file.read(min(length, 32)) if kind in (b"tEXt", b"zTXt", b"iTXt") else b""
+            if kind == b"eXIf" or start.startswith(told):
+                return True
+            file.seek(length + 4 - len(start), os.SEEK_CUR)
+    return False
+
+
 def image_size(path: Path | str) -> tuple[int, int]:
     """(width, height) as `load_image` will give them, from the file's header alone."""
     with _reading(path), Image.open(path) as image:
+        if image.format == "PNG" and not _png_with_exif(path):  # Pillow decodes it all to be sure
+            return image.size
         # a TIFF is turned already; what is beyond 8 means nothing to exif_transpose either
         turned = image.format != "TIFF" and image.getexif().get(0x0112) in (5, 6, 7, 8)
         return image.size[::-1] if turned else image.size

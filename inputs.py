@@ -1,7 +1,8 @@
 """What a run trains on: pairs found and held out, class images made, latents encoded."""
 
+import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,8 +17,10 @@ from images import to_image
 from latents import Latents, cache_latents
 from model.memory import phase
 from model.pipeline import DTYPES, decode, generate_latents, load_pipeline, pick_dtype
+from model.text import TextEncoder
 from pairs import Pair, find_clips, find_pairs, find_sequences, find_singles, unmatched
 from progress import no_bars
+from rows import Rows, choose, make_rows
 from runs import save_image
 
 
@@ -79,7 +82,9 @@ def make_dataset(cfg: TrainConfig, pairs: list[Pair]) -> PairDataset:
         "change_masks": cfg.mask_from_change and pairs[0].before is not None,
     }
     dataset = PairDataset(pairs, cfg.resolution, views=cfg.views, **crop)
-    return PairDataset(pairs, cfg.resolution, views=1, **crop) if dataset.deterministic else dataset
+    if dataset.deterministic:
+        dataset.views = 1  # in place: every file was opened for its size
+    return dataset
 
 
 def make_gallery(cfg: TrainConfig, shown: list[Pair]) -> PairDataset | None:
@@ -125,6 +130,48 @@ def class_images(cfg: TrainConfig, device: torch.device, log: Callable) -> list[
                     save_image(to_image(pixels), folder / f"generated_{seed:06d}.png")
             del pipe, predict
     return find_singles(folder, flag="--class_data_dir")[: max(cfg.num_class_images, 1)]
+
+
+def encode_prompts(
+    text: TextEncoder,
+    ids: Tensor,
+    mask: Tensor | None,
+    device: torch.device,
+    cache_dir: str | None,
+) -> Rows:
+    """The context of every prompt, ids (p, l), once: a table of `ctx` (l, d) where it fits.
+
+    A few are on the device; a hundred thousand of SD's are 22 GiB.
+    """
+
+    @torch.no_grad()
+    def encoded(rows: range) -> Tensor:
+        cut = slice(rows.start, rows.stop)
+        return text.encode(ids[cut], None if mask is None else mask[cut]).float().cpu()
+
+    first = encoded(range(1))  # (1, l, d)
+    key = first.numpy().tobytes()  # tells encoders, and LoRAs on them, apart
+
+    def name(part: range) -> str:
+        made_of = key + ids[part.start : part.stop].cpu().numpy().tobytes()
+        return f"contexts-{part.start:07d}-{hashlib.sha256(made_of).hexdigest()}.safetensors"
+
+    def make(parts: list[range]) -> Iterator[dict[str, Tensor]]:
+        for part in parts:
+            yield {"ctx": torch.cat([encoded(part[i : i + 32]) for i in range(0, len(part), 32)])}
+
+    what, shape = f"the contexts of {len(ids):,} prompts", tuple(first.shape[1:])
+    place = choose("auto", len(ids) * first.nbytes, device, cache_dir is not None, what)
+    return make_rows(
+        len(ids),
+        make,
+        folder=cache_dir if place == "disk" else None,
+        name=name,
+        fits=lambda shapes: shapes == {"ctx": shape},
+        place=place,
+        device=device,
+        what=what,
+    )
 
 
 def encode_all(

@@ -25,7 +25,6 @@ from tqdm import tqdm
 from data import PairDataset
 from images import shown
 from model.draws import Pick
-from pairs import file_hash
 from progress import no_bars
 from rows import Rows, make_rows
 
@@ -41,6 +40,7 @@ class Batch(NamedTuple):
     eps: Tensor  # (B, 4, h, w)
     t: Tensor  # (B,) int64
     u: Tensor  # (B,)
+    ctx: Tensor | None = None  # (B, l, d), where the prompts' are too many to be on the device
 
     def part(self, k: int, size: int) -> "Batch":
         """The k-th micro-batch of `size`."""
@@ -165,13 +165,10 @@ def cache_latents(
     n, device = len(dataset), torch.device(device)
     states = 1 if dataset.pairs[0].before is None else 2
     masked = dataset.change_masks or any(pair.mask is not None for pair in dataset.pairs)
-    # once per file, not per view
-    once = [] if cache_dir is None else [
-        {side: file_hash(path) for side, path in pair.files.items()} for pair in dataset.pairs
-    ]  # fmt: skip
 
     def name(items: range) -> str:
-        rows = [[once[i % len(once)], list(vars(dataset.geometry(i)).values())] for i in items]
+        hashes = dataset.hashes
+        rows = [[hashes[i % len(hashes)], list(vars(dataset.geometry(i)).values())] for i in items]
         recipe = [CACHE_FORMAT, key, dataset.background, masked, dataset.change_masks, rows]
         digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
         return f"latents-{items.start:07d}-{digest}.safetensors"

@@ -314,10 +314,15 @@ def file_hash(path: Path | Frame) -> str:
     return f"{digest} {path.number}" if isinstance(path, Frame) else digest
 
 
-def fingerprint(pairs: Sequence[Pair]) -> str:
-    """sha256 over names, captions and file bytes, hex: equal for equal data, wherever it lies."""
-    rows = [
-        [p.name, p.caption, p.strength, {side: file_hash(path) for side, path in p.files.items()}]
-        for p in pairs
-    ]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+def fingerprint(pairs: Sequence[Pair], hashes: Sequence[dict[str, str]] | None = None) -> str:
+    """sha256 over names, captions and file bytes, hex: equal for equal data, wherever it lies.
+
+    hashes: each pair's `file_hash` by side, where they are known.
+    """
+    whole = hashlib.sha256(b"[")
+    for i, p in enumerate(pairs):
+        known = hashes[i] if hashes else {side: file_hash(path) for side, path in p.files.items()}
+        row = json.dumps([p.name, p.caption, p.strength, known])
+        whole.update((", " * (i > 0) + row).encode())
+    whole.update(b"]")
+    return whole.hexdigest()

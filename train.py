@@ -29,8 +29,15 @@ from data import PairDataset
 from durable import write_aside
 from hub import find_token, open_repository, publish
 from images import shown as printable
-from inputs import class_images, encode_all, find_data, make_dataset, make_gallery
-from latents import Batch, Latents, one_ahead
+from inputs import (
+    class_images,
+    encode_all,
+    encode_prompts,
+    find_data,
+    make_dataset,
+    make_gallery,
+)
+from latents import Batch, Latents, one_ahead, send
 from model.cpu import quick_convs
 from model.draws import draw, seeded
 from model.files import is_local, moved_note
@@ -189,7 +196,6 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop, token: 
     prompt = cfg.validation_prompt or cfg.instance_prompt
     prompts = list(dict.fromkeys([*own, *kept, *told, prompt, cfg.class_prompt or "", ""]))
     row = {said: i for i, said in enumerate(prompts)}
-    prompt_of = torch.tensor([row[said] for said in own], device=device)  # (n,)
     strength_of = torch.tensor([pair.strength for pair in pairs], device=device)  # (n,)
     with phase("text", device, run.log):
         text = load_text(base, **files, tokenizer=cfg.tokenizer_name)
@@ -205,21 +211,25 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop, token: 
             apply_lora(under, cfg.base_lora, text=text, fixed=under_at)
         ids = text.tokenize(prompts, cfg.tokenizer_max_length).to(device)  # (p, l)
         mask = text.mask(ids) if cfg.text_encoder_use_attention_mask else None
-        with torch.no_grad():
-            table = text.encode(ids, mask)  # (p, l, d)
         if cfg.train_text_encoder:
+            contexts = None
             inject(text.model, "attn", cfg.lora_rank, cfg.lora_alpha, generator=seeded(cfg.seed, 1))
         else:
+            contexts = encode_prompts(text, ids, mask, device, cfg.cache_dir)
             text = None
+    at = "cpu" if contexts and contexts.place != "device" else device  # of the prompts' numbers
+    prompt_of = torch.tensor([row[said] for said in own], device=at)  # (n,)
+    if contexts and len(prompts) > 1000:
+        print(f"contexts      {contexts}")
 
     def context(rows: Tensor) -> Context:
         """Of the prompts in these rows (b,); encoded at every call where the encoder is trained."""
         if text is None:
-            return table[rows]  # (b, l, d)
+            return send(contexts.take(rows)["ctx"], device)  # (b, l, d)
         return text_context(text, ids[rows], None if mask is None else mask[rows])
 
     def context_of(said: str) -> Context:
-        return context(torch.tensor([row[said]], device=device))
+        return context(torch.tensor([row[said]], device=at))
 
     # ---- 3. latents: every image once; then the VAE waits in host memory for the pictures
     with phase("latents", device, run.log):
@@ -281,7 +291,13 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop, token: 
     meta = lora_metadata(cfg, name, knobs, schedule, states=1 + len({p.strength for p in pairs}))
     fade = meta["states"] == 2
     watch = Watch(unet, vae, schedule, objective, knobs, context_of, cfg.seed, fade)
-    run.start({"base": base, "data": fingerprint(pairs), "trained_parameters": flat.numel()})
+    run.start(
+        {
+            "base": base,
+            "data": fingerprint(pairs, dataset.hashes),
+            "trained_parameters": flat.numel(),
+        }
+    )
     run.keep_newest(cfg.checkpoints_total_limit)
     print(
         f"{name}: {n} {'pairs' if paired else 'images'} x {dataset.views} views, "
@@ -322,7 +338,10 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop, token: 
             class_images=len(class_latents) if class_latents else 0,
         )
         recent[step + 1] = pick.index, pick.t
-        return step, latents.batch(pick), other and class_latents.batch(other)
+        own = latents.batch(pick)
+        if prompt_of.device != own.z.device:
+            own = own._replace(ctx=context(prompt_of[pick.index % n]))
+        return step, own, other and class_latents.batch(other)
 
     def add_gradient(own: Batch, other: Batch | None) -> Tensor:
         """Of a step's whole loss, in micro-batches. (4,): loss; inside, outside the mask; coverage.
@@ -333,7 +352,8 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop, token: 
         for k in range(cuts):
             one = own.part(k, micro)
             s = strength_of[one.index % n]  # (b,), 1 but for states in between
-            predict = predictor(unet, context(prompt_of[one.index % n]))
+            ctx = context(prompt_of[one.index % n]) if one.ctx is None else one.ctx
+            predict = predictor(unet, ctx)
             predict, heard = listened(predict) if cfg.preserve_weight else (predict, [])
             draws = Draws(one.eps, one.t, one.u)
             error = objective.loss(predict, schedule, one.z[:, 0], one.z[:, -1], s, draws, knobs)

@@ -18,21 +18,26 @@ class TextEncoder(nn.Module):
         """-> ids (b, l) int64, padded to l (77 for SD). A prompt that is cut is warned about."""
         positions = self.model.config.max_position_embeddings
         length = min(max_length or self.tokenizer.model_max_length, positions)
-        ids = self.tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
-        for prompt in prompts:
-            whole = len(self.tokenizer(prompt).input_ids)
-            if whole > length:
-                warnings.warn(
-                    f"a prompt of {whole} tokens is cut to {length}: {prompt[:60]!r}...",
-                    stacklevel=2,
-                )
-        return ids
+        ids, cut = [], []
+        for i in range(0, len(prompts), 4096):  # of lists of ints, which take many bytes each
+            some = list(prompts[i : i + 4096])
+            padded = self.tokenizer(
+                some,
+                padding="max_length",
+                max_length=length,
+                truncation=True,
+                return_tensors="pt",
+            )
+            ids.append(padded.input_ids)
+            whole = map(len, self.tokenizer(some).input_ids)
+            cut += [(tokens, said) for tokens, said in zip(whole, some) if tokens > length]
+        if cut:
+            more = f" and {len(cut) - 1} more" if len(cut) > 1 else ""
+            warnings.warn(
+                f"a prompt of {cut[0][0]} tokens is cut to {length}: {cut[0][1][:60]!r}...{more}",
+                stacklevel=2,
+            )
+        return torch.cat(ids)
 
     def mask(self, ids: Tensor) -> Tensor:
         """(b, l) int64: 1 up to and with the first end-of-text token, 0 on the padding after it."""

@@ -44,7 +44,7 @@ ARROWS = {
     "measures": [],
     "model.optim": [],
     "rows": ["images"],
-    "latents": ["data", "images", "pairs", "progress", "rows", "model.draws"],
+    "latents": ["data", "images", "progress", "rows", "model.draws"],
     "report": ["durable", "images"],
     "model.unet": ["model.layers"],
     "model.vae": ["model.layers"],
@@ -72,8 +72,8 @@ ARROWS = {
         "model.pipeline", "model.samplers", "model.schedule", "progress",
     ],
     "inputs": [
-        "config", "data", "images", "latents", "pairs", "progress", "runs", "model.memory",
-        "model.pipeline",
+        "config", "data", "images", "latents", "pairs", "progress", "rows", "runs",
+        "model.memory", "model.pipeline", "model.text",
     ],
     "between": [
         "data", "durable", "images", "measures", "model.lora_files", "model.morph",
