@@ -217,9 +217,10 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop, token: 
         else:
             contexts = encode_prompts(text, ids, mask, device, cfg.cache_dir)
             text = None
-    at = "cpu" if contexts and contexts.place != "device" else device  # of the prompts' numbers
+    many = contexts is not None and contexts.place != "device"  # too many prompts to lie there
+    at = "cpu" if many else device  # of the prompts' numbers
     prompt_of = torch.tensor([row[said] for said in own], device=at)  # (n,)
-    if contexts and len(prompts) > 1000:
+    if contexts and (many or len(prompts) > 1000):
         print(f"contexts      {contexts}")
 
     def context(rows: Tensor) -> Context:
@@ -339,7 +340,7 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop, token: 
         )
         recent[step + 1] = pick.index, pick.t
         own = latents.batch(pick)
-        if prompt_of.device != own.z.device:
+        if many:
             own = own._replace(ctx=context(prompt_of[pick.index % n]))
         return step, own, other and class_latents.batch(other)
 
