@@ -77,7 +77,7 @@ class TrainConfig:
     cache_dir: str | None = knob(None, "folder that keeps encoded latents for the next run")
     latents_on: str = knob(
         "auto",
-        "where latents lie while training; `disk` is the --cache_dir; what fits when `auto`",
+        "where latents, and contexts of many prompts, lie; `disk`: --cache_dir; `auto`: what fits",
         choices=("auto", "device", "host", "disk"),
     )
     dataloader_num_workers: int = knob(0, "processes that read images while latents are encoded")

@@ -23,6 +23,8 @@ from progress import no_bars
 from rows import Rows, choose, make_rows
 from runs import save_image
 
+MANY = 1000  # prompts
+
 
 class Data(NamedTuple):
     train: list[Pair]
@@ -137,11 +139,12 @@ def encode_prompts(
     ids: Tensor,
     mask: Tensor | None,
     device: torch.device,
+    place: str,
     cache_dir: str | None,
 ) -> Rows:
-    """The context of every prompt, ids (p, l), once: a table of `ctx` (l, d) where it fits.
+    """The context of every prompt, ids (p, l), once: a table of `ctx` (l, d).
 
-    A few are on the device; a hundred thousand of SD's are 22 GiB.
+    On the device; at `place` where there are MANY: a hundred thousand of SD's are 22 GiB.
     """
 
     @torch.no_grad()
@@ -161,7 +164,8 @@ def encode_prompts(
             yield {"ctx": torch.cat([encoded(part[i : i + 32]) for i in range(0, len(part), 32)])}
 
     what, shape = f"the contexts of {len(ids):,} prompts", tuple(first.shape[1:])
-    place = choose("auto", len(ids) * first.nbytes, device, cache_dir is not None, what)
+    place = place if len(ids) > MANY else "device"
+    place = choose(place, len(ids) * first.nbytes, device, cache_dir is not None, what)
     return make_rows(
         len(ids),
         make,

@@ -55,26 +55,28 @@ def find_images(folder: Path | str, flag: str = "--instance_data_dir") -> list[P
         raise NotADirectoryError(f"{flag} is a file, wanted a folder: {shown([folder])}")
     found, links = [], 0
 
-    def walk(inside: Path, above: frozenset[Path]) -> None:
+    def walk(inside: Path, prefix: str, above: frozenset[Path]) -> None:
         nonlocal links
         real = inside.resolve()
         if real in above:  # a link back to a folder we are in
             return
-        for entry in inside.iterdir():
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                if (links := links + entry.is_symlink()) > MAX_LINKS:
-                    raise ValueError(
-                        f"{flag} {shown([folder])}: more than {MAX_LINKS} linked folders"
-                    )
-                walk(entry, above | {real})
-            # a dangling link is listed, so that loading it names it; a pipe would hang the reader
-            elif entry.suffix.lower() in SUFFIXES and (entry.is_file() or entry.is_symlink()):
-                found.append(entry)
+        with os.scandir(inside) as entries:  # knows most kinds without asking for each
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                path, link = inside / entry.name, entry.is_symlink()
+                if path.is_dir() if link else entry.is_dir():
+                    if (links := links + link) > MAX_LINKS:
+                        raise ValueError(
+                            f"{flag} {shown([folder])}: more than {MAX_LINKS} linked folders"
+                        )
+                    walk(path, f"{prefix}{entry.name}/", above | {real})
+                # a dangling link is listed, so that loading names it; a pipe would hang the reader
+                elif path.suffix.lower() in SUFFIXES and (link or entry.is_file()):
+                    found.append((prefix + entry.name, path))
 
-    walk(folder, frozenset())
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+    walk(folder, "", frozenset())
+    return [path for _, path in sorted(found)]
 
 
 def by_name(folder: Path | str, flag: str) -> dict[str, list[Path]]:

@@ -30,6 +30,7 @@ from durable import write_aside
 from hub import find_token, open_repository, publish
 from images import shown as printable
 from inputs import (
+    MANY,
     class_images,
     encode_all,
     encode_prompts,
@@ -215,12 +216,12 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop, token: 
             contexts = None
             inject(text.model, "attn", cfg.lora_rank, cfg.lora_alpha, generator=seeded(cfg.seed, 1))
         else:
-            contexts = encode_prompts(text, ids, mask, device, cfg.cache_dir)
+            contexts = encode_prompts(text, ids, mask, device, cfg.latents_on, cfg.cache_dir)
             text = None
     many = contexts is not None and contexts.place != "device"  # too many prompts to lie there
     at = "cpu" if many else device  # of the prompts' numbers
     prompt_of = torch.tensor([row[said] for said in own], device=at)  # (n,)
-    if contexts and (many or len(prompts) > 1000):
+    if contexts and len(prompts) > MANY:
         print(f"contexts      {contexts}")
 
     def context(rows: Tensor) -> Context:

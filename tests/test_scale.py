@@ -43,17 +43,18 @@ def test_contexts_are_the_same_from_every_place(sd1, tmp_path, monkeypatch):
     with torch.no_grad():
         expected = text.encode(ids)
     index = torch.tensor([69, 0, 33, 33])
+    assert encode_prompts(text, ids, None, CPU, "disk", tmp_path).place == "device"  # so few
+    monkeypatch.setattr(inputs, "MANY", 69)
     for place in ("device", "host", "disk"):
-        monkeypatch.setattr(inputs, "choose", lambda *a, place=place: place)
-        rows = encode_prompts(text, ids, None, CPU, tmp_path)
+        rows = encode_prompts(text, ids, None, CPU, place, tmp_path)
         assert rows.place == place and torch.allclose(rows.take(index)["ctx"], expected[index])
         assert list(tmp_path.iterdir()) == [] or place == "disk"
     encode, asked = text.encode, []
     text.encode = lambda ids, mask: asked.append(len(ids)) or encode(ids, mask)
-    again = encode_prompts(text, ids, None, CPU, tmp_path)
+    again = encode_prompts(text, ids, None, CPU, "disk", tmp_path)
     assert asked == [1] and torch.equal(again.take(index)["ctx"], rows.take(index)["ctx"])
     next(text.model.parameters()).data.mul_(1.1)
-    encode_prompts(text, ids, None, CPU, tmp_path)
+    encode_prompts(text, ids, None, CPU, "disk", tmp_path)
     assert asked == [1, 1, 32, 32, 6]
 
 
@@ -86,7 +87,8 @@ def test_a_run_with_its_contexts_and_latents_on_disk_is_the_same(
     expected = losses()
     assert len(set(expected)) == 4
     assert losses(instance_prompt="another", cache_dir=None) != expected  # a prompt matters
-    monkeypatch.setattr(inputs, "choose", lambda *a: "disk")
+    monkeypatch.setattr(inputs, "MANY", 5)
+    monkeypatch.setattr(train, "MANY", 5)
     capsys.readouterr()
     assert losses(latents_on="disk") == pytest.approx(expected, rel=1e-6)
     said = capsys.readouterr().out
@@ -170,12 +172,13 @@ def test_one_set_of_workers_reads_all_shards(captioned, monkeypatch):
 def test_the_bench(tmp_path, capfd):
     """Sets of two sizes, cold and with the cache there; every pair with a prompt of its own."""
     argv = ["--pairs", "6", "30", "--steps", "3", "--captions", "--args=--latents_on disk"]
+    argv.append("--processor_time")
     assert scale.main([*argv, "--data", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "results.json").read_text())
     assert found["results"].keys() == {"6", "30"} and found["args"] == "--latents_on disk"
     for result in (one[when] for one in found["results"].values() for when in ("cold", "warm")):
         assert result["first_s"] > result["encode_all_s"] > 0 and result["step_ms"] > 0
-        assert result["peak_mib"] > 100 and result["text_s"] > 0
+        assert result["peak_mib"] > 100 and result["encode_prompts_s"] > 0
     assert len(list((tmp_path / "captions-30" / "after").glob("*.txt"))) == 30
     lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("| ")]
     assert len(lines) == 5 and {line.count("|") for line in lines} == {lines[0].count("|")}
