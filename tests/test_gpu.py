@@ -14,14 +14,18 @@ import torch
 from safetensors.torch import load_file
 from transformers import CLIPTextModel
 
+import inputs
 import train as loop
 from config import TrainConfig
+from latents import Latents, one_ahead
+from model.draws import draw
 from model.layers import ResBlock, TransformerBlock
 from model.lora import inject, keep_strength, lora_layers, set_strength
 from model.memory import MIB, checkpoint_activations
 from model.unet import UNet
 from model.vae import VAE
 from model.weights import load_unet
+from rows import Rows
 from tests.pairs import write_pairs
 from train import train
 
@@ -210,6 +214,55 @@ def test_a_steady_step_never_waits_for_the_gpu(
         torch.cuda.set_sync_debug_mode("default")
     assert steps == list(range(8))
     measured(f"waits in three steps of {objective}{' compiled' * compiled}", 0, "0")
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("place", ["device", "host", "disk"])
+def test_latents_and_contexts_come_from_every_place(
+    config, tmp_path, monkeypatch, place, graph, measured
+):
+    """Fetched one step early on a stream of its own; and without a wait, which torch checks."""
+    cfg = replace(config, pair_objective="after", cuda_graph=graph, max_train_steps=12)
+    expected = losses(cfg, tmp_path, "plain")
+    monkeypatch.setattr(inputs, "MANY", 0)
+    there = replace(cfg, latents_on=place, cache_dir=str(tmp_path / "cache"))
+    off = furthest(losses(there, tmp_path, place), expected)
+    name = f"losses with latents on {place}{', captured' * graph}, off the usual ones"
+    assert measured(name, off, "< 1e-4") < 1e-4
+    draw = loop.draw
+
+    def watched(seed, step, *args, **more):
+        torch.cuda.set_sync_debug_mode("error" if 7 <= step < 11 else "default")
+        return draw(seed, step, *args, **more)
+
+    monkeypatch.setattr(loop, "draw", watched)
+    try:
+        losses(replace(there, log_every=100), tmp_path, f"{place} watched")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_next_steps_latents_are_copied_beside_the_computing(measured):
+    """What was fetched one step early is what is fetched in time, with the device kept busy."""
+    rng = torch.Generator().manual_seed(0)
+    shapes = dict.fromkeys(("mean", "std"), (2, 4, 32, 32))
+    tables = {name: torch.randn(64, *shape, generator=rng) for name, shape in shapes.items()}
+    device, how = torch.device("cuda"), {"pairs": 64, "views": 1, "shape": (4, 32, 32)}
+    host = Latents(Rows(64, shapes, "host", tables, []), device)
+    work, wrong = torch.randn(4096, 4096, device=device), 0
+    fetch = lambda step: (step, host.batch(draw(0, step, 16, num_steps=1000, **how)[0]))  # noqa: E731
+    kept = []
+    for step, batch in one_ahead(fetch, range(40), device):
+        work = work @ work / 64  # the batch is read after this, its memory given back before
+        kept.append((step, batch.z.double().sum(), batch.eps.double().sum()))
+        del batch
+    for step, z, eps in kept:
+        pick, _ = draw(0, step, 16, num_steps=1000, **how)
+        row = host.rows.take(pick.index)
+        expected = row["mean"] + row["std"] * pick.vae_noise[:, None]
+        wrong += abs(z.item() - expected.double().sum().item()) > 1e-6
+        wrong += abs(eps.item() - pick.eps.double().sum().item()) > 1e-6
+    assert measured("of 40 batches fetched early, wrong", wrong, "0") == 0
 
 
 def test_a_steady_step_allocates_nothing_that_stays(config, monkeypatch, measured):

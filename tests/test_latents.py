@@ -1,5 +1,6 @@
 """latents.py and rows.py: the posterior cached, killed and gone on with, in three places."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -267,6 +268,43 @@ def test_a_batch_is_the_same_from_every_place(tmp_path, masked):
         for one in zip(*(found[place][step][1] for place in PLACES)):
             assert one == (None,) * 3 or all(torch.equal(one[0], other) for other in one)
     assert (found["disk"][0][1].mask is not None) == masked
+
+
+def test_a_step_is_fetched_while_the_one_before_computes(monkeypatch):
+    """The order of things on CUDA, with streams that only take notes: fetched on the side, waited
+    for by the main one, one step early and never two."""
+    notes = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name if isinstance(name, str) else "side"
+
+        def wait_stream(self, other):
+            notes.append(f"{self.name} waits for {other.name}")
+
+        def wait_event(self, event):
+            notes.append(f"{self.name} waits for {event}")
+
+        def record_event(self):
+            return notes[-1]
+
+    main = Stream("main")
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+
+    def fetch(step):
+        notes.append(f"fetch {step}")
+        return step, (torch.zeros(1), None)
+
+    for step, _ in one_ahead(fetch, range(3), torch.device("cuda")):
+        notes.append(f"compute {step}")
+    assert notes == [
+        "side waits for main", "fetch 0", "fetch 1", "main waits for fetch 0", "compute 0",
+        "fetch 2", "main waits for fetch 1", "compute 1", "main waits for fetch 2", "compute 2",
+    ]  # fmt: skip
+    assert list(one_ahead(fetch, range(0), torch.device("cuda"))) == []
+    assert [step for step, _ in one_ahead(fetch, range(1), torch.device("cuda"))] == [0]
 
 
 def test_rows_that_are_gone_name_their_file(five, tmp_path):
