@@ -159,9 +159,11 @@ def free_bytes(device: torch.device) -> int:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     try:  # a container's own limit
         group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        return min(free, max(limit - int((group / "memory.current").read_text()), 0))
-    except (OSError, ValueError):  # none, or the word max
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        cached = int(stat["file"]) - int(stat["shmem"])  # files that were read, given up at need
+        return min(free, max(limit - used + cached, 0))
+    except (OSError, KeyError, ValueError):  # none, or the word max
         return free
 
 

@@ -338,6 +338,30 @@ def test_the_place_is_where_it_fits(monkeypatch):
     assert row_tables.free_bytes(cuda) > 0 and 2**20 < free_bytes(CPU) < 2**50
 
 
+def test_free_memory_is_a_containers_where_there_is_one(monkeypatch):
+    """Files that were read count as free; no limit, or no such files, is the machine's own."""
+    files = {
+        "/proc/meminfo": "MemTotal: 16 kB\nMemAvailable:    8 kB\n",
+        "/sys/fs/cgroup/memory.max": "9000\n",
+        "/sys/fs/cgroup/memory.current": "8000\n",
+        "/sys/fs/cgroup/memory.stat": "anon 1000\nfile 7000\nshmem 2000\n",
+    }
+
+    def read(path, **how):
+        if str(path) in files:
+            return files[str(path)]
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert free_bytes(CPU) == 9000 - 8000 + 5000
+    files["/sys/fs/cgroup/memory.max"] = "max\n"
+    assert free_bytes(CPU) == 8192
+    files["/sys/fs/cgroup/memory.max"] = "99999\n"
+    assert free_bytes(CPU) == 8192
+    del files["/proc/meminfo"], files["/sys/fs/cgroup/memory.max"]
+    assert free_bytes(CPU) > 2**25
+
+
 def test_too_much_is_said_before_much_is_encoded(five, monkeypatch):
     monkeypatch.setattr(row_tables, "free_bytes", lambda device: 1000)
     encoder = Encoder()
