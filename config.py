@@ -143,6 +143,9 @@ class TrainConfig:
     gradient_checkpointing: bool = knob(
         False, "recompute activations in the backward pass: less memory, slower"
     )
+    recompute: str = knob(
+        "all", "which: those of the transformer blocks, or all", choices=("transformer", "all")
+    )
     learning_rate: float = knob(2e-4, "peak learning rate")
     scale_lr: bool = knob(False, "multiply it by batch size and accumulation steps")
     lr_scheduler: str = knob(
@@ -216,6 +219,14 @@ class TrainConfig:
         "precision of the frozen base: bf16 on CUDA, fp32 (no) on CPU when not given",
         group="machine",
         choices=("no", "fp16", "bf16"),
+    )
+    base_storage: str | None = knob(
+        None,
+        "how the frozen UNet is kept: as it computes when not given, or in half of bf16",
+        choices=("int8",),
+    )
+    vram_gib: float | None = knob(
+        None, "fit the training into so many GiB by smaller micro-batches and recomputing"
     )
     allow_tf32: bool = knob(False, "TF32 matrix products on Ampere and newer")
     compile: bool | None = knob(None, "torch.compile the UNet; on CUDA when not given")
@@ -434,7 +445,7 @@ def check(cfg: TrainConfig) -> TrainConfig:
         need(getattr(cfg, name) >= 0, f"--{name} must not be negative, got {getattr(cfg, name)}")
     for name in ("max_grad_norm", "adam_epsilon", "lr_power"):
         need(getattr(cfg, name) > 0, f"--{name} must be positive, got {getattr(cfg, name)}")
-    for name in ("snr_gamma", "lora_alpha", "huber_c"):
+    for name in ("snr_gamma", "lora_alpha", "huber_c", "vram_gib"):
         value = getattr(cfg, name)
         need(value is None or value > 0, f"--{name} must be positive, got {value}")
     for name in ("adam_beta1", "adam_beta2"):
@@ -496,6 +507,7 @@ def without_effect(cfg: TrainConfig) -> list[str]:
         ("t_min", noisy, "a loss on noise: not delta or bridge"),
         ("huber_c", cfg.loss == "huber", "--loss huber"),
         ("snr_gamma", noisy and name != "anchored", "a loss on noise: not delta, bridge, anchored"),
+        ("recompute", cfg.gradient_checkpointing, "--gradient_checkpointing"),
         ("lr_warmup_steps", cfg.lr_scheduler != "constant", "--lr_scheduler constant_with_warmup"),
         ("lr_num_cycles", cfg.lr_scheduler == restarts, f"--lr_scheduler {restarts}"),
         ("lr_power", cfg.lr_scheduler == "polynomial", "--lr_scheduler polynomial"),

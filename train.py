@@ -39,11 +39,10 @@ from inputs import (
     make_gallery,
 )
 from latents import Batch, Latents, one_ahead, send
-from model.cpu import quick_convs
 from model.draws import draw, seeded
 from model.files import is_local, moved_note
+from model.frozen import freeze
 from model.graph import Replayed
-from model.layers import ResBlock, TransformerBlock
 from model.lora import inject, keep_strength, lora_layers
 from model.lora_algebra import start_from
 from model.lora_files import (
@@ -57,6 +56,8 @@ from model.lora_files import (
 )
 from model.lora_layouts import LAYOUTS
 from model.memory import (
+    LEVELS,
+    MIB,
     checkpoint_activations,
     flatten,
     out_of_memory,
@@ -67,6 +68,7 @@ from model.memory import (
 from model.objectives import OBJECTIVES, Draws, Knobs, extra_channels, noise_loss
 from model.optim import adamw, learning_rate, step_if
 from model.pipeline import DTYPES, Context, pick_device, pick_dtype, predictor, text_context
+from model.plan import frozen_bytes, plan_memory, trial
 from model.schedule import Schedule
 from model.weighting import in_and_out, listened, preservation, weighted_mean
 from model.weights import load_scheduler_config, load_text, load_unet, load_vae
@@ -125,7 +127,7 @@ def train(cfg: TrainConfig) -> Path:
         if out_of_memory(error):
             error = MemoryError(
                 f"out of memory on {device}: --gradient_checkpointing, a smaller --resolution or "
-                "--mixed_precision bf16 needs less"
+                "--mixed_precision bf16 needs less; --vram_gib plans for what is there"
             )
         if (run.started or run.checkpoint) and not isinstance(error, ValueError):
             error.add_note(run.last_good())
@@ -258,7 +260,6 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop, token: 
     # ---- 4. UNet: frozen, with a LoRA in fp32
     with phase("unet", device, run.log):
         unet = load_unet(base, **files, dtype=dtype)
-        quick_convs(unet)
         print(f"UNet          {loaded(unet, base)}")
         if unet.in_channels != 4:
             raise ValueError(f"{base} has a UNet of {unet.in_channels} input channels, not 4")
@@ -275,7 +276,8 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop, token: 
             if error := start_from(model, factors_for(model, factors), what):
                 print(f"{what}: {part} cut to rank {cfg.lora_rank}, relative error {error:.2g}")
         layers = [layer for model in adapted.values() for layer in lora_layers(model).values()]
-        flat = flatten([p for layer in layers for p in (layer.lora_A, layer.lora_B)])
+        params = [p for layer in layers for p in (layer.lora_A, layer.lora_B)]
+        flat = flatten(params)
         opt = adamw(
             flat,
             lr=cfg.learning_rate,
@@ -286,8 +288,49 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop, token: 
         )
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         state = restore(run.checkpoint, adapted, opt, scaler) if run.checkpoint else {}
-        if cfg.gradient_checkpointing:
-            checkpoint_activations(unet, (ResBlock, TransformerBlock), keep_strength(unet))
+        freeze(unet, int8=cfg.base_storage == "int8")
+        level = cfg.recompute if cfg.gradient_checkpointing else "none"
+        if cfg.vram_gib is not None:
+
+            def of_any(b: int) -> Context:
+                if contexts is None:
+                    return context(torch.zeros(b, dtype=torch.int64, device=device))
+                return torch.zeros(b, *contexts.shapes["ctx"], device=device)
+
+            loss = trial(
+                objective,
+                lambda b: predictor(unet, of_any(b)),
+                schedule,
+                knobs,
+                latents.rows.shapes["mean"],
+                masked=latents.masked,
+                preserve=cfg.preserve_weight > 0,
+                prior=class_latents is not None,
+            )
+            in_tensors = lambda *rows: [x for r in rows if r for x in r.tensors.values()]  # noqa: E731
+            adam = 2 if cfg.use_8bit_adam else 8  # bytes per weight
+            held = {
+                f"frozen UNet, {cfg.base_storage or str(dtype).removeprefix('torch.')}": (unet,),
+                "text encoder": (text and text.model,),
+                "autoencoder": (vae,),
+                "latents": (
+                    *in_tensors(latents.rows, class_latents and class_latents.rows),
+                    shown.z,
+                    held_out.z,
+                ),
+                "contexts": in_tensors(contexts),
+            }
+            held = {what: frozen_bytes(device, *some) for what, some in held.items()}
+            held["LoRA, its gradient, AdamW's state"] = (8 + adam) * flat.numel()
+            plan = plan_memory(
+                loss, unet, params, held=held, batch=micro, accum=cfg.gradient_accumulation_steps,
+                budget=cfg.vram_gib, level=level,
+            )  # fmt: skip
+            print(plan.table)
+            micro, level = plan.micro, plan.level
+            chosen = {"micro_batch": micro, "accumulation": total // micro, "recompute": level}
+            run.log("plan", **chosen, predicted_mib=round(plan.bytes / MIB, 1))
+        checkpoint_activations(unet, LEVELS[level], keep_strength(unet))
         if cfg.compile or (cfg.compile is None and device.type == "cuda"):
             unet.compile(fullgraph=True, dynamic=False)  # in place: the keys stay clean
     meta = lora_metadata(cfg, name, knobs, schedule, states=1 + len({p.strength for p in pairs}))

@@ -107,7 +107,7 @@ PLAIN = {adapted: plain for plain, adapted in ADAPTED.items()}
 
 def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
     """{module path: layer} of all adapted layers, in the model's order."""
-    return {name: m for name, m in model.named_modules() if type(m) in PLAIN}
+    return {name: m for name, m in model.named_modules() if hasattr(m, "lora_mix")}
 
 
 def match_targets(model: nn.Module, targets: str) -> list[str]:

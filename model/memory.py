@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from model.layers import ResBlock, TransformerBlock
+
 MIB = 2**20
 
 
@@ -86,10 +88,19 @@ def flatten(params: Sequence[nn.Parameter]) -> nn.Parameter:
     return flat
 
 
+# What is computed again in the backward pass instead of kept, from the fastest to the smallest.
+LEVELS = {
+    "none": (),
+    "transformer": (TransformerBlock,),
+    "all": (ResBlock, TransformerBlock),
+}
+
+
 def checkpoint_activations(
     model: nn.Module, kinds: tuple[type, ...], context_fn: Callable | None = None
 ) -> int:
-    """Make all blocks of the given kinds recompute their inside in the backward pass; how many.
+    """Make all blocks of the given kinds, and no others, recompute their inside in the backward
+    pass; how many.
 
     Chen et al. 2016 (arXiv 1604.06174). `context_fn` restores what the recompute must see again,
     the strength of a LoRA for instance; a compiled graph has it as an input and needs no such help.
@@ -110,6 +121,8 @@ def checkpoint_activations(
 
         return run
 
+    for block in model.modules():
+        vars(block).pop("forward", None)  # of an earlier call: the class has its own
     blocks = [m for m in model.modules() if isinstance(m, kinds)]
     for block in blocks:
         block.forward = recomputed(block.forward)

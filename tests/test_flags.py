@@ -29,7 +29,7 @@ import train
 from config import TrainConfig
 from docs.flags import table
 from model import lora_convert, memory
-from model.layers import ResBlock
+from model.layers import ResBlock, TransformerBlock
 from model.lora_files import LORA_FILE, read_lora
 from model.unet import UNet
 from tests.checkpoints import make_checkpoint, to_variant, weights_file
@@ -779,20 +779,51 @@ def accumulation(lab, patch):
     assert column(lab.run(gradient_accumulation_steps=2)) == pytest.approx(larger, rel=1e-5)
 
 
+def runs_again(lab, patch, block, **flags) -> float:
+    """How many times the blocks of a kind run forward, over without the flags; same losses."""
+    calls, forward = [0], block.forward
+
+    def counted(self, *args):
+        calls[-1] += 1
+        return forward(self, *args)
+
+    with patch.context() as here:
+        here.setattr(block, "forward", counted)
+        plain = lab.fresh(pair_objective="after")
+        calls.append(0)
+        again = lab.fresh(pair_objective="after", **flags)
+    assert column(again) == pytest.approx(column(plain), rel=1e-6)
+    return calls[1] / calls[0]
+
+
 def gradient_checkpointing(lab, patch):
     """The blocks run again in the backward pass, and nothing else changes."""
-    calls, forward = [0], ResBlock.forward
+    for block in (ResBlock, TransformerBlock):
+        assert runs_again(lab, patch, block, gradient_checkpointing=True) > 1.2
+    argv = ["--instance_data_dir", "x", "--gradient_checkpointing"]  # the ancestor's spelling
+    assert (config.parse(argv).gradient_checkpointing, config.parse(argv).recompute) == (
+        True,
+        "all",
+    )
 
-    def counted(block, *args):
-        calls[-1] += 1
-        return forward(block, *args)
 
-    patch.setattr(ResBlock, "forward", counted)
-    plain = lab.fresh(pair_objective="after")
-    calls.append(0)
-    again = lab.fresh(pair_objective="after", gradient_checkpointing=True)
-    assert column(again) == pytest.approx(column(plain), rel=1e-6)
-    assert calls[1] > 1.2 * calls[0]
+def recompute(lab, patch):
+    some = {"gradient_checkpointing": True, "recompute": "transformer"}
+    assert runs_again(lab, patch, TransformerBlock, **some) > 1.2
+    assert runs_again(lab, patch, ResBlock, **some) == 1
+
+
+def vram_gib(lab, patch):
+    """What the plan is, tests/test_plan.py has; here that it is asked."""
+    stops("--vram_gib 0.001 is too little", vram_gib=0.001)(lab, patch)
+    folder = lab.run(vram_gib=1.0)
+    assert "memory plan for 1 GiB" in lab.said[folder] and column(folder) == column(lab.run())
+
+
+def base_storage(lab, patch):
+    """Another base, but nearly the same; the pictures of a run are of it too."""
+    one, two = (column(lab.run(pair_objective="after", base_storage=x)) for x in (None, "int8"))
+    assert one != two and two == pytest.approx(one, rel=0.05)
 
 
 def learning_rate(lab, patch):
@@ -1175,6 +1206,7 @@ FLAGS = {
     "train_batch_size": effect(train_batch_size),
     "gradient_accumulation_steps": effect(accumulation),
     "gradient_checkpointing": effect(gradient_checkpointing),
+    "recompute": effect(recompute),
     "learning_rate": effect(learning_rate),
     "scale_lr": rates([6, 6, 6], scale_lr=True, train_batch_size=2, gradient_accumulation_steps=3),
     "lr_scheduler": rates([1, 2 / 3, 1 / 3], lr_scheduler="linear"),
@@ -1221,6 +1253,8 @@ FLAGS = {
     "validation_images": effect(validation_images),
     "validation_prompt": effect(validation_prompt),
     "mixed_precision": effect(mixed_precision),
+    "base_storage": effect(base_storage),
+    "vram_gib": effect(vram_gib),
     "allow_tf32": effect(allow_tf32),
     "compile": effect(compiled),
     # what it does is in test_train.py, on a stand-in for CUDA, and in test_gpu.py
@@ -1258,6 +1292,7 @@ def test_flag(name, lab, monkeypatch):
         ("base_lora_strength", 0.5, "--base_lora"),
         ("views", 2, "random crops"),
         ("delta_t", 300, "--pair_objective delta"),
+        ("recompute", "transformer", "--gradient_checkpointing"),
         ("lr_warmup_steps", 5, "--lr_scheduler constant_with_warmup"),
         ("lr_num_cycles", 2, "--lr_scheduler cosine_with_restarts"),
         ("lr_power", 2.0, "--lr_scheduler polynomial"),

@@ -4,6 +4,7 @@ Elsewhere all of it is skipped. Random weights, 64 × 64 images; a check says it
 `measured`.
 """
 
+import copy
 import gc
 import json
 import os
@@ -19,14 +20,20 @@ import train as loop
 from config import TrainConfig
 from latents import Latents, one_ahead
 from model.draws import draw
-from model.layers import ResBlock, TransformerBlock
+from model.frozen import freeze
 from model.lora import inject, keep_strength, lora_layers, set_strength
-from model.memory import MIB, checkpoint_activations
+from model.memory import LEVELS, MIB, checkpoint_activations, flatten
+from model.objectives import OBJECTIVES, Knobs
+from model.pipeline import predictor
+from model.plan import CUBLAS, measure, trial
+from model.schedule import Schedule
 from model.unet import UNet
 from model.vae import VAE
 from model.weights import load_unet
 from rows import Rows
+from tests.checkpoints import unet_config
 from tests.pairs import write_pairs
+from tests.parity.test_schedule import SD15
 from train import train
 
 pytestmark = [
@@ -166,7 +173,7 @@ def gradients(model, side=32):
 
 def test_activation_checkpointing_costs_nothing_but_time(unet, measured):
     plain, saving = unet(), unet()
-    assert checkpoint_activations(saving, (ResBlock, TransformerBlock), keep_strength(saving))
+    assert checkpoint_activations(saving, LEVELS["all"], keep_strength(saving))
     gradients(unet(), side=64)  # cuBLAS takes its workspace
     expected, most = gradients(plain, side=64)
     got, peak = gradients(saving, side=64)
@@ -297,3 +304,96 @@ def test_only_the_unet_is_there_in_a_step(config, sd1, monkeypatch, measured):
         peak = measured(f"peak MiB of {name}", phases[name]["peak_mib"], f"> {weights:.2f}")
         assert peak > 0.95 * weights  # a file has names in it too
     measured("peak MiB of the steps", max(row["peak_mib"] for row in rows(folder)), "")
+
+
+# ---- the memory plan -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sd15():
+    """SD1.5's shape in bf16 with random weights, a LoRA of rank 16 on attention."""
+    with torch.device("meta"):
+        model = UNet(unet_config("sd1", "full")).to(torch.bfloat16)
+    model = model.to_empty(device="cuda")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.02)
+    inject(model, "attn", rank=16, generator=torch.Generator().manual_seed(0))
+    params = [p for m in lora_layers(model).values() for p in (m.lora_A, m.lora_B)]
+    flatten(params)
+    freeze(model)
+    return model, params
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("batch", [1, 4])
+def test_the_plan_is_what_a_step_allocates(sd15, level, batch, measured):
+    """At 512 pixels: what is there, and what a step makes beside it, against CUDA's allocator."""
+    model, params = sd15
+    ctx = torch.zeros(1, 77, model.ctx_dim, device="cuda")
+    loss = trial(
+        OBJECTIVES["after"],
+        lambda b: predictor(model, ctx.expand(b, -1, -1)),
+        Schedule.from_config(SD15).to("cuda"),
+        Knobs(),
+        (2, 4, 64, 64),
+    )
+    checkpoint_activations(model, LEVELS[level], keep_strength(model))
+    try:
+        loss(batch).backward()  # libraries take their workspaces, and keep them
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        loss(batch).backward()
+        peak = torch.cuda.max_memory_allocated()
+        need = measure(loss, params, batch)
+    finally:
+        checkpoint_activations(model, ())
+    # what cuBLAS has taken is among what is held
+    predicted = held + need.tensors + max(need.workspace - CUBLAS, 0)
+    name = f"recomputing {level}, batch {batch}"
+    measured(f"MiB of the plan, {name}", predicted / MIB, "")
+    measured(f"MiB without workspaces, {name}", (held + need.tensors) / MIB, "")
+    measured(f"MiB of the peak, {name}", peak / MIB, "")
+    off = predicted / peak - 1
+    assert abs(measured(f"plan over peak, {name}", off, "within 0.1")) < 0.1
+
+
+def test_a_run_in_a_budget_stays_in_it(config, measured):
+    """The loop's own peak, from a plan that cuts the batch."""
+    cfg = replace(config, train_batch_size=4, resolution=64, pair_objective="delta")
+    (whole,) = rows(train(replace(cfg, vram_gib=64.0)), "plan")
+    cfg = replace(cfg, vram_gib=0.95 * whole["predicted_mib"] / 1024)
+    folder = train(replace(cfg, output_dir=cfg.output_dir + "-less"))
+    (cut,) = rows(folder, "plan")
+    assert (whole["micro_batch"], cut["micro_batch"]) == (4, 2)
+    peak = max(row["peak_mib"] for row in rows(folder))
+    share = measured("a tiny run's peak over its --vram_gib", peak / 1024 / cfg.vram_gib, "< 1.02")
+    assert share < 1.02
+
+
+def test_a_frozen_convolution_keeps_no_input(measured):
+    """Forward and backward of SD1.5's largest level, beside torch's own; ratios in one run."""
+    torch.manual_seed(0)
+    plain = torch.nn.Conv2d(320, 320, 3, padding=1).cuda().bfloat16().requires_grad_(False)
+    own = torch.nn.Sequential(copy.deepcopy(plain))
+    freeze(own)
+    x = torch.randn(4, 320, 64, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    took, kept, grads = [], [], []
+    for layer in (plain, own):
+        before = torch.cuda.memory_allocated()
+        out = layer(x + 1)  # x + 1 is nobody's but the layer's
+        kept.append(torch.cuda.memory_allocated() - before - out.nbytes)
+        grads.append(torch.autograd.grad(out.float().square().sum(), x)[0])
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for i in range(60):
+            if i == 10:
+                start.record()
+            torch.autograd.grad(layer(x).sum(), x)
+        end.record()
+        end.synchronize()
+        took.append(start.elapsed_time(end))
+    assert measured("MiB that a frozen convolution keeps", kept[1] / MIB, "0") < 0.1 < kept[0] / MIB
+    assert torch.allclose(grads[0], grads[1], rtol=1e-2, atol=1e-2)
+    measured("its time over torch's own", took[1] / took[0], "about 1")

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from model.lora import inject, lora_layers
+from model.lora import inject, keep_strength, lora_layers, set_strength
+from model.memory import LEVELS, checkpoint_activations
 from model.objectives import (
     OBJECTIVES,
     Draws,
@@ -45,7 +46,7 @@ def predict(sd1):
     for layer in lora_layers(unet).values():
         layer.lora_B.data = 0.1 * torch.randn(layer.lora_B.shape, generator=g, dtype=torch.float64)
     predict = predictor(unet, noise(9, (2, 7, 32)))
-    predict.params = [p for p in unet.parameters() if p.requires_grad]
+    predict.params, predict.unet = [p for p in unet.parameters() if p.requires_grad], unet
     return predict
 
 
@@ -71,6 +72,23 @@ def test_gradient_by_finite_differences(predict, name, loss, prediction_type):
                 p -= sign * h * d
     assert abs(slope) > 1e-6
     assert slope == pytest.approx((values[0] - values[1]) / (2 * h), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_recomputing_gives_the_same_gradient(predict, name):
+    """At every level, at the strengths of the forward: mixed in the batch, the base between."""
+    a, b, draws = pair()
+    s, unet, gradients = torch.tensor([0.7, -0.3], dtype=torch.float64), predict.unet, []
+    for level in ("none", "transformer", "all", "none"):
+        count = checkpoint_activations(unet, LEVELS[level], keep_strength(unet))
+        assert count == sum(isinstance(m, LEVELS[level]) for m in unet.modules())
+        unet.zero_grad()
+        loss = OBJECTIVES[name].loss(predict, schedule(), a, b, s, draws, Knobs()).mean()
+        set_strength(unet, 123.0)  # whatever is set when the backward comes
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in predict.params]))
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)

@@ -36,9 +36,10 @@ ARROWS = {
     "model.lora": [],
     "model.layers": [],
     "model.text": [],
-    "model.memory": [],
+    "model.memory": ["model.layers"],
     "model.graph": [],
     "model.cpu": [],
+    "model.frozen": ["model.cpu"],
     "model.files": [],
     "model.draws": [],
     "measures": [],
@@ -66,6 +67,9 @@ ARROWS = {
     "model.pipeline": [
         "model.cpu", "model.lora", "model.lora_files", "model.objectives", "model.samplers",
         "model.schedule", "model.text", "model.unet", "model.vae", "model.weights",
+    ],
+    "model.plan": [
+        "model.lora", "model.memory", "model.objectives", "model.schedule", "model.weighting",
     ],
     "model.morph": [
         "model.draws", "model.lora", "model.memory", "model.objectives", "model.optim",

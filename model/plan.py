@@ -1,0 +1,214 @@
+"""What a training step will need, known before it runs: a step of fake tensors, counted.
+
+A fake tensor has shape, dtype and device and no data. The real loss on the real UNet runs forward
+and backward with them, and every allocation that the real step would make is counted while it
+lives. So the figure knows of saved activations, of what the backward makes on its way, of blocks
+that compute their inside again, of any objective and LoRA. It is an eager step's: a compiled one,
+partitioned by torch's min-cut, needs less (tests/test_plan.py).
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from model.lora import keep_strength, set_strength
+from model.memory import LEVELS, MIB, checkpoint_activations
+from model.objectives import Draws, Knobs, Objective, Predict, noise_loss
+from model.schedule import Schedule
+from model.weighting import listened, preservation, weighted_mean
+
+# cuBLAS keeps 32 MiB on Hopper, 8 before (torch's notes on CUBLAS_WORKSPACE_CONFIG)
+CUBLAS = 32 * MIB
+GIB = 1024 * MIB
+COPYING = ("convolution", "scaled_dot_product")
+
+
+class Counted(TorchDispatchMode):
+    """Bytes of the storages made inside: alive now, at most; and the largest kernel's operands."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = self.operands = 0
+        self.there = {}  # address of a storage: its size, and a reference that tells of its end
+
+    def _freed(self, key: int) -> None:
+        self.live -= self.there.pop(key)[0]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        if any(name in func.__name__ for name in COPYING):
+            taken = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            self.operands = max(self.operands, sum(x.nbytes for x in taken + made))
+        if any(result.alias_info for result in func._schema.returns):
+            return out  # a view, or in place
+        for x in made:
+            storage = x.untyped_storage()
+            key = storage._cdata
+            if key not in self.there:
+                end = weakref.ref(storage, lambda _, key=key: self._freed(key))
+                self.there[key] = storage.nbytes(), end
+                self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        return out
+
+
+class Need(NamedTuple):
+    """Bytes that a step makes beside what is there before and after it."""
+
+    tensors: int  # at most alive
+    workspace: int  # of kernels, beside them
+
+
+@contextmanager
+def no_gradients(params: Sequence[nn.Parameter]):
+    """A backward inside leaves nothing: each gradient goes as soon as it is there.
+
+    As in the training, which adds it to what is there already.
+    """
+
+    def drop(p: nn.Parameter) -> None:
+        p.grad = None
+
+    kept = [p.grad for p in params]
+    hooks = [p.register_post_accumulate_grad_hook(drop) for p in params]
+    for p in params:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p, grad, hook in zip(params, kept, hooks):
+            hook.remove()
+            p.grad = grad
+
+
+def measure(loss: Callable[[int], Tensor], params: Sequence[nn.Parameter], batch: int) -> Need:
+    """What `loss(batch)` and its backward will need; nothing is computed, nothing changes.
+
+    Workspace is an estimate, and on CUDA only: cuDNN brings a convolution's operands into another
+    layout, attention's backward accumulates in fp32: as much again as the largest such call reads
+    and writes. And cuBLAS' own.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True), Counted() as counted, no_gradients(params):
+        loss(batch).backward()
+    cuda = any(p.is_cuda for p in params)
+    return Need(counted.peak, CUBLAS + counted.operands if cuda else 0)
+
+
+def trial(
+    objective: Objective,
+    predict: Callable[[int], Predict],
+    schedule: Schedule,
+    knobs: Knobs,
+    shape: tuple[int, ...],
+    *,
+    masked: bool = False,
+    preserve: bool = False,
+    prior: bool = False,
+) -> Callable[[int], Tensor]:
+    """loss(b): the training's own for a micro-batch of b latents (f, 4, h, w) = shape.
+
+    `predict(b)` has the context of b prompts bound. For its memory only: the latents are zeros.
+    """
+    device = schedule.alphas_cumprod.device
+
+    def loss(b: int) -> Tensor:
+        z = torch.zeros(b, *shape, device=device)  # (b, f, 4, h, w)
+        s = torch.ones(b, device=device)
+        draws = Draws(torch.zeros_like(z[:, 0]), s.long(), s)
+        mask = z[:, 0, :1].clone() if masked else None  # (b, 1, h, w)
+        ask, heard = listened(predict(b)) if preserve else (predict(b), [])
+        error = objective.loss(ask, schedule, z[:, 0], z[:, -1], s, draws, knobs)
+        total = weighted_mean(error, mask, 0.5)
+        if heard:
+            total = total + preservation(ask, heard, mask)
+        if prior:
+            x_0 = torch.zeros_like(z[:, 0])
+            total = total + noise_loss(predict(b), schedule, x_0, s, draws, knobs).mean()
+        return total
+
+    return loss
+
+
+def frozen_bytes(device: torch.device, *things: nn.Module | Tensor | None) -> int:
+    """Of what lies on the device: tensors, and of modules what is not trained. Views count once."""
+    tensors = []
+    for thing in things:
+        if isinstance(thing, nn.Module):
+            tensors += [p for p in thing.parameters() if not p.requires_grad] + [*thing.buffers()]
+        elif thing is not None:
+            tensors.append(thing)
+    storages = (x.untyped_storage() for x in tensors if x.device.type == device.type)
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
+class Plan(NamedTuple):
+    micro: int  # samples per forward pass, a divisor of the batch
+    level: str  # of LEVELS
+    bytes: int  # predicted, everything
+    table: str
+
+
+def plan_memory(
+    loss: Callable[[int], Tensor],
+    unet: nn.Module,
+    params: Sequence[nn.Parameter],
+    *,
+    held: dict[str, int],
+    batch: int,
+    accum: int,
+    budget: float,
+    level: str = "none",
+) -> Plan:
+    """Cut batch x accum samples so that a step fits into `budget` GiB, and tell how.
+
+    The first level of recomputing, from `level` on, at which one sample fits; there the largest
+    micro-batch that does. `held`: what is there all the time, {name: bytes}. Measured at 1 and at
+    the whole batch; what lies between cannot need more than the line between them, for the peak is
+    the largest of several moments, each of them linear in the batch. ValueError: nothing fits.
+    """
+    cuts = [b for b in range(1, batch + 1) if batch % b == 0]
+    need, further, workspace = {}, {}, 0  # {level: bytes at every cut}, {level: of one sample more}
+    for name in list(LEVELS)[list(LEVELS).index(level) :]:
+        checkpoint_activations(unet, LEVELS[name], keep_strength(unet))
+        one = measure(loss, params, 1)
+        whole = measure(loss, params, batch) if batch > 1 else one
+        further[name] = (whole.tensors - one.tensors) / max(batch - 1, 1)
+        need[name] = [one.tensors + further[name] * (b - 1) for b in cuts]
+        workspace = max(workspace, whole.workspace)
+    checkpoint_activations(unet, ())
+    set_strength(unet, 1.0)  # a fake one was left
+    fixed = sum(held.values()) + workspace
+    fits = [(n, i) for n in need for i, size in enumerate(need[n]) if fixed + size <= budget * GIB]
+    if not fits:
+        least = min(sizes[0] for sizes in need.values())
+        raise ValueError(
+            f"--vram_gib {budget:g} is too little: a micro-batch of 1 that recomputes all needs "
+            f"{(fixed + least) / GIB:.3g} GiB, {fixed / GIB:.3g} of them without any activation"
+        )
+    chosen = fits[0][0]
+    i = max(i for name, i in fits if name == chosen)
+    total = round(fixed + need[chosen][i])
+    held = {what: size for what, size in held.items() if size}
+    held |= {"workspace of kernels (estimated)": workspace} if workspace else {}
+    lines = [f"memory plan for {budget:g} GiB, in MiB"]
+    lines += [f"  {what:<38}{size / MIB:11.1f}" for what, size in held.items()]
+    row = lambda what, cells: f"  {what:<38}{''.join(f'{cell:>13}' for cell in cells)}"  # noqa: E731
+    mib = lambda sizes: [f"{size / MIB:.1f}" for size in sizes]  # noqa: E731
+    lines.append(row("a step, recomputing", need))
+    lines += [
+        row(f"    micro-batch {b}", mib(sizes)) for b, sizes in zip(cuts, zip(*need.values()))
+    ]
+    if batch > 1:
+        lines.append(row("    each further sample", mib(further.values())))
+    cut = f"{cuts[i]} x {batch // cuts[i] * accum}"
+    lines.append(f"  micro-batch x accumulation: {cut}, recomputing {chosen}")
+    lines.append(f"  predicted peak: {total / MIB:.0f} of {budget * GIB / MIB:.0f} MiB")
+    return Plan(cuts[i], chosen, total, "\n".join(lines))
