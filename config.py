@@ -138,7 +138,7 @@ class TrainConfig:
     num_train_epochs: int | None = knob(
         None, "passes over the data, where --max_train_steps is not given"
     )
-    train_batch_size: int = knob(1, "images, or pairs, per forward pass")
+    train_batch_size: int = knob(1, "images, or pairs, per forward pass and process")
     gradient_accumulation_steps: int = knob(1, "forward passes per optimizer step")
     gradient_checkpointing: bool = knob(
         False, "recompute activations in the backward pass: less memory, slower"
@@ -147,7 +147,7 @@ class TrainConfig:
         "all", "which: those of the transformer blocks, or all", choices=("transformer", "all")
     )
     learning_rate: float = knob(2e-4, "peak learning rate")
-    scale_lr: bool = knob(False, "multiply it by batch size and accumulation steps")
+    scale_lr: bool = knob(False, "multiply it by batch size, accumulation steps and processes")
     lr_scheduler: str = knob(
         "constant",
         "shape of the learning rate over the run",
@@ -255,16 +255,18 @@ class Parser(argparse.ArgumentParser):
 NO_MISTAKE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE, errno.ENOMEM}
 
 
-def report(prog: str, error) -> int:
+def report(prog: str, error, *, aloud: bool = True) -> int:
     """Say in one line what went wrong; returns the exit status: 2 a mistake, 1 trouble on the way.
 
-    What looks like an access token is starred out; a line nobody reads any more is left unsaid.
+    What looks like an access token is starred out; a line nobody reads any more is left unsaid, and
+    one that another process has said (not `aloud`).
     """
     said = f"nobody reads the output: {error}" if isinstance(error, BrokenPipeError) else str(error)
     told = "; ".join([said, *getattr(error, "__notes__", [])])
     told = re.sub(r"\bhf_\w+", "hf_***", " ".join(told.split()))
-    with contextlib.suppress(OSError):
-        print(f"{prog}: {told}", file=sys.stderr, flush=True)
+    if aloud:
+        with contextlib.suppress(OSError):
+            print(f"{prog}: {told}", file=sys.stderr, flush=True)
     if isinstance(error, BrokenPipeError):  # or the interpreter fails on it once more, at its end
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):

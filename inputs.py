@@ -179,9 +179,18 @@ def encode_prompts(
 
 
 def encode_all(
-    cfg: TrainConfig, vae, images: PairDataset, device: torch.device, place: str = "device"
+    cfg: TrainConfig,
+    vae,
+    images: PairDataset,
+    device: torch.device,
+    place: str = "device",
+    share: tuple[int, int] = (0, 1),
+    wait: Callable[[], None] = lambda: None,
 ) -> Latents:
-    """The scaled posteriors of all images. `place`: on the device what is only looked at."""
+    """The scaled posteriors of all images. `place`: on the device what is only looked at.
+
+    With --cache_dir each rank of `share` = (rank, world) makes its part, and all `wait`.
+    """
 
     def encode(pixels: Tensor) -> tuple[Tensor, Tensor]:
         mean, logvar = vae.encode(pixels.to(device))
@@ -196,5 +205,7 @@ def encode_all(
         key=f"{cfg.vae_path or cfg.pretrained_model_name_or_path} fp32 {weights:.10e}",
         place=place,
         device=device,
+        share=share,
+        wait=wait,
         workers=cfg.dataloader_num_workers,
     )

@@ -225,8 +225,11 @@ class Run:
     def _compare_data(self, fingerprints: dict) -> None:
         if self.checkpoint is None or not (self.folder / "revision.json").exists():
             return
-        if (was := self._read("revision.json").get("data")) not in (None, fingerprints.get("data")):
+        then = self._read("revision.json")
+        if (was := then.get("data")) not in (None, fingerprints.get("data")):
             self._differs(f"other data (sha256 {str(was)[:12]}, not {fingerprints['data'][:12]})")
+        if (were := then.get("processes", 1)) != (now := fingerprints.get("processes", 1)):
+            self._differs(f"another number of processes ({were}, not {now})")
 
     def _read(self, name: str) -> dict:
         path = self.folder / name

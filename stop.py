@@ -18,11 +18,15 @@ class Stop:
     """Within it Ctrl-C and SIGTERM raise `Stopped`, or wait in `asked` where `waits` is set.
 
     A second signal ends the process at once, whatever it is doing.
+
+    One of several processes is `quiet`: it says no word of that, and where it ends by an error no
+    signal keeps it from writing its last, as a launcher sends one to all when the first ends.
     """
 
-    def __init__(self):
+    def __init__(self, quiet: bool = False):
         self.asked: int | None = None
         self.waits = False
+        self.quiet = quiet
         self._before: dict = {}
 
     def __enter__(self) -> "Stop":
@@ -32,9 +36,9 @@ class Stop:
                     self._before[number] = signal.signal(number, self._came)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind, *_) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self.quiet and kind else handler)
 
     def _came(self, number: int, _) -> None:
         for each in self._before:
@@ -42,5 +46,6 @@ class Stop:
         self.asked = number
         if not self.waits:
             raise Stopped(number)
-        with contextlib.suppress(OSError):  # print may be in the middle of printing
-            os.write(2, b"\nstopping after this step; a second signal ends the run at once\n")
+        if not self.quiet:
+            with contextlib.suppress(OSError):  # print may be in the middle of printing
+                os.write(2, b"\nstopping after this step; a second signal ends the run at once\n")

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -68,12 +69,14 @@ from model.memory import (
 from model.objectives import OBJECTIVES, Draws, Knobs, extra_channels, noise_loss
 from model.optim import adamw, learning_rate, step_if
 from model.pipeline import DTYPES, Context, pick_device, pick_dtype, predictor, text_context
-from model.plan import frozen_bytes, plan_memory, trial
+from model.plan import Plan, frozen_bytes, plan_memory, trial
 from model.schedule import Schedule
+from model.unet import UNet
 from model.weighting import in_and_out, listened, preservation, weighted_mean
 from model.weights import load_scheduler_config, load_text, load_unet, load_vae
 from pairs import Pair, fingerprint
 from progress import no_bars
+from ranks import Beside, Ranks, launch
 from report import write_report
 from runs import Run, save_image
 from stop import Stop, Stopped
@@ -81,8 +84,8 @@ from trackers import pick_tracker
 from watching import Apart, Watch
 
 
-def train(cfg: TrainConfig) -> Path:
-    """Run it all; returns the run's folder.
+def train(cfg: TrainConfig, ranks: Ranks | None = None) -> Path:
+    """Run it all, on this rank of those that are started; returns the run's folder.
 
     ValueError or OSError for what the user can mend; FloatingPointError and MemoryError for what
     went wrong on the way; Stopped (a KeyboardInterrupt) for Ctrl-C and SIGTERM.
@@ -90,24 +93,30 @@ def train(cfg: TrainConfig) -> Path:
     config.check(cfg)
     for sentence in config.without_effect(cfg):
         warnings.warn(sentence, stacklevel=2)
-    if (world := os.environ.get("WORLD_SIZE", "1")) != "1":
-        raise ValueError(f"WORLD_SIZE is {world}; one process per run is supported so far")
-    device = pick_device(cfg.device)
+    ranks = ranks or Ranks()
+    ranks.join()
+    device = pick_device(ranks.device(cfg.device))
     if cfg.cuda_graph and device.type != "cuda":
         raise ValueError(f"--cuda_graph is for CUDA, the device is {device}")
-    token = find_token(cfg.hub_token) if cfg.push_to_hub else None
+    token = find_token(cfg.hub_token) if cfg.push_to_hub and ranks.leads else None
+    if ranks.restarted(cfg.output_dir):
+        cfg = replace(cfg, resume_from_checkpoint="latest", overwrite=False)
     # without how this folder was opened and where it went, so that --config repeats the run only
     once = ("overwrite", "resume_from_checkpoint", "resume_changed",
             "push_to_hub", "hub_token", "hub_model_id")  # fmt: skip
     told = asdict(replace(cfg, **{name: getattr(TrainConfig, name) for name in once}))
-    run = Run(
-        cfg.output_dir,
-        told,
-        resume=cfg.resume_from_checkpoint,
-        overwrite=cfg.overwrite,
-        changed=cfg.resume_changed,
-        tracker=pick_tracker(cfg.report_to, cfg.logging_dir, told),
-    )
+    if ranks.leads:
+        run = Run(
+            cfg.output_dir,
+            told,
+            resume=cfg.resume_from_checkpoint,
+            overwrite=cfg.overwrite,
+            changed=cfg.resume_changed,
+            tracker=pick_tracker(cfg.report_to, cfg.logging_dir, told),
+        )
+    else:
+        run = Beside(cfg.output_dir)
+    run.checkpoint, run.resume_step = ranks.same(lambda: (run.checkpoint, run.resume_step))
     precision = torch.get_float32_matmul_precision()
     deterministic = torch.are_deterministic_algorithms_enabled()
     status = "crashed"
@@ -117,8 +126,8 @@ def train(cfg: TrainConfig) -> Path:
         if cfg.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once
             torch.use_deterministic_algorithms(True)
-        with Stop() as stop:
-            phases(cfg, run, device, stop, token)
+        with Stop(quiet=ranks.world > 1) as stop:
+            phases(cfg, run, ranks, device, stop, token)
         status = "finished"
     except KeyboardInterrupt:
         status = "stopped"
@@ -129,7 +138,8 @@ def train(cfg: TrainConfig) -> Path:
                 f"out of memory on {device}: --gradient_checkpointing, a smaller --resolution or "
                 "--mixed_precision bf16 needs less; --vram_gib plans for what is there"
             )
-        if (run.started or run.checkpoint) and not isinstance(error, ValueError):
+        resumable = ranks.leads and (run.started or run.checkpoint)
+        if resumable and not isinstance(error, ValueError):
             error.add_note(run.last_good())
         raise error
     finally:
@@ -138,7 +148,8 @@ def train(cfg: TrainConfig) -> Path:
         # an error on the way is not to be hidden by the same one when its summary is written
         with suppress(*() if status == "finished" else (OSError,)):
             run.finish(status, peak_mib=round(peak_mib(device), 1))
-    write_report(run.folder)
+    if ranks.leads:
+        write_report(run.folder)
     if token is not None:
         with Stop():
             print(f"uploaded  {publish(run.folder, repository(cfg), token)}", flush=True)
@@ -150,7 +161,14 @@ def repository(cfg: TrainConfig) -> str:
     return cfg.hub_model_id or Path(cfg.output_dir).resolve().name
 
 
-def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop, token: str | None) -> None:
+def phases(
+    cfg: TrainConfig,
+    run: Run | Beside,
+    ranks: Ranks,
+    device: torch.device,
+    stop: Stop,
+    token: str | None,
+) -> None:
     """Everything between opening the run's folder and closing it. `token`: of --push_to_hub."""
     base, paired = cfg.pretrained_model_name_or_path, config.is_pairs(cfg)
     dtype = pick_dtype(cfg.mixed_precision, device)
@@ -178,13 +196,17 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop, token: 
             )
     pairs, held_out, shown = find_data(cfg)
     held_out = held_out[:32]  # enough to see the loss by
+    if not ranks.leads:  # rank 0 looks for all
+        held_out, shown = [], []
     dataset = make_dataset(cfg, pairs)
     schedule = Schedule.from_config(
         load_scheduler_config(base, revision=cfg.revision, prediction_type=cfg.prediction_type)
     ).to(device)
-    class_pairs = class_images(cfg, device, run.log) if cfg.with_prior_preservation else []
+    with ranks.first():  # makes what is missing, which the others then find
+        class_pairs = class_images(cfg, device, run.log) if cfg.with_prior_preservation else []
     n, micro = len(pairs), cfg.train_batch_size
-    total = micro * cfg.gradient_accumulation_steps  # of a step
+    mine = micro * cfg.gradient_accumulation_steps  # of a step, on this rank
+    total = ranks.world * mine
     per_epoch = math.ceil(n / total)
     steps = cfg.max_train_steps or (cfg.num_train_epochs or 0) * per_epoch or 200
     if run.resume_step > steps:
@@ -242,18 +264,19 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop, token: 
         if cfg.resolution % vae.downscale:
             raise ValueError(f"--resolution must be a multiple of {vae.downscale} for this VAE")
 
-        def encoded(images: PairDataset, place: str = "device") -> Latents:
-            return encode_all(cfg, vae, images, device, place)
+        def encoded(images: PairDataset, *how) -> Latents:
+            return encode_all(cfg, vae, images, device, *how)
 
         def apart(some: list[Pair], prompts: list[str]) -> Apart:
             images = make_gallery(cfg, some)
             return Apart(some, images, encoded(images).mean if some else None, prompts)
 
-        latents = encoded(dataset, cfg.latents_on)
+        how = cfg.latents_on, (ranks.rank, ranks.world), ranks.wait
+        latents = encoded(dataset, *how)
         print(f"latents       {latents.rows}")
         class_latents = None
         if class_pairs:
-            class_latents = encoded(make_dataset(cfg, class_pairs), cfg.latents_on)
+            class_latents = encoded(make_dataset(cfg, class_pairs), *how)
         shown, held_out = apart(shown, told), apart(held_out, kept)
         vae.to("cpu")
 
@@ -288,18 +311,19 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop, token: 
         )
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         state = restore(run.checkpoint, adapted, opt, scaler) if run.checkpoint else {}
+        ranks.copy_first(flat.data)  # were it only that two processors round differently
         freeze(unet, int8=cfg.base_storage == "int8")
         level = cfg.recompute if cfg.gradient_checkpointing else "none"
         if cfg.vram_gib is not None:
 
-            def of_any(b: int) -> Context:
+            def any_context(b: int) -> Context:
                 if contexts is None:
                     return context(torch.zeros(b, dtype=torch.int64, device=device))
                 return torch.zeros(b, *contexts.shapes["ctx"], device=device)
 
-            loss = trial(
+            attempt = trial(
                 objective,
-                lambda b: predictor(unet, of_any(b)),
+                lambda b: predictor(unet, any_context(b)),
                 schedule,
                 knobs,
                 latents.rows.shapes["mean"],
@@ -307,28 +331,21 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop, token: 
                 preserve=cfg.preserve_weight > 0,
                 prior=class_latents is not None,
             )
-            in_tensors = lambda *rows: [x for r in rows if r for x in r.tensors.values()]  # noqa: E731
-            adam = 2 if cfg.use_8bit_adam else 8  # bytes per weight
-            held = {
-                f"frozen UNet, {cfg.base_storage or str(dtype).removeprefix('torch.')}": (unet,),
+            tables = (latents.rows, (class_latents or latents).rows)
+            there = {
                 "text encoder": (text and text.model,),
                 "autoencoder": (vae,),
                 "latents": (
-                    *in_tensors(latents.rows, class_latents and class_latents.rows),
+                    *(x for rows in tables for x in rows.tensors.values()),
                     shown.z,
                     held_out.z,
                 ),
-                "contexts": in_tensors(contexts),
+                "contexts": contexts.tensors.values() if contexts else (),
             }
-            held = {what: frozen_bytes(device, *some) for what, some in held.items()}
-            held["LoRA, its gradient, AdamW's state"] = (8 + adam) * flat.numel()
-            plan = plan_memory(
-                loss, unet, params, held=held, batch=micro, accum=cfg.gradient_accumulation_steps,
-                budget=cfg.vram_gib, level=level,
-            )  # fmt: skip
+            plan = plan_step(cfg, attempt, unet, params, there, device, level)
             print(plan.table)
             micro, level = plan.micro, plan.level
-            chosen = {"micro_batch": micro, "accumulation": total // micro, "recompute": level}
+            chosen = {"micro_batch": micro, "accumulation": mine // micro, "recompute": level}
             run.log("plan", **chosen, predicted_mib=round(plan.bytes / MIB, 1))
         checkpoint_activations(unet, LEVELS[level], keep_strength(unet))
         if cfg.compile or (cfg.compile is None and device.type == "cuda"):
@@ -341,6 +358,8 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop, token: 
             "base": base,
             "data": fingerprint(pairs, dataset.hashes),
             "trained_parameters": flat.numel(),
+            "processes": ranks.world,
+            "launch": launch(),
         }
     )
     run.keep_newest(cfg.checkpoints_total_limit)
@@ -348,7 +367,8 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop, token: 
         f"{name}: {n} {'pairs' if paired else 'images'} x {dataset.views} views, "
         f"{steps} steps of {total}, {flat.numel():,} trained weights "
         f"(rank {cfg.lora_rank}, {len(layers)} layers, float32) on {base} "
-        f"({str(dtype).removeprefix('torch.')}, {device})"
+        f"({str(dtype).removeprefix('torch.')}, {device}"
+        f"{f', {ranks.world} processes' if ranks.world > 1 else ''})"
     )
 
     def save(folder: Path, done: int) -> None:
@@ -383,17 +403,19 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop, token: 
             class_images=len(class_latents) if class_latents else 0,
         )
         recent[step + 1] = pick.index, pick.t
+        pick = ranks.share(pick)
         own = latents.batch(pick)
         if many:
             own = own._replace(ctx=context(prompt_of[pick.index % n]))
-        return step, own, other and class_latents.batch(other)
+        return step, own, other and class_latents.batch(ranks.share(other))
 
     def add_gradient(own: Batch, other: Batch | None) -> Tensor:
-        """Of a step's whole loss, in micro-batches. (4,): loss; inside, outside the mask; coverage.
+        """Of this rank's share of a step's loss, in micro-batches.
 
+        (4,): loss; inside, outside the mask; coverage.
         Works on the device alone, so that it can be one CUDA graph.
         """
-        found, cuts = torch.zeros(4, device=device), total // micro
+        found, cuts = torch.zeros(4, device=device), mine // micro
         for k in range(cuts):
             one = own.part(k, micro)
             s = strength_of[one.index % n]  # (b,), 1 but for states in between
@@ -430,18 +452,19 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop, token: 
             if micro == 1:
                 raise MemoryError("one image is too much")
             flat.grad.zero_()
-            micro = max(size for size in range(1, micro // 2 + 1) if total % size == 0)
+            micro = max(size for size in range(1, micro // 2 + 1) if mine % size == 0)
             warnings.warn(
-                f"out of memory at step {step + 1}: from here on its {total} images go through "
+                f"out of memory at step {step + 1}: from here on its {mine} images go through "
                 f"the network {micro} at a time; the result is the same",
                 stacklevel=1,
             )
             if cfg.cuda_graph:
                 compute.reset()
 
+        ranks.average(flat.grad, found)  # from here on all ranks do and decide the same
         scaler.unscale_(opt)
         grad_norm = torch.nn.utils.clip_grad_norm_([flat], cfg.max_grad_norm)
-        opt.param_groups[0]["lr"] = lr = rate(cfg, step, steps)
+        opt.param_groups[0]["lr"] = lr = rate(cfg, step, steps, ranks.world)
         # in fp16 an overflowing gradient is the loss scale's matter, in every other case it is bad
         ok = found[0].isfinite() & (grad_norm.isfinite() | scaler.is_enabled())  # ()
         step_if(ok, opt, scaler)
@@ -453,7 +476,8 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop, token: 
         bar.update()
         saving, showing = due(done, cfg.checkpointing_steps, steps), due(done, show_every, steps)
         logging = saving or showing or due(done, cfg.log_every, steps)
-        if not (logging or stop.asked):
+        asked = ranks.latest(stop.asked or 0)
+        if not (logging or asked):
             continue
         means, skipped, bad = tally.read()  # the loop's only wait for the device
         if bad:
@@ -482,16 +506,21 @@ def phases(cfg: TrainConfig, run: Run, device: torch.device, stop: Stop, token: 
             tally.clear()
             logged = done
         recent = {ahead: drawn for ahead, drawn in recent.items() if ahead > done}
-        if showing:  # before the checkpoint: what it has seen is there when a run goes on from it
+        # before the checkpoint: what it has seen is there when a run goes on from it
+        if showing and ranks.leads:
             show(done)
-        stopping = stop.asked  # read once: it may come at any moment
+        stopping = ranks.latest(stop.asked or 0)  # read once: it may come at any moment
         if saving or stopping:
             saved = run.save_checkpoint(done, save, cfg.checkpoints_total_limit)
+        if saving or showing or stopping:
+            ranks.wait()
         if stopping:
             raise Stopped(stopping, f"stopped after step {done} of {steps}: {saved} is resumable")
         clock = time.perf_counter()  # saving is not training time
     stop.waits = False
     bar.close()
+    if not ranks.leads:
+        return
 
     result = partial(save_lora, unet=unet, text=text, metadata={**meta, "steps": steps})
     layouts = LAYOUTS if cfg.lora_format == "all" else ("diffusers", cfg.lora_format)
@@ -535,9 +564,37 @@ class Tally:
         self.sums[:5] = 0.0
 
 
-def rate(cfg: TrainConfig, step: int, steps: int) -> float:
-    """The learning rate of a step."""
-    scale = cfg.train_batch_size * cfg.gradient_accumulation_steps if cfg.scale_lr else 1
+def plan_step(
+    cfg: TrainConfig,
+    attempt: Callable[[int], Tensor],
+    unet: UNet,
+    params: list[torch.nn.Parameter],
+    there: dict[str, Iterable],
+    device: torch.device,
+    level: str,
+) -> Plan:
+    """How to cut a process' share of a step so that it fits --vram_gib. `there`: what lies there."""
+    stored = cfg.base_storage or str(next(unet.parameters()).dtype).removeprefix("torch.")
+    there = {f"frozen UNet, {stored}": (unet,), **there}
+    held = {what: frozen_bytes(device, *some) for what, some in there.items()}
+    adam = 2 if cfg.use_8bit_adam else 8  # bytes per weight
+    held["LoRA, its gradient, AdamW's state"] = (8 + adam) * sum(p.numel() for p in params)
+    return plan_memory(
+        attempt,
+        unet,
+        params,
+        held=held,
+        batch=cfg.train_batch_size,
+        accum=cfg.gradient_accumulation_steps,
+        budget=cfg.vram_gib,
+        level=level,
+    )
+
+
+def rate(cfg: TrainConfig, step: int, steps: int, world: int = 1) -> float:
+    """The learning rate of a step of so many processes."""
+    images = world * cfg.train_batch_size * cfg.gradient_accumulation_steps
+    scale = images if cfg.scale_lr else 1
     return learning_rate(
         cfg.lr_scheduler,
         step,
@@ -555,18 +612,29 @@ def due(done: int, every: int, last: int) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     """The exit status: 0 done, 1 trouble on the way, 2 the user's mistake, 130 and 143 signals."""
-    cfg = config.parse(argv)
-    warnings.showwarning = lambda message, *rest: print(f"warning: {message}", file=sys.stderr)
+    ranks = Ranks()
+    name = "train.py" if ranks.leads else f"train.py, {ranks.name}"
+    warnings.showwarning = lambda message, *rest: (
+        print(f"warning: {message}", file=sys.stderr) if ranks.leads else None
+    )
+    if not ranks.leads:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
-        folder = train(cfg)
+        ranks.join()
+        cfg = ranks.same(lambda: config.parse(argv))
+        folder = train(cfg, ranks)
         print(f"LoRA      {folder / LORA_FILE}")
         print(f"pictures  {folder / 'samples'}")
         print(f"report    {folder / 'report.html'}", flush=True)
+        ranks.leave()
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
-        return config.report("train.py", error)
+        return config.report(name, error, aloud=ranks.speaks())
     except KeyboardInterrupt as error:
-        config.report("train.py", error)
+        config.report(name, error, aloud=ranks.speaks())
         return 128 + getattr(error, "number", signal.SIGINT)
+    except BaseException:  # a mistaken flag has been told of, and a traceback comes
+        ranks.speaks()
+        raise
     return 0
 
 

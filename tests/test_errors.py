@@ -267,12 +267,6 @@ def test_a_choice_is_checked_in_a_call_too(place):
         train.train(TrainConfig(before_data_dir="x", after_data_dir="y", pair_objective="both"))
 
 
-def test_one_process_only(place, monkeypatch):
-    """A launcher of several processes is told so."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "WORLD_SIZE is 2; one process per run" in complaint(place, train.main, GOOD)
-
-
 def test_an_unknown_device_of_a_good_name(place):
     """CUDA where there is none is a sentence too."""
     if torch.cuda.is_available():

@@ -34,6 +34,7 @@ from rows import Rows
 from tests.checkpoints import unet_config
 from tests.pairs import write_pairs
 from tests.parity.test_schedule import SD15
+from tests.test_ranks import torchrun
 from train import train
 
 pytestmark = [
@@ -196,6 +197,28 @@ def test_deterministic_resumes_to_the_bit(config, tmp_path, measured):
     different = sum(not torch.equal(kept[name], again[name]) for name in kept)
     assert kept.keys() == again.keys()
     assert measured("tensors that differ after a resumed run", different, "0") == 0
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"cuda_graph": True, "mixed_precision": "bf16"}, {"mixed_precision": "fp16"}],
+    ids=["fp32", "bf16 captured", "fp16"],
+)
+def test_two_gpus_are_one_with_twice_the_accumulation(config, tmp_path, more, request, measured):
+    """By NCCL under torchrun; one of the two is killed once, and both go on from a checkpoint."""
+    name = request.node.callspec.id
+    cfg = replace(config, pair_objective="after", checkpointing_steps=3, **more)
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    done = torchrun(cfg, restarts=1, HAPPENS="1 5 KILL", KEPT=str(kept))
+    assert done.returncode == 0, done.stderr
+    two = [row["loss"] for row in rows(tmp_path / "run")]
+    one = losses(replace(cfg, gradient_accumulation_steps=2), tmp_path, "one")
+    off, bound = furthest(two, one), 0.01 if name == "fp32" else 0.05  # TF32 in convolutions
+    assert measured(f"losses of two GPUs ({name}), off one's", off, f"< {bound:g}") < bound
+    alike = (kept / "0").read_bytes() == (kept / "1").read_bytes()
+    assert measured(f"weights of two GPUs ({name}), the same bits", alike, "1")
 
 
 @pytest.mark.parametrize("objective", ["after", "delta", "slider", "bridge"])

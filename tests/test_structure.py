@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 import ablate
 import bench.__main__
@@ -30,6 +31,7 @@ ARROWS = {
     "durable": [],
     "stop": [],
     "progress": [],
+    "ranks": [],
     "trackers": ["durable"],
     "runs": ["durable"],
     "model.schedule": [],
@@ -305,6 +307,7 @@ def test_the_readmes_flags_exist():
         "-m bench": flags(bench.__main__.main),
         **{f"-m model.weights {one}": flags(lora_convert.main, one)
             for one in ("convert", "concat", "merge")},
+        "torchrun": {name for act in get_args_parser()._actions for name in act.option_strings},
     }  # fmt: skip
     seen = set()
     commands = re.findall(

@@ -1,0 +1,36 @@
+"""One rank of a training to which something happens: what torchrun starts in test_ranks.py.
+
+HAPPENS="1 4 KILL": rank 1 gets SIGKILL before the fifth step, if torchrun has not started it again.
+KEPT=DIR: every rank leaves its weights there, DIR/0 and DIR/1, at its end.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import train
+
+usual_draw, usual_adamw, flat = train.draw, train.adamw, []
+
+
+def draw(seed: int, step: int, *args, **more):
+    rank, at, name = os.environ["HAPPENS"].split()
+    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    if first and (rank, int(at)) == (os.environ["RANK"], step):
+        os.kill(os.getpid(), getattr(signal, f"SIG{name}"))
+    return usual_draw(seed, step, *args, **more)
+
+
+def adamw(param, **settings):
+    flat.append(param)
+    return usual_adamw(param, **settings)
+
+
+if __name__ == "__main__":
+    train.draw = draw if "HAPPENS" in os.environ else usual_draw
+    train.adamw = adamw
+    status = train.main(sys.argv[1:])
+    if kept := os.environ.get("KEPT"):
+        Path(kept, os.environ["RANK"]).write_bytes(flat[0].detach().cpu().numpy().tobytes())
+    raise SystemExit(status)
