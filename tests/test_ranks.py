@@ -96,7 +96,7 @@ def test_two_processes_are_one_with_the_doubled_batch(config, tmp_path):
         with_prior_preservation=True, class_prompt="land", class_data_dir=str(tmp_path / "class"),
         num_class_images=2, train_batch_size=2, gradient_accumulation_steps=2, validation_pairs=1,
         scale_lr=True, learning_rate=1e-4, num_validation_images=1, validation_steps=3,
-        max_grad_norm=0.01,
+        max_grad_norm=0.01, cache_dir=str(tmp_path / "cache"),
     )  # fmt: skip
     kept = tmp_path / "kept"
     kept.mkdir()
@@ -173,7 +173,8 @@ class Launched:
             if self.children[-1] == 0:
                 try:
                     for number, name in ((1, "out"), (2, "err")):
-                        os.dup2(open(folder / f"{name}{rank}", "w").fileno(), number)  # noqa: SIM115
+                        with open(folder / f"{name}{rank}", "w") as file:
+                            os.dup2(file.fileno(), number)
                     sys.stdout, sys.stderr = (os.fdopen(k, "w", buffering=1) for k in (1, 2))
                     os.environ.update(env, RANK=str(rank), LOCAL_RANK=str(rank))
                     if happens:
