@@ -573,7 +573,7 @@ def plan_step(
     device: torch.device,
     level: str,
 ) -> Plan:
-    """How to cut a process' share of a step so that it fits --vram_gib. `there`: what lies there."""
+    """How to cut a process' share of a step to fit --vram_gib. `there`: what lies there."""
     stored = cfg.base_storage or str(next(unet.parameters()).dtype).removeprefix("torch.")
     there = {f"frozen UNet, {stored}": (unet,), **there}
     held = {what: frozen_bytes(device, *some) for what, some in there.items()}
