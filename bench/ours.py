@@ -23,14 +23,15 @@ NEVER = 10**6  # no line of metrics, picture or checkpoint within the measured s
 
 
 def training(job: dict, turns: Turns) -> None:
-    """train.train() itself. It calls `draw` once at the start of every step: there it waits."""
-    draw = train.draw
+    """train.train() itself. It calls `unless_full` once in every step, what it draws for the next
+    one being on its way already: there it waits."""
+    unless_full = train.unless_full
 
-    def paused(*args, **more):
+    def paused(*args):
         turns()
-        return draw(*args, **more)
+        return unless_full(*args)
 
-    train.draw = paused
+    train.unless_full = paused
     data = Path(job["root"])
     with tempfile.TemporaryDirectory() as folder:
         train.train(

@@ -19,8 +19,8 @@ class TextEncoder(nn.Module):
         positions = self.model.config.max_position_embeddings
         length = min(max_length or self.tokenizer.model_max_length, positions)
         ids, cut = [], []
-        for i in range(0, len(prompts), 4096):  # of lists of ints, which take many bytes each
-            some = list(prompts[i : i + 4096])
+        for i in range(0, len(prompts), 512):  # a tokenizer's answer takes kilobytes for each
+            some = list(prompts[i : i + 512])
             padded = self.tokenizer(
                 some,
                 padding="max_length",
