@@ -15,7 +15,7 @@ from config import TrainConfig
 from data import PairDataset
 from images import to_image
 from latents import Latents, cache_latents
-from model.memory import phase
+from model.memory import phase, unless_full
 from model.pipeline import DTYPES, decode, generate_latents, load_pipeline, pick_dtype
 from model.text import TextEncoder
 from pairs import Pair, find_clips, find_pairs, find_sequences, find_singles, unmatched
@@ -193,7 +193,12 @@ def encode_all(
     """
 
     def encode(pixels: Tensor) -> tuple[Tensor, Tensor]:
-        mean, logvar = vae.encode(pixels.to(device))
+        found = unless_full(vae.encode, pixels.to(device))
+        if found is None:  # in halves then
+            if len(pixels) == 1:
+                raise MemoryError("one image is too much")
+            return tuple(map(torch.cat, zip(*map(encode, pixels.chunk(2)))))
+        mean, logvar = found
         return mean * vae.scaling_factor, logvar + 2 * math.log(vae.scaling_factor)
 
     # two sets of weights under one name are told apart by their sum

@@ -33,7 +33,7 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)
 
 
-def unless_full(compute: Callable[..., Tensor], *inputs) -> Tensor | None:
+def unless_full(compute: Callable, *inputs):
     """`compute(*inputs)`; or None if memory did not suffice, with what it held given back."""
     try:
         return compute(*inputs)

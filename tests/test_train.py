@@ -29,6 +29,7 @@ from model.lora_files import LORA_FILE, read_lora
 from model.memory import LEVELS, flatten
 from model.objectives import OBJECTIVES
 from model.unet import UNet
+from model.vae import VAE
 from model.weighting import weighted_mean
 from model.weights import load_text, load_unet
 from pairs import find_pairs
@@ -233,6 +234,21 @@ def test_out_of_memory_cuts_the_step_smaller_and_the_result_is_the_same(config, 
     assert ["3 at a time" in said[0], "1 at a time" in said[1], len(said)] == [True, True, 2]
     assert losses(folder) == losses(expected)
     assert (folder / LORA_FILE).read_bytes() == (expected / LORA_FILE).read_bytes()
+
+
+def test_out_of_memory_encodes_fewer_images_at_a_time(config, monkeypatch):
+    encode, sizes = VAE.encode, []
+
+    def small(vae, pixels):
+        sizes.append(len(pixels))
+        if len(pixels) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode(vae, pixels)
+
+    expected = losses(train(replace(config, output_dir=f"{config.output_dir}1")))
+    monkeypatch.setattr(VAE, "encode", small)
+    assert losses(train(config)) == pytest.approx(expected, rel=1e-5)
+    assert sizes == 2 * [5, 3, 2, 1, 2]  # of the five pairs first one side, then the other
 
 
 class OnCuda:
