@@ -14,6 +14,7 @@ from torch.distributed.run import get_args_parser
 
 import ablate
 import bench.__main__
+import bench.scale
 import check_data
 import hub
 import sample
@@ -304,6 +305,7 @@ def test_the_readmes_flags_exist():
         "check_data.py": flags(check_data.main),
         "ablate.py": flags(ablate.main),
         "hub.py": flags(hub.main),
+        "-m bench.scale": flags(bench.scale.main),
         "-m bench": flags(bench.__main__.main),
         **{f"-m model.weights {one}": flags(lora_convert.main, one)
             for one in ("convert", "concat", "merge")},
