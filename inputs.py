@@ -1,8 +1,7 @@
-"""What a run trains on: pairs found and held out, class images made, latents encoded."""
+"""What a run trains on: pairs found and held out, class images made, latents encoded; how long."""
 
-import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,19 +16,41 @@ from images import to_image
 from latents import Latents, cache_latents
 from model.memory import phase, unless_full
 from model.pipeline import DTYPES, decode, generate_latents, load_pipeline, pick_dtype
-from model.text import TextEncoder
 from pairs import Pair, find_clips, find_pairs, find_sequences, find_singles, unmatched
 from progress import no_bars
-from rows import Rows, choose, make_rows
 from runs import save_image
-
-MANY = 1000  # prompts
 
 
 class Data(NamedTuple):
     train: list[Pair]
     held_out: list[Pair]  # never trained on
     shown: list[Pair]  # what the pictures of the run are of
+
+
+class Items(NamedTuple):
+    """What a step is drawn from."""
+
+    pairs: list[Pair]  # n
+    views: int  # of each
+    latents: Latents  # n · views
+    class_latents: Latents | None  # of prior preservation
+
+
+class Size(NamedTuple):
+    """How many of what a run takes."""
+
+    mine: int  # images of a step, on this rank
+    total: int  # on all ranks
+    steps: int
+    show_every: int  # steps
+
+
+def size_of(cfg: TrainConfig, pairs: int, world: int) -> Size:
+    mine = cfg.train_batch_size * cfg.gradient_accumulation_steps
+    per_epoch = math.ceil(pairs / (world * mine))
+    steps = cfg.max_train_steps or (cfg.num_train_epochs or 0) * per_epoch or 200
+    show_every = cfg.validation_steps or cfg.validation_epochs * per_epoch
+    return Size(mine, world * mine, steps, show_every)
 
 
 def find_data(cfg: TrainConfig) -> Data:
@@ -132,50 +153,6 @@ def class_images(cfg: TrainConfig, device: torch.device, log: Callable) -> list[
                     save_image(to_image(pixels), folder / f"generated_{seed:06d}.png")
             del pipe, predict
     return find_singles(folder, flag="--class_data_dir")[: max(cfg.num_class_images, 1)]
-
-
-def encode_prompts(
-    text: TextEncoder,
-    ids: Tensor,
-    mask: Tensor | None,
-    device: torch.device,
-    place: str,
-    cache_dir: str | None,
-) -> Rows:
-    """The context of every prompt, ids (p, l), once: a table of `ctx` (l, d).
-
-    On the device; at `place` where there are MANY: a hundred thousand of SD's are 22 GiB.
-    """
-
-    @torch.no_grad()
-    def encoded(rows: range) -> Tensor:
-        cut = slice(rows.start, rows.stop)
-        return text.encode(ids[cut], None if mask is None else mask[cut]).float().cpu()
-
-    first = encoded(range(1))  # (1, l, d)
-    key = first.numpy().tobytes()  # tells encoders, and LoRAs on them, apart
-
-    def name(part: range) -> str:
-        made_of = key + ids[part.start : part.stop].cpu().numpy().tobytes()
-        return f"contexts-{part.start:07d}-{hashlib.sha256(made_of).hexdigest()}.safetensors"
-
-    def make(parts: list[range]) -> Iterator[dict[str, Tensor]]:
-        for part in parts:
-            yield {"ctx": torch.cat([encoded(part[i : i + 32]) for i in range(0, len(part), 32)])}
-
-    what, shape = f"the contexts of {len(ids):,} prompts", tuple(first.shape[1:])
-    place = place if len(ids) > MANY else "device"
-    place = choose(place, len(ids) * first.nbytes, device, cache_dir is not None, what)
-    return make_rows(
-        len(ids),
-        make,
-        folder=cache_dir if place == "disk" else None,
-        name=name,
-        fits=lambda shapes: shapes == {"ctx": shape},
-        place=place,
-        device=device,
-        what=what,
-    )
 
 
 def encode_all(

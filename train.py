@@ -7,80 +7,61 @@ Big modules live one after the other: the text encoder, the VAE, the UNet. What 
 is a table of contexts and a table of latents; the loop needs nothing else.
 """
 
-import math
 import os
 import signal
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import suppress
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import config
-from checkpoint import lora_metadata, restore, save_state
+from adapting import Trained, adapt, rate, read_given
+from checkpoint import lora_metadata, save_state
 from config import TrainConfig
 from data import PairDataset
 from durable import write_aside
+from fitting import plan_step
 from hub import find_token, open_repository, publish
 from images import shown as printable
 from inputs import (
-    MANY,
+    Items,
+    Size,
     class_images,
     encode_all,
-    encode_prompts,
     find_data,
     make_dataset,
     make_gallery,
+    size_of,
 )
-from latents import Batch, Latents, one_ahead, send
-from model.draws import draw, seeded
+from latents import Batch, Latents, one_ahead
+from model.draws import draw
 from model.files import is_local, moved_note
 from model.frozen import freeze
 from model.graph import Replayed
-from model.lora import inject, keep_strength, lora_layers
-from model.lora_algebra import start_from
-from model.lora_files import (
-    LORA_FILE,
-    apply_lora,
-    factors_for,
-    file_of,
-    multiplier,
-    read_lora,
-    save_lora,
-)
+from model.lora import keep_strength
+from model.lora_files import LORA_FILE, file_of, save_lora
 from model.lora_layouts import LAYOUTS
-from model.memory import (
-    LEVELS,
-    MIB,
-    checkpoint_activations,
-    flatten,
-    out_of_memory,
-    peak_mib,
-    phase,
-    unless_full,
-)
-from model.objectives import OBJECTIVES, Draws, Knobs, extra_channels, noise_loss
-from model.optim import adamw, learning_rate, step_if
-from model.pipeline import DTYPES, Context, pick_device, pick_dtype, predictor, text_context
-from model.plan import Plan, frozen_bytes, plan_memory, trial
+from model.memory import LEVELS, MIB, checkpoint_activations, peak_mib, phase, unless_full
+from model.objectives import OBJECTIVES, Draws, Knobs, Task, extra_channels, noise_loss
+from model.optim import step_if
+from model.pipeline import DTYPES, loaded, pick_device, pick_dtype, predictor
 from model.schedule import Schedule
 from model.unet import UNet
 from model.weighting import in_and_out, listened, preservation, weighted_mean
-from model.weights import load_scheduler_config, load_text, load_unet, load_vae
+from model.weights import load_scheduler_config, load_unet, load_vae
 from pairs import Pair, fingerprint
-from progress import no_bars
+from prompts import Prompts, load_prompts, said_of
 from ranks import Beside, Ranks, launch
 from report import write_report
 from runs import Run, save_image
+from session import open_run, settings, summarized
 from stop import Stop, Stopped
-from trackers import pick_tracker
+from tally import Pace, Tally
 from watching import Apart, Watch
 
 
@@ -101,53 +82,13 @@ def train(cfg: TrainConfig, ranks: Ranks | None = None) -> Path:
     token = find_token(cfg.hub_token) if cfg.push_to_hub and ranks.leads else None
     if ranks.restarted(cfg.output_dir):
         cfg = replace(cfg, resume_from_checkpoint="latest", overwrite=False)
-    # without how this folder was opened and where it went, so that --config repeats the run only
-    once = ("overwrite", "resume_from_checkpoint", "resume_changed",
-            "push_to_hub", "hub_token", "hub_model_id")  # fmt: skip
-    told = asdict(replace(cfg, **{name: getattr(TrainConfig, name) for name in once}))
-    if ranks.leads:
-        run = Run(
-            cfg.output_dir,
-            told,
-            resume=cfg.resume_from_checkpoint,
-            overwrite=cfg.overwrite,
-            changed=cfg.resume_changed,
-            tracker=pick_tracker(cfg.report_to, cfg.logging_dir, told),
-        )
-    else:
-        run = Beside(cfg.output_dir)
-    run.checkpoint, run.resume_step = ranks.same(lambda: (run.checkpoint, run.resume_step))
-    precision = torch.get_float32_matmul_precision()
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    status = "crashed"
-    try:
-        if cfg.allow_tf32:
-            torch.set_float32_matmul_precision("high")
-        if cfg.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once
-            torch.use_deterministic_algorithms(True)
-        with Stop(quiet=ranks.world > 1) as stop:
-            phases(cfg, run, ranks, device, stop, token)
-        status = "finished"
-    except KeyboardInterrupt:
-        status = "stopped"
-        raise
-    except Exception as error:
-        if out_of_memory(error):
-            error = MemoryError(
-                f"out of memory on {device}: --gradient_checkpointing, a smaller --resolution or "
-                "--mixed_precision bf16 needs less; --vram_gib plans for what is there"
-            )
-        resumable = ranks.leads and (run.started or run.checkpoint)
-        if resumable and not isinstance(error, ValueError):
-            error.add_note(run.last_good())
-        raise error
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        torch.use_deterministic_algorithms(deterministic)
-        # an error on the way is not to be hidden by the same one when its summary is written
-        with suppress(*() if status == "finished" else (OSError,)):
-            run.finish(status, peak_mib=round(peak_mib(device), 1))
+    run = open_run(cfg, ranks)
+    with (
+        summarized(run, ranks.leads, device),
+        settings(cfg),
+        Stop(quiet=ranks.world > 1) as stop,
+    ):
+        phases(cfg, run, ranks, device, stop, token)
     if ranks.leads:
         write_report(run.folder)
     if token is not None:
@@ -174,7 +115,6 @@ def phases(
     dtype = pick_dtype(cfg.mixed_precision, device)
     files = {"variant": cfg.variant, "revision": cfg.revision, "device": device}
     name = cfg.pair_objective or ("delta" if paired else "dreambooth")
-    objective = OBJECTIVES[name]
     knobs = Knobs(**{field: getattr(cfg, field) for field in Knobs._fields})
     if note := moved_note(base):
         print(note)
@@ -182,18 +122,7 @@ def phases(
         raise ValueError(f"--revision {cfg.revision} is for the hub; {base} is a local directory")
 
     # ---- 1. data: looked at before anything is loaded or written
-    under, start = {}, {}  # of --base_lora and --init_lora: {"unet": {path: Factors}, ...}
-    if cfg.base_lora is not None:
-        under, said = read_lora(cfg.base_lora, "--base_lora")
-        under_at = multiplier(said, cfg.base_lora_strength)
-        print(f"--base_lora {cfg.base_lora} is on, frozen, at multiplier {under_at:g}")
-    if cfg.init_lora is not None and run.checkpoint is None:
-        start = read_lora(cfg.init_lora, "--init_lora")[0]
-        if "text_encoder" in start and not cfg.train_text_encoder:
-            raise ValueError(
-                f"--init_lora {cfg.init_lora} adapts the text encoder too: "
-                "train that as well, with --train_text_encoder"
-            )
+    given = read_given(cfg, fresh=run.checkpoint is None)  # --base_lora, --init_lora
     pairs, held_out, shown = find_data(cfg)
     held_out = held_out[:32]  # enough to see the loss by
     if not ranks.leads:  # rank 0 looks for all
@@ -202,60 +131,22 @@ def phases(
     schedule = Schedule.from_config(
         load_scheduler_config(base, revision=cfg.revision, prediction_type=cfg.prediction_type)
     ).to(device)
+    task = Task(name, OBJECTIVES[name], schedule, knobs)
     with ranks.first():  # makes what is missing, which the others then find
         class_pairs = class_images(cfg, device, run.log) if cfg.with_prior_preservation else []
-    n, micro = len(pairs), cfg.train_batch_size
-    mine = micro * cfg.gradient_accumulation_steps  # of a step, on this rank
-    total = ranks.world * mine
-    per_epoch = math.ceil(n / total)
-    steps = cfg.max_train_steps or (cfg.num_train_epochs or 0) * per_epoch or 200
-    if run.resume_step > steps:
-        raise ValueError(f"--max_train_steps {steps} is less than the {run.resume_step} done")
+    size = size_of(cfg, len(pairs), ranks.world)
+    if run.resume_step > size.steps:
+        raise ValueError(f"--max_train_steps {size.steps} is less than the {run.resume_step} done")
     if token is not None:  # what keeps the upload from happening is said before the training
         open_repository(repository(cfg), token)
 
     # ---- 2. text: every prompt once; then the encoder goes, unless it is trained
-    said_of = lambda some: [pair.caption or cfg.instance_prompt for pair in some]  # noqa: E731
-    own, kept = said_of(pairs), said_of(held_out)
-    told = [cfg.validation_prompt or said for said in said_of(shown)]
+    own, kept = said_of(cfg, pairs), said_of(cfg, held_out)
+    told = [cfg.validation_prompt or said for said in said_of(cfg, shown)]
     prompt = cfg.validation_prompt or cfg.instance_prompt
-    prompts = list(dict.fromkeys([*own, *kept, *told, prompt, cfg.class_prompt or "", ""]))
-    row = {said: i for i, said in enumerate(prompts)}
-    strength_of = torch.tensor([pair.strength for pair in pairs], device=device)  # (n,)
     with phase("text", device, run.log):
-        text = load_text(base, **files, tokenizer=cfg.tokenizer_name)
-        said = f" with the tokenizer of {cfg.tokenizer_name}" if cfg.tokenizer_name else ""
-        print(f"text encoder  {loaded(text.model, base)}{said}")
-        most = text.model.config.max_position_embeddings
-        if (cfg.tokenizer_max_length or 0) > most:
-            raise ValueError(
-                f"--tokenizer_max_length is {cfg.tokenizer_max_length}, "
-                f"the text encoder takes {most} at most"
-            )
-        if under:
-            apply_lora(under, cfg.base_lora, text=text, fixed=under_at)
-        ids = text.tokenize(prompts, cfg.tokenizer_max_length).to(device)  # (p, l)
-        mask = text.mask(ids) if cfg.text_encoder_use_attention_mask else None
-        if cfg.train_text_encoder:
-            contexts = None
-            inject(text.model, "attn", cfg.lora_rank, cfg.lora_alpha, generator=seeded(cfg.seed, 1))
-        else:
-            contexts = encode_prompts(text, ids, mask, device, cfg.latents_on, cfg.cache_dir)
-            text = None
-    many = contexts is not None and contexts.place != "device"  # too many prompts to lie there
-    at = "cpu" if many else device  # of the prompts' numbers
-    prompt_of = torch.tensor([row[said] for said in own], device=at)  # (n,)
-    if contexts and len(prompts) > MANY:
-        print(f"contexts      {contexts}")
-
-    def context(rows: Tensor) -> Context:
-        """Of the prompts in these rows (b,); encoded at every call where the encoder is trained."""
-        if text is None:
-            return send(contexts.take(rows)["ctx"], device)  # (b, l, d)
-        return text_context(text, ids[rows], None if mask is None else mask[rows])
-
-    def context_of(said: str) -> Context:
-        return context(torch.tensor([row[said]], device=at))
+        every = [*own, *kept, *told, prompt, cfg.class_prompt or "", ""]
+        prompts = load_prompts(cfg, every, device, given)
 
     # ---- 3. latents: every image once; then the VAE waits in host memory for the pictures
     with phase("latents", device, run.log):
@@ -277,6 +168,7 @@ def phases(
         class_latents = None
         if class_pairs:
             class_latents = encoded(make_dataset(cfg, class_pairs), *how)
+        items = Items(pairs, dataset.views, latents, class_latents)
         shown, held_out = apart(shown, told), apart(held_out, kept)
         vae.to("cpu")
 
@@ -286,95 +178,42 @@ def phases(
         print(f"UNet          {loaded(unet, base)}")
         if unet.in_channels != 4:
             raise ValueError(f"{base} has a UNet of {unet.in_channels} input channels, not 4")
-        if under:
-            apply_lora(under, cfg.base_lora, unet=unet, fixed=under_at)
-        targets = cfg.lora_targets
-        if extra := extra_channels(name, knobs):
-            unet.widen(4 + extra - unet.in_channels)  # --base_lora may have widened it
-            targets += ",conv_in"  # what reads the new channels
-        inject(unet, targets, cfg.lora_rank, cfg.lora_alpha, generator=seeded(cfg.seed, 0))
-        adapted = {"unet": unet} | ({"text_encoder": text.model} if text else {})
-        for part, factors in start.items():
-            model, what = adapted[part], f"--init_lora {cfg.init_lora}"
-            if error := start_from(model, factors_for(model, factors), what):
-                print(f"{what}: {part} cut to rank {cfg.lora_rank}, relative error {error:.2g}")
-        layers = [layer for model in adapted.values() for layer in lora_layers(model).values()]
-        params = [p for layer in layers for p in (layer.lora_A, layer.lora_B)]
-        flat = flatten(params)
-        opt = adamw(
-            flat,
-            lr=cfg.learning_rate,
-            betas=(cfg.adam_beta1, cfg.adam_beta2),
-            eps=cfg.adam_epsilon,
-            weight_decay=cfg.adam_weight_decay,
-            eight_bit=cfg.use_8bit_adam,
-        )
-        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        state = restore(run.checkpoint, adapted, opt, scaler) if run.checkpoint else {}
-        ranks.copy_first(flat.data)  # were it only that two processors round differently
+        trained = adapt(cfg, unet, prompts.text, given, extra_channels(name, knobs), run.checkpoint)
+        ranks.copy_first(trained.flat.data)  # were it only that two processors round differently
         freeze(unet, int8=cfg.base_storage == "int8")
-        level = cfg.recompute if cfg.gradient_checkpointing else "none"
+        micro, level = cfg.train_batch_size, cfg.recompute if cfg.gradient_checkpointing else "none"
         if cfg.vram_gib is not None:
-
-            def any_context(b: int) -> Context:
-                if contexts is None:
-                    return context(torch.zeros(b, dtype=torch.int64, device=device))
-                return torch.zeros(b, *contexts.shapes["ctx"], device=device)
-
-            attempt = trial(
-                objective,
-                lambda b: predictor(unet, any_context(b)),
-                schedule,
-                knobs,
-                latents.rows.shapes["mean"],
-                masked=latents.masked,
-                preserve=cfg.preserve_weight > 0,
-                prior=class_latents is not None,
+            plan = plan_step(
+                cfg, task, items, prompts, unet, vae, trained.params, [shown, held_out], level
             )
-            tables = (latents.rows, (class_latents or latents).rows)
-            there = {
-                "text encoder": (text and text.model,),
-                "autoencoder": (vae,),
-                "latents": (
-                    *(x for rows in tables for x in rows.tensors.values()),
-                    shown.z,
-                    held_out.z,
-                ),
-                "contexts": contexts.tensors.values() if contexts else (),
-            }
-            plan = plan_step(cfg, attempt, unet, params, there, device, level)
             print(plan.table)
             micro, level = plan.micro, plan.level
-            chosen = {"micro_batch": micro, "accumulation": mine // micro, "recompute": level}
+            chosen = {"micro_batch": micro, "accumulation": size.mine // micro, "recompute": level}
             run.log("plan", **chosen, predicted_mib=round(plan.bytes / MIB, 1))
         checkpoint_activations(unet, LEVELS[level], keep_strength(unet))
         if cfg.compile or (cfg.compile is None and device.type == "cuda"):
             unet.compile(fullgraph=True, dynamic=False)  # in place: the keys stay clean
     meta = lora_metadata(cfg, name, knobs, schedule, states=1 + len({p.strength for p in pairs}))
-    fade = meta["states"] == 2
-    watch = Watch(unet, vae, schedule, objective, knobs, context_of, cfg.seed, fade)
     run.start(
         {
             "base": base,
             "data": fingerprint(pairs, dataset.hashes),
-            "trained_parameters": flat.numel(),
+            "trained_parameters": trained.flat.numel(),
             "processes": ranks.world,
             "launch": launch(),
         }
     )
     run.keep_newest(cfg.checkpoints_total_limit)
     print(
-        f"{name}: {n} {'pairs' if paired else 'images'} x {dataset.views} views, "
-        f"{steps} steps of {total}, {flat.numel():,} trained weights "
-        f"(rank {cfg.lora_rank}, {len(layers)} layers, float32) on {base} "
+        f"{name}: {len(pairs)} {'pairs' if paired else 'images'} x {dataset.views} views, "
+        f"{size.steps} steps of {size.total}, {trained.flat.numel():,} trained weights "
+        f"(rank {cfg.lora_rank}, {len(trained.layers)} layers, float32) on {base} "
         f"({str(dtype).removeprefix('torch.')}, {device}"
         f"{f', {ranks.world} processes' if ranks.world > 1 else ''})"
     )
 
-    def save(folder: Path, done: int) -> None:
-        save_lora(folder / LORA_FILE, unet=unet, text=text, metadata={**meta, "steps": done})
-        since = {"logged": logged, "tally": tally.sums.tolist()}
-        save_state(folder, opt, {"step": done, "scaler": scaler.state_dict(), **since})
+    fade = meta["states"] == 2
+    watch = Watch(unet, vae, schedule, task.objective, knobs, prompts.of, cfg.seed, fade)
 
     def show(done: int) -> None:
         """samples/STEP.png, and the held-out loss."""
@@ -389,7 +228,59 @@ def phases(
         if held_out.pairs:
             run.log("eval", step=done, **watch.held_out_loss(held_out))
 
-    # ---- 5. the loop: z -> error -> loss -> gradient -> step
+    write = partial(save_lora, unet=unet, text=prompts.text)
+
+    def save(folder: Path, done: int, since: dict) -> None:
+        """A checkpoint. `since`: what the loop has counted since its last line of metrics."""
+        write(folder / LORA_FILE, metadata={**meta, "steps": done})
+        scaler = trained.scaler.state_dict()
+        save_state(folder, trained.opt, {"step": done, "scaler": scaler, **since})
+
+    loop(
+        cfg, run, ranks, device, stop, task, items, prompts, unet, trained, size, micro, show, save
+    )
+    if not ranks.leads:
+        return
+
+    # ---- 6. the result
+    write = partial(write, metadata={**meta, "steps": size.steps}, dtype=DTYPES[cfg.lora_dtype])
+    layouts = LAYOUTS if cfg.lora_format == "all" else ("diffusers", cfg.lora_format)
+    for layout in dict.fromkeys(layouts):
+        write_aside(run.folder / file_of(layout), partial(write, layout=layout))
+    if shown.pairs:
+        write_aside(run.folder / "strengths", partial(watch.strengths, shown))
+
+
+# ---- 5. the loop: z -> error -> loss -> gradient -> step -----------------------------------------
+
+
+def loop(
+    cfg: TrainConfig,
+    run: Run | Beside,
+    ranks: Ranks,
+    device: torch.device,
+    stop: Stop,
+    task: Task,
+    items: Items,
+    prompts: Prompts,
+    unet: UNet,
+    trained: Trained,
+    size: Size,
+    micro: int,
+    show: Callable[[int], None],
+    save: Callable[[Path, int, dict], None],
+) -> None:
+    """All steps that are not done yet. `micro`: images that go through the network at a time."""
+    name, objective, schedule, knobs = task
+    pairs, views, latents, class_latents = items
+    flat, opt, scaler, state = trained.flat, trained.opt, trained.scaler, trained.state
+    mine, total, steps, show_every = size
+    n, first = len(pairs), run.resume_step
+    strength_of = torch.tensor([pair.strength for pair in pairs], device=device)  # (n,)
+    prompt_of = prompts.rows(said_of(cfg, pairs))  # (n,)
+    class_context = prompts.of(cfg.class_prompt) if class_latents else None
+    recent = {}  # {step: (index, t)} of what was drawn since the last look
+
     def fetch(step: int) -> tuple[int, Batch, Batch | None]:
         """What is drawn for a step, its latents with it, on the device."""
         pick, other = draw(
@@ -397,7 +288,7 @@ def phases(
             step,
             total,
             pairs=n,
-            views=dataset.views,
+            views=views,
             shape=latents.shape,
             num_steps=schedule.num_steps,
             class_images=len(class_latents) if class_latents else 0,
@@ -405,8 +296,8 @@ def phases(
         recent[step + 1] = pick.index, pick.t
         pick = ranks.share(pick)
         own = latents.batch(pick)
-        if many:
-            own = own._replace(ctx=context(prompt_of[pick.index % n]))
+        if prompts.many:
+            own = own._replace(ctx=prompts.context(prompt_of[pick.index % n]))
         return step, own, other and class_latents.batch(ranks.share(other))
 
     def add_gradient(own: Batch, other: Batch | None) -> Tensor:
@@ -419,7 +310,7 @@ def phases(
         for k in range(cuts):
             one = own.part(k, micro)
             s = strength_of[one.index % n]  # (b,), 1 but for states in between
-            ctx = context(prompt_of[one.index % n]) if one.ctx is None else one.ctx
+            ctx = prompts.context(prompt_of[one.index % n]) if one.ctx is None else one.ctx
             predict = predictor(unet, ctx)
             predict, heard = listened(predict) if cfg.preserve_weight else (predict, [])
             draws = Draws(one.eps, one.t, one.u)
@@ -438,21 +329,16 @@ def phases(
             found += torch.cat([loss.detach()[None], places]) / cuts
         return found
 
-    class_context = context_of(cfg.class_prompt) if class_latents else None
     compute = Replayed(add_gradient) if cfg.cuda_graph else add_gradient
-    show_every = cfg.validation_steps or cfg.validation_epochs * per_epoch
     tally, logged = Tally(device, state.get("tally")), state.get("logged", 0)
-    clock, recent = time.perf_counter(), {}
-    began, first = clock, run.resume_step
-    # time left by the mean so far: pictures and checkpoints, which it counts, will come again
-    bar = tqdm(total=steps, initial=first, desc=name, unit="step", disable=no_bars(), smoothing=0)
+    pace = Pace(name, first, steps)
     stop.waits = True
     for step, own, other in one_ahead(fetch, range(first, steps), device):
         while (found := unless_full(compute, own, other)) is None:
             if micro == 1:
                 raise MemoryError("one image is too much")
             flat.grad.zero_()
-            micro = max(size for size in range(1, micro // 2 + 1) if mine % size == 0)
+            micro = max(cut for cut in range(1, micro // 2 + 1) if mine % cut == 0)
             warnings.warn(
                 f"out of memory at step {step + 1}: from here on its {mine} images go through "
                 f"the network {micro} at a time; the result is the same",
@@ -473,7 +359,7 @@ def phases(
         tally.add(ok, found, done)
 
         # ---- from here on nothing changes a weight
-        bar.update()
+        pace.bar.update()
         saving, showing = due(done, cfg.checkpointing_steps, steps), due(done, show_every, steps)
         logging = saving or showing or due(done, cfg.log_every, steps)
         asked = ranks.latest(stop.asked or 0)
@@ -491,18 +377,14 @@ def phases(
                 raise FloatingPointError(f"{said}; --on_nan skip leaves such steps out")
             warnings.warn(f"{said}: skipped, {skipped} in all so far", stacklevel=1)
         if logging:
-            step_ms = 1e3 * (time.perf_counter() - clock) / (done - logged)
+            step_ms = pace.step_ms(done - logged)
             numbers = {"loss": means[0], "lr": lr, "grad_norm": grad_norm.item()}
             if latents.masked:
                 numbers |= zip(("loss_inside", "loss_outside", "mask_coverage"), means[1:])
             numbers |= {"skipped": skipped} if cfg.on_nan == "skip" else {}
             peak = round(peak_mib(device), 1)
             run.log("train", step=done, **numbers, step_ms=round(step_ms, 2), peak_mib=peak)
-            bar.set_postfix(loss=f"{means[0]:.4f}", lr=f"{lr:.1e}")
-            if bar.disable and 10 * done // steps > 10 * logged // steps:
-                left = (steps - done) * (time.perf_counter() - began) / (done - first)
-                said = f"step {done}/{steps}  loss {means[0]:.4f}  {step_ms:.0f} ms/step"
-                print(f"{said}  {tqdm.format_interval(left)} left", flush=True)
+            pace.say(done, logged, means[0], lr, step_ms)
             tally.clear()
             logged = done
         recent = {ahead: drawn for ahead, drawn in recent.items() if ahead > done}
@@ -511,99 +393,16 @@ def phases(
             show(done)
         stopping = ranks.latest(stop.asked or 0)  # read once: it may come at any moment
         if saving or stopping:
-            saved = run.save_checkpoint(done, save, cfg.checkpoints_total_limit)
+            since = {"logged": logged, "tally": tally.sums.tolist()}
+            write = partial(save, since=since)
+            saved = run.save_checkpoint(done, write, cfg.checkpoints_total_limit)
         if saving or showing or stopping:
             ranks.wait()
         if stopping:
             raise Stopped(stopping, f"stopped after step {done} of {steps}: {saved} is resumable")
-        clock = time.perf_counter()  # saving is not training time
+        pace.restart()
     stop.waits = False
-    bar.close()
-    if not ranks.leads:
-        return
-
-    result = partial(save_lora, unet=unet, text=text, metadata={**meta, "steps": steps})
-    layouts = LAYOUTS if cfg.lora_format == "all" else ("diffusers", cfg.lora_format)
-    for layout in dict.fromkeys(layouts):
-        write = partial(result, dtype=DTYPES[cfg.lora_dtype], layout=layout)
-        write_aside(run.folder / file_of(layout), write)
-    if shown.pairs:
-        write_aside(run.folder / "strengths", partial(watch.strengths, shown))
-
-
-def loaded(model: torch.nn.Module, source: str) -> str:
-    """For a line on what is there now."""
-    count, one = sum(p.numel() for p in model.parameters()), next(model.parameters())
-    return f"{count:,} weights in {str(one.dtype).removeprefix('torch.')}, {source}, {one.device}"
-
-
-# ---- the step ------------------------------------------------------------------------------------
-
-
-class Tally:
-    """What the loop counts on the device and reads where a line of metrics is due."""
-
-    def __init__(self, device: torch.device, sums: list[float] | None = None):
-        # since the last line: 4 sums of what was found, and of how many steps; the first bad step;
-        # in all: steps skipped
-        self.sums = torch.tensor(sums or [0.0] * 7, device=device)
-
-    def add(self, ok: Tensor, found: Tensor, done: int) -> None:
-        self.sums[:4] += torch.where(ok, found, 0.0)
-        self.sums[4] += ok
-        self.sums[5] = torch.where(ok | (self.sums[5] > 0), self.sums[5], float(done))
-        self.sums[6] += ~ok
-
-    def read(self) -> tuple[list[float], int, int]:
-        """Means of what was found (NaN where nothing was), steps skipped, first bad step or 0."""
-        *found, count, bad, skipped = self.sums.tolist()
-        self.sums[5] = 0.0
-        return [one / count if count else math.nan for one in found], int(skipped), int(bad)
-
-    def clear(self) -> None:
-        self.sums[:5] = 0.0
-
-
-def plan_step(
-    cfg: TrainConfig,
-    attempt: Callable[[int], Tensor],
-    unet: UNet,
-    params: list[torch.nn.Parameter],
-    there: dict[str, Iterable],
-    device: torch.device,
-    level: str,
-) -> Plan:
-    """How to cut a process' share of a step to fit --vram_gib. `there`: what lies there."""
-    stored = cfg.base_storage or str(next(unet.parameters()).dtype).removeprefix("torch.")
-    there = {f"frozen UNet, {stored}": (unet,), **there}
-    held = {what: frozen_bytes(device, *some) for what, some in there.items()}
-    adam = 2 if cfg.use_8bit_adam else 8  # bytes per weight
-    held["LoRA, its gradient, AdamW's state"] = (8 + adam) * sum(p.numel() for p in params)
-    return plan_memory(
-        attempt,
-        unet,
-        params,
-        held=held,
-        batch=cfg.train_batch_size,
-        accum=cfg.gradient_accumulation_steps,
-        budget=cfg.vram_gib,
-        level=level,
-    )
-
-
-def rate(cfg: TrainConfig, step: int, steps: int, world: int = 1) -> float:
-    """The learning rate of a step of so many processes."""
-    images = world * cfg.train_batch_size * cfg.gradient_accumulation_steps
-    scale = images if cfg.scale_lr else 1
-    return learning_rate(
-        cfg.lr_scheduler,
-        step,
-        steps,
-        peak=scale * cfg.learning_rate,
-        warmup=cfg.lr_warmup_steps,
-        cycles=cfg.lr_num_cycles,
-        power=cfg.lr_power,
-    )
+    pace.bar.close()
 
 
 def due(done: int, every: int, last: int) -> bool:

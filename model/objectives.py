@@ -341,6 +341,15 @@ OBJECTIVES = {
 }
 
 
+class Task(NamedTuple):
+    """What a run learns."""
+
+    name: str  # of OBJECTIVES
+    objective: Objective
+    schedule: Schedule
+    knobs: Knobs
+
+
 def extra_channels(name: str, knobs: Knobs) -> int:
     """How many channels beyond the UNet's own the objective shows it."""
     return 4 if name == "concat" or (name == "bridge" and knobs.bridge_channels) else 0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.cpu import quick_convs
 from model.lora import set_strength
@@ -49,6 +49,12 @@ def pick_dtype(mixed_precision: str | None, device: torch.device) -> torch.dtype
     if mixed_precision is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return DTYPES[mixed_precision]
+
+
+def loaded(model: nn.Module, source: str) -> str:
+    """For a line on what is there now."""
+    count, one = sum(p.numel() for p in model.parameters()), next(model.parameters())
+    return f"{count:,} weights in {str(one.dtype).removeprefix('torch.')}, {source}, {one.device}"
 
 
 # ---- predict -------------------------------------------------------------------------------------

@@ -9,9 +9,10 @@ import signal
 import sys
 from pathlib import Path
 
+import adapting
 import train
 
-usual_draw, usual_adamw, flat = train.draw, train.adamw, []
+usual_draw, usual_adamw, flat = train.draw, adapting.adamw, []
 
 
 def draw(seed: int, step: int, *args, **more):
@@ -29,7 +30,7 @@ def adamw(param, **settings):
 
 if __name__ == "__main__":
     train.draw = draw if "HAPPENS" in os.environ else usual_draw
-    train.adamw = adamw
+    adapting.adamw = adamw
     status = train.main(sys.argv[1:])
     if kept := os.environ.get("KEPT"):
         Path(kept, os.environ["RANK"]).write_bytes(flat[0].detach().cpu().numpy().tobytes())

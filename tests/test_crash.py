@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import durable
+import prompts
 import runs
 import train
 from config import TrainConfig, report
@@ -511,8 +512,10 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_work(config, monkeyp
 def test_an_image_that_vanishes_is_named(config, pairs, tmp_path, monkeypatch):
     """Between the look at the data and the encoding."""
     shutil.copytree(pairs, tmp_path / "pairs")
-    gone, load_text = tmp_path / "pairs" / "after" / "3.png", train.load_text
-    monkeypatch.setattr(train, "load_text", lambda *a, **k: (gone.unlink(), load_text(*a, **k))[1])
+    gone, load_text = tmp_path / "pairs" / "after" / "3.png", prompts.load_text
+    monkeypatch.setattr(
+        prompts, "load_text", lambda *a, **k: (gone.unlink(), load_text(*a, **k))[1]
+    )
     dirs = {f"{s}_data_dir": str(tmp_path / "pairs" / s) for s in ("before", "after")}
     code, lines = main(replace(config, **dirs))
     assert code == 2 and lines == [f"train.py: image file doesn't exist: {gone}"]

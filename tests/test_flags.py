@@ -25,6 +25,7 @@ import config
 import durable
 import inputs
 import latents
+import tally
 import train
 from config import TrainConfig
 from docs.flags import table
@@ -748,9 +749,9 @@ def steps_of(lab, patch, **flags) -> int:
             raise Stopped(total)
         return tqdm(total=total, **more)
 
-    tqdm = train.tqdm
+    tqdm = tally.tqdm
     with patch.context() as inner, pytest.raises(Stopped) as stop:
-        inner.setattr(train, "tqdm", bar)
+        inner.setattr(tally, "tqdm", bar)
         lab.fresh(**flags)
     return stop.value.args[0]
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import CLIPTextModel
 
-import inputs
+import prompts
 import train as loop
 from config import TrainConfig
 from latents import Latents, one_ahead
@@ -254,7 +254,7 @@ def test_latents_and_contexts_come_from_every_place(
     """Fetched one step early on a stream of its own; and without a wait, which torch checks."""
     cfg = replace(config, pair_objective="after", cuda_graph=graph, max_train_steps=12)
     expected = losses(cfg, tmp_path, "plain")
-    monkeypatch.setattr(inputs, "MANY", 0)
+    monkeypatch.setattr(prompts, "MANY", 0)
     there = replace(cfg, latents_on=place, cache_dir=str(tmp_path / "cache"))
     off = furthest(losses(there, tmp_path, place), expected)
     name = f"losses with latents on {place}{', captured' * graph}, off the usual ones"

@@ -8,8 +8,11 @@ from dataclasses import replace
 
 import pytest
 
+import tally
 import train
 from config import TrainConfig
+from model.lora_files import read_lora
+from model.weights import load_unet
 from progress import no_bars
 from tests.pairs import write_pairs
 from tests.test_structure import SOURCES
@@ -55,7 +58,7 @@ def test_time_left_is_by_the_mean_of_this_start(cfg, monkeypatch, capsys):
     train.train(replace(cfg, max_train_steps=2))
     capsys.readouterr()
     clock = iter(range(0, 10**6, 100))  # each look at the clock is 100 s later
-    monkeypatch.setattr(train.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(tally.time, "perf_counter", lambda: float(next(clock)))
     train.train(replace(cfg, max_train_steps=6, resume_from_checkpoint="latest"))
     took = re.findall(r"^step (\d)/6 .* (\S+) left$", capsys.readouterr().out, re.M)
     assert [step for step, _ in took] == ["3", "4", "5", "6"]
@@ -75,12 +78,12 @@ def test_what_was_loaded_is_said(cfg, sd1, capsys):
                      rf"tokenizer of {source}$", out, re.M)  # fmt: skip
     assert re.search(rf"^autoencoder   [\d,]+ weights in float32, {source}/vae, cpu$", out, re.M)
     unet = re.search(rf"^UNet          ([\d,]+) weights in float32, {source}, cpu$", out, re.M)
-    model = train.load_unet(sd1)
+    model = load_unet(sd1)
     assert int(unet[1].replace(",", "")) == sum(p.numel() for p in model.parameters())
     trained, rank, layers = re.search(
         r"([\d,]+) trained weights \(rank (\d+), (\d+) l", out
     ).groups()
-    found = train.read_lora(folder)[0]["unet"]
+    found = read_lora(folder)[0]["unet"]
     assert int(trained.replace(",", "")) == sum(f.A.numel() + f.B.numel() for f in found.values())
     assert (int(rank), int(layers)) == (2, len(found))
     revision = json.loads((folder / "revision.json").read_text())

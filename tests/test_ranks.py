@@ -20,13 +20,14 @@ import transformers  # noqa: F401, loaded once for all that are forked
 from safetensors.torch import load_file
 
 import train as loop
+from adapting import rate
 from config import TrainConfig
 from model.draws import draw
 from model.lora_files import LORA_FILE
 from model.objectives import OBJECTIVES
 from ranks import Ranks
 from tests.pairs import write_pairs
-from train import rate, train
+from train import train
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,17 +11,18 @@ import torch
 from PIL import Image
 
 import images
-import inputs
 import latents
+import prompts
 import train
 from bench import scale
 from config import TrainConfig
 from data import PairDataset
 from images import image_size
-from inputs import encode_prompts, make_dataset
+from inputs import make_dataset
 from model.draws import draw, shuffled
 from model.weights import load_text
 from pairs import file_hash, find_pairs, fingerprint
+from prompts import encode_prompts
 from tests.pairs import write_pairs
 
 CPU = torch.device("cpu")
@@ -44,7 +45,7 @@ def test_contexts_are_the_same_from_every_place(sd1, tmp_path, monkeypatch):
         expected = text.encode(ids)
     index = torch.tensor([69, 0, 33, 33])
     assert encode_prompts(text, ids, None, CPU, "disk", tmp_path).place == "device"  # so few
-    monkeypatch.setattr(inputs, "MANY", 69)
+    monkeypatch.setattr(prompts, "MANY", 69)
     for place in ("device", "host", "disk"):
         rows = encode_prompts(text, ids, None, CPU, place, tmp_path)
         assert rows.place == place and torch.allclose(rows.take(index)["ctx"], expected[index])
@@ -87,8 +88,7 @@ def test_a_run_with_its_contexts_and_latents_on_disk_is_the_same(
     expected = losses()
     assert len(set(expected)) == 4
     assert losses(instance_prompt="another", cache_dir=None) != expected  # a prompt matters
-    monkeypatch.setattr(inputs, "MANY", 5)
-    monkeypatch.setattr(train, "MANY", 5)
+    monkeypatch.setattr(prompts, "MANY", 5)
     capsys.readouterr()
     assert losses(latents_on="disk") == pytest.approx(expected, rel=1e-6)
     said = capsys.readouterr().out

@@ -49,6 +49,7 @@ ARROWS = {
     "model.optim": [],
     "rows": ["images"],
     "latents": ["data", "images", "progress", "rows", "model.draws"],
+    "tally": ["progress"],
     "report": ["durable", "images"],
     "model.unet": ["model.layers"],
     "model.vae": ["model.layers"],
@@ -79,8 +80,8 @@ ARROWS = {
         "model.pipeline", "model.samplers", "model.schedule", "progress",
     ],
     "inputs": [
-        "config", "data", "images", "latents", "pairs", "progress", "rows", "runs",
-        "model.memory", "model.pipeline", "model.text",
+        "config", "data", "images", "latents", "pairs", "progress", "runs", "model.memory",
+        "model.pipeline",
     ],
     "between": [
         "data", "durable", "images", "measures", "model.lora_files", "model.morph",
@@ -90,6 +91,15 @@ ARROWS = {
         "config", "durable", "model.files", "model.lora", "model.lora_files", "model.objectives",
         "model.schedule",
     ],
+    "adapting": [
+        "checkpoint", "config", "model.draws", "model.lora", "model.lora_algebra",
+        "model.lora_files", "model.memory", "model.optim", "model.text", "model.unet",
+    ],
+    "prompts": [
+        "adapting", "config", "latents", "pairs", "rows", "model.draws", "model.lora",
+        "model.pipeline", "model.text", "model.weights",
+    ],
+    "session": ["config", "model.memory", "ranks", "runs", "trackers"],
     "hub_card": ["model.files", "model.lora_files"],
     "hub": [
         "config", "durable", "hub_card", "model.files", "model.lora_files", "model.lora_layouts",
@@ -98,6 +108,10 @@ ARROWS = {
     "watching": [
         "data", "durable", "images", "model.draws", "model.objectives", "model.pipeline",
         "model.schedule", "model.unet", "model.vae", "pairs",
+    ],
+    "fitting": [
+        "config", "inputs", "model.objectives", "model.pipeline", "model.plan", "model.unet",
+        "model.vae", "prompts", "watching",
     ],
     "check_data": ["config", "data", "images", "pairs", "runs"],
     "sample": ["*"],
@@ -174,8 +188,8 @@ def test_the_arrows_have_no_circle():
 
 
 def test_only_roots_import_the_config():
-    """Library code takes plain arguments; `inputs` and `checkpoint` are parts of train."""
-    parts = {"inputs", "checkpoint"}
+    """Library code takes plain arguments; the others are parts of train."""
+    parts = {"inputs", "checkpoint", "adapting", "prompts", "fitting", "session"}
     assert {name for name in LIBRARY if "config" in siblings(name)} <= {*ROOTS, *parts}
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from adapting import rate
 from config import TrainConfig
 from data import PairDataset
 from inputs import make_dataset
@@ -34,7 +35,7 @@ from model.weighting import weighted_mean
 from model.weights import load_text, load_unet
 from pairs import find_pairs
 from tests.pairs import write_pairs
-from train import rate, train
+from train import train
 
 LORA = "pytorch_lora_weights.safetensors"
 PAIRED = [name for name in OBJECTIVES if name != "dreambooth"]

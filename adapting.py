@@ -1,0 +1,117 @@
+"""What is trained: a LoRA in fp32 on the frozen networks, as one flat parameter, and its AdamW.
+
+read_given    the LoRA files a run begins with: one that lies beneath, one that is gone on from
+adapt         the networks' LoRA layers, flat; AdamW; all as a checkpoint left it
+rate          the learning rate of a step
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from checkpoint import restore
+from config import TrainConfig
+from model.draws import seeded
+from model.lora import inject, lora_layers
+from model.lora_algebra import start_from
+from model.lora_files import apply_lora, factors_for, multiplier, read_lora
+from model.memory import flatten
+from model.optim import adamw, learning_rate
+from model.text import TextEncoder
+from model.unet import UNet
+
+
+class Given(NamedTuple):
+    """LoRA files as {"unet": {path: Factors}, ...}, {} where there is none."""
+
+    under: dict  # --base_lora: beneath what is trained, frozen
+    under_at: float  # its multiplier
+    start: dict  # --init_lora: what the LoRA is at first
+
+    def put_under(self, cfg: TrainConfig, **model: nn.Module) -> None:
+        """--base_lora on `unet=` or `text=`."""
+        if self.under:
+            apply_lora(self.under, cfg.base_lora, **model, fixed=self.under_at)
+
+
+def read_given(cfg: TrainConfig, *, fresh: bool) -> Given:
+    """--base_lora and, for a fresh run, --init_lora. ValueError names what cannot be used."""
+    under, under_at, start = {}, 1.0, {}
+    if cfg.base_lora is not None:
+        under, said = read_lora(cfg.base_lora, "--base_lora")
+        under_at = multiplier(said, cfg.base_lora_strength)
+        print(f"--base_lora {cfg.base_lora} is on, frozen, at multiplier {under_at:g}")
+    if cfg.init_lora is not None and fresh:
+        start = read_lora(cfg.init_lora, "--init_lora")[0]
+        if "text_encoder" in start and not cfg.train_text_encoder:
+            raise ValueError(
+                f"--init_lora {cfg.init_lora} adapts the text encoder too: "
+                "train that as well, with --train_text_encoder"
+            )
+    return Given(under, under_at, start)
+
+
+class Trained(NamedTuple):
+    layers: list[nn.Module]  # with a LoRA
+    params: list[nn.Parameter]  # theirs, views of
+    flat: nn.Parameter
+    opt: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # of the loss, on in fp16
+    state: dict  # state.json of the checkpoint gone on from, else {}
+
+
+def adapt(
+    cfg: TrainConfig,
+    unet: UNet,
+    text: TextEncoder | None,
+    given: Given,
+    extra: int,
+    checkpoint: Path | None,
+) -> Trained:
+    """The UNet `extra` input channels wider and with a LoRA; `text` has its own, if it is trained.
+
+    In place. The weights are random, then --init_lora's, then the checkpoint's.
+    """
+    given.put_under(cfg, unet=unet)
+    targets = cfg.lora_targets
+    if extra:
+        unet.widen(4 + extra - unet.in_channels)  # --base_lora may have widened it
+        targets += ",conv_in"  # what reads the new channels
+    inject(unet, targets, cfg.lora_rank, cfg.lora_alpha, generator=seeded(cfg.seed, 0))
+    adapted = {"unet": unet} | ({"text_encoder": text.model} if text else {})
+    for part, factors in given.start.items():
+        model, what = adapted[part], f"--init_lora {cfg.init_lora}"
+        if error := start_from(model, factors_for(model, factors), what):
+            print(f"{what}: {part} cut to rank {cfg.lora_rank}, relative error {error:.2g}")
+    layers = [layer for model in adapted.values() for layer in lora_layers(model).values()]
+    params = [p for layer in layers for p in (layer.lora_A, layer.lora_B)]
+    flat = flatten(params)
+    opt = adamw(
+        flat,
+        lr=cfg.learning_rate,
+        betas=(cfg.adam_beta1, cfg.adam_beta2),
+        eps=cfg.adam_epsilon,
+        weight_decay=cfg.adam_weight_decay,
+        eight_bit=cfg.use_8bit_adam,
+    )
+    half = unet.conv_in.weight.dtype == torch.float16
+    scaler = torch.amp.GradScaler(flat.device.type, enabled=half)
+    state = restore(checkpoint, adapted, opt, scaler) if checkpoint else {}
+    return Trained(layers, params, flat, opt, scaler, state)
+
+
+def rate(cfg: TrainConfig, step: int, steps: int, world: int = 1) -> float:
+    """The learning rate of a step of so many processes."""
+    images = world * cfg.train_batch_size * cfg.gradient_accumulation_steps
+    scale = images if cfg.scale_lr else 1
+    return learning_rate(
+        cfg.lr_scheduler,
+        step,
+        steps,
+        peak=scale * cfg.learning_rate,
+        warmup=cfg.lr_warmup_steps,
+        cycles=cfg.lr_num_cycles,
+        power=cfg.lr_power,
+    )

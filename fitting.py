@@ -1,0 +1,63 @@
+"""--vram_gib: how a step is cut, and what it computes twice, to fit the memory there is."""
+
+from torch import nn
+
+from config import TrainConfig
+from inputs import Items
+from model.objectives import Task
+from model.pipeline import predictor
+from model.plan import Plan, frozen_bytes, plan_memory, trial
+from model.unet import UNet
+from model.vae import VAE
+from prompts import Prompts
+from watching import Apart
+
+
+def plan_step(
+    cfg: TrainConfig,
+    task: Task,
+    items: Items,
+    prompts: Prompts,
+    unet: UNet,
+    vae: VAE,
+    params: list[nn.Parameter],
+    looked_at: list[Apart],
+    level: str,
+) -> Plan:
+    """Of this process' share of a step, by a trial of its loss and by what lies there beside it."""
+    device, latents = items.latents.device, items.latents
+    attempt = trial(
+        task.objective,
+        lambda b: predictor(unet, prompts.like(b)),
+        task.schedule,
+        task.knobs,
+        latents.rows.shapes["mean"],
+        masked=latents.masked,
+        preserve=cfg.preserve_weight > 0,
+        prior=items.class_latents is not None,
+    )
+    tables = (latents.rows, (items.class_latents or latents).rows)
+    stored = cfg.base_storage or str(next(unet.parameters()).dtype).removeprefix("torch.")
+    there = {
+        f"frozen UNet, {stored}": (unet,),
+        "text encoder": (prompts.text and prompts.text.model,),
+        "autoencoder": (vae,),
+        "latents": (
+            *(x for rows in tables for x in rows.tensors.values()),
+            *(apart.z for apart in looked_at),
+        ),
+        "contexts": prompts.contexts.tensors.values() if prompts.contexts else (),
+    }
+    held = {what: frozen_bytes(device, *some) for what, some in there.items()}
+    adam = 2 if cfg.use_8bit_adam else 8  # bytes per weight
+    held["LoRA, its gradient, AdamW's state"] = (8 + adam) * sum(p.numel() for p in params)
+    return plan_memory(
+        attempt,
+        unet,
+        params,
+        held=held,
+        batch=cfg.train_batch_size,
+        accum=cfg.gradient_accumulation_steps,
+        budget=cfg.vram_gib,
+        level=level,
+    )

@@ -1,0 +1,140 @@
+"""What the network is told: every prompt of a run, and its context.
+
+load_prompts -> Prompts     each prompt through the text encoder once, and the encoder goes; or,
+                            where it is trained, the encoder with its LoRA
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adapting import Given
+from config import TrainConfig
+from latents import send
+from model.draws import seeded
+from model.lora import inject
+from model.pipeline import Context, loaded, text_context
+from model.text import TextEncoder
+from model.weights import load_text
+from pairs import Pair
+from rows import Rows, choose, make_rows
+
+MANY = 1000  # prompts
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """p different prompts; `contexts` or, where it is trained, the encoder `text`."""
+
+    row: dict[str, int]
+    ids: Tensor  # (p, l)
+    mask: Tensor | None  # (p, l)
+    contexts: Rows | None  # of `ctx` (l, d)
+    text: TextEncoder | None
+    device: torch.device
+
+    @property
+    def many(self) -> bool:
+        """Too many for their contexts to lie on the device."""
+        return self.contexts is not None and self.contexts.place != "device"
+
+    def rows(self, prompts: list[str]) -> Tensor:
+        """Their rows (k,), for `context`."""
+        at = "cpu" if self.many else self.device
+        return torch.tensor([self.row[said] for said in prompts], device=at)
+
+    def context(self, rows: Tensor) -> Context:
+        """Of the prompts in these rows (b,); encoded at every call where the encoder is trained."""
+        if self.text is None:
+            return send(self.contexts.take(rows)["ctx"], self.device)  # (b, l, d)
+        mask = None if self.mask is None else self.mask[rows]
+        return text_context(self.text, self.ids[rows], mask)
+
+    def of(self, said: str) -> Context:
+        return self.context(self.rows([said]))
+
+    def like(self, b: int) -> Context:
+        """As the context of b prompts, without a look at any: for its memory."""
+        if self.contexts is None:
+            return self.context(torch.zeros(b, dtype=torch.int64, device=self.device))
+        return torch.zeros(b, *self.contexts.shapes["ctx"], device=self.device)
+
+
+def said_of(cfg: TrainConfig, pairs: list[Pair]) -> list[str]:
+    """The pairs' prompts."""
+    return [pair.caption or cfg.instance_prompt for pair in pairs]
+
+
+def load_prompts(
+    cfg: TrainConfig, prompts: Iterable[str], device: torch.device, given: Given
+) -> Prompts:
+    """Each different prompt once. ValueError where the encoder cannot take as long ones."""
+    base = cfg.pretrained_model_name_or_path
+    files = {"variant": cfg.variant, "revision": cfg.revision, "device": device}
+    text = load_text(base, **files, tokenizer=cfg.tokenizer_name)
+    said = f" with the tokenizer of {cfg.tokenizer_name}" if cfg.tokenizer_name else ""
+    print(f"text encoder  {loaded(text.model, base)}{said}")
+    most = text.model.config.max_position_embeddings
+    if (cfg.tokenizer_max_length or 0) > most:
+        raise ValueError(
+            f"--tokenizer_max_length is {cfg.tokenizer_max_length}, "
+            f"the text encoder takes {most} at most"
+        )
+    given.put_under(cfg, text=text)
+    row = {said: i for i, said in enumerate(dict.fromkeys(prompts))}
+    ids = text.tokenize(list(row), cfg.tokenizer_max_length).to(device)  # (p, l)
+    mask = text.mask(ids) if cfg.text_encoder_use_attention_mask else None
+    if cfg.train_text_encoder:
+        inject(text.model, "attn", cfg.lora_rank, cfg.lora_alpha, generator=seeded(cfg.seed, 1))
+        return Prompts(row, ids, mask, None, text, device)
+    contexts = encode_prompts(text, ids, mask, device, cfg.latents_on, cfg.cache_dir)
+    if len(row) > MANY:
+        print(f"contexts      {contexts}")
+    return Prompts(row, ids, mask, contexts, None, device)
+
+
+def encode_prompts(
+    text: TextEncoder,
+    ids: Tensor,
+    mask: Tensor | None,
+    device: torch.device,
+    place: str,
+    cache_dir: str | None,
+) -> Rows:
+    """The context of every prompt, ids (p, l), once: a table of `ctx` (l, d).
+
+    On the device; at `place` where there are MANY: a hundred thousand of SD's are 22 GiB.
+    """
+
+    @torch.no_grad()
+    def encoded(rows: range) -> Tensor:
+        cut = slice(rows.start, rows.stop)
+        return text.encode(ids[cut], None if mask is None else mask[cut]).float().cpu()
+
+    first = encoded(range(1))  # (1, l, d)
+    key = first.numpy().tobytes()  # tells encoders, and LoRAs on them, apart
+
+    def name(part: range) -> str:
+        made_of = key + ids[part.start : part.stop].cpu().numpy().tobytes()
+        return f"contexts-{part.start:07d}-{hashlib.sha256(made_of).hexdigest()}.safetensors"
+
+    def make(parts: list[range]) -> Iterator[dict[str, Tensor]]:
+        for part in parts:
+            yield {"ctx": torch.cat([encoded(part[i : i + 32]) for i in range(0, len(part), 32)])}
+
+    what, shape = f"the contexts of {len(ids):,} prompts", tuple(first.shape[1:])
+    place = place if len(ids) > MANY else "device"
+    place = choose(place, len(ids) * first.nbytes, device, cache_dir is not None, what)
+    return make_rows(
+        len(ids),
+        make,
+        folder=cache_dir if place == "disk" else None,
+        name=name,
+        fits=lambda shapes: shapes == {"ctx": shape},
+        place=place,
+        device=device,
+        what=what,
+    )

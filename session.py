@@ -1,0 +1,83 @@
+"""A run from outside: its folder opened, torch's settings for the time, what is said at its end."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+
+import torch
+
+from config import TrainConfig
+from model.memory import out_of_memory, peak_mib
+from ranks import Beside, Ranks
+from runs import Run
+from trackers import pick_tracker
+
+# how this folder was opened and where it went: not kept, so that --config repeats the run only
+ONCE = ("overwrite", "resume_from_checkpoint", "resume_changed",
+        "push_to_hub", "hub_token", "hub_model_id")  # fmt: skip
+
+
+def open_run(cfg: TrainConfig, ranks: Ranks) -> Run | Beside:
+    """The run's folder, on rank 0; all ranks go on from the checkpoint that is found there."""
+    if ranks.leads:
+        told = asdict(replace(cfg, **{name: getattr(TrainConfig, name) for name in ONCE}))
+        run = Run(
+            cfg.output_dir,
+            told,
+            resume=cfg.resume_from_checkpoint,
+            overwrite=cfg.overwrite,
+            changed=cfg.resume_changed,
+            tracker=pick_tracker(cfg.report_to, cfg.logging_dir, told),
+        )
+    else:
+        run = Beside(cfg.output_dir)
+    run.checkpoint, run.resume_step = ranks.same(lambda: (run.checkpoint, run.resume_step))
+    return run
+
+
+@contextmanager
+def settings(cfg: TrainConfig) -> Iterator[None]:
+    """--allow_tf32 and --deterministic inside, and what was before after it."""
+    precision = torch.get_float32_matmul_precision()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    try:
+        if cfg.allow_tf32:
+            torch.set_float32_matmul_precision("high")
+        if cfg.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once
+            torch.use_deterministic_algorithms(True)
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.use_deterministic_algorithms(deterministic)
+
+
+@contextmanager
+def summarized(run: Run | Beside, leads: bool, device: torch.device) -> Iterator[None]:
+    """Writes summary.json however the block ends.
+
+    Memory that did not suffice becomes a MemoryError with what needs less, and an error of a run
+    that can go on tells from where.
+    """
+    status = "crashed"
+    try:
+        yield
+        status = "finished"
+    except KeyboardInterrupt:
+        status = "stopped"
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            error = MemoryError(
+                f"out of memory on {device}: --gradient_checkpointing, a smaller --resolution or "
+                "--mixed_precision bf16 needs less; --vram_gib plans for what is there"
+            )
+        resumable = leads and (run.started or run.checkpoint)
+        if resumable and not isinstance(error, ValueError):
+            error.add_note(run.last_good())
+        raise error
+    finally:
+        # an error on the way is not to be hidden by the same one when its summary is written
+        with suppress(*() if status == "finished" else (OSError,)):
+            run.finish(status, peak_mib=round(peak_mib(device), 1))

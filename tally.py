@@ -1,0 +1,62 @@
+"""What the loop counts and tells: sums on the device, the seconds of a step, a bar or lines."""
+
+import math
+import time
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from progress import no_bars
+
+
+class Tally:
+    """What the loop counts on the device and reads where a line of metrics is due."""
+
+    def __init__(self, device: torch.device, sums: list[float] | None = None):
+        # since the last line: 4 sums of what was found, and of how many steps; the first bad step;
+        # in all: steps skipped
+        self.sums = torch.tensor(sums or [0.0] * 7, device=device)
+
+    def add(self, ok: Tensor, found: Tensor, done: int) -> None:
+        self.sums[:4] += torch.where(ok, found, 0.0)
+        self.sums[4] += ok
+        self.sums[5] = torch.where(ok | (self.sums[5] > 0), self.sums[5], float(done))
+        self.sums[6] += ~ok
+
+    def read(self) -> tuple[list[float], int, int]:
+        """Means of what was found (NaN where nothing was), steps skipped, first bad step or 0."""
+        *found, count, bad, skipped = self.sums.tolist()
+        self.sums[5] = 0.0
+        return [one / count if count else math.nan for one in found], int(skipped), int(bad)
+
+    def clear(self) -> None:
+        self.sums[:5] = 0.0
+
+
+class Pace:
+    """How fast it goes, and for how long still: a bar, or a line for each tenth of the run."""
+
+    def __init__(self, name: str, first: int, steps: int):
+        self.first, self.steps = first, steps
+        self.began = self.clock = time.perf_counter()
+        # time left by the mean so far: pictures and checkpoints, which it counts, will come again
+        how = {"total": steps, "initial": first, "unit": "step", "smoothing": 0}
+        self.bar = tqdm(desc=name, disable=no_bars(), **how)
+
+    def step_ms(self, count: int) -> float:
+        """Of each of the `count` steps since the clock was set."""
+        return 1e3 * (time.perf_counter() - self.clock) / count
+
+    def restart(self) -> None:
+        """Set the clock: saving is not training time."""
+        self.clock = time.perf_counter()
+
+    def say(self, done: int, logged: int, loss: float, lr: float, step_ms: float) -> None:
+        """After `done` steps, where a line of metrics was last due after `logged`."""
+        self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.1e}")
+        if self.bar.disable and 10 * done // self.steps > 10 * logged // self.steps:
+            took = time.perf_counter() - self.began
+            left = (self.steps - done) * took / (done - self.first)
+            said = f"step {done}/{self.steps}  loss {loss:.4f}  {step_ms:.0f} ms/step"
+            print(f"{said}  {tqdm.format_interval(left)} left", flush=True)
