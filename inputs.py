@@ -1,4 +1,4 @@
-"""What a run trains on: pairs found and held out, class images made, latents encoded; how long."""
+"""What a run trains on, and how long: pairs found, class images made, latents encoded."""
 
 import math
 from collections.abc import Callable
@@ -37,7 +37,7 @@ class Items(NamedTuple):
 
 
 class Size(NamedTuple):
-    """How many of what a run takes."""
+    """How many images a step takes, and how many steps a run."""
 
     mine: int  # images of a step, on this rank
     total: int  # on all ranks

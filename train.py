@@ -218,12 +218,8 @@ def phases(
     def show(done: int) -> None:
         """samples/STEP.png, and the held-out loss."""
         if cfg.num_validation_images:
-            label = f"step {done}"
-            sheet = (
-                watch.sheet(shown, label)
-                if shown.pairs
-                else watch.drawn(prompt, latents.shape, cfg.num_validation_images, label)
-            )
+            label, how = f"step {done}", (prompt, latents.shape, cfg.num_validation_images)
+            sheet = watch.sheet(shown, label) if shown.pairs else watch.drawn(*how, label)
             save_image(sheet, run.folder / "samples" / f"{done:06d}.png")
         if held_out.pairs:
             run.log("eval", step=done, **watch.held_out_loss(held_out))
