@@ -299,11 +299,11 @@ def test_a_disk_full_for_an_animation(tmp_path):
     assert (tmp_path / "a.gif").read_bytes() == was and len(list(tmp_path.iterdir())) == 1
 
 
-# What writes by itself: into what its caller has aside, into memory, or line by line.
+# What writes by itself: into what its caller has aside, into memory, line by line, or nowhere.
 WRITERS = {
     "ablate.py": {"call"}, "checkpoint.py": {"save_state"}, "durable.py": {"seal", "lock"},
     "report.py": {"picture"}, "rows.py": {"save_shard"}, "runs.py": {"start"},
-    "watching.py": {"strengths"}, "model/lora_convert.py": {"write"},
+    "train.py": {"main"}, "watching.py": {"strengths"}, "model/lora_convert.py": {"write"},
     "model/lora_files.py": {"write_lora"},
 }  # fmt: skip
 
