@@ -89,7 +89,8 @@ class TrainConfig:
         group="objective",
         choices=("delta", "bridge", "concat", "canvas", "slider", "anchored", "after"),
     )
-    delta_t: int = knob(599, "the one step of `delta`, 1..999")
+    # 300: LOG.md, "delta at step 300"
+    delta_t: int = knob(300, "the one step of `delta`, 1..999")
     bridge_t: int = knob(600, "the step at which `bridge` starts from the before image, 2..999")
     bridge_channels: bool = knob(True, "`bridge` sees the clean before image as more channels")
     image_dropout: float = knob(

@@ -35,7 +35,7 @@ class Draws(NamedTuple):
 class Knobs(NamedTuple):
     """Numbers that an objective may read, in training and in use: fields of the config."""
 
-    delta_t: int = 599
+    delta_t: int = 300
     bridge_t: int = 600
     bridge_channels: bool = True
     image_dropout: float = 0.05
