@@ -186,8 +186,8 @@ def changes(at: int = 1, beside: dict | None = None, **flag):
     def check(lab, patch):
         one, two = column(lab.run(**beside or {})), column(lab.run(**{**(beside or {}), **flag}))
         assert len(one) == len(two) == 3
-        assert one[: at - 1] == pytest.approx(two[: at - 1], rel=1e-6)
-        assert one[at - 1 :] != pytest.approx(two[at - 1 :], rel=1e-6)
+        assert one[: at - 1] == pytest.approx(two[: at - 1], rel=1e-5)
+        assert one[at - 1 :] != pytest.approx(two[at - 1 :], rel=1e-5)
 
     return "effect", check
 
@@ -321,7 +321,7 @@ def preserve_weight(lab, patch):
     changes(2, beside=beside, preserve_weight=1.0)[1](lab, patch)
     more = {**beside, "mask_outside": 0.0, "max_train_steps": 30, "learning_rate": 1e-2}
     free, held = (lab.run(**more, preserve_weight=w) for w in (0.0, 10.0))
-    assert column(held, "loss_outside")[-1] < 0.5 * column(free, "loss_outside")[-1]
+    assert column(held, "loss_outside")[-1] < 0.8 * column(free, "loss_outside")[-1]
 
 
 def sequence_dirs(lab, patch):
