@@ -186,8 +186,8 @@ def changes(at: int = 1, beside: dict | None = None, **flag):
     def check(lab, patch):
         one, two = column(lab.run(**beside or {})), column(lab.run(**{**(beside or {}), **flag}))
         assert len(one) == len(two) == 3
-        assert one[: at - 1] == pytest.approx(two[: at - 1], rel=1e-5)
-        assert one[at - 1 :] != pytest.approx(two[at - 1 :], rel=1e-5)
+        assert one[: at - 1] == pytest.approx(two[: at - 1], rel=1e-6)
+        assert one[at - 1 :] != pytest.approx(two[at - 1 :], rel=1e-6)
 
     return "effect", check
 
@@ -320,8 +320,9 @@ def preserve_weight(lab, patch):
     beside = {"mask_dir": str(lab.pairs / "mask")}
     changes(2, beside=beside, preserve_weight=1.0)[1](lab, patch)
     more = {**beside, "mask_outside": 0.0, "max_train_steps": 30, "learning_rate": 1e-2}
+    more |= {"delta_t": 599}  # where a LoRA moves the images most
     free, held = (lab.run(**more, preserve_weight=w) for w in (0.0, 10.0))
-    assert column(held, "loss_outside")[-1] < 0.8 * column(free, "loss_outside")[-1]
+    assert column(held, "loss_outside")[-1] < 0.5 * column(free, "loss_outside")[-1]
 
 
 def sequence_dirs(lab, patch):
@@ -1218,7 +1219,7 @@ FLAGS = {
     ),
     "lr_power": rates([1, 4 / 9, 1 / 9], lr_scheduler="polynomial", lr_power=2.0),
     "use_8bit_adam": effect(eight_bit),
-    "adam_beta1": changes(3, adam_beta1=0.0),
+    "adam_beta1": changes(3, beside={"delta_t": 599}, adam_beta1=0.0),  # rounding counts less there
     "adam_beta2": changes(3, adam_beta2=0.1),
     "adam_weight_decay": effect(weight_decay),
     "adam_epsilon": effect(adam_epsilon),
