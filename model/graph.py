@@ -18,7 +18,7 @@ class Replayed:
     """
 
     def __init__(self, compute: Callable[..., Tensor]):
-        self.compute = compute
+        self.compute, self.aside = compute, None
         self.reset()
 
     def reset(self) -> None:
@@ -28,14 +28,15 @@ class Replayed:
     def __call__(self, *inputs: tuple | None) -> Tensor:
         self.calls += 1
         if self.calls <= WARM:
-            here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-            aside.wait_stream(here)
-            with torch.cuda.stream(aside):
+            here = torch.cuda.current_stream()
+            self.aside = self.aside or torch.cuda.Stream()  # one: each keeps memory of its own
+            self.aside.wait_stream(here)
+            with torch.cuda.stream(self.aside):
                 result = self.compute(*inputs)
-            here.wait_stream(aside)
+            here.wait_stream(self.aside)
             return result
         if self.graph is None:
-            self.buffers = tuple(each(torch.clone, one) for one in inputs)
+            self.buffers = tuple(map(cloned, inputs))
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self.result = self.compute(*self.buffers)
@@ -48,6 +49,6 @@ class Replayed:
         return self.result
 
 
-def each(what: Callable[[Tensor], Tensor], one: tuple | None) -> tuple | None:
-    """Of every tensor of a named tuple."""
-    return one and type(one)(*(x if x is None else what(x) for x in one))
+def cloned(one: tuple | None) -> tuple | None:
+    """A named tuple with its tensors copied."""
+    return one and type(one)(*(x if x is None else x.clone() for x in one))
