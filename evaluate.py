@@ -48,6 +48,7 @@ from runs import save_image
 from sample import (
     add_common_flags,
     add_edit_flags,
+    batches,
     check,
     edit_pixels,
     numbers,
@@ -162,42 +163,31 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
     outcomes = [opened(d) for d in args.outcome_dirs]
     wanted = sorted({*strengths, *between})
     rows, pictures = [], []
-    for i, pair in enumerate(tqdm(pairs, "evaluate", disable=no_bars())):
-        item = dataset[i]
-        before, after = eight_bit(item["before"]), eight_bit(item["after"])
-        mask = item["mask"][0] > 0.5 if "mask" in item else None
-        edited = edit_pixels(pipe, objective, item["before"][None], wanted, args)
-        at = dict(zip(wanted, map(eight_bit, edited)))
-        before_seen, after_seen = round_trip(pipe, item["before"]), round_trip(pipe, item["after"])
-        states = [at[s] for s in strengths]
-        gone = progress([at[min(strengths)], *states], before, after)[1:]
-        row = {
-            "name": pair.name,
-            **judge(
-                before, after, mask, {"copy": before, "predicted": at[1.0], "ceiling": after_seen}
-            ),
-            "progress": gone,
-            "spearman": spearman(strengths, gone),
-            "identity_psnr": psnr(mse(at[0.0], before if args.keep_detail else before_seen)),
-        }
-        if between:
-            row["between"] = {}
-            for time, states_then in between.items():
-                truth = eight_bit(states_then[i]["after"])
-                fade = (1 - time) * at[0.0] + time * at[1.0]
-                said = {"predicted": at[time], "fade": fade, "before": before}
-                row["between"][f"{time:g}"] = {k: psnr(mse(x, truth)) for k, x in said.items()}
-        if args.samples > 1:
-            draws = [
-                eight_bit(edit_pixels(pipe, objective, item["before"][None], [1.0], args, seed)[0])
-                for seed in range(args.seed, args.seed + args.samples)
-            ]
-            truths = [after_seen, *(round_trip(pipe, o[i]["after"]) for o in outcomes)]
-            row["samples"] = judge_samples(before_seen, draws, truths)
-        rows.append(row)
-        error = (at[1.0] - after).abs().mean(0, keepdim=True).expand(3, -1, -1)
-        shown = before, at[1.0], after, (3 * error).clamp(max=1)
-        pictures.append([to_image(2 * x - 1) for x in shown])
+    bar = tqdm(total=len(pairs), desc="evaluate", disable=no_bars())
+    for part in batches([resolution] * len(pairs), args.batch_size):
+        items = [dataset[i] for i in range(len(pairs))[part]]
+        pixels = torch.stack([item["before"] for item in items])  # (b, 3, H, W)
+        edited = edit_pixels(pipe, objective, pixels, wanted, args)
+        drawn = [  # one prediction of each image per seed
+            edit_pixels(pipe, objective, pixels, [1.0], args, args.seed + k)[0]
+            for k in range(args.samples if args.samples > 1 else 0)
+        ]
+        for k, item in enumerate(items):
+            at = {s: eight_bit(some[k]) for s, some in zip(wanted, edited)}
+            i = len(rows)
+            seen = {side: round_trip(pipe, item[side]) for side in ("before", "after")}
+            row, shown = compare(item, seen, at, strengths, args.keep_detail)
+            if between:
+                truths = {time: eight_bit(others[i]["after"]) for time, others in between.items()}
+                row["between"] = compare_between(at, truths, eight_bit(item["before"]))
+            if drawn:
+                truths = [round_trip(pipe, others[i]["after"]) for others in outcomes]
+                draws = [eight_bit(some[k]) for some in drawn]
+                row["samples"] = judge_samples(seen["before"], draws, [seen["after"], *truths])
+            rows.append({"name": pairs[i].name, **row})
+            pictures.append([to_image(2 * x - 1) for x in shown])
+            bar.update()
+    bar.close()
 
     result = {
         "lora": str(args.lora),
@@ -211,6 +201,36 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
         "per_pair": rows,
     }
     return result, pictures
+
+
+def compare(
+    item: dict, seen: dict, at: dict[float, Tensor], strengths: list[float], detail: bool
+) -> tuple[dict, list[Tensor]]:
+    """One pair, as the autoencoder `seen` it, and its predictions: figures, and what is shown."""
+    before, after = eight_bit(item["before"]), eight_bit(item["after"])
+    mask = item["mask"][0] > 0.5 if "mask" in item else None
+    versions = {"copy": before, "predicted": at[1.0], "ceiling": seen["after"]}
+    gone = progress([at[min(strengths)], *(at[s] for s in strengths)], before, after)[1:]
+    row = {
+        **judge(before, after, mask, versions),
+        "progress": gone,
+        "spearman": spearman(strengths, gone),
+        "identity_psnr": psnr(mse(at[0.0], before if detail else seen["before"])),
+    }
+    error = (at[1.0] - after).abs().mean(0, keepdim=True).expand(3, -1, -1)
+    return row, [before, at[1.0], after, (3 * error).clamp(max=1)]
+
+
+def compare_between(
+    at: dict[float, Tensor], truths: dict[float, Tensor], before: Tensor
+) -> dict[str, dict[str, float]]:
+    """PSNR of each state in between: the predicted one, a fade of the ends, the before image."""
+    found = {}
+    for time, truth in truths.items():
+        fade = (1 - time) * at[0.0] + time * at[1.0]
+        said = {"predicted": at[time], "fade": fade, "before": before}
+        found[f"{time:g}"] = {name: psnr(mse(image, truth)) for name, image in said.items()}
+    return found
 
 
 def round_trip(pipe: Pipeline, pixels: Tensor) -> Tensor:

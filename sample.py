@@ -13,7 +13,8 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -50,6 +51,8 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} must be a finite number, got {value}")
     if not 1 <= args.steps <= 1000:
         raise ValueError(f"--steps must be between 1 and 1000, got {args.steps}")
+    if args.batch_size < 1:
+        raise ValueError(f"--batch_size must be at least 1, got {args.batch_size}")
     if not 0 <= args.seed < 2**31:
         raise ValueError(f"--seed must be in 0..2147483647, got {args.seed}")
     if not 0 <= getattr(args, "eta", 0.0) <= 1:
@@ -107,18 +110,22 @@ def generate(args: argparse.Namespace) -> None:
     _, predict = pipe.predictors(prompt, args.guidance)
     out.mkdir(parents=True, exist_ok=True)
     images, seeds = [], range(args.seed, args.seed + args.num)
-    for seed in tqdm(seeds, desc="generate", disable=no_bars()):
+    bar = tqdm(total=args.num, desc="generate", disable=no_bars())
+    for part in batches([prompt] * args.num, args.batch_size):
         z = generate_latents(
             predict,
             pipe.schedule,
             (4, args.height // f, args.width // f),
-            [seed],
+            seeds[part],
             sampler=args.sampler,
             steps=args.steps,
             multiplier=pipe.multiplier(args.strength),
         )
-        images.append(to_image(decode(pipe.vae, z)[0]))
-        save_image(images[-1], out / f"{seed:05d}.png")
+        for seed, pixels in zip(seeds[part], decode(pipe.vae, z)):
+            images.append(to_image(pixels))
+            save_image(images[-1], out / f"{seed:05d}.png")
+            bar.update()
+    bar.close()
     sheet = contact_sheet([images], [f"seed {seed}" for seed in seeds], [prompt])
     save_image(sheet, out / "sheet.png")
     print(f"{args.num} images and sheet.png in {out}")
@@ -127,7 +134,8 @@ def generate(args: argparse.Namespace) -> None:
 def editor(
     pipe: Pipeline, objective: str, z: Tensor, args: argparse.Namespace, seed: int | None = None
 ) -> Callable[[float], Tensor]:
-    """`edit(s)`: the latent of z (1, 4, h, w) at strength s. `seed` stands for args.seed."""
+    """`edit(s)`: the latents of z (b, 4, h, w) at strength s. `seed` stands for args.seed."""
+    seed = args.seed if seed is None else seed
     alone, with_guidance = pipe.predictors(prompt_of(args, pipe), args.guidance)
 
     @torch.no_grad()
@@ -139,10 +147,10 @@ def editor(
             guided=with_guidance,
             image_guidance=args.image_guidance,
             eta=args.eta,
-            generator=torch.Generator().manual_seed(args.seed if seed is None else seed),
+            generator=[torch.Generator().manual_seed(seed) for _ in z],
             knobs=Knobs(**{k: pipe.meta[k] for k in Knobs._fields if k in pipe.meta}),
         )
-        strength = torch.full((1,), s, device=z.device)
+        strength = torch.full((len(z),), s, device=z.device)
         return OBJECTIVES[objective].edit(alone, pipe.schedule, z, strength, how)
 
     return edit
@@ -156,17 +164,26 @@ def edit_pixels(
     args: argparse.Namespace,
     seed: int | None = None,
 ) -> list[Tensor]:
-    """pixels (1, 3, H, W) with the change at each strength, each (3, H, W).
+    """pixels (b, 3, H, W) with the change at each strength, each (b, 3, H, W).
 
     Sizes the autoencoder cannot take are padded and cropped back. `seed` stands for args.seed.
     """
     height, width = pixels.shape[2:]
     pixels = padded(pipe.vae, pixels)
-    z = encode(pipe.vae, pixels)
+    z = torch.cat([encode(pipe.vae, one[None]) for one in pixels])  # its memory: one image's
     edit = editor(pipe, objective, z, args, seed)
     fade, detail = (args.between or states_between(pipe)) == "fade", args.keep_detail
     images = at_strengths(pipe.vae, pixels, z, strengths, edit, fade=fade, detail=detail)
-    return [image[:, :height, :width] for image in images]
+    return [some[..., :height, :width] for some in images]
+
+
+def batches(kinds: Sequence, most: int) -> Iterator[slice]:
+    """Cuts of neighbours of one kind, `most` at a time."""
+    start = 0
+    for _, alike in groupby(kinds):
+        end = start + len(list(alike))
+        yield from (slice(i, min(i + most, end)) for i in range(start, end, most))
+        start = end
 
 
 def states_between(pipe: Pipeline) -> str:
@@ -217,8 +234,9 @@ def edit(args: argparse.Namespace) -> None:
     several = args.strengths is not None or len(settings) > 1
     tails = [f"{tag}_s{s:g}.png" for _, tag, _ in settings for s in strengths] if several else []
     longest = max(map(len, [*tails, "_strip.png" if len(strengths) > 1 else ".png"]))
+    sizes = []
     for file, stem in zip(files, stems):  # all of them before anything is written
-        load_image(file)
+        sizes.append(load_image(file).size)
         if len(os.fsencode(stem.name)) + longest > 255:
             raise ValueError(f"--input {shown([file])} has too long a name for its result's")
 
@@ -226,25 +244,31 @@ def edit(args: argparse.Namespace) -> None:
     objective = objective_of(args, pipe)
     columns = ["before", *(f"strength {s:g}" for s in strengths)]
     rows, names, differs = [], [], False  # rows of the sheet
-    for file, stem in zip(tqdm(files, desc=args.command, disable=no_bars()), stems):
-        image = load_image(file)
-        pixels, first = to_tensor(image)[None], None  # (1, 3, H, W)
-        for label, tag, how in settings:
-            results = list(map(to_image, edit_pixels(pipe, objective, pixels, strengths, how)))
-            first = first or results
-            differs |= results != first
-            for s, result in zip(strengths, results):
-                suffix = "" if args.strengths is None and not tag else f"_s{s:g}"
-                path = out / f"{stem}{tag}{suffix}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                save_image(result, path)
-            if len(strengths) > 1 and not tag:
-                between.save_gif(results, out / f"{stem}.gif")
-                strip = contact_sheet([results], columns[1:], [str(stem)])
-                save_image(strip, out / f"{stem}_strip.png")
-            if len(rows) < 64:
-                rows.append([image, *results])
-                names.append(f"{stem} {label}".strip())
+    bar = tqdm(total=len(files), desc=args.command, disable=no_bars())
+    for part in batches(sizes, args.batch_size):
+        images = [load_image(file) for file in files[part]]
+        pixels = torch.stack([to_tensor(image) for image in images])  # (b, 3, H, W)
+        edited = [edit_pixels(pipe, objective, pixels, strengths, how) for _, _, how in settings]
+        for k, (stem, image) in enumerate(zip(stems[part], images)):
+            first = None
+            for (label, tag, _), at in zip(settings, edited):
+                results = [to_image(some[k]) for some in at]
+                first = first or results
+                differs |= results != first
+                for s, result in zip(strengths, results):
+                    suffix = "" if args.strengths is None and not tag else f"_s{s:g}"
+                    path = out / f"{stem}{tag}{suffix}.png"
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    save_image(result, path)
+                if len(strengths) > 1 and not tag:
+                    between.save_gif(results, out / f"{stem}.gif")
+                    strip = contact_sheet([results], columns[1:], [str(stem)])
+                    save_image(strip, out / f"{stem}_strip.png")
+                if len(rows) < 64:
+                    rows.append([image, *results])
+                    names.append(f"{stem} {label}".strip())
+            bar.update()
+    bar.close()
     save_image(contact_sheet(rows, columns, names), out / "sheet.png")
     if len(settings) > 1 and not differs:
         warnings.warn(f"--sweep {args.sweep[0]} changes nothing for {objective}", stacklevel=2)
@@ -342,6 +366,7 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="[0]")
     add("--device", help="cuda, cpu, mps [the best there is]")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="[bf16 on CUDA, else no]")
+    add("--batch_size", type=int, default=4, help="images of one size at a time [4]")
 
 
 def add_edit_flags(parser: argparse.ArgumentParser) -> None:

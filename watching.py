@@ -63,7 +63,7 @@ class Watch:
 
         pixels = ends(shown, i)[0][None]
         images = at_strengths(self.vae, pixels, z, strengths, edit, fade=self.fade)
-        return list(map(to_image, images))
+        return [to_image(one) for (one,) in images]
 
     # other shapes than the loop's, in here: not worth compiling
     @torch.no_grad()

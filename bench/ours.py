@@ -93,7 +93,7 @@ def editing(job: dict, turns: Turns) -> None:
     while True:
         turns()
         pixels = to_tensor(image)[None]
-        to_image(sample.edit_pixels(pipe, job["objective"], pixels, [1.0], args)[0])
+        to_image(sample.edit_pixels(pipe, job["objective"], pixels, [1.0], args)[0][0])
 
 
 TASKS = {"train": training, "encode": encoding, "sample": sampling, "edit": editing}

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.samplers import ddim, ddim_invert, timesteps
+from model.samplers import Generators, ddim, ddim_invert, noise_like, timesteps
 from model.schedule import Schedule
 
 Predict = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -56,7 +56,7 @@ class How(NamedTuple):
     guided: Predict | None = None  # predict under classifier-free guidance; None: guidance 1
     image_guidance: float = 1.0  # `concat`: how much more the before image counts than none
     eta: float = 0.0  # `bridge`: how much of its noise is drawn anew in each step, 0..1
-    generator: torch.Generator | None = None
+    generator: Generators = None
     knobs: Knobs = Knobs()
 
 
@@ -91,12 +91,6 @@ def noise_loss(
 def twice(draws: Draws) -> Draws:
     """The same ε and t for [before half, after half]."""
     return Draws(torch.cat([draws.eps, draws.eps]), torch.cat([draws.t, draws.t]))
-
-
-def noise_like(z: Tensor, generator: torch.Generator | None) -> Tensor:
-    """ε for z, from a CPU generator too: a seed means the same on every device."""
-    device = z.device if generator is None else generator.device
-    return torch.randn(z.shape, generator=generator, dtype=z.dtype, device=device).to(z.device)
 
 
 # ---- delta: the change as a correction, no noise -------------------------------------------------

@@ -15,7 +15,7 @@ from model.cpu import quick_convs
 from model.lora import set_strength
 from model.lora_files import apply_lora, find_companion, load_lora, lora_path, multiplier, read_lora
 from model.objectives import Predict
-from model.samplers import SAMPLERS, guided
+from model.samplers import SAMPLERS, guided, noise_like
 from model.schedule import Schedule
 from model.text import TextEncoder
 from model.unet import UNet
@@ -158,13 +158,13 @@ def at_strengths(
     fade: bool,
     detail: bool = True,
 ) -> list[Tensor]:
-    """pixels (1, 3, H, W), of latent z, with the change at each strength, each (3, H, W).
+    """pixels (b, 3, H, W), of latents z, with the change at each strength, each (b, 3, H, W).
 
-    `edit(s)` gives the latent at strength s. With `fade`, what lies in [0, 1] is a cross-fade of
+    `edit(s)` gives the latents at strength s. With `fade`, what lies in [0, 1] is a cross-fade of
     the image and its edit at 1, for a LoRA that knows the two ends alone: what came first cannot be
     learnt from them, and at other multipliers it was never trained.
     """
-    seen = decode(vae, z)  # (1, 3, H, W)
+    seen = decode(vae, z)  # (b, 3, H, W)
     before = pixels if detail else seen
 
     def edited(s: float) -> Tensor:
@@ -172,8 +172,7 @@ def at_strengths(
         return keep_detail(pixels, seen, changed) if detail else changed
 
     whole = edited(1.0) if fade and any(0 < s <= 1 for s in strengths) else before
-    fades = [torch.lerp(before, whole, s) if fade and 0 <= s <= 1 else edited(s) for s in strengths]
-    return [image[0] for image in fades]
+    return [torch.lerp(before, whole, s) if fade and 0 <= s <= 1 else edited(s) for s in strengths]
 
 
 @torch.no_grad()
@@ -189,13 +188,13 @@ def generate_latents(
 ) -> Tensor:
     """One latent of `shape` (4, h, w) per seed, (b, 4, h, w), from pure noise.
 
-    The noise is drawn on the CPU: a seed means the same on every device.
+    The noise is drawn on the CPU: a seed means the same on every device and in every batch.
     """
     device = schedule.alphas_cumprod.device
-    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    x_T = torch.stack(noise).to(device)  # (b, 4, h, w)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    x_T = noise_like(torch.empty((len(seeds), *shape), device=device), generators)
     m = torch.full((len(seeds),), multiplier, device=device)
-    more = {"generator": torch.Generator().manual_seed(seeds[0])} if sampler == "ddpm" else {}
+    more = {"generator": generators} if sampler == "ddpm" else {}
     return SAMPLERS[sampler](lambda x, t: predict(x, t, m), x_T, schedule, steps, **more)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from model.schedule import Schedule
 
 Predict = Callable[[Tensor, Tensor], Tensor]
+Generators = torch.Generator | list[torch.Generator] | None
 
 
 def timesteps(schedule: Schedule, steps: int, spacing: str = "leading") -> list[int]:
@@ -52,8 +53,12 @@ def _clip(x_0: Tensor, schedule: Schedule) -> Tensor:
     return x_0.clamp(-reach, reach) if schedule.clip_sample else x_0
 
 
-def _noise(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    device = x.device if generator is None else generator.device  # a CPU seed serves every device
+def noise_like(x: Tensor, generator: Generators) -> Tensor:
+    """ε for x (b, ...); a CPU generator's is the same on every device. Of a list each image has
+    its own, and the noise it has alone."""
+    if isinstance(generator, list):
+        return torch.cat([noise_like(*one) for one in zip(x.split(1), generator, strict=True)])
+    device = x.device if generator is None else generator.device
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
 
 
@@ -80,7 +85,7 @@ def ddpm(
     steps: int,
     *,
     start: int = 0,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
 ) -> Tensor:
     """Ancestral sampling, DDPM eq. 6-7, on a subsequence of the steps (β rebuilt from ā)."""
     ts = timesteps(schedule, steps, schedule.timestep_spacing or "leading")
@@ -98,7 +103,7 @@ def ddpm(
         if t == 0:
             return mean
         variance = max((1 - a_prev) / (1 - a_t) * (1 - alpha), 1e-20)
-        x = mean + variance**0.5 * _noise(x, generator)
+        x = mean + variance**0.5 * noise_like(x, generator)
     return x
 
 
@@ -110,7 +115,7 @@ def ddim(
     *,
     start: int = 0,
     eta: float = 0.0,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
 ) -> Tensor:
     """Song et al. 2021 (arXiv 2010.02502), eq. 12; η = 0 is deterministic, η = 1 is ancestral."""
     ts = timesteps(schedule, steps, schedule.timestep_spacing or "leading")
@@ -125,7 +130,7 @@ def ddim(
         sigma = eta * ((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)) ** 0.5
         x = a_prev**0.5 * x_0 + max(1 - a_prev - sigma**2, 0.0) ** 0.5 * eps
         if sigma > 0:
-            x = x + sigma * _noise(x, generator)
+            x = x + sigma * noise_like(x, generator)
     return x
 
 

@@ -308,6 +308,7 @@ COMMON = {
     "--steps 0": "--steps must be between 1 and 1000, got 0",
     "--steps=-5": "--steps must be between 1 and 1000, got -5",
     "--steps 1001": "--steps must be between 1 and 1000, got 1001",
+    "--batch_size 0": "--batch_size must be at least 1, got 0",
     "--seed=-1": "--seed must be in 0..2147483647, got -1",
     "--seed 2147483648": "--seed must be in 0..2147483647, got 2147483648",
     "--device nowhere": "--device nowhere is not available",

@@ -41,11 +41,13 @@ def score(monkeypatch, tmp_path, sd1, folder, predict, *more):
     pixels = {side: _read(folder / side) for side in ("before", "after")}
     noise = 0.02 * torch.randn((3, 32, 32), generator=torch.Generator().manual_seed(0))
 
-    def edit(pipe, objective, image, strengths, args, seed=None):
-        i = int((pixels["before"] - image).abs().sum((1, 2, 3)).argmin())
-        before, after, others = image[0], pixels["after"][i], pixels["after"].roll(1, 0)[i]
-        rng = torch.Generator().manual_seed(seed or 0)
-        return [predict(before, after, others, s, rng) + noise for s in strengths]
+    def edit(pipe, objective, images, strengths, args, seed=None):
+        def one(image, s):
+            i = int((pixels["before"] - image).abs().sum((1, 2, 3)).argmin())
+            after, others = pixels["after"][i], pixels["after"].roll(1, 0)[i]
+            return predict(image, after, others, s, torch.Generator().manual_seed(seed or 0))
+
+        return [torch.stack([one(image, s) + noise for image in images]) for s in strengths]
 
     monkeypatch.setattr(evaluate, "edit_pixels", edit)
     monkeypatch.setattr(evaluate, "round_trip", lambda pipe, x: evaluate.eight_bit(x + noise))
@@ -166,6 +168,13 @@ def test_the_same_command_gives_the_same_bytes(tmp_path, sd1, scenes):
     assert result["pairs"] == 6 and len(result["per_pair"]) == 6
     assert result["strengths"]["identity_psnr"]["mean"] == 100.0  # delta at 0 is the identity
     assert "Gap closed (whole)" in files[0]["evaluation.md"].decode()
+    more = ("--strengths", "0,1", "--samples", 2, "--batch_size", 1)  # each pair by itself
+    assert evaluate.main(flags(lora, scenes / "solar", tmp_path / "alone", *more)) == 0
+    alone = json.loads((tmp_path / "alone" / "evaluation.json").read_text())
+    for one, other in zip(alone["per_pair"], result["per_pair"], strict=True):
+        assert one["name"] == other["name"]
+        assert abs(one["predicted"]["psnr"] - other["predicted"]["psnr"]) < 0.01
+        assert abs(one["samples"]["best_psnr"] - other["samples"]["best_psnr"]) < 0.01
 
 
 def test_ssim_is_its_definition():

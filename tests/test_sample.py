@@ -11,6 +11,7 @@ from images import load_image, to_image, to_tensor
 from model.lora import inject, lora_layers
 from model.pipeline import decode, keep_detail
 from model.text import TextEncoder
+from model.unet import UNet
 from model.weights import load_text, load_unet, load_vae, save_lora
 
 META = {"objective": "delta", "multiplier": [1.0, 0.0], "delta_t": 599, "prompt": "a square"}
@@ -88,6 +89,59 @@ def test_the_other_samplers_generate(tmp_path, sd1, sampler):
             "--height", 16, "--width", 16, "--steps", 4, "--sampler", sampler)  # fmt: skip
     one, two = ((tmp_path / d / "00000.png").read_bytes() for d in ("one", "two"))
     assert one == two  # a seed is a seed
+
+
+def differing(tmp_path, monkeypatch, *argv):
+    """One image at a time and five: the sizes of the passes, and how far the pictures differ."""
+    passes, alone = [], UNet.forward
+    monkeypatch.setattr(
+        UNet, "forward", lambda self, x, *rest: passes.append(len(x)) or alone(self, x, *rest)
+    )
+    written = []
+    for n in (1, 5):
+        out = tmp_path / f"by{n}"
+        run(*argv, "--out", out, "--batch_size", n)
+        written.append({p.relative_to(out): np.asarray(Image.open(p)).astype(int)
+                        for p in sorted(out.rglob("*.png"))})  # fmt: skip
+        passes.append(0)
+    one, five = written
+    assert one.keys() == five.keys()
+    sizes = set(passes[: passes.index(0)]), set(passes[passes.index(0) : -1]) - {0}
+    return *sizes, max(np.abs(one[name] - five[name]).max() for name in one)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        ("--objective", "bridge", "--eta", 0.5),
+        ("--objective", "after", "--start", "noise"),
+        ("--objective", "slider", "--guidance", 3),
+    ],
+)
+def test_images_of_one_size_go_together_and_come_out_as_alone(tmp_path, sd1, monkeypatch, how):
+    """Noise, guidance and a trained text encoder included; a sheet in the files' order."""
+    (tmp_path / "new").mkdir()
+    rng = np.random.default_rng(0)
+    for i, size in enumerate([(16, 32), (16, 32), (32, 16), (16, 32), (16, 32), (16, 32)]):
+        pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "new" / f"{i}.png")
+    lora = write_lora(tmp_path / "run", sd1, text=True, multiplier=[1.0, 0.0])
+    argv = ("sweep", "--lora", lora, "--input", tmp_path / "new", "--sweep", "noise_level=0.5,1",
+            "--steps", 3, "--no-keep_detail", "--between", "lora", *how)  # fmt: skip
+    alone, together, difference = differing(tmp_path, monkeypatch, *argv)
+    guided = 2 if "--guidance" in how else 1
+    assert alone == {1, guided}
+    assert together == {k * n for k in {1, guided} for n in (1, 2, 3)}
+    assert difference <= 1
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_a_seed_draws_the_same_alone_and_among_others(tmp_path, sd1, monkeypatch, sampler):
+    argv = ("generate", "--model", sd1, "--prompt", "x", "--num", 7, "--height", 16, "--width", 16,
+            "--steps", 4, "--sampler", sampler, "--guidance", 1)  # fmt: skip
+    alone, together, difference = differing(tmp_path, monkeypatch, *argv)
+    assert (alone, together) == ({1}, {5, 2})
+    assert difference <= 1
 
 
 @pytest.mark.parametrize("objective", ["delta", "slider", "after"])
