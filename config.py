@@ -87,12 +87,12 @@ class TrainConfig:
         None,
         "what a pair means (model/objectives.py); delta when not given",
         group="objective",
-        choices=("delta", "bridge", "concat", "canvas", "slider", "anchored", "after"),
+        choices=("delta", "bridge", "img2img", "concat", "canvas", "slider", "anchored", "after"),
     )
     # 300: LOG.md, "delta at step 300"
     delta_t: int = knob(300, "the one step of `delta`, 1..999")
     bridge_t: int = knob(600, "the step at which `bridge` starts from the before image, 2..999")
-    bridge_channels: bool = knob(True, "`bridge` sees the clean before image as more channels")
+    img2img_t: int = knob(200, "the step at which `img2img` starts from it, 2..999")
     image_dropout: float = knob(
         0.05, "share of the pairs in which `concat` does not see the before image"
     )
@@ -457,7 +457,10 @@ def check(cfg: TrainConfig) -> TrainConfig:
     need(0 <= cfg.mask_outside <= 1, f"--mask_outside must be in [0, 1], got {cfg.mask_outside}")
     need(1 <= cfg.random_scale <= 100, f"--random_scale must be in 1..100, got {cfg.random_scale}")
     need(1 <= cfg.delta_t <= 999, f"--delta_t must be in 1..999, got {cfg.delta_t}")
-    need(2 <= cfg.bridge_t <= 999, f"--bridge_t must be in 2..999, got {cfg.bridge_t}")
+    for name in ("bridge_t", "img2img_t"):
+        need(
+            2 <= getattr(cfg, name) <= 999, f"--{name} must be in 2..999, got {getattr(cfg, name)}"
+        )
     need(0 <= cfg.image_dropout < 1, f"--image_dropout must be in [0, 1), got {cfg.image_dropout}")
     need(0 <= (cfg.t_min or 0) <= 999, f"--t_min must be in 0..999, got {cfg.t_min}")
     masked = cfg.mask_dir is not None or cfg.mask_from_change
@@ -492,7 +495,7 @@ def without_effect(cfg: TrainConfig) -> list[str]:
     To warn of, not to stop for: an arm of an ablation may switch off what a flag before it tunes.
     """
     name = cfg.pair_objective or ("delta" if is_pairs(cfg) else "dreambooth")
-    noisy = cfg.with_prior_preservation or name not in ("delta", "bridge")
+    noisy = cfg.with_prior_preservation or name not in ("delta", "bridge", "img2img")
     prior = cfg.with_prior_preservation
     restarts = "cosine_with_restarts"
     random_views = not cfg.center_crop or cfg.random_flip or cfg.random_scale > 1
@@ -505,11 +508,11 @@ def without_effect(cfg: TrainConfig) -> list[str]:
         ("views", random_views, "random crops, --random_flip or --random_scale"),
         ("delta_t", name == "delta", "--pair_objective delta"),
         ("bridge_t", name == "bridge", "--pair_objective bridge"),
-        ("bridge_channels", name == "bridge", "--pair_objective bridge"),
+        ("img2img_t", name == "img2img", "--pair_objective img2img"),
         ("image_dropout", name == "concat", "--pair_objective concat"),
-        ("t_min", noisy, "a loss on noise: not delta or bridge"),
+        ("t_min", noisy, "a loss on noise: not delta, bridge, img2img"),
         ("huber_c", cfg.loss == "huber", "--loss huber"),
-        ("snr_gamma", noisy and name != "anchored", "a loss on noise: not delta, bridge, anchored"),
+        ("snr_gamma", noisy and name != "anchored", "a loss on noise, and not anchored"),
         ("recompute", cfg.gradient_checkpointing, "--gradient_checkpointing"),
         ("lr_warmup_steps", cfg.lr_scheduler != "constant", "--lr_scheduler constant_with_warmup"),
         ("lr_num_cycles", cfg.lr_scheduler == restarts, f"--lr_scheduler {restarts}"),

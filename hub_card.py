@@ -13,12 +13,14 @@ from model.lora_files import LORA_FILE, file_of
 
 # What the weights do when a client applies them as it applies any LoRA. The other objectives have
 # steps of their own at use, which no other client makes.
-PORTABLE = ("slider", "anchored", "after", "dreambooth")
+PORTABLE = ("img2img", "slider", "anchored", "after", "dreambooth")
 USES = {
     "delta": "At one fixed noise level the UNet is asked twice, with the LoRA and without it; the "
     "difference of the two answers, added to the before image's latent, is the change.",
     "bridge": "The path starts at the noised before image and ends, step by step, at the clean "
     "after image. Another seed gives another outcome.",
+    "img2img": "The before image is noised part of the way and denoised with the LoRA: what every "
+    "client calls img2img, at guidance 1 and with a deterministic sampler (Euler, DDIM).",
     "concat": "The after image is denoised from noise, with the before latent as four more input "
     "channels of the UNet (InstructPix2Pix).",
     "canvas": "Before and after are the two halves of one picture; the right half is denoised "
@@ -177,13 +179,16 @@ def diffusers_part(repo: str, meta: dict, local: bool) -> list[str]:
     edits = objective != "dreambooth"
     revision = f", revision={meta['revision']!r}" if meta.get("revision") else ""
     pipeline = f"StableDiffusion{'Img2Img' * edits}Pipeline"
-    given = ', image=load_image("photo.jpg"), strength=0.7, guidance_scale=1' if edits else ""
+    straight = objective == "img2img"
+    level = meta["img2img_t"] / 1000 if straight else 0.7
+    given = f', image=load_image("photo.jpg"), strength={level:g}, guidance_scale=1' * edits
     code = [
-        f"from diffusers import {pipeline}",
+        f"from diffusers import {'DDIMScheduler, ' * straight}{pipeline}",
         *(["from diffusers.utils import load_image"] if edits else []),
         "",
         f"base = {'path/to/base' if local else MOVED.get(base, base)!r}",
         f"pipe = {pipeline}.from_pretrained(base{revision})",
+        *(["pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)"] * straight),
         f'pipe.load_lora_weights("{repo}", weight_name="{LORA_FILE}", adapter_name="change")',
         "strength = 1.0",
         f'pipe.set_adapters("change", {multiplier(meta)})',
@@ -206,7 +211,12 @@ def others_part(repo: str, meta: dict, layouts: list[str]) -> list[str]:
     else:
         parts = [f"{left_out}. This writes one for all of them:"]
     parts += [] if "kohya" in layouts else [fenced(convert, "sh")]
-    return [*parts, f"The prompt is the one above; the weight is {multiplier(meta)}."]
+    use = f"The prompt is the one above; the weight is {multiplier(meta)}."
+    if meta["objective"] == "img2img":
+        use += (
+            f" In img2img, denoising strength {meta['img2img_t'] / 1000:g}, CFG 1, Euler or DDIM."
+        )
+    return [*parts, use]
 
 
 def multiplier(meta: dict) -> str:

@@ -383,7 +383,7 @@ def add_edit_flags(parser: argparse.ArgumentParser) -> None:
         "--image_guidance", type=float, default=1.0,
         help="how much more the before image counts for `concat`, 1 = no more [1]",
     )  # fmt: skip
-    add("--eta", type=float, default=0.0, help="noise `bridge` draws anew in each step, 0..1 [0]")
+    add("--eta", type=float, default=0.0, help="noise `bridge` and `img2img` draw anew, 0..1 [0]")
     add(
         "--between", choices=["fade", "lora"],
         help="strengths between 0 and 1: fade the image at 1 in, or weaken the LoRA "

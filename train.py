@@ -178,7 +178,7 @@ def phases(
         print(f"UNet          {loaded(unet, base)}")
         if unet.in_channels != 4:
             raise ValueError(f"{base} has a UNet of {unet.in_channels} input channels, not 4")
-        trained = adapt(cfg, unet, prompts.text, given, extra_channels(name, knobs), run.checkpoint)
+        trained = adapt(cfg, unet, prompts.text, given, extra_channels(name), run.checkpoint)
         ranks.copy_first(trained.flat.data)  # were it only that two processors round differently
         freeze(unet, int8=cfg.base_storage == "int8")
         micro, level = cfg.train_batch_size, cfg.recompute if cfg.gradient_checkpointing else "none"

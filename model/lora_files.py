@@ -159,7 +159,7 @@ KINDS = {
     "objective": str, "base_model": str, "prompt": str, "vae_path": str, "tokenizer_name": str,
     "revision": str, "variant": str, "resolution": int, "delta_t": int, "tokenizer_max_length": int,
     "text_encoder_use_attention_mask": bool, "prediction_type": str, "states": int,
-    "bridge_t": int, "bridge_channels": bool,
+    "bridge_t": int, "img2img_t": int,
 }  # fmt: skip
 
 
@@ -178,7 +178,7 @@ def _check_metadata(metadata: dict, path: Path) -> None:
     ]
     if not (isinstance(slope_offset, list) and list(map(_is_number, slope_offset)) == [True, True]):
         wrong.append("multiplier")
-    for key in ("delta_t", "bridge_t"):
+    for key in ("delta_t", "bridge_t", "img2img_t"):
         if metadata.get(key, 2) not in range(1, 1000):
             wrong.append(key)
     if wrong:

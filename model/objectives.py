@@ -37,7 +37,7 @@ class Knobs(NamedTuple):
 
     delta_t: int = 300
     bridge_t: int = 600
-    bridge_channels: bool = True
+    img2img_t: int = 200
     image_dropout: float = 0.05
     t_min: int | None = None
     snr_gamma: float | None = None
@@ -55,7 +55,7 @@ class How(NamedTuple):
     )
     guided: Predict | None = None  # predict under classifier-free guidance; None: guidance 1
     image_guidance: float = 1.0  # `concat`: how much more the before image counts than none
-    eta: float = 0.0  # `bridge`: how much of its noise is drawn anew in each step, 0..1
+    eta: float = 0.0  # `bridge`, `img2img`: how much of its noise is drawn anew in each step, 0..1
     generator: Generators = None
     knobs: Knobs = Knobs()
 
@@ -127,58 +127,87 @@ def delta_edit(predict, schedule, z, s, how):
     return delta(predict, schedule, z, s, how.knobs)
 
 
-# ---- bridge: from the noised before to the clean after -------------------------------------------
+# ---- img2img and bridge: from the noised before to the clean after -------------------------------
 
 
-def beside(predict: Predict, z: Tensor, knobs: Knobs) -> Predict:
-    """`predict` that sees the clean before latent z as four more channels, if it is to."""
-    if not knobs.bridge_channels:
-        return predict
-    return lambda x_t, t, m: predict(torch.cat([x_t, z], 1), t, m)
+def below(t, schedule, tau):
+    """t over all steps -> over 0..τ−1."""
+    return t * tau // schedule.num_steps
+
+
+def img2img_steps(t, schedule, knobs):
+    return below(t, schedule, knobs.img2img_t)
 
 
 def bridge_steps(t, schedule, knobs):
-    """t over all steps -> over 0..τ−1."""
-    return t * knobs.bridge_t // schedule.num_steps
+    return below(t, schedule, knobs.bridge_t)
+
+
+def sigma(schedule: Schedule, tau: int) -> float:
+    """σ = √((1−ā)/ā) at the start of the path, step τ−1."""
+    return schedule.snr(torch.tensor(tau - 1)).item() ** -0.5
+
+
+def path_loss(predict, schedule, a, b, s, eps, t, tau, knobs):
+    """‖x̂_0(x_t) − b‖² at x_t = √ā_t b + √(1−ā_t) ε̃,  ε̃ = ε + (a − b)/σ_τ,  0 ≤ t < τ.
+
+    b under a noise that holds, beside ε, what separates a from b: at the start of the path x_t is
+    a under ε, at its end b. x_t/√ā_t = b + σ_t ε̃ is a straight line in σ, the one that img2img
+    walks (SDEdit, then the ODE of DDIM: Song et al. 2021, arXiv 2010.02502, eq. 14), bent to end in
+    b: a rectified flow (Liu et al. 2023, arXiv 2209.03003) with the base's own noise between
+    its ends, as in I²SB (Liu et al. 2023, arXiv 2302.05872).
+    """
+    x_t = schedule.add_noise(b, eps + (a - b) / sigma(schedule, tau), t)
+    return penalty(schedule.x_0_hat(x_t, predict(x_t, t, s), t) - b, knobs)
+
+
+def walk(predict, schedule, z, s, how, tau):
+    """From z noised at τ−1 down the path: DDIM's steps (eq. 12), whatever `how` says of the start.
+
+    With η the noise ε = ε̃ − (z − b̂)/σ_τ is √(1−η²) ε + η ε′, ε′ drawn anew: of the same size, it
+    forgets what the network guessed wrong before. Multiplier s.
+    """
+    ts = torch.linspace(tau - 1, 0, min(how.steps, tau), dtype=torch.float64).round().long()
+    at = lambda t: torch.full((z.shape[0],), int(t), device=z.device)  # noqa: E731
+    x = schedule.add_noise(z, noise_like(z, how.generator), at(tau - 1))
+    for t, t_next in zip(ts, [*ts[1:], None]):
+        pred = predict(x, at(t), s)
+        b_hat, eps = schedule.x_0_hat(x, pred, at(t)), schedule.eps_hat(x, pred, at(t))
+        if t_next is None:
+            return b_hat
+        if how.eta:
+            apart = (z - b_hat) / sigma(schedule, tau)
+            fresh = noise_like(z, how.generator)
+            eps = (1 - how.eta**2) ** 0.5 * (eps - apart) + how.eta * fresh + apart
+        x = schedule.add_noise(b_hat, eps, at(t_next))
+
+
+def img2img_loss(predict, schedule, a, b, s, draws, knobs):
+    """`path_loss` in an unmodified UNet: what it learns, the img2img of any client can use."""
+    t = img2img_steps(draws.t, schedule, knobs)
+    return path_loss(predict, schedule, a, b, s, draws.eps, t, knobs.img2img_t, knobs)
+
+
+def img2img_edit(predict, schedule, z, s, how):
+    """`walk`."""
+    return walk(how.guided or predict, schedule, z, s, how, how.knobs.img2img_t)
+
+
+def beside(predict: Predict, z: Tensor) -> Predict:
+    """`predict` that sees the clean before latent z as four more channels."""
+    return lambda x_t, t, m: predict(torch.cat([x_t, z], 1), t, m)
 
 
 def bridge_loss(predict, schedule, a, b, s, draws, knobs):
-    """‖x̂_0(x_t) − b‖² at x_t = √ā_t (b + w (a − b)) + √(1−ā_t) ε,  w = t/τ,  t < τ.
-
-    The mean of x_t walks from the after (t = 0) to the before (t = τ) while the noise rises: a
-    bridge between the two, in the manner of BBDM (Li et al. 2023, arXiv 2205.07680) and I²SB (Liu
-    et al. 2023, arXiv 2302.05872), on the base's own noise levels. Noise decides what the before
-    image leaves open, so a random change stays sharp where `delta` averages.
-    """
+    """`path_loss` from further back, with the clean before beside x_t: more is left to the noise,
+    and it decides what the before image leaves open, where `delta` averages."""
     t = bridge_steps(draws.t, schedule, knobs)
-    w = (t / knobs.bridge_t).to(a.dtype).view(-1, 1, 1, 1)
-    x_t = schedule.add_noise(b + w * (a - b), draws.eps, t)
-    pred = beside(predict, a, knobs)(x_t, t, s)
-    return penalty(schedule.x_0_hat(x_t, pred, t) - b, knobs)
+    return path_loss(beside(predict, a), schedule, a, b, s, draws.eps, t, knobs.bridge_t, knobs)
 
 
 def bridge_edit(predict, schedule, z, s, how):
-    """Down the same path: x̂_0 from the network, ε̂ = what is left of x_t, and on to the next t.
-
-    DDIM's step (eq. 12) with b̂ + w (z − b̂) in the place of x̂_0. Starts from the noised z at τ−1,
-    whatever `how` says of the start. With η the noise is √(1−η²) ε̂ + η ε, ε drawn anew: of the
-    same size, it forgets what the network guessed wrong before. Multiplier s.
-    """
-    tau = how.knobs.bridge_t
-    ts = torch.linspace(tau - 1, 0, min(how.steps, tau), dtype=torch.float64).round().long()
-    e = beside(how.guided or predict, z, how.knobs)
-    at = lambda t: torch.full((z.shape[0],), int(t), device=z.device)  # noqa: E731
-    x = schedule.add_noise(z, noise_like(z, how.generator), at(ts[0]))
-    for t, t_next in zip(ts, [*ts[1:], None]):
-        b_hat = schedule.x_0_hat(x, e(x, at(t), s), at(t))
-        if t_next is None:
-            return b_hat
-        signal, noise = schedule.roots(at(t), x)
-        eps_hat = (x - signal * (b_hat + t / tau * (z - b_hat))) / noise
-        if how.eta:
-            eps = noise_like(z, how.generator)
-            eps_hat = (1 - how.eta**2) ** 0.5 * eps_hat + how.eta * eps
-        x = schedule.add_noise(b_hat + t_next / tau * (z - b_hat), eps_hat, at(t_next))
+    """`walk`, with z beside x_t."""
+    return walk(beside(how.guided or predict, z), schedule, z, s, how, how.knobs.bridge_t)
 
 
 # ---- concat: the before image as more channels ---------------------------------------------------
@@ -326,6 +355,7 @@ class Objective(NamedTuple):
 OBJECTIVES = {
     "delta": Objective(delta_loss, delta_edit, noisy=False, steps=delta_steps),
     "bridge": Objective(bridge_loss, bridge_edit, steps=bridge_steps),
+    "img2img": Objective(img2img_loss, img2img_edit, steps=img2img_steps),
     "concat": Objective(concat_loss, concat_edit),
     "canvas": Objective(canvas_loss, canvas_edit),
     "slider": Objective(slider_loss, slider_edit, (2.0, -1.0)),
@@ -344,6 +374,6 @@ class Task(NamedTuple):
     knobs: Knobs
 
 
-def extra_channels(name: str, knobs: Knobs) -> int:
+def extra_channels(name: str) -> int:
     """How many channels beyond the UNet's own the objective shows it."""
-    return 4 if name == "concat" or (name == "bridge" and knobs.bridge_channels) else 0
+    return 4 if name in ("concat", "bridge") else 0

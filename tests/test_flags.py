@@ -506,10 +506,11 @@ def bridge_t(lab, patch):
     assert meta(lab.run(pair_objective="bridge", bridge_t=200))["bridge_t"] == 200
 
 
-def bridge_channels(lab, patch):
-    """The same at first, when their weights are zero; saved with the LoRA, as conv_in's."""
-    changes(2, beside={"pair_objective": "bridge"}, bridge_channels=False)[1](lab, patch)
-    wide, narrow = (lab.run(pair_objective="bridge", bridge_channels=c) for c in (True, False))
+def img2img_t(lab, patch):
+    """And of the two that walk a path, `img2img` does it in a UNet as it is."""
+    changes(beside={"pair_objective": "img2img"}, img2img_t=300)[1](lab, patch)
+    narrow, wide = (lab.run(pair_objective=name) for name in ("img2img", "bridge"))
+    assert meta(lab.run(pair_objective="img2img", img2img_t=300))["img2img_t"] == 300
     assert read_lora(wide)[0]["unet"]["conv_in"].A.shape[1] == 8
     assert "conv_in" not in read_lora(narrow)[0]["unet"]
 
@@ -1182,7 +1183,7 @@ FLAGS = {
     "pair_objective": effect(pair_objective),
     "delta_t": effect(delta_t),
     "bridge_t": effect(bridge_t),
-    "bridge_channels": effect(bridge_channels),
+    "img2img_t": effect(img2img_t),
     "image_dropout": effect(image_dropout),
     "t_min": effect(t_min),
     "snr_gamma": effect(snr_gamma),
@@ -1289,7 +1290,7 @@ def test_flag(name, lab, monkeypatch):
         ("sequence_times", (0.0, 1.0), "--sequence_dirs"),
         ("frame_stride", 2, "--frames_dir"),
         ("bridge_t", 300, "--pair_objective bridge"),
-        ("bridge_channels", False, "--pair_objective bridge"),
+        ("img2img_t", 300, "--pair_objective img2img"),
         ("image_dropout", 0.5, "--pair_objective concat"),
         ("base_lora_strength", 0.5, "--base_lora"),
         ("views", 2, "random crops"),

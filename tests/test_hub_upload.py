@@ -209,12 +209,14 @@ def test_text_from_anywhere_stays_text():
 def test_each_objective_says_how_it_is_used(objective):
     """Snippets for other clients only where they compute what was trained."""
     slope = [2.0, -1.0] if objective == "slider" else [1.0, 0.0]
-    said = card(objective=objective, multiplier=slope)
+    said = card(objective=objective, multiplier=slope, img2img_t=250)
     assert hub_card.USES[objective] in said and "python sample.py" in said
     portable = objective in hub_card.PORTABLE
     assert ("load_lora_weights" in said) == portable == ("--format kohya" in said)
     assert ("merge" in said) == (objective == "concat")
     assert ("generate --prompt" in said) == (objective == "dreambooth")
+    straight = "DDIMScheduler.from_config" in said and "denoising strength 0.25, CFG 1" in said
+    assert straight == ("strength=0.25, g" in said) == (objective == "img2img")
     assert objective in train.OBJECTIVES and {*hub_card.PORTABLE} <= train.OBJECTIVES.keys()
 
 

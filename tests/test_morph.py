@@ -460,9 +460,9 @@ def test_a_sweep_over_seeds_is_one_over_noise(place, tmp_path):
     assert not np.array_equal(written["0_seed1_s1.png"], written["0_seed2_s1.png"])
 
 
-def test_a_sweep_over_eta_is_one_over_what_bridge_draws(place, tmp_path, sd1):
-    write_lora(place / "bridge", sd1, objective="bridge", bridge_channels=False)
-    written = sweep(place, tmp_path, "eta=0,1", lora="bridge")
+def test_a_sweep_over_eta_is_one_over_what_img2img_draws(place, tmp_path, sd1):
+    write_lora(place / "img2img", sd1, objective="img2img")
+    written = sweep(place, tmp_path, "eta=0,1", lora="img2img")
     assert not np.array_equal(written["0_eta0_s1.png"], written["0_eta1_s1.png"])
 
 

@@ -52,12 +52,11 @@ def predict(sd1):
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
 @pytest.mark.parametrize("loss", ["mse", "l1", "huber"])
-@pytest.mark.parametrize("name", [*OBJECTIVES, "bridge without channels"])
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_gradient_by_finite_differences(predict, name, loss, prediction_type):
     """d loss along a random direction in the space of all LoRA weights, central differences."""
     a, b, draws = pair()
-    knobs = Knobs(snr_gamma=5.0, loss=loss, bridge_channels=name == "bridge")
-    name = name.split()[0]
+    knobs = Knobs(snr_gamma=5.0, loss=loss)
     arguments = (predict, schedule(prediction_type), a, b, 0.7 * ONES, draws, knobs)
     OBJECTIVES[name].loss(*arguments).mean().backward()
     direction = [noise(20 + i, p.shape) for i, p in enumerate(predict.params)]
@@ -177,6 +176,7 @@ def test_positive_strength_goes_from_before_to_after(name):
     """Trained on before = −1, after = +1, each edit moves a new before image towards after, more
     with more strength, and the other way below 0."""
     sched = schedule()
+    knobs = Knobs(img2img_t=600)  # one number is too small a LoRA to move what little noise hides
     # what the base knows: for slider, both; for the others, the before images
     net = Gaussian(sched, mu=0.0 if name == "slider" else -1.0)
     opt = torch.optim.Adam([net.theta], lr=0.05)
@@ -184,15 +184,15 @@ def test_positive_strength_goes_from_before_to_after(name):
     for step in range(200):
         jitter = 0.1 * noise(1000 + step, (2, 4, 4, 4))
         draws = Draws(noise(3000 + step, (2, 4, 4, 4)), torch.randint(1000, (2,), generator=g))
-        loss = OBJECTIVES[name].loss(net, sched, jitter - 1, jitter + 1, ONES, draws, Knobs())
+        loss = OBJECTIVES[name].loss(net, sched, jitter - 1, jitter + 1, ONES, draws, knobs)
         opt.zero_grad()
         loss.mean().backward()
         opt.step()
-    z = 0.1 * noise(1, (2, 4, 4, 4)) - 1
-    means = []
+    z, means = 0.1 * noise(1, (2, 4, 4, 4)) - 1, []
+    how = How(steps=50, noise_level=1.0, knobs=knobs)
     with torch.no_grad():
         for s in (-0.5, 0.0, 0.5, 1.0):
-            moved = OBJECTIVES[name].edit(net, sched, z, s * ONES, How(steps=50, noise_level=1.0))
+            moved = OBJECTIVES[name].edit(net, sched, z, s * ONES, how)
             means.append(moved.mean().item())
     assert means == sorted(means)
     assert means[1] == pytest.approx(-1, abs=0.1)
@@ -259,44 +259,47 @@ def test_anchored_swaps_the_bases_answers_with_the_same_noise_and_high_t():
     torch.testing.assert_close(loss, torch.cat([x_b, x_a]) ** 2)
 
 
-def test_bridge_trains_on_the_path_that_its_edit_walks():
-    """With the true after as its clean estimate, sampling meets √ā (b + w (a − b)) + √(1−ā) ε at
-    every step, with one ε all the way, and ends in b; training draws points of the same path."""
+@pytest.mark.parametrize(("name", "knobs"), [("bridge", Knobs(bridge_t=400)),
+                                             ("img2img", Knobs(img2img_t=400))])  # fmt: skip
+def test_a_path_is_trained_on_as_its_edit_walks_it(name, knobs):
+    """With the true after as its clean estimate, sampling meets √ā b + √(1−ā) (ε + (a − b)/σ_τ) at
+    every step, with one ε all the way, and ends in b; training draws points of the same path. It
+    starts at the noised before image. `bridge` sees the before beside it, `img2img` does not."""
     sched, (a, b, draws), tau = schedule(), pair(), 400
+    signal, level = sched.roots(torch.tensor([tau - 1]), a)
+    apart = (a - b) * signal / level
 
     def eps_for(x_t, t):  # the ε-prediction whose clean estimate is b
         signal, level = sched.roots(t, b)
         return (x_t[:, :4] - signal * b) / level
 
     predict, calls = recorder(lambda x_t, t, m: eps_for(x_t, t))
-    knobs = Knobs(bridge_t=tau)
-    loss = OBJECTIVES["bridge"].loss(predict, sched, a, b, ONES, draws, knobs)
+    loss = OBJECTIVES[name].loss(predict, sched, a, b, ONES, draws, knobs)
     ((x, t, _),) = calls
     assert loss.abs().max() < 1e-20
-    assert torch.equal(t, draws.t * tau // 1000) and torch.equal(x[:, 4:], a)
-    w = (t / tau).view(-1, 1, 1, 1)
-    torch.testing.assert_close(x[:, :4], sched.add_noise(b + w * (a - b), draws.eps, t))
+    assert torch.equal(t, draws.t * tau // 1000)
+    torch.testing.assert_close(x[:, :4], sched.add_noise(b, draws.eps + apart, t))
+    beside = [a] if name == "bridge" else []
+    assert torch.equal(x[:, 4:], torch.cat([*beside, a[:, :0]], 1))
 
     for eta in (0.0, 0.6):  # the share of the noise that is drawn anew in each step
         calls.clear()
         how = How(steps=7, eta=eta, knobs=knobs, generator=torch.Generator().manual_seed(0))
-        end = OBJECTIVES["bridge"].edit(predict, sched, a, ONES, how)
+        end = OBJECTIVES[name].edit(predict, sched, a, ONES, how)
         torch.testing.assert_close(end, b, rtol=0, atol=1e-9)
         assert [int(t[0]) for _, t, _ in calls] == [399, 332, 266, 200, 133, 66, 0]
         rng, eps = torch.Generator().manual_seed(0), None
         for x, t, m in calls:
-            signal, level = sched.roots(t, b)
-            w = t[0] / tau
-            seen = (x[:, :4] - signal * (b + w * (a - b))) / level
+            seen = eps_for(x, t) - apart
             if eps is None or eta:
                 drawn = torch.randn(a.shape, generator=rng, dtype=a.dtype)
-            if eps is None:  # the start is the before image itself, w = 1 and not (τ−1)/τ
-                torch.testing.assert_close(seen, drawn + signal / level * (a - b) / tau)
-                eps = seen
+            if eps is None:
+                torch.testing.assert_close(x[:, :4], sched.add_noise(a, drawn, t))
+                eps = drawn
             elif eta:
                 eps = (1 - eta**2) ** 0.5 * eps + eta * drawn
             torch.testing.assert_close(seen, eps, rtol=0, atol=1e-7)
-            assert torch.equal(x[:, 4:], a) and torch.equal(m, ONES)
+            assert torch.equal(m, ONES)
 
 
 def test_canvas_keeps_the_before_half_clean_and_learns_on_the_other():
@@ -337,7 +340,7 @@ def test_a_fresh_lora_changes_nothing(sd1, name):
     """Whatever lies in the new channels, or on the other half of the canvas: step 0 is the base."""
     plain = predictor(load_unet(sd1, dtype=torch.float64), noise(9, (2, 7, 32)))
     unet = load_unet(sd1, dtype=torch.float64)
-    if extra := extra_channels(name, Knobs()):
+    if extra := extra_channels(name):
         unet.widen(extra)
     targets = "attn,ff,conv" + (",conv_in" if extra else "")
     inject(unet, targets, rank=2, generator=torch.Generator().manual_seed(0))
@@ -359,7 +362,7 @@ def test_the_steps_an_objective_names_are_those_it_asks_at(name):
     """What a message about a bad loss says of t is what the network was told."""
     sched, (a, b, draws) = schedule(), pair()
     predict, calls = recorder(lambda x_t, t, m: 0 * x_t[:, :4])
-    for knobs in (Knobs(), Knobs(bridge_t=333, delta_t=77, t_min=200)):
+    for knobs in (Knobs(), Knobs(bridge_t=333, img2img_t=55, delta_t=77, t_min=200)):
         calls.clear()
         OBJECTIVES[name].loss(predict, sched, a, b, ONES, draws, knobs)
         named = OBJECTIVES[name].steps(draws.t, sched, knobs)

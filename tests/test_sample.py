@@ -3,7 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+)
 from PIL import Image
 
 import sample
@@ -82,6 +87,28 @@ def test_generate_equals_the_diffusers_pipeline(tmp_path, sd1, guidance, text):
         assert np.abs(ours - np.round(expected * 255)).max() <= 1
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_img2img_is_what_other_clients_do(tmp_path, sd1, prediction_type):
+    """The edit equals diffusers' img2img with Euler at the same steps and LoRA weight."""
+    lora = write_lora(tmp_path / "run", sd1, objective="img2img", img2img_t=300)
+    said = ("--prediction_type", prediction_type, "--input", "-", "--out", "-", "--steps", "7")
+    args = sample.make_parser().parse_args(["edit", "--lora", str(lora), *said])
+    ours, z = sample.open_pipeline(args), torch.randn(1, 4, 16, 24)
+    edited = sample.editor(ours, "img2img", z, args, seed=3)(0.6)
+
+    pipe = StableDiffusionImg2ImgPipeline.from_pretrained(sd1, safety_checker=None)
+    pipe.scheduler = EulerDiscreteScheduler.from_config(
+        pipe.scheduler.config, prediction_type=prediction_type
+    )
+    pipe.load_lora_weights(lora)
+    pipe.set_adapters(["default_0"], [0.6])
+    pipe.set_progress_bar_config(disable=True)
+    steps = torch.linspace(299, 0, 7, dtype=torch.float64).round().tolist()
+    expected = pipe("a square", image=z, strength=1.0, timesteps=steps, guidance_scale=1,
+                    generator=torch.Generator().manual_seed(3), output_type="latent")  # fmt: skip
+    torch.testing.assert_close(edited, expected.images, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("sampler", ["ddpm", "dpm_solver", "euler"])
 def test_the_other_samplers_generate(tmp_path, sd1, sampler):
     for seed_dir in ("one", "two"):
@@ -113,7 +140,7 @@ def differing(tmp_path, monkeypatch, *argv):
 @pytest.mark.parametrize(
     "how",
     [
-        ("--objective", "bridge", "--eta", 0.5),
+        ("--objective", "img2img", "--eta", 0.5),
         ("--objective", "after", "--start", "noise"),
         ("--objective", "slider", "--guidance", 3),
     ],

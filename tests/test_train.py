@@ -138,7 +138,7 @@ MASKED = {"preserve_weight": 0.5, "mask_outside": 0.2}
 @pytest.mark.parametrize(
     "objective, more",
     [("delta", {}), ("slider", {"train_text_encoder": True}),
-     ("bridge", {"bridge_channels": True, "mask_from_change": True, **MASKED}),
+     ("bridge", {"mask_from_change": True, **MASKED}),
      ("concat", {"mask_dir": "mask", **MASKED}), ("canvas", {"mask_dir": "mask"}),
      ("anchored", {"mask_dir": "mask", "preserve_weight": 0.5, "gradient_accumulation_steps": 2}),
      ("delta", {"sequence_dirs": ("before", "mask", "after"), "before_data_dir": None,
