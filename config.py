@@ -92,7 +92,8 @@ class TrainConfig:
     # 300: LOG.md, "delta at step 300"
     delta_t: int = knob(300, "the one step of `delta`, 1..999")
     bridge_t: int = knob(600, "the step at which `bridge` starts from the before image, 2..999")
-    img2img_t: int = knob(200, "the step at which `img2img` starts from it, 2..999")
+    # 150: LOG.md, "img2img"
+    img2img_t: int = knob(150, "the step at which `img2img` starts from it, 2..999")
     image_dropout: float = knob(
         0.05, "share of the pairs in which `concat` does not see the before image"
     )

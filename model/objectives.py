@@ -37,7 +37,7 @@ class Knobs(NamedTuple):
 
     delta_t: int = 300
     bridge_t: int = 600
-    img2img_t: int = 200
+    img2img_t: int = 150
     image_dropout: float = 0.05
     t_min: int | None = None
     snr_gamma: float | None = None
