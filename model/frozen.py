@@ -11,8 +11,13 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._functorch import config as functorch
 
 from model.cpu import few_pixels, product
+
+# torch keeps compiled code with an autograd.Function in it for the next start if it is told that this
+# is safe: the graphs of the one below, which are part of the key, say all of it
+functorch.autograd_cache_allow_custom_autograd_functions = True
 
 
 def dequantized(q: Tensor, scale: Tensor | None) -> Tensor:

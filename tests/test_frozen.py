@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from config import TrainConfig
 from model.frozen import dequantized, freeze
@@ -142,3 +143,17 @@ def test_a_lora_trained_on_an_int8_base_is_for_the_true_one(sd1, tmp_path):
     ]
     assert 0 < off(*updates) < 0.5
     load_lora(folder, unet=load_unet(sd1))
+
+
+@pytest.mark.slow
+def test_compiled_code_is_kept_for_the_next_start(tmp_path, monkeypatch):
+    """torch's cache takes the graph with the product in it; compiled anew, it is found there."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    net, x = nn.Sequential(nn.Conv2d(2, 3, 3)), torch.randn(1, 2, 8, 8, requires_grad=True)
+    freeze(net.requires_grad_(False))
+    for key in ("autograd_cache_miss", "autograd_cache_hit"):
+        torch.compiler.reset()
+        counters["aot_autograd"].clear()
+        torch.compile(net, fullgraph=True, dynamic=False)(x).sum().backward()
+        assert counters["aot_autograd"][key] == 1
+        assert not counters["aot_autograd"]["autograd_cache_bypass"]
