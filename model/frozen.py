@@ -15,8 +15,8 @@ from torch._functorch import config as functorch
 
 from model.cpu import few_pixels, product
 
-# torch keeps compiled code with an autograd.Function in it for the next start only if told that this
-# is safe: the graphs of the one below, which are part of the key, say all of it
+# torch keeps compiled code with an autograd.Function in it for the next start only if it is told
+# that this is safe: the graphs of the one below, which are part of the key, say all of it
 functorch.autograd_cache_allow_custom_autograd_functions = True
 
 
