@@ -143,9 +143,10 @@ def bridge_steps(t, schedule, knobs):
     return below(t, schedule, knobs.bridge_t)
 
 
-def sigma(schedule: Schedule, tau: int) -> float:
-    """σ = √((1−ā)/ā) at the start of the path, step τ−1."""
-    return schedule.snr(torch.tensor(tau - 1)).item() ** -0.5
+def apart(a: Tensor, b: Tensor, schedule: Schedule, t: Tensor, tau: int) -> Tensor:
+    """(a − b)/σ_τ, σ = √((1−ā)/ā) at the start of the path, step τ−1; t (b,) for its device."""
+    signal, noise = schedule.roots(torch.full_like(t, tau - 1), a)
+    return (a - b) * signal / noise
 
 
 def path_loss(predict, schedule, a, b, s, eps, t, tau, knobs):
@@ -157,7 +158,7 @@ def path_loss(predict, schedule, a, b, s, eps, t, tau, knobs):
     b: a rectified flow (Liu et al. 2023, arXiv 2209.03003) with the base's own noise between
     its ends, as in I²SB (Liu et al. 2023, arXiv 2302.05872).
     """
-    x_t = schedule.add_noise(b, eps + (a - b) / sigma(schedule, tau), t)
+    x_t = schedule.add_noise(b, eps + apart(a, b, schedule, t, tau), t)
     return penalty(schedule.x_0_hat(x_t, predict(x_t, t, s), t) - b, knobs)
 
 
@@ -176,9 +177,9 @@ def walk(predict, schedule, z, s, how, tau):
         if t_next is None:
             return b_hat
         if how.eta:
-            apart = (z - b_hat) / sigma(schedule, tau)
+            way = apart(z, b_hat, schedule, at(t), tau)
             fresh = noise_like(z, how.generator)
-            eps = (1 - how.eta**2) ** 0.5 * (eps - apart) + how.eta * fresh + apart
+            eps = (1 - how.eta**2) ** 0.5 * (eps - way) + how.eta * fresh + way
         x = schedule.add_noise(b_hat, eps, at(t_next))
 
 
