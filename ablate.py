@@ -278,7 +278,8 @@ def leave(path: Path, jobs: list[Job], done: list, failed: list, out: Path) -> s
     notes = [f"Failed: {title(job)}: {why}" for job, why in failed]
     if done:
         counts = " ".join(map(str, sorted(set(pairs.values()))))
-        notes = [f"Held-out pairs: {counts}. Revision: {', '.join(revisions)}.", *notes]
+        least = comparison.least_distance(results.values())
+        notes = [f"Held-out pairs: {counts}. Revision: {', '.join(revisions)}.", *least, *notes]
     text = comparison.table(path.stem, flags, summary, runs, seeds, notes)
     arms = {
         name: {"flags": flags[name], "pairs": pairs.get(name), "summary": summary[name],

@@ -5,7 +5,7 @@ Plain data in: `evaluation.json` of each run, and which flags differ.
 
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -51,6 +51,17 @@ def figures(result: dict, folder: Path) -> dict[str, tuple[float, float | None]]
         found["statistics"] = {"mean": sum(apart) / len(apart), "se": None}
     found["training s"] = {"mean": training_seconds(folder), "se": None}
     return {k: (v["mean"], v["se"]) for k, v in found.items() if v and v["mean"] is not None}
+
+
+def least_distance(results: Iterable[dict]) -> list[str]:
+    """A sentence on what the best of predictions would have as `statistics`, or none."""
+    for result in results:
+        values = [one for one in result.get("samples", {}).values() if "distance" in one]
+        apart = [one["distance_of_truth"] for one in values]
+        if apart and None not in apart:
+            mean = sum(apart) / len(apart)
+            return [f"Statistics of one true outcome against the others: {mean:.2f}."]
+    return []
 
 
 def training_seconds(folder: Path) -> float:

@@ -122,8 +122,18 @@ def collect_samples(rows: list[dict]) -> dict:
             "mean": float(np.mean(ours)),
             "truth": float(np.mean(truth)),
             "distance": distance(ours, truth),
+            "distance_of_truth": among([[one[key] for one in row["truth"]] for row in rows]),
         }
     return result
+
+
+def among(truths: list[list[float]]) -> float | None:
+    """How far one truth of every image is from the others of all: what no prediction can better."""
+    v = np.array(truths)  # (pairs, truths)
+    if v.shape[1] < 2:
+        return None
+    one = [distance(v[:, k], np.delete(v, k, 1).ravel()) for k in range(v.shape[1])]
+    return float(np.mean(one))
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -183,7 +193,10 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
             if drawn:
                 truths = [round_trip(pipe, others[i]["after"]) for others in outcomes]
                 draws = [eight_bit(some[k]) for some in drawn]
-                row["samples"] = judge_samples(seen["before"], draws, [seen["after"], *truths])
+                same = eight_bit(item["before"]) if args.keep_detail else seen["before"]
+                row["samples"] = judge_samples(
+                    same, draws, seen["before"], [seen["after"], *truths]
+                )
             rows.append({"name": pairs[i].name, **row})
             pictures.append([to_image(2 * x - 1) for x in shown])
             bar.update()
@@ -238,13 +251,19 @@ def round_trip(pipe: Pipeline, pixels: Tensor) -> Tensor:
     return eight_bit(decode(pipe.vae, encode(pipe.vae, pixels[None]))[0])
 
 
-def judge_samples(before: Tensor, draws: list[Tensor], truths: list[Tensor]) -> dict:
-    """Several predictions for one image of a random change, and several truths."""
+def judge_samples(
+    before: Tensor, draws: list[Tensor], seen: Tensor, truths: list[Tensor]
+) -> dict:
+    """Several predictions for one image of a random change, and several truths.
+
+    What changed is told from `before` in the predictions, and from `seen`, the autoencoder's copy
+    of it, in the truths, which are its copies too.
+    """
     row = {
         "best_psnr": max(psnr(mse(x, y)) for x in draws for y in truths),
         "spread": spread(draws),
         "statistics": [statistics(before, x) for x in draws],
-        "truth": [statistics(before, y) for y in truths],
+        "truth": [statistics(seen, y) for y in truths],
     }
     if len(truths) > 1:  # how near one truth comes to another: the mark for "best"
         others = [psnr(mse(x, y)) for k, x in enumerate(truths) for y in truths[:k]]
@@ -310,17 +329,19 @@ def table(result: dict) -> str:
     if "samples" in result:
         lines += [
             "",
-            "| samples | ours | truth | distance (in σ of the truth) |",
-            "|---|---|---|---|",
+            "| samples | ours | truth | distance (in σ of the truth) | one truth's to the others |",
+            "|---|---|---|---|---|",
         ]
         values = result["samples"]
         for ours, truth in (("best_psnr", "best_truth_psnr"), ("spread", "spread_of_truth")):
             cells = cell(values[ours], 3), cell(values.get(truth), 3)
-            lines.append(f"| {ours.replace('_', ' ')} | {cells[0]} | {cells[1]} | |")
+            lines.append(f"| {ours.replace('_', ' ')} | {cells[0]} | {cells[1]} | | |")
         for key, value in values.items():
             if "distance" in value:
-                means = f"{value['mean']:.3f} | {value['truth']:.3f}"
-                lines.append(f"| {key} | {means} | {value['distance']:.2f} |")
+                least = value["distance_of_truth"]
+                cells = [f"{value[name]:.3f}" for name in ("mean", "truth")]
+                cells += [f"{value['distance']:.2f}", "-" if least is None else f"{least:.2f}"]
+                lines.append(f"| {key} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

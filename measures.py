@@ -99,7 +99,10 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def statistics(before: Tensor, after: Tensor) -> dict[str, float]:
-    """What a change looks like, wherever it is: its area, its colours and its texture there."""
+    """What a change looks like, wherever it is: its area, its colours and its texture there.
+
+    Both pictures keep or lose the same detail, or what is lost counts as changed.
+    """
     changed = (after - before).abs().amax(0) > 0.1  # (H, W)
     some = changed if changed.any() else torch.ones_like(changed)
     red, green, blue = (channel[some].mean().item() for channel in after)

@@ -334,12 +334,16 @@ def test_figures_of_a_run(tmp_path):
     rows = [{"kind": "phase"}, *rows, {"kind": "train", "step": 15, "step_ms": 200.0}]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     best = {"mean": 18.0, "se": 0.5, "n": 2}
-    some = {"samples": {"best_psnr": best, "red": {"distance": 0.2}, "area": {"distance": 0.4}}}
+    one = lambda d: {"distance": d, "distance_of_truth": d / 3}  # noqa: E731
+    some = {"samples": {"best_psnr": best, "red": one(0.2), "area": one(0.4)}}
     got = comparison.figures(evaluation(0.5, [(21.0, 20.0), (24.0, 20.0)], some), tmp_path)
     assert got["training s"] == (2.0, None)
     assert got["between"] == (22.5, pytest.approx(1.5)) and got["over fade"][0] == 2.5
     assert got["best sample"] == (18.0, 0.5) and got["statistics"][0] == pytest.approx(0.3)
     assert got["gap closed"] == (0.5, 0.01) and "inside" not in got
+    assert comparison.least_distance([{}, some]) == [
+        "Statistics of one true outcome against the others: 0.10."
+    ]
     plain = comparison.figures(evaluation(0.5), tmp_path)
     assert "between" not in plain and "statistics" not in plain
 

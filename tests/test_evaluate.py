@@ -29,17 +29,17 @@ def flags(lora, folder, out, *more):
     return [str(a) for a in ("--lora", lora, "--out", out, *dirs, *more)]
 
 
-def score(monkeypatch, tmp_path, sd1, folder, predict, *more):
+def score(monkeypatch, tmp_path, sd1, folder, predict, *more, lost=0.02, kept=False):
     """evaluation.json with `predict(before, after, others, strength)` in the LoRA's place.
 
     The autoencoder is exchanged too, for one that adds the same faint noise to every image: a
-    random one shows nothing.
+    random one shows nothing. What it has `lost` is not in the predictions where that is `kept`.
     """
     lora = tmp_path / "lora"
     if not lora.exists():
         write_lora(lora, sd1)
     pixels = {side: _read(folder / side) for side in ("before", "after")}
-    noise = 0.02 * torch.randn((3, 32, 32), generator=torch.Generator().manual_seed(0))
+    noise = lost * torch.randn((3, 32, 32), generator=torch.Generator().manual_seed(0))
 
     def edit(pipe, objective, images, strengths, args, seed=None):
         def one(image, s):
@@ -47,7 +47,8 @@ def score(monkeypatch, tmp_path, sd1, folder, predict, *more):
             after, others = pixels["after"][i], pixels["after"].roll(1, 0)[i]
             return predict(image, after, others, s, torch.Generator().manual_seed(seed or 0))
 
-        return [torch.stack([one(image, s) + noise for image in images]) for s in strengths]
+        seen = 0 if kept else noise
+        return [torch.stack([one(image, s) + seen for image in images]) for s in strengths]
 
     monkeypatch.setattr(evaluate, "edit_pixels", edit)
     monkeypatch.setattr(evaluate, "round_trip", lambda pipe, x: evaluate.eight_bit(x + noise))
@@ -145,6 +146,30 @@ def test_random_changes_are_judged_by_their_distribution(monkeypatch, tmp_path, 
     assert drawn["best_psnr"]["mean"] > blurred["best_psnr"]["mean"]
     for key in ("green", "texture"):
         assert drawn[key]["distance"] < 0.6 < blurred[key]["distance"]
+        assert 0 < drawn[key]["distance_of_truth"] < 0.6
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_the_autoencoder_loses_is_no_change(monkeypatch, tmp_path, sd1, scenes, kept):
+    """True outcomes have the area of true outcomes, with the detail that it loses or without."""
+    folder = scenes / "urban"
+    befores, truths = _read(folder / "before"), _read(folder / "outcome-1")
+
+    def truth(before, after, others, s, rng):
+        return truths[int((befores - before).abs().sum((1, 2, 3)).argmin())]
+
+    more = ["--outcome_dirs", folder / "outcome-1", "--samples", 2]
+    more += [] if kept else ["--no-keep_detail"]
+    found = score(monkeypatch, tmp_path, sd1, folder, truth, *more, lost=0.2, kept=kept)
+    area = found["samples"]["area"]
+    assert area["distance"] < 0.6 and area["mean"] == pytest.approx(area["truth"], abs=0.03)
+
+
+def test_one_truth_against_the_others():
+    """Means over which one is left out: 0 where all are alike, 1σ for a shift by 1 of ±1."""
+    assert evaluate.among([[1.0, 1.0], [3.0, 3.0]]) == 0
+    assert evaluate.among([[1.0, 2.0], [3.0, 4.0]]) == pytest.approx(1)
+    assert evaluate.among([[1.0], [3.0]]) is None
 
 
 def test_the_same_command_gives_the_same_bytes(tmp_path, sd1, scenes):
