@@ -150,7 +150,11 @@ def apart(a: Tensor, b: Tensor, schedule: Schedule, t: Tensor, tau: int) -> Tens
 
 
 def path_loss(predict, schedule, a, b, s, eps, t, tau, knobs):
-    """‖x̂_0(x_t) − b‖² at x_t = √ā_t b + √(1−ā_t) ε̃,  ε̃ = ε + (a − b)/σ_τ,  0 ≤ t < τ.
+    """‖v̂ − v‖² at x_t = √ā_t b + √(1−ā_t) ε̃,  ε̃ = ε + (a − b)/σ_τ,  0 ≤ t < τ.
+
+    v = √ā_t ε̃ − √(1−ā_t) b, whatever the network predicts: ‖x̂_0 − b‖²/(1−ā_t), which asks for
+    detail where little noise is left, and for the large shapes elsewhere (Salimans & Ho 2022, arXiv
+    2202.00512, section 4).
 
     b under a noise that holds, beside ε, what separates a from b: at the start of the path x_t is
     a under ε, at its end b. x_t/√ā_t = b + σ_t ε̃ is a straight line in σ, the one that img2img
@@ -158,8 +162,11 @@ def path_loss(predict, schedule, a, b, s, eps, t, tau, knobs):
     b: a rectified flow (Liu et al. 2023, arXiv 2209.03003) with the base's own noise between
     its ends, as in I²SB (Liu et al. 2023, arXiv 2302.05872).
     """
-    x_t = schedule.add_noise(b, eps + apart(a, b, schedule, t, tau), t)
-    return penalty(schedule.x_0_hat(x_t, predict(x_t, t, s), t) - b, knobs)
+    eps = eps + apart(a, b, schedule, t, tau)
+    x_t = schedule.add_noise(b, eps, t)
+    pred = predict(x_t, t, s)
+    b_hat, eps_hat = schedule.x_0_hat(x_t, pred, t), schedule.eps_hat(x_t, pred, t)
+    return penalty(schedule.velocity(b_hat, eps_hat, t) - schedule.velocity(b, eps, t), knobs)
 
 
 def walk(predict, schedule, z, s, how, tau):

@@ -1,5 +1,7 @@
 """Every objective: its formula, its gradient, its direction; the same noise and t on both sides."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -257,6 +259,23 @@ def test_anchored_swaps_the_bases_answers_with_the_same_noise_and_high_t():
     assert torch.equal(x, torch.cat([x_a, x_b]))
     assert torch.equal(m, torch.cat([-s, s]))
     torch.testing.assert_close(loss, torch.cat([x_b, x_a]) ** 2)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("name", ["bridge", "img2img"])
+def test_the_loss_of_a_path_is_in_v_whatever_the_network_says(name, kind):
+    """A clean estimate that is off by one at every step costs 1/(1 − ā) there."""
+    sched, (a, b, draws) = replace(schedule(), prediction_type=kind), pair()
+
+    def off_by_one(x_t, t, m):
+        signal, level = sched.roots(t, b)
+        x_0, eps = b + 1, (x_t[:, :4] - signal * (b + 1)) / level
+        return {"epsilon": eps, "v_prediction": sched.velocity(x_0, eps, t), "sample": x_0}[kind]
+
+    objective = OBJECTIVES[name]
+    loss = objective.loss(off_by_one, sched, a, b, ONES, draws, Knobs())
+    a_t = sched.a(objective.steps(draws.t, sched, Knobs()), b)
+    torch.testing.assert_close(loss, (1 / (1 - a_t)).expand_as(loss))
 
 
 @pytest.mark.parametrize(("name", "knobs"), [("bridge", Knobs(bridge_t=400)),
