@@ -251,9 +251,7 @@ def round_trip(pipe: Pipeline, pixels: Tensor) -> Tensor:
     return eight_bit(decode(pipe.vae, encode(pipe.vae, pixels[None]))[0])
 
 
-def judge_samples(
-    before: Tensor, draws: list[Tensor], seen: Tensor, truths: list[Tensor]
-) -> dict:
+def judge_samples(before: Tensor, draws: list[Tensor], seen: Tensor, truths: list[Tensor]) -> dict:
     """Several predictions for one image of a random change, and several truths.
 
     What changed is told from `before` in the predictions, and from `seen`, the autoencoder's copy

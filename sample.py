@@ -32,6 +32,7 @@ from model.pipeline import (
     at_strengths,
     decode,
     encode,
+    exaggerated,
     generate_latents,
     load_pipeline,
     padded,
@@ -46,7 +47,10 @@ from runs import refuse_file, save_image
 
 def check(args: argparse.Namespace) -> None:
     """ValueError or FileExistsError naming the flag that no picture could be made with."""
-    for name in ("strength", "guidance", "image_guidance", "noise_level", "base_lora_strength"):
+    for name in (
+        "strength", "guidance", "image_guidance", "change_guidance", "noise_level",
+        "base_lora_strength",
+    ):  # fmt: skip
         if not math.isfinite(value := getattr(args, name, None) or 0.0):
             raise ValueError(f"--{name} must be a finite number, got {value}")
     if not 1 <= args.steps <= 1000:
@@ -137,6 +141,7 @@ def editor(
     """`edit(s)`: the latents of z (b, 4, h, w) at strength s. `seed` stands for args.seed."""
     seed = args.seed if seed is None else seed
     alone, with_guidance = pipe.predictors(prompt_of(args, pipe), args.guidance)
+    with_guidance = exaggerated(with_guidance, args.change_guidance)
 
     @torch.no_grad()
     def edit(s: float) -> Tensor:
@@ -324,8 +329,8 @@ def numbers(text: str) -> list[float]:
 
 
 SWEPT = {
-    "guidance": float, "image_guidance": float, "noise_level": float, "eta": float, "start": str,
-    "steps": int, "seed": int, "prompt": str,
+    "guidance": float, "image_guidance": float, "change_guidance": float, "noise_level": float,
+    "eta": float, "start": str, "steps": int, "seed": int, "prompt": str,
 }  # fmt: skip
 
 
@@ -383,6 +388,11 @@ def add_edit_flags(parser: argparse.ArgumentParser) -> None:
         "--image_guidance", type=float, default=1.0,
         help="how much more the before image counts for `concat`, 1 = no more [1]",
     )  # fmt: skip
+    add(
+        "--change_guidance", type=float, default=1.0,
+        help="how often what the LoRA adds to the base's answer counts, for objectives that "
+        "denoise, 1 = as trained [1]",
+    )  # fmt: skip
     add("--eta", type=float, default=0.0, help="noise `bridge` and `img2img` draw anew, 0..1 [0]")
     add(
         "--between", choices=["fade", "lora"],
@@ -430,7 +440,8 @@ def make_parser() -> Parser:
     states = commands.add_parser("morph", help="the states between a given before and after")
     add_common_flags(states)
     between.add_flags(states)
-    states.set_defaults(guidance=1.0, image_guidance=1.0, start="invert", eta=0.0, strength=1.0)
+    states.set_defaults(guidance=1.0, image_guidance=1.0, change_guidance=1.0, start="invert")
+    states.set_defaults(eta=0.0, strength=1.0)
     return parser
 
 

@@ -111,6 +111,22 @@ def guided_predictor(unet: UNet, ctx: Context, uncond: Context, scale: float) ->
     return predict
 
 
+def exaggerated(predict: Predict, scale: float) -> Predict:
+    """e_0 + scale (e_m − e_0): what the LoRA adds to the base's answer counts `scale` times.
+
+    Guidance by a weaker self (Karras et al. 2024, arXiv 2406.02507), here the base: what a LoRA
+    does by half, for lack of pairs or steps, it does in full.
+    """
+    if scale == 1.0:
+        return predict
+
+    def apart(x_t: Tensor, t: Tensor, m: Tensor) -> Tensor:
+        e_0 = predict(x_t, t, torch.zeros_like(m))
+        return e_0 + scale * (predict(x_t, t, m) - e_0)
+
+    return apart
+
+
 # ---- latents -------------------------------------------------------------------------------------
 
 

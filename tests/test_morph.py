@@ -478,7 +478,8 @@ def test_a_knob_that_does_nothing_is_said_to(place, tmp_path, monkeypatch, capsy
     [
         (
             "--sweep colour=1,2",
-            "one of guidance, image_guidance, noise_level, eta, start, steps, seed, prompt",
+            "one of guidance, image_guidance, change_guidance, noise_level, eta, start, steps, "
+            "seed, prompt",
         ),
         ("--sweep steps", "such as steps=5,30, got 'steps'"),
         ("--sweep steps=1,b", "got 'steps=1,b'"),
@@ -486,6 +487,7 @@ def test_a_knob_that_does_nothing_is_said_to(place, tmp_path, monkeypatch, capsy
         ("--sweep start=invert,middle", "got 'start=invert,middle'"),
         ("--sweep steps=5,0", "--steps must be between 1 and 1000, got 0"),
         ("--sweep guidance=1,nan", "--guidance must be a finite number, got nan"),
+        ("--sweep change_guidance=1,inf", "--change_guidance must be a finite number, got inf"),
         ("--strength 1", "the following arguments are required: --sweep"),
     ],
 )

@@ -14,7 +14,7 @@ from PIL import Image
 import sample
 from images import load_image, to_image, to_tensor
 from model.lora import inject, lora_layers
-from model.pipeline import decode, keep_detail
+from model.pipeline import decode, exaggerated, keep_detail
 from model.text import TextEncoder
 from model.unet import UNet
 from model.weights import load_text, load_unet, load_vae, save_lora
@@ -143,6 +143,7 @@ def differing(tmp_path, monkeypatch, *argv):
         ("--objective", "img2img", "--eta", 0.5),
         ("--objective", "after", "--start", "noise"),
         ("--objective", "slider", "--guidance", 3),
+        ("--objective", "after", "--guidance", 2, "--change_guidance", 1.5),
     ],
 )
 def test_images_of_one_size_go_together_and_come_out_as_alone(tmp_path, sd1, monkeypatch, how):
@@ -160,6 +161,31 @@ def test_images_of_one_size_go_together_and_come_out_as_alone(tmp_path, sd1, mon
     assert alone == {1, guided}
     assert together == {k * n for k in {1, guided} for n in (1, 2, 3)}
     assert difference <= 1
+
+
+def test_change_guidance_counts_what_the_lora_adds():
+    """Of a network whose answer is 5 + 3 m: at 1 that, at 2.5 what is beyond 5 two and a half
+    times."""
+    x, m = torch.zeros(2, 4, 1, 1), torch.tensor([1.0, -0.5])
+    t = torch.zeros(2, dtype=torch.int64)
+    predict = lambda x, t, m: x + 5 + 3 * m.view(-1, 1, 1, 1)  # noqa: E731
+    for scale, answers in ((1.0, (8.0, 3.5)), (2.5, (12.5, 1.25)), (0.0, (5.0, 5.0))):
+        for one, answer in zip(exaggerated(predict, scale)(x, t, m), answers):
+            torch.testing.assert_close(one, torch.full_like(one, answer))
+
+
+@pytest.mark.parametrize("objective", ["img2img", "after", "canvas"])
+def test_change_guidance_reaches_the_objectives_that_denoise(tmp_path, sd1, objective):
+    """Twice what a LoRA adds is, where it adds little, what it adds at twice the strength."""
+    lora = write_lora(tmp_path / "run", sd1, objective=objective)
+    z, made = torch.randn(1, 4, 8, 8), {}
+    for name, s, scale in (("one", 0.01, 1), ("two", 0.02, 1), ("twice", 0.01, 2)):
+        flags = ["edit", "--lora", lora, "--input", "x", "--out", "y", "--steps", 2,
+                 "--start", "noise", "--change_guidance", scale]  # fmt: skip
+        args = sample.make_parser().parse_args([str(flag) for flag in flags])
+        made[name] = sample.editor(sample.open_pipeline(args), objective, z, args)(s)
+    added, twice = (made[name] - made["one"] for name in ("two", "twice"))
+    torch.testing.assert_close(twice, added, rtol=0, atol=0.1 * added.abs().max())
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
