@@ -1,6 +1,7 @@
 """Which flag makes it better? Arms of flags, each trained with several seeds and judged alike.
 
-    python ablate.py experiments/objective_solar.txt --seeds 0 1 2 [--jobs 2] [--out DIR]
+    python ablate.py experiments/objective_solar.txt --seeds 0 1 2 [--jobs 2] [--only "delta-*"]
+        [--out DIR]
 
 A line of the file is an arm; an indented line goes on with the one above; # begins a comment.
 
@@ -27,6 +28,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
@@ -194,20 +196,34 @@ def call(program: str, flags: Sequence[str], log: Path, threads: int | None, hel
 def run(job: Job, threads: int | None, held: int) -> dict:
     """Train and judge, or keep what is there; its figures. ValueError says what failed."""
     with job.training:
-        trained = train(job, threads, held)
+        train(job, threads, held)
     judged, log = job.folder / "evaluation", job.folder.with_suffix(".log")
-    # flags.json is of the run's last end: another end is another run to judge
-    now = {"flags": job.arm.evaluate, "run": str(job.run), "end": trained}
-    kept = read(judged / "flags.json") == now and usable(judged, job.run)
+    kept = settled(job)
     if not kept:
         remove(judged / "flags.json")  # or a kill leaves the figures of these flags under others
         own = ["--lora", str(job.run), "--out", str(judged), "--pictures", str(SHOWN)]
         call("evaluate.py", [*job.arm.evaluate, *own], log, threads, held)
-        write_json(judged / "flags.json", now)
+        write_json(judged / "flags.json", asked(job))
     values = comparison.figures(read(judged / "evaluation.json"), job.run)
     told = ", ".join(f"{k} {v:.{comparison.COLUMNS[k][0]}f}" for k, (v, _) in values.items())
     print(f"{title(job)}: {'kept: ' if kept else ''}{told}", flush=True)
     return values
+
+
+def asked(job: Job) -> dict:
+    """What was judged how. It has the run's last end: another end is another run to judge."""
+    end = (job.run / "summary.json").stat().st_mtime_ns
+    return {"flags": job.arm.evaluate, "run": str(job.run), "end": end}
+
+
+def settled(job: Job) -> bool:
+    """Whether the run is finished and judged as the file has it."""
+    judged = job.folder / "evaluation"
+    return trained(job) and read(judged / "flags.json") == asked(job) and usable(judged, job.run)
+
+
+def trained(job: Job) -> bool:
+    return read(job.run / "summary.json").get("status") == "finished" and not changed(job)
 
 
 def usable(judged: Path, run: Path) -> bool:
@@ -225,17 +241,16 @@ def usable(judged: Path, run: Path) -> bool:
     return bool(whole) and all(path.is_file() for path in files)
 
 
-def train(job: Job, threads: int | None, held: int) -> int:
-    """When the run was finished, in nanoseconds; trains it if it was not."""
-    other, summary = changed(job), job.run / "summary.json"
-    status = read(summary).get("status")
-    if status != "finished" or other:
-        why = f"again, other {', '.join(other)}" if other else "resumed" if status else "new"
-        print(f"{title(job)}: training ({why})", flush=True)
-        how = ["--overwrite"] if other else ["--resume_from_checkpoint", "latest"]
-        own = ["--seed", str(job.seed), "--output_dir", str(job.run), *how]
-        call("train.py", [*job.arm.train, *own], job.run.with_suffix(".log"), threads, held)
-    return summary.stat().st_mtime_ns
+def train(job: Job, threads: int | None, held: int) -> None:
+    """Train it, if it is not."""
+    if trained(job):
+        return
+    other, status = changed(job), read(job.run / "summary.json").get("status")
+    why = f"again, other {', '.join(other)}" if other else "resumed" if status else "new"
+    print(f"{title(job)}: training ({why})", flush=True)
+    how = ["--overwrite"] if other else ["--resume_from_checkpoint", "latest"]
+    own = ["--seed", str(job.seed), "--output_dir", str(job.run), *how]
+    call("train.py", [*job.arm.train, *own], job.run.with_suffix(".log"), threads, held)
 
 
 def title(job: Job) -> str:
@@ -297,24 +312,32 @@ def leave(path: Path, jobs: list[Job], done: list, failed: list, out: Path) -> s
     return text
 
 
-def ablate(path: Path, seeds: list[int], out: Path, workers: int) -> int:
-    """Exit status: 0, or 1 if a run failed."""
+def ablate(path: Path, seeds: list[int], out: Path, workers: int, only: list[str]) -> int:
+    """Exit status: 0, or 1 if a run failed. `only`: patterns of the arms to run; of the others
+    what is done is shown."""
     arms = read_arms(path)
     jobs = make_jobs(path, arms, seeds, out)
+    for pattern in only:
+        if not any(fnmatchcase(arm.name, pattern) for arm in arms):
+            names = ", ".join(arm.name for arm in arms)
+            raise ValueError(f"--only {pattern} is no arm of {path}; they are {names}")
     refuse_file(out, "--out")
     out.mkdir(parents=True, exist_ok=True)
     with lock(out, "--out") as held:  # not signed: who holds it last may be one that was started
-        return work_off(path, jobs, out, workers, held.fileno())
+        return work_off(path, jobs, out, workers, only, held.fileno())
 
 
-def work_off(path: Path, jobs: list[Job], out: Path, workers: int, held: int) -> int:
+def work_off(
+    path: Path, jobs: list[Job], out: Path, workers: int, only: list[str], held: int
+) -> int:
     """Exit status as above."""
     cores = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
     threads = max(1, cores // workers) if workers > 1 else None
     done, failed, stop = [], [], threading.Event()
 
     def work(job: Job) -> dict | str | None:
-        if stop.is_set():
+        chosen = not only or any(fnmatchcase(job.arm.name, pattern) for pattern in only)
+        if stop.is_set() or not (chosen or settled(job)):
             return None
         try:
             return run(job, threads, held)
@@ -350,6 +373,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="[0]")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time [1]")
     parser.add_argument(
+        "--only", nargs="+", default=[], metavar="ARM",
+        help="run these arms, * for any letters; the table has what is done of the others too",
+    )  # fmt: skip
+    parser.add_argument(
         "--out", type=Path, metavar="DIR", help="where all of it goes [experiments/out/FILE]"
     )
     args = parser.parse_args(argv)
@@ -357,7 +384,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.jobs < 1:
             raise ValueError(f"--jobs must be at least 1, got {args.jobs}")
         out = args.out or Path("experiments") / "out" / args.file.stem
-        return ablate(args.file, list(dict.fromkeys(args.seeds)), out, args.jobs)
+        return ablate(args.file, list(dict.fromkeys(args.seeds)), out, args.jobs, args.only)
     except (ValueError, OSError) as error:
         return report("ablate.py", error)
 

@@ -232,6 +232,21 @@ def test_what_is_done_is_kept_and_what_changed_is_run_again(lab, capsys):
     assert {name for _, name in lab.names()} == {"a/seed1", "b/seed1"}
 
 
+def test_some_arms_alone(lab, capsys):
+    """Only what matches is run; what was done before is in the table with it, the rest is open."""
+    arms = "a: --lora_rank 2\nab: --lora_rank 3\nc: --lora_rank 4\n"
+    assert lab.run(arms, "--only", "c") == 0
+    assert [name for _, name in lab.names()] == ["c/seed0"] * 2
+    assert lab.run(arms, "--only", "a*") == 0
+    assert [name for _, name in lab.names()] == ["a/seed0", "a/seed0", "ab/seed0", "ab/seed0"]
+    assert [len(arm["runs"]) for arm in lab.results()["arms"].values()] == [1, 1, 1]
+    changed = arms.replace("rank 4", "rank 1")
+    assert lab.run(changed, "--only", "a") == 0 and not lab.started
+    assert [len(arm["runs"]) for arm in lab.results()["arms"].values()] == [1, 1, 0]
+    assert lab.run(arms, "--only", "a", "d*") == 2
+    assert "--only d* is no arm of" in capsys.readouterr().err
+
+
 def test_an_interrupted_ablation_goes_on(lab, monkeypatch, capsys):
     """Ctrl-C in the second arm: nothing more starts; then that arm resumes, to the same bytes."""
     arms = "common: --checkpointing_steps 1 --max_train_steps 3\na:\nb: --lora_rank 3\nc:\n"
