@@ -32,9 +32,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
+import cli
 import comparison
-import config
-from config import Parser, TrainConfig, report
+from cli import Parser, report
+from config import TrainConfig
 from durable import lock, remove, write_aside, write_json
 from runs import refuse_file
 
@@ -109,7 +110,7 @@ def read_arms(path: Path) -> list[Arm]:
             why = "is for a run of its own" if "hub" in taken[0] else "is set for each run"
             raise ValueError(f"{here}: {taken[0]} {why}, an arm cannot have it")
         if kind == "train":  # an unknown flag or a wrong value is found in its line
-            config.make_parser(here).parse_args(words)
+            cli.make_parser(here).parse_args(words)
     if not arms:
         raise ValueError(f"{path} has no arms: a line is `name: --flag value ...`")
     if not shared:
@@ -147,7 +148,7 @@ def make_jobs(path: Path, arms: list[Arm], seeds: list[int], out: Path) -> list[
     jobs, runs = [], {}
     for seed in seeds:
         for arm in arms:
-            cfg = config.parse([*arm.train, "--seed", str(seed)], prog=f"{path}:{arm.line}")
+            cfg = cli.parse([*arm.train, "--seed", str(seed)], prog=f"{path}:{arm.line}")
             folder = out / arm.name / f"seed{seed}"
             run, lock = runs.setdefault(json.dumps(plain(cfg)), (folder, threading.Lock()))
             jobs.append(Job(arm, seed, folder, run, cfg, lock))

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageChops, ImageOps
 
-from config import Parser
-from config import report as fail
+from cli import Parser
+from cli import report as fail
 from data import MAX_ASPECT, aspect_gap, by
 from images import contact_sheet, load_image, load_mask, shown
 from pairs import by_name, find_pairs, read_caption

@@ -22,30 +22,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from config import Parser, report
+from cli import Parser, report
 from data import PairDataset
 from durable import write_aside, write_json
-from images import contact_sheet, to_image
-from measures import (
-    cosine,
-    distance,
-    gap_closed,
-    mse,
-    psnr,
-    spearman,
-    spread,
-    ssim,
-    statistics,
-    summary,
-)
-from model.files import first_line
-from model.memory import out_of_memory
-from model.pipeline import Pipeline, decode, encode
-from pairs import find_pairs, fingerprint
-from progress import no_bars
-from report import write_report
-from runs import save_image
-from sample import (
+from editing import (
     add_common_flags,
     add_edit_flags,
     batches,
@@ -55,86 +35,15 @@ from sample import (
     objective_of,
     open_pipeline,
 )
-
-# ---- over all pairs ------------------------------------------------------------------------------
-
-
-def judge(before: Tensor, after: Tensor, mask: Tensor | None, versions: dict[str, Tensor]) -> dict:
-    """For one pair and each version of its after image, by name: how far it is from the truth."""
-    row = {}
-    for name, image in versions.items():
-        error = mse(image, after)
-        row[name] = {"mse": error, "psnr": psnr(error), "ssim": ssim(image, after)}
-        if mask is not None:
-            for place, where in (("inside", mask), ("outside", ~mask)):
-                row[name][f"mse_{place}"] = error = mse(image, after, where)
-                row[name][f"psnr_{place}"] = psnr(error) if math.isfinite(error) else math.nan
-        row[name]["cosine"] = cosine(image - before, after - before)
-    return row
-
-
-def progress(states: Sequence[Tensor], before: Tensor, after: Tensor) -> list[float]:
-    """How far each state has gone from the first along (after − before), in shares of that way."""
-    way = after - before
-    whole = way.square().sum().item()
-    return [((s - states[0]) * way).sum().item() / max(whole, 1e-12) for s in states]
-
-
-def collect(rows: list[dict], strengths: Sequence[float]) -> dict:
-    """The per-pair rows as means with standard errors."""
-    columns = lambda name, key: [row[name][key] for row in rows]  # noqa: E731
-    names = ("copy", "predicted", "ceiling")
-    result = {n: {k: summary(columns(n, k)) for k in rows[0][n]} for n in names}
-    places = ["", *(("_inside", "_outside") if "mse_inside" in rows[0]["copy"] else ())]
-    result["gap_closed"] = {
-        place.strip("_") or "whole": gap_closed(*(columns(n, f"mse{place}") for n in names))
-        for place in places[:2]  # outside the mask there is no gap to close
-    }
-    if len(places) > 1:
-        outside = [result[n]["mse_outside"]["mean"] for n in ("predicted", "ceiling")]
-        result["outside_over_ceiling"] = outside[0] / outside[1] if None not in outside else None
-    result["strengths"] = {
-        "values": list(strengths),
-        "progress": [summary(column) for column in zip(*(row["progress"] for row in rows))],
-        "spearman": summary([row["spearman"] for row in rows]),
-        "identity_psnr": summary([row["identity_psnr"] for row in rows]),
-    }
-    if "between" in rows[0]:
-        result["between"] = {
-            time: {k: summary([row["between"][time][k] for row in rows]) for k in values}
-            for time, values in rows[0]["between"].items()
-        }
-    if "samples" in rows[0]:
-        result["samples"] = collect_samples([row["samples"] for row in rows])
-    return result
-
-
-def collect_samples(rows: list[dict]) -> dict:
-    result = {
-        key: summary([row[key] for row in rows])
-        for key in ("best_psnr", "best_truth_psnr", "spread", "spread_of_truth")
-        if key in rows[0]
-    }
-    kinds = [[one for row in rows for one in row[side]] for side in ("statistics", "truth")]
-    for key in kinds[0][0]:
-        ours, truth = ([one[key] for one in kind] for kind in kinds)
-        result[key] = {
-            "mean": float(np.mean(ours)),
-            "truth": float(np.mean(truth)),
-            "distance": distance(ours, truth),
-            "distance_of_truth": among([[one[key] for one in row["truth"]] for row in rows]),
-        }
-    return result
-
-
-def among(truths: list[list[float]]) -> float | None:
-    """How far one truth of every image is from the others of all: what no prediction can better."""
-    v = np.array(truths)  # (pairs, truths)
-    if v.shape[1] < 2:
-        return None
-    one = [distance(v[:, k], np.delete(v, k, 1).ravel()) for k in range(v.shape[1])]
-    return float(np.mean(one))
-
+from images import contact_sheet, to_image
+from measures import collect, judge, mse, progress, psnr, spearman, spread, statistics
+from model.files import first_line
+from model.memory import out_of_memory
+from model.pipeline import Pipeline, decode, encode
+from pairs import find_pairs, fingerprint
+from progress import no_bars
+from report import write_report
+from runs import save_image
 
 # ---- the run -------------------------------------------------------------------------------------
 

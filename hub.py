@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import cli
 import config
 from durable import write_aside
 from hub_card import model_card
@@ -110,7 +111,7 @@ def write_card(folder: Path, repo: str) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = config.Parser(prog="hub.py", description=__doc__.split("\n")[0])
+    parser = cli.Parser(prog="hub.py", description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="the folder of a finished run")
     parser.add_argument(
         "name", metavar="OWNER/NAME", help="the repository, made if it is not there"
@@ -121,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"{args.run} holds no LoRA that was trained here")
         print(publish(args.run, args.name, find_token(None)))
     except (ValueError, OSError) as error:
-        return config.report("hub.py", error)
+        return cli.report("hub.py", error)
     return 0
 
 

@@ -90,7 +90,8 @@ class Run:
 
     FileExistsError when a run is there already, BlockingIOError when another process writes it;
     ValueError when what is resumed had another config (`changed` allows it) or is damaged.
-    `tracker`, given the folder and a step, opens what is told the numbers too (trackers.py).
+    `tracker`, given the folder and a step, opens what is told the numbers too
+    (training/trackers.py).
     """
 
     def __init__(

@@ -19,25 +19,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import cli
 import config
-from adapting import Trained, adapt, rate, read_given
-from checkpoint import lora_metadata, save_state
 from config import TrainConfig
 from data import PairDataset
 from durable import write_aside
-from fitting import plan_step
 from hub import find_token, open_repository, publish
 from images import shown as printable
-from inputs import (
-    Items,
-    Size,
-    class_images,
-    encode_all,
-    find_data,
-    make_dataset,
-    make_gallery,
-    size_of,
-)
 from latents import Batch, Latents, one_ahead
 from model.draws import draw
 from model.files import is_local, moved_note
@@ -51,18 +39,30 @@ from model.objectives import OBJECTIVES, Draws, Knobs, Task, extra_channels, noi
 from model.optim import step_if
 from model.pipeline import DTYPES, loaded, pick_device, pick_dtype, predictor
 from model.schedule import Schedule
-from model.unet import UNet
 from model.weighting import in_and_out, listened, preservation, weighted_mean
 from model.weights import load_scheduler_config, load_unet, load_vae
 from pairs import Pair, fingerprint
-from prompts import Prompts, load_prompts, said_of
-from ranks import Beside, Ranks, launch
 from report import write_report
 from runs import Run, save_image
-from session import open_run, settings, summarized
-from stop import Stop, Stopped
-from tally import Pace, Tally
-from watching import Apart, Watch
+from training.adapting import Trained, adapt, rate, read_given
+from training.checkpoint import lora_metadata, save_state
+from training.fitting import plan_step
+from training.inputs import (
+    Items,
+    Size,
+    class_images,
+    encode_all,
+    find_data,
+    make_dataset,
+    make_gallery,
+    size_of,
+)
+from training.prompts import Prompts, load_prompts, said_of
+from training.ranks import Beside, Ranks, launch
+from training.session import open_run, settings, summarized
+from training.stop import Stop, Stopped
+from training.tally import Pace, Tally
+from training.watching import Apart, Watch
 
 
 def train(cfg: TrainConfig, ranks: Ranks | None = None) -> Path:
@@ -181,15 +181,13 @@ def phases(
         trained = adapt(cfg, unet, prompts.text, given, extra_channels(name), run.checkpoint)
         ranks.copy_first(trained.flat.data)  # were it only that two processors round differently
         freeze(unet, int8=cfg.base_storage == "int8")
-        micro, level = cfg.train_batch_size, cfg.recompute if cfg.gradient_checkpointing else "none"
+        level = cfg.recompute if cfg.gradient_checkpointing else "none"
         if cfg.vram_gib is not None:
-            plan = plan_step(
-                cfg, task, items, prompts, unet, vae, trained.params, [shown, held_out], level
-            )
+            plan = plan_step(cfg, task, items, prompts, trained, vae, [shown, held_out], level)
             print(plan.table)
-            micro, level = plan.micro, plan.level
-            chosen = {"micro_batch": micro, "accumulation": size.mine // micro, "recompute": level}
-            run.log("plan", **chosen, predicted_mib=round(plan.bytes / MIB, 1))
+            level, size = plan.level, size._replace(micro=plan.micro)
+            cut = {"micro_batch": size.micro, "accumulation": size.mine // size.micro}
+            run.log("plan", **cut, recompute=level, predicted_mib=round(plan.bytes / MIB, 1))
         checkpoint_activations(unet, LEVELS[level], keep_strength(unet))
         if cfg.compile or (cfg.compile is None and device.type == "cuda"):
             unet.compile(fullgraph=True, dynamic=False)  # in place: the keys stay clean
@@ -232,9 +230,7 @@ def phases(
         scaler = trained.scaler.state_dict()
         save_state(folder, trained.opt, {"step": done, "scaler": scaler, **since})
 
-    loop(
-        cfg, run, ranks, device, stop, task, items, prompts, unet, trained, size, micro, show, save
-    )
+    loop(cfg, run, ranks, stop, task, items, prompts, trained, size, show, save)
     if not ranks.leads:
         return
 
@@ -254,23 +250,21 @@ def loop(
     cfg: TrainConfig,
     run: Run | Beside,
     ranks: Ranks,
-    device: torch.device,
     stop: Stop,
     task: Task,
     items: Items,
     prompts: Prompts,
-    unet: UNet,
     trained: Trained,
     size: Size,
-    micro: int,
     show: Callable[[int], None],
     save: Callable[[Path, int, dict], None],
 ) -> None:
-    """All steps that are not done yet. `micro`: images that go through the network at a time."""
+    """All steps that are not done yet."""
     name, objective, schedule, knobs = task
     pairs, views, latents, class_latents = items
-    flat, opt, scaler, state = trained.flat, trained.opt, trained.scaler, trained.state
-    mine, total, steps, show_every = size
+    unet, _, _, flat, opt, scaler, state = trained
+    mine, micro, total, steps, show_every = size
+    device = flat.device
     n, first = len(pairs), run.resume_step
     strength_of = torch.tensor([pair.strength for pair in pairs], device=device)  # (n,)
     prompt_of = prompts.rows(said_of(cfg, pairs))  # (n,)
@@ -416,16 +410,16 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         ranks.join()
-        cfg = ranks.same(lambda: config.parse(argv))
+        cfg = ranks.same(lambda: cli.parse(argv))
         folder = train(cfg, ranks)
         print(f"LoRA      {folder / LORA_FILE}")
         print(f"pictures  {folder / 'samples'}")
         print(f"report    {folder / 'report.html'}", flush=True)
         ranks.leave()
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
-        return config.report(name, error, aloud=ranks.speaks())
+        return cli.report(name, error, aloud=ranks.speaks())
     except KeyboardInterrupt as error:
-        config.report(name, error, aloud=ranks.speaks())
+        cli.report(name, error, aloud=ranks.speaks())
         return 128 + getattr(error, "number", signal.SIGINT)
     except BaseException:  # a mistaken flag has been told of, and a traceback comes
         ranks.speaks()

@@ -15,6 +15,7 @@ import sample
 import train
 from bench.turns import Enough, Turns
 from config import TrainConfig
+from editing import edit_pixels
 from images import load_image, to_image, to_tensor
 from model.pipeline import DTYPES, decode, encode, generate_latents, load_pipeline
 from model.weights import load_vae
@@ -93,7 +94,7 @@ def editing(job: dict, turns: Turns) -> None:
     while True:
         turns()
         pixels = to_tensor(image)[None]
-        to_image(sample.edit_pixels(pipe, job["objective"], pixels, [1.0], args)[0][0])
+        to_image(edit_pixels(pipe, job["objective"], pixels, [1.0], args)[0][0])
 
 
 TASKS = {"train": training, "encode": encoding, "sample": sampling, "edit": editing}

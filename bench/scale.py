@@ -29,7 +29,7 @@ SIZE = 16  # px
 STAGES = {  # in seconds, and the module that calls it
     "find_data": "train",
     "make_dataset": "train",
-    "encode_prompts": "prompts",
+    "encode_prompts": "training.prompts",
     "encode_all": "train",
     "fingerprint": "train",
 }

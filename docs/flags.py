@@ -5,7 +5,7 @@ import re
 import types
 import typing
 
-from config import TrainConfig
+from config import TrainConfig, limits
 
 HEAD = """# The flags of train.py
 
@@ -22,7 +22,9 @@ def table() -> str:
         if f.metadata["group"]:
             lines += ["", f"## {f.metadata['group'].capitalize()}".replace("Lora", "LoRA"), ""]
             lines += ["| flag | default | takes | meaning |", "|---|---|---|---|"]
-        cells = (f"`--{f.name}`", default(f.default), takes(hints[f.name], f.metadata["choices"]))
+        taken = takes(hints[f.name], f.metadata["choices"])
+        taken += f" {limits(f)}" if limits(f) else ""
+        cells = (f"`--{f.name}`", default(f.default), taken)
         meaning = re.sub(r"([|*_<])(?=\S)", r"\\\1", f.metadata["help"])
         meaning = re.sub(r"--[a-z]\S*\w", lambda flag: f"`{flag[0]}`".replace("\\", ""), meaning)
         lines.append(f"| {' | '.join([*cells, meaning])} |")

@@ -9,8 +9,8 @@ import signal
 import sys
 from pathlib import Path
 
-import adapting
 import train
+from training import adapting
 
 usual_draw, usual_adamw, flat = train.draw, adapting.adamw, []
 

@@ -19,17 +19,18 @@ import pytest
 import torch
 
 import durable
-import prompts
 import runs
 import train
-from config import TrainConfig, report
+from cli import report
+from config import TrainConfig
 from durable import damage, lock, seal, write_aside, write_json
 from model.lora_files import LORA_FILE
 from model.memory import out_of_memory
 from model.optim import adamw, step_if
 from runs import Run
-from stop import Stop, Stopped
 from tests.pairs import write_pairs
+from training import prompts
+from training.stop import Stop, Stopped
 
 ROOT = Path(__file__).parents[1]
 TIMES = ("step_ms", "peak_mib", "seconds", "left_mib")
@@ -92,7 +93,7 @@ def main(cfg: TrainConfig) -> tuple[int, list[str]]:
     """The exit status and the lines on stderr of a run that was asked for on the command line."""
     err = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(err):
-        patch.setattr(train.config, "parse", lambda argv: cfg)
+        patch.setattr(train.cli, "parse", lambda argv: cfg)
         patch.setattr("warnings.showwarning", None)  # main sets it: put back what was there
         code = train.main([])
     return code, [line for line in err.getvalue().splitlines() if not line.startswith("warning")]

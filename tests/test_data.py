@@ -16,7 +16,6 @@ import check_data
 from config import TrainConfig
 from data import Geometry, PairDataset, apply, change_mask, draw_geometry
 from images import image_size, load_image, load_mask, to_image, to_tensor
-from inputs import find_data
 from pairs import (
     Pair,
     file_hash,
@@ -28,6 +27,7 @@ from pairs import (
     fingerprint,
     unmatched,
 )
+from training.inputs import find_data
 
 
 def picture(seed=0, size=(32, 32)):

@@ -167,9 +167,9 @@ def test_what_the_autoencoder_loses_is_no_change(monkeypatch, tmp_path, sd1, sce
 
 def test_one_truth_against_the_others():
     """Means over which one is left out: 0 where all are alike, 1σ for a shift by 1 of ±1."""
-    assert evaluate.among([[1.0, 1.0], [3.0, 3.0]]) == 0
-    assert evaluate.among([[1.0, 2.0], [3.0, 4.0]]) == pytest.approx(1)
-    assert evaluate.among([[1.0], [3.0]]) is None
+    assert measures.among([[1.0, 1.0], [3.0, 3.0]]) == 0
+    assert measures.among([[1.0, 2.0], [3.0, 4.0]]) == pytest.approx(1)
+    assert measures.among([[1.0], [3.0]]) is None
 
 
 def test_the_same_command_gives_the_same_bytes(tmp_path, sd1, scenes):

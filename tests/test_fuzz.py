@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save
 
+import cli
 import config
 from data import PairDataset
 from durable import MANIFEST, json_bytes, seal
@@ -232,7 +233,7 @@ def test_config_files(place, data):
     path = write(place / "c.json", data.draw(changed(valid) | mutated(json.dumps(valid).encode())))
 
     def read():
-        return config.check(config.TrainConfig(**config.read_file(str(path))))
+        return config.check(config.TrainConfig(**cli.read_file(str(path))))
 
     cfg = tried("--config", read)
     assert cfg is None or isinstance(config.without_effect(cfg), list)

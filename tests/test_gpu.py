@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import CLIPTextModel
 
-import prompts
 import train as loop
 from config import TrainConfig
 from latents import Latents, one_ahead
@@ -36,6 +35,7 @@ from tests.pairs import write_pairs
 from tests.parity.test_schedule import SD15
 from tests.test_ranks import torchrun
 from train import train
+from training import prompts
 
 pytestmark = [
     pytest.mark.gpu,

@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import cli
 import config
 import durable
-import inputs
 from data import PairDataset
 from evaluate import code
 from images import contact_sheet, image_size, load_image, shown
@@ -32,6 +32,7 @@ from pairs import find_images, find_pairs, find_singles, read_caption
 from runs import Run
 from sample import main as sample_main
 from tests.pairs import write_pairs
+from training import inputs
 
 
 class Payload:
@@ -191,7 +192,7 @@ def test_json_configs(sd1, tmp_path, content):
     shutil.copytree(sd1 / "unet", tmp_path / "sd" / "unet")
     path = tmp_path / "sd" / "unet" / "config.json"
     path.write_bytes(content.encode("utf-8", "surrogatepass"))
-    for read in (lambda: load_unet(tmp_path / "sd"), lambda: config.read_file(str(path))):
+    for read in (lambda: load_unet(tmp_path / "sd"), lambda: cli.read_file(str(path))):
         with pytest.raises(ValueError, match=r"config\.json|unet|diffusion_pytorch"):
             read()
 
@@ -202,7 +203,7 @@ def test_a_json_file_of_gigabytes_is_not_read(tmp_path):
     with pytest.raises(ValueError, match="has 68719476736 bytes"):
         read_json(tmp_path / "config.json")
     with pytest.raises(ValueError, match="it has 68719476736 bytes"):
-        config.read_file(str(tmp_path / "config.json"))
+        cli.read_file(str(tmp_path / "config.json"))
 
 
 # ---- images --------------------------------------------------------------------------------------

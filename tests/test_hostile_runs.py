@@ -301,9 +301,9 @@ def test_a_disk_full_for_an_animation(tmp_path):
 
 # What writes by itself: into what its caller has aside, into memory, line by line, or nowhere.
 WRITERS = {
-    "ablate.py": {"call"}, "checkpoint.py": {"save_state"}, "durable.py": {"seal", "lock"},
+    "ablate.py": {"call"}, "training/checkpoint.py": {"save_state"}, "durable.py": {"seal", "lock"},
     "report.py": {"picture"}, "rows.py": {"save_shard"}, "runs.py": {"start"},
-    "train.py": {"main"}, "watching.py": {"strengths"}, "model/lora_convert.py": {"write"},
+    "train.py": {"main"}, "training/watching.py": {"strengths"}, "model/lora_convert.py": {"write"},
     "model/lora_files.py": {"write_lora"},
 }  # fmt: skip
 
@@ -326,6 +326,6 @@ def writers(node: ast.AST, inside: str = "") -> set[str]:
 
 def test_all_results_are_written_aside():
     root = Path(__file__).parents[1]
-    paths = [*root.glob("*.py"), *root.glob("model/*.py")]
+    paths = [p for where in ("*.py", "model/*.py", "training/*.py") for p in root.glob(where)]
     found = {str(p.relative_to(root)): writers(ast.parse(p.read_text("utf-8"))) for p in paths}
     assert {name: names for name, names in found.items() if names} == WRITERS

@@ -106,7 +106,9 @@ def test_a_run_that_is_killed_and_gone_on_with_is_the_whole_run(
 ):
     """KILLS trials, half of them at file events and half at moments; no file is ever corrupt."""
     usual = latents.cache_latents
-    monkeypatch.setattr("inputs.cache_latents", lambda *a, **k: usual(*a, **k, shard_size=3))
+    monkeypatch.setattr(
+        "training.inputs.cache_latents", lambda *a, **k: usual(*a, **k, shard_size=3)
+    )
     torch.set_num_threads(1)
     pairs = write_pairs(tmp_path_factory.mktemp("made") / "pairs", 5, 32)
     rng, kills = random.Random(os.environ.get("KILL_SEED", "0")), 0

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 
-import tally
 import train
 from config import TrainConfig
 from model.lora_files import read_lora
@@ -16,6 +15,7 @@ from model.weights import load_unet
 from progress import no_bars
 from tests.pairs import write_pairs
 from tests.test_structure import SOURCES
+from training import tally
 
 
 class Terminal(io.StringIO):

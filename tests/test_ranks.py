@@ -20,14 +20,14 @@ import transformers  # noqa: F401, loaded once for all that are forked
 from safetensors.torch import load_file
 
 import train as loop
-from adapting import rate
 from config import TrainConfig
 from model.draws import draw
 from model.lora_files import LORA_FILE
 from model.objectives import OBJECTIVES
-from ranks import Ranks
 from tests.pairs import write_pairs
 from train import train
+from training.adapting import rate
+from training.ranks import Ranks
 
 ROOT = Path(__file__).parents[1]
 
@@ -225,7 +225,7 @@ def before_step(rank: int, at: int, what):
 
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
-    [({"learning_rate": -1.0}, "--learning_rate must not be negative, got -1.0"),
+    [({"learning_rate": -1.0}, "--learning_rate must be at least 0, got -1.0"),
      ({"before_data_dir": "nowhere"}, "Before images root doesn't exist: nowhere"),
      ({"device": "cuda:1"}, "--device cuda:1 for 2 processes: cuda or cpu was wanted")],
 )  # fmt: skip

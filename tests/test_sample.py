@@ -11,6 +11,7 @@ from diffusers import (
 )
 from PIL import Image
 
+import editing
 import sample
 from images import load_image, to_image, to_tensor
 from model.lora import inject, lora_layers
@@ -93,8 +94,8 @@ def test_img2img_is_what_other_clients_do(tmp_path, sd1, prediction_type):
     lora = write_lora(tmp_path / "run", sd1, objective="img2img", img2img_t=300)
     said = ("--prediction_type", prediction_type, "--input", "-", "--out", "-", "--steps", "7")
     args = sample.make_parser().parse_args(["edit", "--lora", str(lora), *said])
-    ours, z = sample.open_pipeline(args), torch.randn(1, 4, 16, 24)
-    edited = sample.editor(ours, "img2img", z, args, seed=3)(0.6)
+    ours, z = editing.open_pipeline(args), torch.randn(1, 4, 16, 24)
+    edited = editing.editor(ours, "img2img", z, args, seed=3)(0.6)
 
     pipe = StableDiffusionImg2ImgPipeline.from_pretrained(sd1, safety_checker=None)
     pipe.scheduler = EulerDiscreteScheduler.from_config(
@@ -183,7 +184,7 @@ def test_change_guidance_reaches_the_objectives_that_denoise(tmp_path, sd1, obje
         flags = ["edit", "--lora", lora, "--input", "x", "--out", "y", "--steps", 2,
                  "--start", "noise", "--change_guidance", scale]  # fmt: skip
         args = sample.make_parser().parse_args([str(flag) for flag in flags])
-        made[name] = sample.editor(sample.open_pipeline(args), objective, z, args)(s)
+        made[name] = editing.editor(editing.open_pipeline(args), objective, z, args)(s)
     added, twice = (made[name] - made["one"] for name in ("two", "twice"))
     torch.testing.assert_close(twice, added, rtol=0, atol=0.1 * added.abs().max())
 

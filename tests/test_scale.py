@@ -12,18 +12,18 @@ from PIL import Image
 
 import images
 import latents
-import prompts
 import train
 from bench import scale
 from config import TrainConfig
 from data import PairDataset
 from images import image_size
-from inputs import make_dataset
 from model.draws import draw, shuffled
 from model.weights import load_text
 from pairs import file_hash, find_pairs, fingerprint
-from prompts import encode_prompts
 from tests.pairs import write_pairs
+from training import prompts
+from training.inputs import make_dataset
+from training.prompts import encode_prompts
 
 CPU = torch.device("cpu")
 

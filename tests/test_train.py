@@ -18,10 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from adapting import rate
 from config import TrainConfig
 from data import PairDataset
-from inputs import make_dataset
 from latents import Batch
 from model.draws import draw, seeded
 from model.graph import Replayed
@@ -36,6 +34,8 @@ from model.weights import load_text, load_unet
 from pairs import find_pairs
 from tests.pairs import write_pairs
 from train import train
+from training.adapting import rate
+from training.inputs import make_dataset
 
 LORA = "pytorch_lora_weights.safetensors"
 PAIRED = [name for name in OBJECTIVES if name != "dreambooth"]

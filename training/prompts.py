@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapting import Given
 from config import TrainConfig
 from latents import send
 from model.draws import seeded
@@ -21,6 +20,7 @@ from model.text import TextEncoder
 from model.weights import load_text
 from pairs import Pair
 from rows import Rows, choose, make_rows
+from training.adapting import Given
 
 MANY = 1000  # prompts
 

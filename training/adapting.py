@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from checkpoint import restore
 from config import TrainConfig
 from model.draws import seeded
 from model.lora import inject, lora_layers
@@ -21,6 +20,7 @@ from model.memory import flatten
 from model.optim import adamw, learning_rate
 from model.text import TextEncoder
 from model.unet import UNet
+from training.checkpoint import restore
 
 
 class Given(NamedTuple):
@@ -54,6 +54,7 @@ def read_given(cfg: TrainConfig, *, fresh: bool) -> Given:
 
 
 class Trained(NamedTuple):
+    unet: UNet
     layers: list[nn.Module]  # with a LoRA
     params: list[nn.Parameter]  # theirs, views of
     flat: nn.Parameter
@@ -99,7 +100,7 @@ def adapt(
     half = unet.conv_in.weight.dtype == torch.float16
     scaler = torch.amp.GradScaler(flat.device.type, enabled=half)
     state = restore(checkpoint, adapted, opt, scaler) if checkpoint else {}
-    return Trained(layers, params, flat, opt, scaler, state)
+    return Trained(unet, layers, params, flat, opt, scaler, state)
 
 
 def rate(cfg: TrainConfig, step: int, steps: int, world: int = 1) -> float:

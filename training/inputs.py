@@ -40,6 +40,7 @@ class Size(NamedTuple):
     """How many images a step takes, and how many steps a run."""
 
     mine: int  # images of a step, on this rank
+    micro: int  # of them through the network at a time
     total: int  # on all ranks
     steps: int
     show_every: int  # steps
@@ -50,7 +51,7 @@ def size_of(cfg: TrainConfig, pairs: int, world: int) -> Size:
     per_epoch = math.ceil(pairs / (world * mine))
     steps = cfg.max_train_steps or (cfg.num_train_epochs or 0) * per_epoch or 200
     show_every = cfg.validation_steps or cfg.validation_epochs * per_epoch
-    return Size(mine, world * mine, steps, show_every)
+    return Size(mine, cfg.train_batch_size, world * mine, steps, show_every)
 
 
 def find_data(cfg: TrainConfig) -> Data:

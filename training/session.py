@@ -9,9 +9,9 @@ import torch
 
 from config import TrainConfig
 from model.memory import out_of_memory, peak_mib
-from ranks import Beside, Ranks
 from runs import Run
-from trackers import pick_tracker
+from training.ranks import Beside, Ranks
+from training.trackers import pick_tracker
 
 # how this folder was opened and where it went: not kept, so that --config repeats the run only
 ONCE = ("overwrite", "resume_from_checkpoint", "resume_changed",

@@ -1,16 +1,14 @@
 """--vram_gib: how a step is cut, and what it computes twice, to fit the memory there is."""
 
-from torch import nn
-
 from config import TrainConfig
-from inputs import Items
 from model.objectives import Task
 from model.pipeline import predictor
 from model.plan import Plan, frozen_bytes, plan_memory, trial
-from model.unet import UNet
 from model.vae import VAE
-from prompts import Prompts
-from watching import Apart
+from training.adapting import Trained
+from training.inputs import Items
+from training.prompts import Prompts
+from training.watching import Apart
 
 
 def plan_step(
@@ -18,14 +16,13 @@ def plan_step(
     task: Task,
     items: Items,
     prompts: Prompts,
-    unet: UNet,
+    trained: Trained,
     vae: VAE,
-    params: list[nn.Parameter],
     looked_at: list[Apart],
     level: str,
 ) -> Plan:
     """Of this process' share of a step, by a trial of its loss and by what lies there beside it."""
-    device, latents = items.latents.device, items.latents
+    device, latents, unet = items.latents.device, items.latents, trained.unet
     attempt = trial(
         task.objective,
         lambda b: predictor(unet, prompts.like(b)),
@@ -50,11 +47,11 @@ def plan_step(
     }
     held = {what: frozen_bytes(device, *some) for what, some in there.items()}
     adam = 2 if cfg.use_8bit_adam else 8  # bytes per weight
-    held["LoRA, its gradient, AdamW's state"] = (8 + adam) * sum(p.numel() for p in params)
+    held["LoRA, its gradient, AdamW's state"] = (8 + adam) * trained.flat.numel()
     return plan_memory(
         attempt,
         unet,
-        params,
+        trained.params,
         held=held,
         batch=cfg.train_batch_size,
         accum=cfg.gradient_accumulation_steps,

@@ -1,0 +1,142 @@
+"""How the programs are called: flags of a config's fields, --config, and errors in one sentence."""
+
+import argparse
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import re
+import sys
+import types
+import typing
+from pathlib import Path
+
+from config import TrainConfig, check
+
+
+class Parser(argparse.ArgumentParser):
+    """One sentence on stderr and exit status 2; no abbreviations. stdout takes any file's name."""
+
+    def __init__(self, **keywords):
+        if hasattr(sys.stdout, "reconfigure"):  # a terminal may not know every letter
+            sys.stdout.reconfigure(errors="backslashreplace")
+        super().__init__(allow_abbrev=False, **keywords)
+
+    def error(self, message):
+        sys.exit(report(self.prog, message))
+
+
+# What a machine does to a run; any other error of the system is about a path that was given.
+NO_MISTAKE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE, errno.ENOMEM}
+
+
+def report(prog: str, error, *, aloud: bool = True) -> int:
+    """Say in one line what went wrong; returns the exit status: 2 a mistake, 1 trouble on the way.
+
+    What looks like an access token is starred out; a line nobody reads any more is left unsaid, and
+    one that another process has said (not `aloud`).
+    """
+    said = f"nobody reads the output: {error}" if isinstance(error, BrokenPipeError) else str(error)
+    told = "; ".join([said, *getattr(error, "__notes__", [])])
+    told = re.sub(r"\bhf_\w+", "hf_***", " ".join(told.split()))
+    if aloud:
+        with contextlib.suppress(OSError):
+            print(f"{prog}: {told}", file=sys.stderr, flush=True)
+    if isinstance(error, BrokenPipeError):  # or the interpreter fails on it once more, at its end
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    trouble = isinstance(error, FloatingPointError | MemoryError | ConnectionError)
+    return 1 if trouble or getattr(error, "errno", None) in NO_MISTAKE else 2
+
+
+def add_fields(parser: Parser, cls: type = TrainConfig) -> None:
+    """A flag for every field, in groups. Booleans have --x and --no-x."""
+    hints, group = typing.get_type_hints(cls), parser
+    for f in dataclasses.fields(cls):
+        kind = hints[f.name]
+        if isinstance(kind, types.UnionType):
+            kind = next(k for k in typing.get_args(kind) if k is not type(None))
+        if f.metadata["group"]:
+            group = parser.add_argument_group(f.metadata["group"])
+        names = [f"--{f.name}"] + (["--rank"] if f.name == "lora_rank" else [])
+        shown = "" if f.default in (None, "", False) else f" [{f.default}]"
+        options = {
+            "default": f.default,
+            "help": (f.metadata["help"] + shown).replace("%", "%%"),
+            "dest": f.name,
+        }
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(kind) is tuple:
+            each = typing.get_args(kind)[0]
+            options |= {"nargs": "+", "type": each, "metavar": {str: "PATH", float: "X"}[each]}
+        else:
+            options |= {"type": kind, "choices": f.metadata["choices"] or None}
+            if not f.metadata["choices"]:
+                options["metavar"] = {int: "N", float: "X", str: "TEXT"}[kind]
+        group.add_argument(*names, **options)
+
+
+def read_file(path: str) -> dict:
+    """The fields that a config.json gives. ValueError names a key that is none, or a wrong type."""
+    try:
+        if (size := os.path.getsize(path)) > 2**24:
+            raise ValueError(f"it has {size} bytes")
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # bytes, syntax, a number of 5000 digits
+        raise ValueError(f"--config {path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {path} should hold a JSON object")
+    hints = typing.get_type_hints(TrainConfig)
+    for key, value in content.items():
+        if key not in hints:
+            raise ValueError(f"--config {path} has the unknown key {key!r}")
+        kind = hints[key]
+        allowed = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+        allowed = [typing.get_origin(k) or k for k in allowed]
+        each, fit = (str, {str}) if "str" in str(kind) else (float, {float, int})  # in a list
+        if tuple in allowed and isinstance(value, list) and {type(v) for v in value} <= fit:
+            content[key] = tuple(each(v) for v in value)
+        elif type(value) is int and float in allowed and abs(value) < 2**63:
+            content[key] = float(value)
+        elif type(value) not in allowed:
+            wanted = "a list of numbers" if each is float else "a list of strings"
+            names = {tuple: wanted, types.NoneType: "null"}
+            wanted = " or ".join(names.get(k, k.__name__) for k in allowed)
+            raise ValueError(f"--config {path} has {key}={value!r}; {wanted} was wanted")
+    return content
+
+
+def make_parser(prog: str = "train.py") -> Parser:
+    """The flags one by one; whether they go together is `check`'s."""
+    parser = Parser(
+        prog=prog,
+        usage="%(prog)s [--config FILE] [--FLAG VALUE ...]",  # all of them follow, in groups
+        description="Train a LoRA on pairs of images, or on single ones. [x] is a default.",
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="a config.json to start from, of an earlier run say"
+    )
+    add_fields(parser)
+    return parser
+
+
+def parse(argv: list[str] | None = None, prog: str = "train.py") -> TrainConfig:
+    """Flags over --config over defaults. Exits with status 2 and one sentence on a mistake."""
+    parser = make_parser(prog)
+    first, _ = parser.parse_known_args(argv)
+    if first.config is not None:
+        try:
+            parser.set_defaults(**read_file(first.config))
+        except ValueError as error:
+            parser.error(str(error))
+    values = vars(parser.parse_args(argv))
+    del values["config"]
+    lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+    cfg = TrainConfig(**values | lists)
+    try:
+        return check(cfg)
+    except ValueError as error:
+        parser.error(str(error))

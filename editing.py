@@ -1,0 +1,228 @@
+"""A LoRA at use: from flags to a pipeline, and from before images to images with the change.
+
+What sample.py and evaluate.py share.
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.files import moved_note
+from model.objectives import OBJECTIVES, How, Knobs
+from model.pipeline import (
+    Pipeline,
+    at_strengths,
+    encode,
+    exaggerated,
+    load_pipeline,
+    padded,
+    pick_device,
+    pick_dtype,
+)
+from runs import refuse_file
+
+# ---- flags ---------------------------------------------------------------------------------------
+
+
+def numbers(text: str) -> list[float]:
+    """ "0,0.5,1" -> [0.0, 0.5, 1.0]"""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = [math.nan]
+    if not all(map(math.isfinite, values)):
+        wanted = "numbers with commas between them"
+        raise argparse.ArgumentTypeError(f"{wanted} were wanted, such as 0,0.5,1, got {text!r}")
+    return values
+
+
+def add_common_flags(parser: argparse.ArgumentParser) -> None:
+    """What every use of a LoRA has."""
+    add = parser.add_argument
+    add("--lora", metavar="RUN_OR_FILE", help="a run's folder or a LoRA file")
+    add("--out", required=True, metavar="DIR", help="where the pictures go")
+    add("--model", help="base model: directory, hub id or one file [the LoRA's]")
+    add("--revision", help="of the hub repository")
+    add("--variant", help="of the weight files, such as fp16")
+    add("--vae_path", help="another autoencoder")
+    add("--tokenizer_name", help="another tokenizer")
+    add(
+        "--prediction_type", choices=["epsilon", "v_prediction"],
+        help="what the base predicts [what it says]",
+    )  # fmt: skip
+    add("--base_lora", metavar="RUN_OR_FILE", help="a LoRA under it [the one it was trained on]")
+    add("--base_lora_strength", type=float, metavar="X", help="its strength, 0 = off [as trained]")
+    add("--prompt", help="[what the LoRA was trained with]")
+    add("--steps", type=int, default=30, help="denoising steps [30]")
+    add("--seed", type=int, default=0, help="[0]")
+    add("--device", help="cuda, cpu, mps [the best there is]")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="[bf16 on CUDA, else no]")
+    add("--batch_size", type=int, default=4, help="images of one size at a time [4]")
+
+
+def add_edit_flags(parser: argparse.ArgumentParser) -> None:
+    """How a before image gets its change."""
+    add = parser.add_argument
+    add("--objective", choices=list(OBJECTIVES), help="[what the LoRA's header says]")
+    add("--guidance", type=float, default=1.0, help="for objectives that denoise, 1 = none [1]")
+    add(
+        "--start", choices=["invert", "noise"], default="invert",
+        help="how those leave the before image: DDIM inversion, or added noise (SDEdit) [invert]",
+    )  # fmt: skip
+    add("--noise_level", type=float, default=0.7, help="how far towards noise, 0..1 [0.7]")
+    add(
+        "--image_guidance", type=float, default=1.0,
+        help="how much more the before image counts for `concat`, 1 = no more [1]",
+    )  # fmt: skip
+    add(
+        "--change_guidance", type=float, default=1.0,
+        help="how often what the LoRA adds to the base's answer counts, for objectives that "
+        "denoise, 1 = as trained [1]",
+    )  # fmt: skip
+    add("--eta", type=float, default=0.0, help="noise `bridge` and `img2img` draw anew, 0..1 [0]")
+    add(
+        "--between", choices=["fade", "lora"],
+        help="strengths between 0 and 1: fade the image at 1 in, or weaken the LoRA "
+        "[lora where it was trained on states in between, else fade]",
+    )  # fmt: skip
+    add(
+        "--keep_detail", action=argparse.BooleanOptionalAction, default=True,
+        help="give back what the autoencoder loses of the image where nothing changes [on]",
+    )  # fmt: skip
+
+
+def check(args: argparse.Namespace) -> None:
+    """ValueError or FileExistsError naming the flag that no picture could be made with."""
+    for name in (
+        "strength", "guidance", "image_guidance", "change_guidance", "noise_level",
+        "base_lora_strength",
+    ):  # fmt: skip
+        if not math.isfinite(value := getattr(args, name, None) or 0.0):
+            raise ValueError(f"--{name} must be a finite number, got {value}")
+    if not 1 <= args.steps <= 1000:
+        raise ValueError(f"--steps must be between 1 and 1000, got {args.steps}")
+    if args.batch_size < 1:
+        raise ValueError(f"--batch_size must be at least 1, got {args.batch_size}")
+    if not 0 <= args.seed < 2**31:
+        raise ValueError(f"--seed must be in 0..2147483647, got {args.seed}")
+    if not 0 <= getattr(args, "eta", 0.0) <= 1:
+        raise ValueError(f"--eta must be in 0..1, got {args.eta}")
+    if not 0 < getattr(args, "noise_level", 1.0) <= 1:
+        raise ValueError(f"--noise_level must be in (0, 1], got {args.noise_level}")
+    refuse_file(Path(args.out), "--out")
+
+
+# ---- their use ---------------------------------------------------------------------------------
+
+
+def open_pipeline(args: argparse.Namespace) -> Pipeline:
+    """What the common flags ask for; says what was loaded."""
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.mixed_precision, device)
+    if args.model and (note := moved_note(args.model)):
+        print(note)
+    pipe = load_pipeline(
+        args.model,
+        args.lora,
+        revision=args.revision,
+        variant=args.variant,
+        vae_path=args.vae_path,
+        tokenizer_name=args.tokenizer_name,
+        prediction_type=args.prediction_type,
+        base_lora=args.base_lora,
+        base_lora_strength=args.base_lora_strength,
+        dtype=dtype,
+        device=device,
+    )
+    kind = pipe.meta.get("objective", "of unknown objective")
+    lora = f", LoRA {args.lora} ({kind})" if args.lora else ""
+    if pipe.under:
+        lora += ", on top of {} at strength {:g}".format(*pipe.under)
+    print(f"{pipe.base} on {device} in {str(dtype).removeprefix('torch.')}{lora}")
+    return pipe
+
+
+def prompt_of(args: argparse.Namespace, pipe: Pipeline) -> str:
+    """The flag, or what the LoRA was trained with."""
+    return args.prompt if args.prompt is not None else pipe.meta.get("prompt", "")
+
+
+def editor(
+    pipe: Pipeline, objective: str, z: Tensor, args: argparse.Namespace, seed: int | None = None
+) -> Callable[[float], Tensor]:
+    """`edit(s)`: the latents of z (b, 4, h, w) at strength s. `seed` stands for args.seed."""
+    seed = args.seed if seed is None else seed
+    alone, with_guidance = pipe.predictors(prompt_of(args, pipe), args.guidance)
+    with_guidance = exaggerated(with_guidance, args.change_guidance)
+
+    @torch.no_grad()
+    def edit(s: float) -> Tensor:
+        how = How(
+            steps=args.steps,
+            start=args.start,
+            noise_level=args.noise_level,
+            guided=with_guidance,
+            image_guidance=args.image_guidance,
+            eta=args.eta,
+            generator=[torch.Generator().manual_seed(seed) for _ in z],
+            knobs=Knobs(**{k: pipe.meta[k] for k in Knobs._fields if k in pipe.meta}),
+        )
+        strength = torch.full((len(z),), s, device=z.device)
+        return OBJECTIVES[objective].edit(alone, pipe.schedule, z, strength, how)
+
+    return edit
+
+
+def states_between(pipe: Pipeline) -> str:
+    """How this LoRA shows the states between before and after: see `at_strengths`."""
+    return "lora" if pipe.meta.get("states", 2) > 2 else "fade"
+
+
+def edit_pixels(
+    pipe: Pipeline,
+    objective: str,
+    pixels: Tensor,
+    strengths: Sequence[float],
+    args: argparse.Namespace,
+    seed: int | None = None,
+) -> list[Tensor]:
+    """pixels (b, 3, H, W) with the change at each strength, each (b, 3, H, W).
+
+    Sizes the autoencoder cannot take are padded and cropped back. `seed` stands for args.seed.
+    """
+    height, width = pixels.shape[2:]
+    pixels = padded(pipe.vae, pixels)
+    z = torch.cat([encode(pipe.vae, one[None]) for one in pixels])  # its memory: one image's
+    edit = editor(pipe, objective, z, args, seed)
+    fade, detail = (args.between or states_between(pipe)) == "fade", args.keep_detail
+    images = at_strengths(pipe.vae, pixels, z, strengths, edit, fade=fade, detail=detail)
+    return [some[..., :height, :width] for some in images]
+
+
+def batches(kinds: Sequence, most: int) -> Iterator[slice]:
+    """Cuts of neighbours of one kind, `most` at a time."""
+    start = 0
+    for _, alike in groupby(kinds):
+        end = start + len(list(alike))
+        yield from (slice(i, min(i + most, end)) for i in range(start, end, most))
+        start = end
+
+
+def objective_of(args: argparse.Namespace, pipe: Pipeline) -> str:
+    """The flag, or what the LoRA was trained with. ValueError if neither says a known one."""
+    objective = args.objective or pipe.meta.get("objective")
+    if objective is None:
+        raise ValueError(
+            f"--lora {args.lora} does not say its objective: "
+            f"give --objective {'|'.join(OBJECTIVES)}"
+        )
+    if objective not in OBJECTIVES:
+        raise ValueError(
+            f"--lora {args.lora} has the objective {objective!r}; known are {', '.join(OBJECTIVES)}"
+        )
+    return objective
