@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from tests.checkpoints import make_checkpoint
+from tests.pairs import write_pairs
 
 # the networks here are tiny: workers beside each other gain more than threads, and do not wait
 os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start
@@ -22,6 +23,12 @@ def sd1(tmp_path_factory):
 def sd2(tmp_path_factory):
     """A tiny SD2-shaped checkpoint (linear projections, heads per level, v-prediction)."""
     return make_checkpoint(tmp_path_factory.mktemp("sd2"), "sd2", prediction_type="v_prediction")
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """Five pairs of 32 × 32 with masks. Read-only."""
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs", 5, 32)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -28,7 +28,7 @@ from model.lora_files import LORA_FILE
 from model.memory import out_of_memory
 from model.optim import adamw, step_if
 from runs import Run
-from tests.pairs import write_pairs
+from tests.small import small
 from training import prompts
 from training.stop import Stop, Stopped
 
@@ -36,28 +36,21 @@ ROOT = Path(__file__).parents[1]
 TIMES = ("step_ms", "peak_mib", "seconds", "left_mib")
 
 
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    return write_pairs(tmp_path_factory.mktemp("made") / "pairs", 5, 32)
-
-
 @pytest.fixture
 def config(sd1, pairs, tmp_path):
-    return TrainConfig(
-        pretrained_model_name_or_path=str(sd1),
-        before_data_dir=str(pairs / "before"),
-        after_data_dir=str(pairs / "after"),
-        output_dir=str(tmp_path / "run"),
+    return small(
+        sd1,
+        pairs,
+        tmp_path / "run",
         pair_objective="slider",
+        instance_prompt="",
         resolution=16,
         lora_rank=2,
-        max_train_steps=6,
-        learning_rate=1e-3,
         checkpointing_steps=2,
         log_every=3,
         validation_pairs=1,
         validation_steps=4,
-        device="cpu",
+        num_validation_images=4,
     )
 
 

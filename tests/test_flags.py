@@ -35,6 +35,7 @@ from model.unet import UNet
 from tests.checkpoints import make_checkpoint, to_variant, weights_file
 from tests.hub_server import Hub
 from tests.pairs import write_pairs
+from tests.small import small
 from training import inputs, tally
 
 ROOT = Path(__file__).parents[1]
@@ -60,19 +61,8 @@ class Lab:
         self.root, self.sd1, self.runs, self.said = root, sd1, {}, {}
         self.other = make_checkpoint(root / "other", seed=1)
         self.pairs = write_pairs(root / "pairs", 5, 32)
-        self.base = TrainConfig(
-            pretrained_model_name_or_path=str(sd1),
-            before_data_dir=str(self.pairs / "before"),
-            after_data_dir=str(self.pairs / "after"),
-            instance_prompt="a square",
-            resolution=16,
-            lora_rank=2,
-            max_train_steps=3,
-            learning_rate=1e-3,
-            log_every=1,
-            num_validation_images=0,
-            device="cpu",
-        )
+        few = {"resolution": 16, "lora_rank": 2, "max_train_steps": 3}
+        self.base = replace(small(sd1, self.pairs, root, **few), output_dir=TrainConfig.output_dir)
 
     def new(self) -> str:
         """A path where nothing is yet."""

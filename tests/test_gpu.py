@@ -6,7 +6,6 @@ Elsewhere all of it is skipped. Random weights, 64 × 64 images; a check says it
 
 import copy
 import gc
-import json
 import os
 from dataclasses import replace
 
@@ -16,7 +15,6 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel
 
 import train as loop
-from config import TrainConfig
 from latents import Latents, one_ahead
 from model.draws import draw
 from model.frozen import freeze
@@ -33,6 +31,7 @@ from rows import Rows
 from tests.checkpoints import unet_config
 from tests.pairs import write_pairs
 from tests.parity.test_schedule import SD15
+from tests.small import rows, small
 from tests.test_ranks import torchrun
 from train import train
 from training import prompts
@@ -66,28 +65,8 @@ def measured(record_property):
 @pytest.fixture
 def config(sd1, tmp_path):
     pairs = write_pairs(tmp_path / "pairs", 4, 64)
-    return TrainConfig(
-        pretrained_model_name_or_path=str(sd1),
-        before_data_dir=str(pairs / "before"),
-        after_data_dir=str(pairs / "after"),
-        instance_prompt="a square",
-        output_dir=str(tmp_path / "run"),
-        resolution=64,
-        train_batch_size=2,
-        lora_rank=4,
-        max_train_steps=8,
-        learning_rate=1e-3,
-        log_every=1,
-        num_validation_images=0,
-        mixed_precision="no",
-        compile=False,
-        device="cuda",
-    )
-
-
-def rows(folder, kind="train"):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+    return small(sd1, pairs, tmp_path / "run", resolution=64, train_batch_size=2,
+                 max_train_steps=8, mixed_precision="no", compile=False, device="cuda")  # fmt: skip
 
 
 def losses(cfg, tmp_path, name):

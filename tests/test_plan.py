@@ -1,7 +1,6 @@
 """The memory plan: what fake tensors predict is what the allocator sees, and the cut that fits."""
 
 import gc
-import json
 import re
 import sys
 import types
@@ -14,7 +13,6 @@ from torch.profiler import ProfilerActivity, profile
 
 import model.plan as planning
 import train as loop
-from config import TrainConfig
 from model.frozen import freeze
 from model.lora import inject, keep_strength, lora_layers
 from model.memory import LEVELS, MIB, checkpoint_activations, flatten
@@ -24,8 +22,8 @@ from model.plan import Need, frozen_bytes, measure, plan_memory, trial
 from model.schedule import Schedule
 from model.unet import UNet
 from tests.checkpoints import unet_config
-from tests.pairs import write_pairs
 from tests.parity.test_schedule import SD15
+from tests.small import rows, small
 
 
 class Made:
@@ -198,24 +196,10 @@ def test_a_compiled_step_needs_no_more(level):
 # ---- in a run ------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    return write_pairs(tmp_path_factory.mktemp("made") / "pairs", 5, 32)
-
-
 @pytest.fixture
 def config(sd1, pairs, tmp_path):
-    return TrainConfig(
-        pretrained_model_name_or_path=str(sd1), before_data_dir=str(pairs / "before"),
-        after_data_dir=str(pairs / "after"), instance_prompt="a square",
-        output_dir=str(tmp_path / "run"), resolution=32, train_batch_size=4, lora_rank=4,
-        max_train_steps=2, log_every=1, num_validation_images=0, device="cpu",
-    )  # fmt: skip
-
-
-def rows(folder, kind):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+    return small(sd1, pairs, tmp_path / "run", train_batch_size=4, max_train_steps=2,
+                 learning_rate=2e-4)  # fmt: skip
 
 
 def test_a_run_in_a_budget_is_the_same_run(config, capsys):

@@ -24,7 +24,7 @@ from config import TrainConfig
 from model.draws import draw
 from model.lora_files import LORA_FILE
 from model.objectives import OBJECTIVES
-from tests.pairs import write_pairs
+from tests.small import rows, small
 from train import train
 from training.adapting import rate
 from training.ranks import Ranks
@@ -33,23 +33,8 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def config(sd1, tmp_path):
-    pairs = write_pairs(tmp_path / "pairs", 5, 32)
-    return TrainConfig(
-        pretrained_model_name_or_path=str(sd1),
-        before_data_dir=str(pairs / "before"),
-        after_data_dir=str(pairs / "after"),
-        instance_prompt="a square",
-        output_dir=str(tmp_path / "run"),
-        resolution=32,
-        lora_rank=4,
-        max_train_steps=6,
-        learning_rate=1e-3,
-        log_every=1,
-        checkpointing_steps=2,
-        num_validation_images=0,
-        device="cpu",
-    )
+def config(sd1, pairs, tmp_path):
+    return small(sd1, pairs, tmp_path / "run", checkpointing_steps=2)
 
 
 def argv(cfg: TrainConfig) -> list[str]:
@@ -75,17 +60,12 @@ def torchrun(cfg: TrainConfig, *, restarts: int = 0, **env: str) -> subprocess.C
     )
 
 
-def rows(folder, kind="train"):
-    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["kind"] == kind]
-
-
 def column(folder, name="loss", kind="train"):
     return [row[name] for row in rows(folder, kind)]
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_with_the_doubled_batch(config, tmp_path):
+def test_two_processes_are_one_with_the_doubled_batch(config, pairs, tmp_path):
     """LoRA on the text encoder, masks, class images, accumulation, held-out loss, pictures.
 
     Not to the bit: one product over four images adds up in another order than two over two. The two
@@ -93,7 +73,7 @@ def test_two_processes_are_one_with_the_doubled_batch(config, tmp_path):
     """
     cfg = replace(
         config, pair_objective="slider", train_text_encoder=True,
-        mask_dir=str(tmp_path / "pairs" / "mask"),
+        mask_dir=str(pairs / "mask"),
         with_prior_preservation=True, class_prompt="land", class_data_dir=str(tmp_path / "class"),
         num_class_images=2, train_batch_size=2, gradient_accumulation_steps=2, validation_pairs=1,
         scale_lr=True, learning_rate=1e-4, num_validation_images=1, validation_steps=3,

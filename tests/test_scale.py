@@ -21,6 +21,8 @@ from model.draws import draw, shuffled
 from model.weights import load_text
 from pairs import file_hash, find_pairs, fingerprint
 from tests.pairs import write_pairs
+from tests.small import losses as losses_of
+from tests.small import small
 from training import prompts
 from training.inputs import make_dataset
 from training.prompts import encode_prompts
@@ -62,28 +64,21 @@ def test_contexts_are_the_same_from_every_place(sd1, tmp_path, monkeypatch):
 def test_a_run_with_its_contexts_and_latents_on_disk_is_the_same(
     sd1, captioned, tmp_path, monkeypatch, capsys
 ):
-    cfg = TrainConfig(
-        pretrained_model_name_or_path=str(sd1),
-        before_data_dir=str(captioned / "before"),
-        after_data_dir=str(captioned / "after"),
-        instance_prompt="a square",
-        resolution=16,
-        lora_rank=2,
-        train_batch_size=2,
+    few = {"resolution": 16, "lora_rank": 2, "train_batch_size": 2, "max_train_steps": 4}
+    cfg = small(
+        sd1,
+        captioned,
+        tmp_path / "run",
+        **few,
         gradient_accumulation_steps=2,
-        max_train_steps=4,
-        learning_rate=1e-3,
-        log_every=1,
         num_validation_images=1,
-        device="cpu",
         pair_objective="after",
         cache_dir=str(tmp_path / "cache"),
     )
 
     def losses(**changes):
-        folder = train.train(replace(cfg, output_dir=str(tmp_path / str(len(changes))), **changes))
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        return [row["loss"] for row in rows if row["kind"] == "train"]
+        out = str(tmp_path / str(len(changes)))
+        return losses_of(train.train(replace(cfg, output_dir=out, **changes)))
 
     expected = losses()
     assert len(set(expected)) == 4

@@ -32,7 +32,7 @@ from model.vae import VAE
 from model.weighting import weighted_mean
 from model.weights import load_text, load_unet
 from pairs import find_pairs
-from tests.pairs import write_pairs
+from tests.small import losses, rows, small
 from train import train
 from training.adapting import rate
 from training.inputs import make_dataset
@@ -41,37 +41,9 @@ LORA = "pytorch_lora_weights.safetensors"
 PAIRED = [name for name in OBJECTIVES if name != "dreambooth"]
 
 
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    """Five pairs of 32 × 32 with masks."""
-    return write_pairs(tmp_path_factory.mktemp("made") / "pairs", 5, 32)
-
-
 @pytest.fixture
 def config(sd1, pairs, tmp_path):
-    return TrainConfig(
-        pretrained_model_name_or_path=str(sd1),
-        before_data_dir=str(pairs / "before"),
-        after_data_dir=str(pairs / "after"),
-        instance_prompt="a square",
-        output_dir=str(tmp_path / "run"),
-        resolution=32,
-        lora_rank=4,
-        max_train_steps=6,
-        learning_rate=1e-3,
-        log_every=1,
-        num_validation_images=0,
-        device="cpu",
-    )
-
-
-def rows(folder, kind="train"):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["kind"] == kind]
-
-
-def losses(folder):
-    return [row["loss"] for row in rows(folder)]
+    return small(sd1, pairs, tmp_path / "run")
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2"])
