@@ -25,11 +25,11 @@ def small(base: Path, pairs: Path, out: Path, **fields) -> TrainConfig:
     return TrainConfig(**few | fields)
 
 
-def rows(folder: Path, kind: str = "train") -> list[dict]:
+def rows(folder: Path | str, kind: str = "train") -> list[dict]:
     """The lines of metrics.jsonl of a kind."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
     return [row for row in map(json.loads, lines) if row["kind"] == kind]
 
 
-def losses(folder: Path) -> list[float]:
+def losses(folder: Path | str) -> list[float]:
     return [row["loss"] for row in rows(folder)]
