@@ -73,7 +73,7 @@ class Case(NamedTuple):
 def planned(device: str) -> list[Case]:
     """What is to be measured on a CPU and on a GPU."""
     if device == "cpu":
-        shapes = [("tenth", 256, 4), ("full", 256, 1)]
+        shapes = [("scenes", 64, 8), ("tenth", 256, 4), ("full", 256, 1)]
         others = [("tenth", 256)]
     else:
         shapes = [("full", side, b) for side in (256, 512, 768) for b in (1, 4, 16)]

@@ -3,6 +3,7 @@
 python -m bench.made FOLDER SIZE RESOLUTION BATCH
 """
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -28,7 +29,10 @@ def make(root: Path, size: str, resolution: int, batch: int) -> None:
 
 
 def whole(folder: Path, size: str) -> None:
-    make_checkpoint(folder, size=size, dtype=torch.float16)
+    if size == "scenes":  # the embedded base
+        shutil.copytree(Path(__file__).parents[1] / "scenes" / "base", folder)
+    else:
+        make_checkpoint(folder, size=size, dtype=torch.float16)
     unet = load_unet(folder)
     rng = torch.Generator().manual_seed(0)
     inject(unet, "attn", rank=16, generator=rng)
