@@ -75,7 +75,7 @@ def test_the_report_takes_ratios_within_a_round(tmp_path):
 @pytest.mark.parametrize(
     "argv, said",
     [
-        (["--only", "nothing"], "--only nothing leaves no case; there are train-cpu-tenth"),
+        (["--only", "nothing"], "--only nothing leaves no case; there are train-cpu-scenes"),
         (["--arms", "ours,theirs"], "--arms has 'theirs'; there are ours"),
         pytest.param(
             ["--device", "cuda"],
