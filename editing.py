@@ -81,7 +81,7 @@ def add_edit_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--change_guidance", type=float, default=1.0,
-        help="how often what the LoRA adds to the base's answer counts, for objectives that "
+        help="how much what the LoRA adds to the base's answer counts, for objectives that "
         "denoise, 1 = as trained [1]",
     )  # fmt: skip
     add("--eta", type=float, default=0.0, help="noise `bridge` and `img2img` draw anew, 0..1 [0]")
