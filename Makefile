@@ -22,10 +22,18 @@ MODEL  ?= $(if $(SCENES),scenes/base,runwayml/stable-diffusion-v1-5)
 RUN    ?= $(if $(SCENES),runs/$(CHANGE),runs/pairs)
 INPUT  ?= $(if $(SCENES),$(SCENES)/test/before,$(BEFORE))
 SCENE_FLAGS := --instance_prompt "an aerial view of fields" --resolution 64 --train_batch_size 8 \
-  --max_train_steps 500 --learning_rate 3e-3 --lr_scheduler cosine --lr_warmup_steps 20 --loss l1 \
+  --max_train_steps 500 --learning_rate 3e-3 --lr_scheduler cosine --lr_warmup_steps 20 \
   --lora_targets attn,ff,conv,proj --lora_rank 32 --random_flip --random_scale 1.25 --views 16 \
   --checkpointing_steps 100 --validation_pairs 4 --validation_epochs 25 \
   --resume_from_checkpoint latest
+# What the before image leaves open is learnt with bridge, and judged by several outcomes of each scene.
+ifneq ($(filter urban clearing craters,$(CHANGE)),)
+  SCENE_FLAGS += --pair_objective bridge --loss mse
+  SCENE_JUDGE := --steps 24 --eta 0.5 --change_guidance 1.25 --samples 4 --outcome_dirs \
+    $(foreach k,1 2 3,data/scenes/$(CHANGE)/test/outcome-$(k))
+else
+  SCENE_FLAGS += --loss l1
+endif
 
 # make ablate F=FILE makes the scenes, and the base that has learnt nothing, that the file speaks of
 F      ?= experiments/objective_solar.txt
@@ -84,7 +92,8 @@ evaluate: $(READY) $(if $(SCENES),$(SCENES)/.done) ## numbers on held-out pairs:
 	$(PY) evaluate.py --lora $(call quote,$(RUN)) --out $(call quote,$(or $(OUT),$(RUN)/evaluation)) \
 	  --before_data_dir $(call quote,$(or $(BEFORE),$(SCENES)/test/before)) \
 	  --after_data_dir $(call quote,$(or $(AFTER),$(SCENES)/test/after)) \
-	  $(call flag,--mask_dir,$(or $(MASK),$(SCENES:%=%/test/mask))) $(ARGS)
+	  $(call flag,--mask_dir,$(or $(MASK),$(SCENES:%=%/test/mask))) \
+	  $(if $(SCENES),$(SCENE_JUDGE)) $(ARGS)
 
 ablate: $(READY) $(NEEDED) ## compare the arms of a file, a training each and seed: F= [SEEDS="0 1 2" OUT=]
 	$(PY) ablate.py $(call quote,$(F)) --seeds $(SEEDS) $(call flag,--out,$(OUT)) $(ARGS)
