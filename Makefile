@@ -29,8 +29,7 @@ SCENE_FLAGS := --instance_prompt "an aerial view of fields" --resolution 64 --tr
 # What the before image leaves open is learnt with bridge, and judged by several outcomes of each scene.
 ifneq ($(filter urban clearing craters,$(CHANGE)),)
   SCENE_FLAGS += --pair_objective bridge --loss mse
-  SCENE_JUDGE := --steps 24 --eta 0.5 --change_guidance 1.25 --samples 4 --outcome_dirs \
-    $(foreach k,1 2 3,data/scenes/$(CHANGE)/test/outcome-$(k))
+  SCENE_JUDGE := --samples 4 --outcome_dirs $(foreach k,1 2 3,data/scenes/$(CHANGE)/test/outcome-$(k))
 else
   SCENE_FLAGS += --loss l1
 endif

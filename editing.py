@@ -80,11 +80,14 @@ def add_edit_flags(parser: argparse.ArgumentParser) -> None:
         help="how much more the before image counts for `concat`, 1 = no more [1]",
     )  # fmt: skip
     add(
-        "--change_guidance", type=float, default=1.0,
+        "--change_guidance", type=float,
         help="how much what the LoRA adds to the base's answer counts, for objectives that "
-        "denoise, 1 = as trained [1]",
+        "denoise, 1 = as trained [1.25 for `bridge`, else 1]",
     )  # fmt: skip
-    add("--eta", type=float, default=0.0, help="noise `bridge` and `img2img` draw anew, 0..1 [0]")
+    add(
+        "--eta", type=float,
+        help="noise `bridge` and `img2img` draw anew, 0..1 [0.5 for `bridge`, else 0]",
+    )  # fmt: skip
     add(
         "--between", choices=["fade", "lora"],
         help="strengths between 0 and 1: fade the image at 1 in, or weaken the LoRA "
@@ -110,7 +113,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--batch_size must be at least 1, got {args.batch_size}")
     if not 0 <= args.seed < 2**31:
         raise ValueError(f"--seed must be in 0..2147483647, got {args.seed}")
-    if not 0 <= getattr(args, "eta", 0.0) <= 1:
+    if not 0 <= (getattr(args, "eta", None) or 0.0) <= 1:
         raise ValueError(f"--eta must be in 0..1, got {args.eta}")
     if not 0 < getattr(args, "noise_level", 1.0) <= 1:
         raise ValueError(f"--noise_level must be in (0, 1], got {args.noise_level}")
@@ -157,8 +160,11 @@ def editor(
 ) -> Callable[[float], Tensor]:
     """`edit(s)`: the latents of z (b, 4, h, w) at strength s. `seed` stands for args.seed."""
     seed = args.seed if seed is None else seed
+    use = OBJECTIVES[objective]
+    eta = use.eta if args.eta is None else args.eta
+    scale = use.change_guidance if args.change_guidance is None else args.change_guidance
     alone, with_guidance = pipe.predictors(prompt_of(args, pipe), args.guidance)
-    with_guidance = exaggerated(with_guidance, args.change_guidance)
+    with_guidance = exaggerated(with_guidance, scale)
 
     @torch.no_grad()
     def edit(s: float) -> Tensor:
@@ -168,12 +174,12 @@ def editor(
             noise_level=args.noise_level,
             guided=with_guidance,
             image_guidance=args.image_guidance,
-            eta=args.eta,
+            eta=eta,
             generator=[torch.Generator().manual_seed(seed) for _ in z],
             knobs=Knobs(**{k: pipe.meta[k] for k in Knobs._fields if k in pipe.meta}),
         )
         strength = torch.full((len(z),), s, device=z.device)
-        return OBJECTIVES[objective].edit(alone, pipe.schedule, z, strength, how)
+        return use.edit(alone, pipe.schedule, z, strength, how)
 
     return edit
 

@@ -358,11 +358,17 @@ class Objective(NamedTuple):
     multiplier: tuple[float, float] = (1.0, 0.0)  # strength s: LoRA multiplier m[0]·s + m[1]
     noisy: bool = True  # whether the loss reads ε and t
     steps: Callable = noise_steps  # the t of the loss, of the t drawn: (t, schedule, knobs)
+    # how it is used unless told otherwise
+    eta: float = 0.0
+    change_guidance: float = 1.0
 
 
 OBJECTIVES = {
     "delta": Objective(delta_loss, delta_edit, noisy=False, steps=delta_steps),
-    "bridge": Objective(bridge_loss, bridge_edit, steps=bridge_steps),
+    # guided: LOG.md, "bridge asks for v"
+    "bridge": Objective(
+        bridge_loss, bridge_edit, steps=bridge_steps, eta=0.5, change_guidance=1.25
+    ),
     "img2img": Objective(img2img_loss, img2img_edit, steps=img2img_steps),
     "concat": Objective(concat_loss, concat_edit),
     "canvas": Objective(canvas_loss, canvas_edit),

@@ -15,10 +15,12 @@ import editing
 import sample
 from images import load_image, to_image, to_tensor
 from model.lora import inject, lora_layers
+from model.objectives import OBJECTIVES, Knobs, extra_channels
 from model.pipeline import decode, exaggerated, keep_detail
 from model.text import TextEncoder
 from model.unet import UNet
 from model.weights import load_text, load_unet, load_vae, save_lora
+from training.watching import Apart, Watch
 
 META = {"objective": "delta", "multiplier": [1.0, 0.0], "delta_t": 599, "prompt": "a square"}
 
@@ -27,6 +29,8 @@ def write_lora(folder, base, *, text=False, **meta):
     """A LoRA with something to say, as a run would leave it."""
     folder.mkdir()
     unet, encoder = load_unet(base), load_text(base)
+    if extra := extra_channels(meta.get("objective", META["objective"])):
+        unet.widen(extra)
     inject(unet, "attn,ff", rank=2, generator=torch.Generator().manual_seed(0))
     if text:
         inject(encoder.model, "attn", rank=2, generator=torch.Generator().manual_seed(1))
@@ -187,6 +191,41 @@ def test_change_guidance_reaches_the_objectives_that_denoise(tmp_path, sd1, obje
         made[name] = editing.editor(editing.open_pipeline(args), objective, z, args)(s)
     added, twice = (made[name] - made["one"] for name in ("two", "twice"))
     torch.testing.assert_close(twice, added, rtol=0, atol=0.1 * added.abs().max())
+
+
+@pytest.mark.parametrize(
+    "objective, spelled", [("bridge", (1.25, 0.5)), ("img2img", (1.0, 0.0)), ("after", (1.0, 0.0))]
+)
+def test_an_objective_is_used_as_it_works_best_unless_told_otherwise(
+    tmp_path, sd1, objective, spelled
+):
+    """In a run's own pictures too."""
+    lora = write_lora(tmp_path / "run", sd1, objective=objective)
+    z, made = torch.randn(1, 4, 8, 8), []
+    for more in ((), ("--change_guidance", spelled[0], "--eta", spelled[1]),
+                 ("--change_guidance", 2, "--eta", 1)):  # fmt: skip
+        flags = ["edit", "--lora", lora, "--input", "x", "--out", "y", "--start", "noise", *more]
+        args = sample.make_parser().parse_args([str(flag) for flag in flags])
+        pipe = editing.open_pipeline(args)
+        made.append(editing.editor(pipe, objective, z, args)(1.0))
+    assert made[0].equal(made[1]) and not made[0].equal(made[2])
+
+    def spy(predict, schedule, z, s, how):
+        scale, eta = spelled
+        t = torch.full((1,), 500)
+        e_0, e_s = predict(seen, t, torch.zeros_like(s)), predict(seen, t, s)
+        torch.testing.assert_close(how.guided(seen, t, s), e_0 + scale * (e_s - e_0))
+        told.append(how.eta == eta)
+        return z
+
+    told, seen = [], torch.randn(1, pipe.unet.in_channels, 8, 8)
+    spied = OBJECTIVES[objective]._replace(edit=spy)
+    context = torch.randn(1, 5, 32)
+    watch = Watch(pipe.unet, pipe.vae, pipe.schedule, spied, Knobs(), lambda _: context, 0, True)
+    pixels = torch.zeros(3, 8 * pipe.vae.downscale, 8 * pipe.vae.downscale)
+    with torch.no_grad():
+        watch.edited(Apart([None], [{"before": pixels}], z[:, None], [""]), 0, [1.0])
+    assert told == [True]
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])

@@ -18,6 +18,7 @@ from model.pipeline import (
     Context,
     at_strengths,
     decode,
+    exaggerated,
     generate_latents,
     guided_predictor,
     predictor,
@@ -55,9 +56,15 @@ class Watch:
         """The i-th of what is shown, with the change."""
         z = shown.z[i : i + 1, 0]  # (1, 4, h, w)
         predict = predictor(self.unet, self.context_of(shown.prompts[i]))
+        guided = exaggerated(predict, self.objective.change_guidance)
 
         def edit(s: float) -> Tensor:
-            how = How(generator=seeded(self.seed, 2), knobs=self.knobs)
+            how = How(
+                guided=guided,
+                eta=self.objective.eta,
+                generator=seeded(self.seed, 2),
+                knobs=self.knobs,
+            )
             s = torch.full((1,), s, device=z.device)
             return self.objective.edit(predict, self.schedule, z, s, how)
 
