@@ -349,8 +349,11 @@ def work_off(
             print(f"{title(job)}: {error}", file=sys.stderr, flush=True)
             return str(error)
 
+    # of each seed the trainings first: who shares one does not wait for it with a worker
+    seeds = list(dict.fromkeys(job.seed for job in jobs))
+    order = sorted(jobs, key=lambda job: (seeds.index(job.seed), job.run != job.folder))
     with ThreadPoolExecutor(workers) as pool:
-        waiting = {pool.submit(work, job): job for job in jobs}
+        waiting = {pool.submit(work, job): job for job in order}
         try:
             for future in as_completed(waiting):
                 job, result = waiting[future], future.result()

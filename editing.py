@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from model.files import moved_note
-from model.objectives import OBJECTIVES, How, Knobs
+from model.objectives import OBJECTIVES, How, Knobs, Objective
 from model.pipeline import (
     Pipeline,
     at_strengths,
@@ -39,6 +39,14 @@ def numbers(text: str) -> list[float]:
         wanted = "numbers with commas between them"
         raise argparse.ArgumentTypeError(f"{wanted} were wanted, such as 0,0.5,1, got {text!r}")
     return values
+
+
+def usual(field: str) -> str:
+    """What the objectives have of a field if no flag says it: "0.5 for `bridge`, else 0"."""
+    most = Objective._field_defaults[field]
+    values = {name: getattr(objective, field) for name, objective in OBJECTIVES.items()}
+    own = [f"{value:g} for `{name}`" for name, value in values.items() if value != most]
+    return ", ".join([*own, f"else {most:g}"])
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
@@ -82,11 +90,11 @@ def add_edit_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--change_guidance", type=float,
         help="how much what the LoRA adds to the base's answer counts, for objectives that "
-        "denoise, 1 = as trained [1.25 for `bridge`, else 1]",
+        f"denoise, 1 = as trained [{usual('change_guidance')}]",
     )  # fmt: skip
     add(
         "--eta", type=float,
-        help="noise `bridge` and `img2img` draw anew, 0..1 [0.5 for `bridge`, else 0]",
+        help=f"noise `bridge` and `img2img` draw anew, 0..1 [{usual('eta')}]",
     )  # fmt: skip
     add(
         "--between", choices=["fade", "lora"],

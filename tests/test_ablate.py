@@ -277,8 +277,9 @@ def test_an_interrupted_ablation_goes_on(lab, monkeypatch, capsys):
 
 
 def test_arms_that_train_alike_share_the_training(lab):
-    arms = "a:\nb:\nb.evaluate: --strengths 0,0.5,1\nc: --lora_rank 3\n"
-    assert lab.run(arms, "--jobs", 2) == 0
+    """And come last, so that no worker waits for a training while another could begin."""
+    lines = "a:\nb:\nb.evaluate: --strengths 0,0.5,1\nc: --lora_rank 3\n"
+    assert lab.run(lines, "--jobs", 2) == 0
     trained = [name for program, name in lab.names() if program == "train.py"]
     judged = [name for program, name in lab.names() if program == "evaluate.py"]
     assert sorted(trained) == ["a/seed0", "c/seed0"]
@@ -286,6 +287,10 @@ def test_arms_that_train_alike_share_the_training(lab):
     arms = lab.results()["arms"]
     assert arms["a"]["summary"]["PSNR"] == arms["b"]["summary"]["PSNR"]
     assert arms["a"]["flags"]["lora_rank"] == "2" != arms["c"]["flags"]["lora_rank"]
+    lab.out = lab.out.with_name("alone")
+    assert lab.run(lines) == 0
+    assert [name for _, name in lab.names()] == [*["a/seed0"] * 2, *["c/seed0"] * 2, "b/seed0"]
+    assert list(lab.results()["arms"]) == ["a", "b", "c"]
 
 
 def test_jobs_share_the_cores(lab, monkeypatch):
