@@ -92,7 +92,7 @@ class TrainConfig:
         choices=("auto", "device", "host", "disk"),
     )
     dataloader_num_workers: int = knob(
-        0, "processes that read images while latents are encoded", least=0
+        0, "processes that read images while latents are encoded", least=0, most=256
     )
 
     # delta: LOG.md, "Which objective learns a determined change that the base never saw"
@@ -256,6 +256,10 @@ class TrainConfig:
     )
     allow_tf32: bool = knob(False, "TF32 matrix products on Ampere and newer")
     compile: bool | None = knob(None, "torch.compile the UNet; on CUDA when not given")
+    channels_last: bool | None = knob(
+        None,
+        "keep the UNet's images pixel by pixel, not channel by channel; on CUDA when not given",
+    )
     cuda_graph: bool = knob(False, "play each step's gradient back as one CUDA graph")
     deterministic: bool = knob(False, "the same bits every time on CUDA too; slower there")
     device: str | None = knob(None, "cuda, cuda:1, cpu, mps; the best there is when not given")

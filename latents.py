@@ -209,9 +209,11 @@ def _encoded(
     """For each part mean and std (n, f, c, h, w), and mask (n, 1, h, w) if any pair has one."""
     states = ("after",) if dataset.pairs[0].before is None else ("before", "after")
     cut = [[part[i : i + batch_size] for i in range(0, len(part), batch_size)] for part in parts]
+    every = [batch for batches in cut for batch in batches]
+    workers = min(workers, len(every))
     loader = DataLoader(  # one for all parts: starting its processes takes seconds
         dataset,
-        batch_sampler=[batch for batches in cut for batch in batches],
+        batch_sampler=every,
         num_workers=workers,
         collate_fn=list,
         multiprocessing_context="spawn" if workers else None,

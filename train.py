@@ -113,6 +113,7 @@ def phases(
     """Everything between opening the run's folder and closing it. `token`: of --push_to_hub."""
     base, paired = cfg.pretrained_model_name_or_path, config.is_pairs(cfg)
     dtype = pick_dtype(cfg.mixed_precision, device)
+    or_cuda = lambda flag: device.type == "cuda" if flag is None else flag  # noqa: E731
     files = {"variant": cfg.variant, "revision": cfg.revision, "device": device}
     name = cfg.pair_objective or ("delta" if paired else "dreambooth")
     knobs = Knobs(**{field: getattr(cfg, field) for field in Knobs._fields})
@@ -178,6 +179,8 @@ def phases(
         print(f"UNet          {loaded(unet, base)}")
         if unet.in_channels != 4:
             raise ValueError(f"{base} has a UNet of {unet.in_channels} input channels, not 4")
+        if or_cuda(cfg.channels_last):  # before its LoRA is views of one flat buffer
+            unet.to(memory_format=torch.channels_last)
         trained = adapt(cfg, unet, prompts.text, given, extra_channels(name), run.checkpoint)
         ranks.copy_first(trained.flat.data)  # were it only that two processors round differently
         freeze(unet, int8=cfg.base_storage == "int8")
@@ -189,8 +192,9 @@ def phases(
             cut = {"micro_batch": size.micro, "accumulation": size.mine // size.micro}
             run.log("plan", **cut, recompute=level, predicted_mib=round(plan.bytes / MIB, 1))
         checkpoint_activations(unet, LEVELS[level], keep_strength(unet))
-        if cfg.compile or (cfg.compile is None and device.type == "cuda"):
-            unet.compile(fullgraph=True, dynamic=False)  # in place: the keys stay clean
+        if or_cuda(cfg.compile):
+            # in place: the keys stay clean. A graph for each micro-batch that memory may force
+            unet.compile(fullgraph=True, dynamic=False, recompile_limit=64)
     meta = lora_metadata(cfg, name, knobs, schedule, states=1 + len({p.strength for p in pairs}))
     run.start(
         {

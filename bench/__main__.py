@@ -31,13 +31,14 @@ ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 ARMS = {  # task -> arm -> what its process is told beside the case
     "train": {
-        "ours": {"system": "ours", "objective": "after"},
-        "ours compiled": {"system": "ours", "objective": "after", "compile": True},
-        "ours captured": {
+        "ours": {"system": "ours"},
+        "ours compiled": {"system": "ours", "compile": True},
+        "ours captured": {"system": "ours", "compile": True, "cuda_graph": True},
+        "ours captured NCHW": {
             "system": "ours",
-            "objective": "after",
             "compile": True,
             "cuda_graph": True,
+            "channels_last": False,
         },
         "ours delta": {"system": "ours", "objective": "delta"},
         "peer script": {"system": "peer", "setting": "script"},
@@ -47,7 +48,7 @@ ARMS = {  # task -> arm -> what its process is told beside the case
     "encode": {"ours": {"system": "ours"}, "peer": {"system": "peer"}},
     "sample": {"ours": {"system": "ours"}, "peer": {"system": "peer"}},
     "edit": {
-        "ours": {"system": "ours", "objective": "after"},
+        "ours": {"system": "ours"},
         "ours delta": {"system": "ours", "objective": "delta"},
         "peer": {"system": "peer"},
     },
@@ -153,17 +154,20 @@ class Arm:
         if self.job.get("compile"):
             self.close()
             self.result["first_warm_s"] = self.open()
-        elif self.module != "ceiling":
+        elif self.module == "ours":
             self.result |= self.process.ask("flops")
-        one = self.process.ask("run 1")["seconds"]
-        self.units = max(1, min(100, math.ceil(turn_s / one)))
+        self.units = max(1, min(100, math.ceil(turn_s / self.timed(1))))
 
     def turn(self) -> None:
         if self.process is None:
             self.open()
-        said = self.process.ask(f"run {self.units}")
-        self.result["seconds"].append(said["seconds"])
+        self.result["seconds"].append(self.timed(self.units))
+
+    def timed(self, units: int) -> float:
+        """Seconds of one of so many units; their peak is noted."""
+        said = self.process.ask(f"run {units}")
         self.result["peak_mib"] = max(said["peak_mib"], self.result.get("peak_mib", 0))
+        return said["seconds"]
 
 
 def measure(case: Case, arms: dict[str, dict], args: argparse.Namespace, folder: Path) -> dict:
@@ -173,7 +177,7 @@ def measure(case: Case, arms: dict[str, dict], args: argparse.Namespace, folder:
     subprocess.run([*made, str(case.resolution), str(case.batch)], cwd=ROOT, check=True)
     common = case._asdict() | {
         "root": str(root), "rank": 16, "compile": False, "cuda_graph": False,
-        "objective": "after",
+        "channels_last": None, "objective": "after",
         "processor_time": args.processor_time,
     }  # fmt: skip
     running = {

@@ -30,7 +30,9 @@ def training(job: dict, turns: Turns) -> None:
 
     def paused(*args):
         turns()
-        return unless_full(*args)
+        if (found := unless_full(*args)) is None:
+            raise MemoryError("the batch does not fit")  # cut in half it would be another unit
+        return found
 
     train.unless_full = paused
     data = Path(job["root"])
@@ -50,6 +52,7 @@ def training(job: dict, turns: Turns) -> None:
                 mixed_precision={"fp32": "no"}.get(job["dtype"], job["dtype"]),
                 compile=job["compile"],
                 cuda_graph=job["cuda_graph"],
+                channels_last=job["channels_last"],
                 gradient_checkpointing=job["checkpointing"],
                 device=job["device"],
                 max_train_steps=NEVER,

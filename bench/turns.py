@@ -13,13 +13,35 @@ import json
 import os
 import sys
 import time
-from contextlib import ExitStack
+from math import prod
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from model.graph import WARM
 from model.memory import peak_mib
+
+KERNELS = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
+
+
+def attention(q: torch.Size, k: torch.Size, *rest, **more) -> int:
+    """FLOP of q kᵀ and of its softmax times v; q (b, heads, n, d), k (b, heads, l, d)."""
+    return 4 * prod(q) * k[-2]
+
+
+def attention_backward(dy: torch.Size, q: torch.Size, k: torch.Size, *rest, **more) -> int:
+    """Of the four products that the gradient is; kernels that make q kᵀ again do a fifth."""
+    return 2 * attention(q, k)
+
+
+def fused() -> dict:
+    """What torch's counter is told of every fused kernel: not all have a formula there."""
+    aten = torch.ops.aten
+    return {
+        getattr(aten, f"_scaled_dot_product_{name}{end}"): formula
+        for name in KERNELS
+        for end, formula in (("", attention), ("_backward", attention_backward))
+    }
 
 
 class Enough(Exception):
@@ -31,8 +53,9 @@ class Turns:
         self.device = torch.device(job["device"])
         self.clock = time.process_time if job["processor_time"] else time.perf_counter
         self.left, self.of, self.start = 0, 0, 0.0
+        # units before those of a turn, after the first: CUDA's caches warm, a graph captured
+        self.warm = (1 + WARM * job["cuda_graph"]) * (self.device.type == "cuda")
         self.began = False
-        self.counting = ExitStack()
         self.counter: FlopCounterMode | None = None
         # what a library prints is no answer
         self.answers = os.fdopen(os.dup(1), "w")
@@ -41,11 +64,11 @@ class Turns:
     def __call__(self) -> None:
         if self.left:
             self.left -= 1
-            if self.left == self.of - 1:  # the unit before the turn is done: CUDA's caches are warm
+            if self.left == self.of - 1:
                 self.begin()
             return
         if self.counter is not None:
-            self.counting.close()
+            self.counter.__exit__(None, None, None)
             self.say({"flops": self.counter.get_total_flops()})
             self.counter = None
         elif self.of:
@@ -57,17 +80,15 @@ class Turns:
     def next(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # others have their turn
+            torch.cuda.reset_peak_memory_stats(self.device)
         command, *rest = sys.stdin.readline().split() or ["end"]
         if command == "flops":
-            # attention in matrix products: not every fused kernel has a formula in torch
-            self.counter, self.of = FlopCounterMode(display=False), 0
-            self.counting.enter_context(sdpa_kernel(SDPBackend.MATH))
-            self.counting.enter_context(self.counter)
+            self.counter, self.of = FlopCounterMode(display=False, custom_mapping=fused()), 0
+            self.counter.__enter__()
         elif command == "run":
             self.of = int(rest[0])
             # the very first unit is what is timed when it is asked for
-            warm_up = self.device.type == "cuda" and self.began
-            self.left = self.of if warm_up else self.of - 1
+            self.left = self.of - 1 + self.warm * self.began
             self.began = True
             self.begin()
         else:
@@ -75,8 +96,6 @@ class Turns:
 
     def begin(self) -> None:
         self.wait()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
         self.start = self.clock()
 
     def wait(self) -> None:

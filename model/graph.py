@@ -37,9 +37,12 @@ class Replayed:
             return result
         if self.graph is None:
             self.buffers = tuple(map(cloned, inputs))
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self.result = self.compute(*self.buffers)
+            graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            try:
+                with torch.cuda.graph(graph):
+                    self.result = self.compute(*self.buffers)
+            finally:
+                torch.cuda.set_stream(here)  # where it cannot end what broke, torch forgets to
             self.graph = graph  # a capture only records: what follows is the first to compute
         for buffer, one in zip(self.buffers, inputs):
             for kept, new in zip(buffer or (), one or ()):

@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from model.layers import ResBlock, TransformerBlock
 
 MIB = 2**20
+# the CPU's allocator; CUDA itself, at a graph or a kernel's loading, and Triton; cuBLAS, cuDNN
+FULL = ("allocate memory", "out of memory", "ALLOC_FAILED")
 
 
 def peak_mib(device: torch.device) -> float:
@@ -25,12 +27,12 @@ def peak_mib(device: torch.device) -> float:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """CUDA has a type of its own for it; torch on the CPU says it in words."""
+    """torch has a type of its own for what its allocator lacks; the rest is said in words."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     if error.__context__ is not None and out_of_memory(error.__context__):  # as in a broken capture
         return True
-    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in FULL)
 
 
 def unless_full(compute: Callable, *inputs):

@@ -32,7 +32,10 @@ Context = Tensor | Callable[[Tensor | None], Tensor]  # (b, l, d), or a function
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device asked for, or the best there is. ValueError if it is not there."""
+    """The device asked for, or the best there is; one of several GPUs becomes torch's current one.
+
+    ValueError if it is not there.
+    """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -41,6 +44,8 @@ def pick_device(name: str | None) -> torch.device:
     except Exception as error:  # torch has a kind of its own for every backend
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {name} is not available: {reason}") from error
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # streams and graphs are the current one's
     return device
 
 

@@ -24,8 +24,9 @@ from model.objectives import Draws, Knobs, Objective, Predict, noise_loss
 from model.schedule import Schedule
 from model.weighting import listened, preservation, weighted_mean
 
-# cuBLAS keeps 32 MiB on Hopper, 8 before (torch's notes on CUBLAS_WORKSPACE_CONFIG)
-CUBLAS = 32 * MIB
+# cuBLAS keeps 32 MiB on Hopper, 8 before (torch's notes on CUBLAS_WORKSPACE_CONFIG), for each
+# thread that uses it: the backward has one of its own
+CUBLAS = 2 * 32 * MIB
 GIB = 1024 * MIB
 COPYING = ("convolution", "scaled_dot_product")
 

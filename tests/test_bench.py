@@ -25,6 +25,7 @@ def place(tmp_path_factory):
 def job(place, **more):
     common = {"root": str(place), "rank": 4, "compile": False, "objective": "after"} | {
         "cuda_graph": False,
+        "channels_last": None,
         "processor_time": True,
     }
     return CASE._asdict() | common | more

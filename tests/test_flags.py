@@ -474,8 +474,10 @@ def dataloader_num_workers(lab, patch):
         return loader(*args, **more)
 
     patch.setattr(latents, "DataLoader", recorded)
-    assert column(lab.fresh(dataloader_num_workers=2)) == column(lab.run())
-    assert asked == [(2, "spawn")]
+    many = {"random_flip": True, "max_train_steps": 1}  # 5 pairs in 4 views, 8 at a time
+    for workers in (0, 2, 200):
+        assert column(lab.fresh(dataloader_num_workers=workers, **many)) == column(lab.run(**many))
+    assert {(0, None), (2, "spawn"), (3, "spawn")} == set(asked)
 
 
 def pair_objective(lab, patch):
@@ -1084,7 +1086,28 @@ def compiled(lab, patch):
     lab.fresh(compile=True, max_train_steps=1)
     lab.fresh(compile=False, max_train_steps=1)
     lab.fresh(compile=None, max_train_steps=1)  # off where there is no CUDA
-    assert asked == [{"fullgraph": True, "dynamic": False}]
+    assert asked == [{"fullgraph": True, "dynamic": False, "recompile_limit": 64}]
+
+
+def channels_last(lab, patch):
+    """Weights and answers lie so, and what is learnt is the same, by a LoRA of convolutions too."""
+    forward, seen = UNet.forward, set()
+
+    def watched(net, *args):
+        out = forward(net, *args)
+        seen.update(x.is_contiguous(memory_format=torch.channels_last)
+                    for x in (net.conv_in.weight, net.conv_out.weight, out))  # fmt: skip
+        return out
+
+    patch.setattr(UNet, "forward", watched)
+    learnt = []
+    for on in (None, True):  # off where there is no CUDA
+        folder = lab.fresh(channels_last=on, lora_targets="attn,ff,conv,proj")
+        learnt.append(load_file(folder / LORA_FILE))
+        assert seen == {bool(on)}
+        seen.clear()
+    for name, plain in learnt[0].items():
+        assert torch.allclose(learnt[1][name], plain, atol=1e-5), name
 
 
 def deterministic(lab, patch):
@@ -1250,6 +1273,7 @@ FLAGS = {
     "vram_gib": effect(vram_gib),
     "allow_tf32": effect(allow_tf32),
     "compile": effect(compiled),
+    "channels_last": effect(channels_last),
     # what it does is in test_train.py, on a stand-in for CUDA, and in test_gpu.py
     "cuda_graph": sentence("--cuda_graph is for CUDA, the device is cpu", cuda_graph=True),
     "deterministic": effect(deterministic),

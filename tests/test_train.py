@@ -22,7 +22,7 @@ from config import TrainConfig
 from data import PairDataset
 from latents import Batch
 from model.draws import draw, seeded
-from model.graph import Replayed
+from model.graph import WARM, Replayed
 from model.lora import inject, lora_layers
 from model.lora_files import LORA_FILE, read_lora
 from model.memory import LEVELS, flatten
@@ -228,10 +228,11 @@ class OnCuda:
     """As much of torch.cuda as a capture uses: what is captured is computed again at replay."""
 
     def __init__(self, patch, replayed):
-        self.replays, self.captures = 0, 0
+        self.replays, self.captures, self.back = 0, 0, []
         for name in ("current_stream", "Stream"):
             patch.setattr(torch.cuda, name, lambda: self)
         patch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+        patch.setattr(torch.cuda, "set_stream", self.back.append)
         patch.setattr(torch.cuda, "CUDAGraph", lambda: self)
         patch.setattr(torch.cuda, "graph", self.capture)
         self.replayed = replayed
@@ -272,6 +273,18 @@ def test_a_captured_step_reads_its_buffers(monkeypatch):
     assert (cuda.captures, cuda.replays, seen) == (1, 3, [0, 1, 2, 3, 4, 5])
     replayed.reset()
     assert replayed(batch(7), None) == 14 and replayed.graph is None
+
+    @contextmanager
+    def broken(graph):
+        yield
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "graph", broken)
+    replayed.calls = WARM
+    cuda.back.clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        replayed(batch(8), None)
+    assert replayed.graph is None and cuda.back == [cuda]  # not left on the capture's stream
 
 
 @pytest.mark.parametrize("objective", PAIRED)

@@ -3,7 +3,7 @@
 from config import TrainConfig
 from model.objectives import Task
 from model.pipeline import predictor
-from model.plan import Plan, frozen_bytes, plan_memory, trial
+from model.plan import CUBLAS, Plan, frozen_bytes, plan_memory, trial
 from model.vae import VAE
 from training.adapting import Trained
 from training.inputs import Items
@@ -48,6 +48,7 @@ def plan_step(
     held = {what: frozen_bytes(device, *some) for what, some in there.items()}
     adam = 2 if cfg.use_8bit_adam else 8  # bytes per weight
     held["LoRA, its gradient, AdamW's state"] = (8 + adam) * trained.flat.numel()
+    held["cuBLAS on the graph's stream"] = CUBLAS if cfg.cuda_graph else 0
     return plan_memory(
         attempt,
         unet,
