@@ -50,6 +50,9 @@ else
   READY_DEV := $(VENV)/.installed-dev
 endif
 
+# A LoRA for `generate`: the one that was asked for, there or not, else the usual one if it is there
+LORA = $(if $(filter-out file,$(origin RUN)),$(RUN),$(if $(wildcard $(RUN)),$(RUN)))
+
 # "$(value)" keeps spaces and quotes of a variable in one shell word
 quote = '$(subst ','\'',$(1))'
 flag  = $(if $(2),$(1) $(call quote,$(2)))
@@ -89,8 +92,8 @@ train: $(READY) $(if $(SCENES),$(SCENES)/.done) ## train a LoRA: BEFORE= AFTER= 
 
 evaluate: $(READY) $(if $(SCENES),$(SCENES)/.done) ## numbers on held-out pairs: RUN= BEFORE= AFTER= [MASK=]
 	$(PY) evaluate.py --lora $(call quote,$(RUN)) --out $(call quote,$(or $(OUT),$(RUN)/evaluation)) \
-	  --before_data_dir $(call quote,$(or $(BEFORE),$(SCENES)/test/before)) \
-	  --after_data_dir $(call quote,$(or $(AFTER),$(SCENES)/test/after)) \
+	  $(call flag,--before_data_dir,$(or $(BEFORE),$(SCENES:%=%/test/before))) \
+	  $(call flag,--after_data_dir,$(or $(AFTER),$(SCENES:%=%/test/after))) \
 	  $(call flag,--mask_dir,$(or $(MASK),$(SCENES:%=%/test/mask))) \
 	  $(if $(SCENES),$(SCENE_JUDGE)) $(ARGS)
 
@@ -114,7 +117,7 @@ sample: $(READY) ## apply a LoRA to new before images: RUN= INPUT= STRENGTH=
 	  --strength $(call quote,$(STRENGTH)) --out $(call quote,$(or $(OUT),samples)) $(call flag,--prompt,$(PROMPT)) $(ARGS)
 
 generate: $(READY) ## images from a prompt: PROMPT= [RUN=]
-	$(PY) sample.py generate $(if $(wildcard $(RUN)),--lora $(call quote,$(RUN)),--model $(call quote,$(MODEL))) \
+	$(PY) sample.py generate $(if $(LORA),--lora $(call quote,$(LORA)),--model $(call quote,$(MODEL))) \
 	  --out $(call quote,$(or $(OUT),samples)) $(call flag,--prompt,$(PROMPT)) $(ARGS)
 
 bench: $(READY) $(READY_DEV) ## speed and memory beside diffusers + peft: ARGS=[--quick | --device cuda]

@@ -34,6 +34,7 @@ from typing import NamedTuple
 
 import cli
 import comparison
+import evaluate
 from cli import Parser, report
 from config import TrainConfig
 from durable import lock, remove, write_aside, write_json
@@ -45,6 +46,7 @@ OURS = {  # flags that no line may have: set here, for a run that was chosen, or
               "--resume_from_checkpoint", "--push_to_hub", "--hub_token", "--hub_model_id"},
     "evaluate": {"--lora", "--out", "--pictures", "-h", "--help"},
 }  # fmt: skip
+NEEDED = ("--out", "x", "--before_data_dir", "x", "--after_data_dir", "x")  # by evaluate.py
 LEFT = ("table.md", "results.json", "plot.png", "sheet.png")  # beside the arms' folders
 SHOWN = 6  # pairs in sheet.png
 
@@ -67,6 +69,8 @@ def read_lines(path: Path) -> list[tuple[int, str, list[str]]]:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text file: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; a file of arms was wanted") from error
     lines = []
     for number, line in enumerate(text.splitlines(), 1):
         here, head = f"{path}:{number}", re.match(r"([\w.-]+):(?=\s|$)", line)
@@ -84,6 +88,13 @@ def read_lines(path: Path) -> list[tuple[int, str, list[str]]]:
                 f"above; got {line.strip()!r}"
             )
     return lines
+
+
+def judge_parser(prog: str) -> Parser:
+    """evaluate.py's, which says `prog` before a mistake."""
+    parser = evaluate.make_parser()
+    parser.prog = prog
+    return parser
 
 
 def read_arms(path: Path) -> list[Arm]:
@@ -111,6 +122,8 @@ def read_arms(path: Path) -> list[Arm]:
             raise ValueError(f"{here}: {taken[0]} {why}, an arm cannot have it")
         if kind == "train":  # an unknown flag or a wrong value is found in its line
             cli.make_parser(here).parse_args(words)
+        else:  # what must be given may be in another line
+            judge_parser(here).parse_args([*NEEDED, *words])
     if not arms:
         raise ValueError(f"{path} has no arms: a line is `name: --flag value ...`")
     if not shared:
@@ -322,6 +335,10 @@ def ablate(path: Path, seeds: list[int], out: Path, workers: int, only: list[str
         if not any(fnmatchcase(arm.name, pattern) for arm in arms):
             names = ", ".join(arm.name for arm in arms)
             raise ValueError(f"--only {pattern} is no arm of {path}; they are {names}")
+    for arm in arms:  # what is missing, before hours of training
+        judge_parser(f"{path}:{arm.line}: evaluate.py for {arm.name}").parse_args(
+            [*NEEDED[:2], *arm.evaluate]
+        )
     refuse_file(out, "--out")
     out.mkdir(parents=True, exist_ok=True)
     with lock(out, "--out") as held:  # not signed: who holds it last may be one that was started
@@ -366,8 +383,8 @@ def work_off(
             stop.set()
             print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
             return 130
-    print("", text, *(f"{name:9} {out / name}" for name in ("table.md", "plot.png", "sheet.png")),
-          sep="\n")  # fmt: skip
+    names = ("table.md", "plot.png", "sheet.png") if done else ("table.md",)
+    print("", text, *(f"{name:9} {out / name}" for name in names), sep="\n")
     return 1 if failed else 0
 
 

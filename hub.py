@@ -23,50 +23,61 @@ from progress import no_bars
 from report import read
 
 
-def find_token(given: str | None) -> str:
-    """The given one, else huggingface_hub's. ValueError where there is none."""
+def find_token(given: str | None, flag: str | None = "--hub_token") -> str:
+    """The given one, else huggingface_hub's. ValueError where there is none; `flag`: that gives it,
+    if the program has one.
+    """
     from huggingface_hub import get_token
 
     token = given or get_token()
     if not token:
-        raise ValueError(
-            "an upload needs a token: --hub_token, the variable HF_TOKEN, or `hf auth login`"
-        )
+        ways = f"{flag}, the variable HF_TOKEN," if flag else "the variable HF_TOKEN"
+        raise ValueError(f"an upload needs a token: {ways} or `hf auth login`")
     if not re.fullmatch("[!-~]+", token):
-        raise ValueError("the hub's token has letters in it that no token has; check --hub_token")
+        raise ValueError(
+            f"the hub's token has letters in it that no token has; check {flag or 'HF_TOKEN'}"
+        )
     return token
 
 
-def reason(error: BaseException) -> str:
+def reason(error: BaseException, flag: str) -> str:
     """In one line: what the client wraps says more than the wrapping."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return hub_reason(error, "--hub_token")
+    return hub_reason(error, flag)
 
 
-def open_repository(name: str, token: str) -> str:
-    """Make the repository if it is not there; returns owner/name.
-
-    ValueError: a name or a token that the hub does not take. ConnectionError: no hub.
-    """
-    from huggingface_hub import HfApi, utils
+def check_name(name: str, flag: str) -> None:
+    """ValueError where it can be no repository's."""
+    from huggingface_hub import utils
 
     try:
         utils.validate_repo_id(name)
     except utils.HFValidationError as error:
-        raise ValueError(f"{name!r} is no name of a repository (--hub_model_id)") from error
+        raise ValueError(f"{name!r} is no name of a repository ({flag})") from error
+
+
+def open_repository(name: str, token: str, flag: str = "--hub_token") -> str:
+    """Make the repository if it is not there; returns owner/name.
+
+    ValueError: a name or a token (of `flag`) that the hub does not take. ConnectionError: no hub.
+    """
+    from huggingface_hub import HfApi
+
+    check_name(name, "--hub_model_id")
     try:
         return HfApi(token=token).create_repo(name, exist_ok=True).repo_id
     except Exception as error:  # of the hub's client, of its transport, of an answer that is none
         status = getattr(getattr(error, "response", None), "status_code", None)
         kind = ValueError if status in range(400, 500) else ConnectionError
-        raise kind(f"the hub did not open the repository {name}: {reason(error)}") from error
+        raise kind(f"the hub did not open the repository {name}: {reason(error, flag)}") from error
 
 
-def publish(folder: Path, name: str, token: str) -> str:
+def publish(folder: Path, name: str, token: str, flag: str = "--hub_token") -> str:
     """Write README.md, upload what it speaks of; returns the repository's address.
 
     ConnectionError: it failed, whyever. The run has gained its README.md and lost nothing.
+    `flag` is where the token came from.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, utils
 
@@ -80,14 +91,14 @@ def publish(folder: Path, name: str, token: str) -> str:
         )
 
     try:
-        repo = open_repository(name, token)
+        repo = open_repository(name, token, flag)
     except (ValueError, ConnectionError) as error:
         raise failed(name, str(error)) from error
     files = [CommitOperationAdd(file, folder / file) for file in write_card(folder, repo)]
     try:
         HfApi(token=token).create_commit(repo, files, commit_message="A LoRA and how to use it")
     except Exception as error:
-        raise failed(repo, reason(error)) from error
+        raise failed(repo, reason(error, flag)) from error
     return f"{HfApi().endpoint}/{repo}"
 
 
@@ -118,9 +129,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     try:
+        check_name(args.name, "OWNER/NAME")
         if "objective" not in read_lora(args.run, "RUN")[1]:
             raise ValueError(f"{args.run} holds no LoRA that was trained here")
-        print(publish(args.run, args.name, find_token(None)))
+        print(publish(args.run, args.name, find_token(None, None), "HF_TOKEN"))
     except (ValueError, OSError) as error:
         return cli.report("hub.py", error)
     return 0

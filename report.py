@@ -64,6 +64,8 @@ for (const box of document.querySelectorAll(".slider")) {{
 def write_report(run: Path) -> Path:
     """RUN/report.html from what is in the folder. ValueError or OSError names what is missing."""
     config, summary = read(run / "config.json"), read(run / "summary.json", {})
+    if "instance_prompt" not in config:  # of a network, say
+        raise ValueError(f"{run / 'config.json'} is no training's; a run's folder was wanted")
     pictures = run / "strengths" / "strengths.json"
     sheets = sorted((run / "samples").glob("*.png"))
     loss, judged = run / "loss.png", run / "evaluation" / "evaluation.json"
@@ -108,6 +110,10 @@ def read(path: Path, otherwise: dict | None = None) -> dict:
         if (size := path.stat().st_size) > 2**26:
             raise ValueError(f"it has {size} bytes")
         return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(
+            f"{path.parent} has no {path.name}; a run's folder was wanted"
+        ) from error
     except (RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 

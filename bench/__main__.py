@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.report import write_report
+from cli import Parser, report
 from durable import write_json
-from runs import revision
+from runs import refuse_file, revision
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -216,8 +217,8 @@ def measure(case: Case, arms: dict[str, dict], args: argparse.Namespace, folder:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench", description=__doc__, allow_abbrev=False,
+    parser = Parser(
+        prog="python -m bench", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument
@@ -236,22 +237,26 @@ def main(argv: list[str] | None = None) -> int:
     )
     add("--note", default="", help="what a reader must know: the machine was shared")
     add("--data", type=Path, default=ROOT / "data" / "bench", help="made here [data/bench]")
-    add("--out", type=Path, help="[bench/results; with --quick data/bench/quick/results]")
+    add(
+        "--out", type=Path,
+        help="a file of numbers for each case; RESULTS.md and its plot go into its parent "
+        "[bench/results; with --quick data/bench/quick/results]",
+    )  # fmt: skip
     add("--report", action="store_true", help="measure nothing")
     args = parser.parse_args(argv)
-    args.data = args.data.resolve()
-    args.out = args.out or (args.data / "quick" / "results" if args.quick else RESULTS)
-    args.out.mkdir(parents=True, exist_ok=True)
-
+    if args.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {args.rounds}")
+    if not 0 <= args.turn_s < math.inf:
+        parser.error(f"--turn_s must be at least 0 and finite, got {args.turn_s}")
     cases = [] if args.report else planned(args.device)
     if args.quick:
         tasks = {"train": 2, "encode": 2, "sample": 1, "edit": 1}
         cases = [Case(task, "cpu", "fp32", "tenth", 64, b) for task, b in tasks.items()]
         args.rounds, args.no_compile = min(args.rounds, 5), True
+    names = [case.name for case in cases]
     cases = [case for case in cases if args.only in case.name]
     if not cases and not args.report:
-        parser.error(f"--only {args.only} leaves no case; there are "
-                     + ", ".join(case.name for case in planned(args.device)))  # fmt: skip
+        parser.error(f"--only {args.only} leaves no case; there are {', '.join(names)}")
     known = {name for case in cases for name in ARMS[case.task]}
     wanted = args.arms.split(",") if args.arms else known
     if unknown := set(wanted) - known:
@@ -260,6 +265,14 @@ def main(argv: list[str] | None = None) -> int:
     ran = revision()
     if args.device == "cuda" and ran["gpu"] is None and not args.report:
         parser.error("--device cuda needs a GPU that torch can use")
+    try:
+        refuse_file(args.data, "--data")
+        args.data = args.data.resolve()
+        args.out = args.out or (args.data / "quick" / "results" if args.quick else RESULTS)
+        refuse_file(args.out, "--out")
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return report(parser.prog, error)
     for case in cases:
         arms = {
             name: job

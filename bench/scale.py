@@ -22,7 +22,9 @@ from statistics import median
 import numpy as np
 from PIL import Image
 
+import cli
 from durable import remove, write_aside, write_json
+from runs import refuse_file
 
 ROOT = Path(__file__).parents[1]
 SIZE = 16  # px
@@ -118,7 +120,9 @@ def measure(data: Path, pairs: int, args: argparse.Namespace) -> dict:
         ]  # fmt: skip
         command = [sys.executable, "-m", "bench.scale", "--one", json.dumps(argv)]
         command += ["--processor_time"] if args.processor_time else []
-        done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        if done.returncode:  # and train.py has said why
+            raise SystemExit(done.returncode)
         result = json.loads(done.stdout.splitlines()[-1])
         result["rows_s"] = round(pairs / max(result["encode_all_s"], 1e-3))
         found[when] = result
@@ -131,8 +135,8 @@ def line(pairs: int, when: str, result: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.scale", description=__doc__, allow_abbrev=False,
+    parser = cli.Parser(
+        prog="python -m bench.scale", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument
@@ -147,10 +151,22 @@ def main(argv: list[str] | None = None) -> int:
     if args.one:
         print(json.dumps(one(json.loads(args.one), args.processor_time)))
         return 0
+    for name, least in (("pairs", min(args.pairs)), ("steps", args.steps)):
+        if least < 1:
+            parser.error(f"--{name} must be at least 1, got {least}")
+    try:
+        words = shlex.split(args.args)
+    except ValueError as error:
+        parser.error(f"--args {args.args}: {str(error).lower()}")
+    cli.make_parser(f"{parser.prog} --args").parse_args(words)
+    try:
+        refuse_file(args.data, "--data")
+        args.data.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return cli.report(parser.prog, error)
     from tests.checkpoints import make_checkpoint
 
     data = args.data.resolve()
-    data.mkdir(parents=True, exist_ok=True)
     if not (data / "tiny").exists():
         write_aside(data / "tiny", make_checkpoint)
     print(f"| pairs | cache | {' | '.join(COLUMNS.values())} |")

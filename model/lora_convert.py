@@ -11,6 +11,7 @@ OUT must not be there yet.
 import argparse
 import errno
 import math
+import re
 import shutil
 import sys
 import warnings
@@ -129,11 +130,14 @@ def merge_into(args: argparse.Namespace, folder: Path) -> str:
             "with it: merge that one first if it should be",
             stacklevel=2,
         )
-    index = locate(base, "model_index.json", args.revision)
-    if index is None:
-        raise FileNotFoundError(
-            f"{lacks(base, 'model_index.json', args.revision)}; a whole model was wanted"
-        )
+    try:
+        index = locate(base, "model_index.json", args.revision)
+        if index is None:
+            raise FileNotFoundError(
+                f"{lacks(base, 'model_index.json', args.revision)}; a whole model was wanted"
+            )
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"--model {error}") from error
     about = read_json(index)
 
     def write(part: str, stem: str, config: dict, state: dict[str, torch.Tensor]) -> None:
@@ -198,8 +202,10 @@ def run_merge(args: argparse.Namespace) -> None:
         aside.mkdir()
         try:
             done.append(merge_into(args, aside))
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(aside)
+            if isinstance(error, FileNotFoundError) and error.errno is None:
+                raise ValueError(error) from error  # of an OSError write_aside would say it of OUT
             raise
 
     write_aside(args.out, fill)
@@ -210,6 +216,11 @@ def run_merge(args: argparse.Namespace) -> None:
 
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, **keywords):
+        super().__init__(allow_abbrev=False, **keywords)
+        # or -1,0.5 and -1e-3 are taken for flags
+        self._negative_number_matcher = re.compile(r"^-\.?\d[\d.,eE+-]*$")
+
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message}\n")
 
@@ -225,13 +236,13 @@ def numbers(text: str) -> list[float]:
 
 
 def make_parser() -> Parser:
-    parser = Parser(prog="model.weights", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(prog="model.weights", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="convert|concat|merge", parser_class=Parser
     )
 
     def command(name: str, run, help: str) -> Parser:
-        one = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        one = commands.add_parser(name, help=help, description=help)
         one.set_defaults(run=run)
         one.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="of OUT [fp32]")
         return one

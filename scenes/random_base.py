@@ -8,7 +8,6 @@ of its own: without this arm, a good number says nothing about the base.
 """
 
 import argparse
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -16,15 +15,28 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from cli import Parser, report
 from durable import write_aside
+from model.files import read_json
 from model.unet import UNet
+from runs import refuse_file
 
 WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
 
 
+def refuse_other(out: Path) -> None:
+    """FileExistsError if `out`, which is to be replaced, is there and no model's folder."""
+    refuse_file(out, "--out")
+    if out.exists() and any(out.iterdir()) and not (out / "model_index.json").is_file():
+        raise FileExistsError(
+            f"--out {out} is not empty and has no model_index.json: a new folder was wanted, or a "
+            "model's to be replaced"
+        )
+
+
 def write_random_base(base: Path, out: Path, seed: int = 0) -> Path:
     """A copy of `base` whose UNet has fresh weights of this seed, in fp16 as the base's."""
-    config = json.loads((base / "unet" / "config.json").read_text(encoding="utf-8"))
+    config = read_json(base / "unet" / "config.json")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         state = {key: tensor.half() for key, tensor in UNet(config).state_dict().items()}
@@ -40,15 +52,28 @@ def write_random_base(base: Path, out: Path, seed: int = 0) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m scenes.random_base", description=__doc__, allow_abbrev=False,
+    parser = Parser(
+        prog="python -m scenes.random_base", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--base", type=Path, default=Path(__file__).parent / "base")
     parser.add_argument("--out", type=Path, required=True, help="the model's folder, replaced")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    print(write_random_base(args.base, args.out, args.seed))
+    try:
+        if not 0 <= args.seed < 2**31:
+            raise ValueError(f"--seed must be in 0..2147483647, got {args.seed}")
+        for name in ("model_index.json", "unet/config.json"):
+            if not (args.base / name).is_file():
+                raise FileNotFoundError(
+                    f"--base {args.base} has no {name}; a directory in diffusers' layout was wanted"
+                )
+        if args.base.resolve() in (args.out.resolve(), *args.out.resolve().parents):
+            raise FileExistsError(f"--out {args.out} is in --base {args.base}, which is copied")
+        refuse_other(args.out)
+        print(write_random_base(args.base, args.out, args.seed))
+    except (ValueError, OSError) as error:
+        return report(parser.prog, error)
     return 0
 
 

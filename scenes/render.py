@@ -19,6 +19,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from cli import Parser, report
+from runs import refuse_file
+
 CHANGES = {  # name: what a caption says
     "urban": "with new houses",
     "flood": "flooded",
@@ -484,9 +487,36 @@ def write_pairs(
             (out / "after" / name).with_suffix(".txt").write_text(text + "\n")
 
 
+def time_list(text: str) -> tuple[float, ...]:
+    """ "0,0.5,1" -> (0.0, 0.5, 1.0); each has a folder of its own"""
+    try:
+        times = [float(part) for part in text.split(",")] if text else []
+    except ValueError:
+        times = [math.nan]
+    if not all(0 <= time <= 1 for time in times):
+        raise argparse.ArgumentTypeError(
+            f"numbers in 0..1 with commas between them were wanted, such as 0,0.5,1, got {text!r}"
+        )
+    if len({f"{time:.2f}" for time in times}) < len(times):
+        raise argparse.ArgumentTypeError(f"times that differ by 0.01 were wanted, got {text!r}")
+    return tuple(times)
+
+
+def check(args: argparse.Namespace) -> None:
+    """ValueError or FileExistsError naming the flag that no pairs could be drawn with."""
+    # the scenes of one seed end where those of the next begin, and seed 2000's trained the base
+    bounds = {
+        "pairs": (1, 1_000_000), "seed": (0, 1999), "size": (1, 2048), "outcomes": (1, 1000),
+    }  # fmt: skip
+    for name, (least, most) in bounds.items():
+        if not least <= (value := getattr(args, name)) <= most:
+            raise ValueError(f"--{name} must be in {least}..{most}, got {value}")
+    refuse_file(args.out, "--out")
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m scenes.render", description=__doc__, allow_abbrev=False,
+    parser = Parser(
+        prog="python -m scenes.render", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--change", required=True, choices=CHANGES)
@@ -494,16 +524,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="other seeds are other scenes")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--size", type=int, default=64, help="pixels")
-    parser.add_argument("--times", default="", help="states in between, such as 0,0.25,0.5,0.75,1")
+    parser.add_argument(
+        "--times", type=time_list, default=(), metavar="0,0.5,1", help="states in between"
+    )
     parser.add_argument("--outcomes", type=int, default=1, help="truths per scene, if random")
     parser.add_argument("--captions", action="store_true", help="NAME.txt beside each after image")
     args = parser.parse_args(argv)
-    times = tuple(float(t) for t in args.times.split(",")) if args.times else ()
-    write_pairs(
-        args.out, args.change, args.pairs,
-        seed=args.seed, size=args.size, times=times, outcomes=args.outcomes,
-        captions=args.captions,
-    )  # fmt: skip
+    try:
+        check(args)
+        write_pairs(
+            args.out, args.change, args.pairs,
+            seed=args.seed, size=args.size, times=args.times, outcomes=args.outcomes,
+            captions=args.captions,
+        )  # fmt: skip
+    except (ValueError, OSError) as error:
+        return report(parser.prog, error)
     print(f"{args.pairs} pairs in {args.out}", file=sys.stderr)
     return 0
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from cli import Parser, report
 from durable import write_aside
 from images import contact_sheet
 from model.draws import seeded
@@ -36,7 +37,8 @@ from model.schedule import Schedule
 from model.text import TextEncoder
 from model.unet import UNet
 from model.vae import VAE
-from runs import revision
+from runs import refuse_file, revision
+from scenes.random_base import refuse_other
 from scenes.render import CHANGES, caption, make_scene, render
 from scenes.tokenizer import write_text, write_tokenizer
 
@@ -482,8 +484,8 @@ def train_base(args: argparse.Namespace) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m scenes.train_base", description=__doc__, allow_abbrev=False,
+    parser = Parser(
+        prog="python -m scenes.train_base", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="the model's folder, replaced")
@@ -501,7 +503,13 @@ def main(argv: list[str] | None = None) -> int:
         help="bf16 autocast: on a GPU, or a CPU with AMX (on others it is many times slower)",
     )  # fmt: skip
     args = parser.parse_args(argv)
-    print(train_base(args))
+    try:
+        refuse_other(args.out)  # before the hours, not after them
+        refuse_file(args.work, "--work")
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        print(train_base(args))
+    except OSError as error:
+        return report(parser.prog, error)
     return 0
 
 

@@ -123,6 +123,9 @@ def test_lines_of_an_arms_file(tmp_path):
         ("common: --overwrite", "--overwrite is set for each run"),
         ("a: --push_to_hub", "--push_to_hub is for a run of its own"),
         ("evaluate: --lora x", "--lora is set for each run"),
+        ("evaluate: --nosuch", "unrecognized arguments: --nosuch"),
+        ("evaluate: --strengths 0,x", "got '0,x'"),
+        ("first.evaluate: --samples two", "invalid int value: 'two'"),
         ("a --lora_rank 4", "a line is `name: --flag value ...`"),
         ("--lora_rank 4", "a line is `name: --flag value ...`"),
         ("b.evaluate: --samples 2", "there is no arm 'b' yet"),
@@ -148,8 +151,17 @@ def test_files_that_are_no_arms(lab, capsys):
     lab.file.write_bytes(b"\xff\xfe\x00")
     assert ablate.main([str(lab.file)]) == 2
     assert "is not a text file" in capsys.readouterr().err
-    assert ablate.main([str(lab.file.with_name("none"))]) == 2
-    assert "none" in capsys.readouterr().err
+    for file in (lab.file.with_name("none"), lab.file.parent):
+        assert ablate.main([str(file)]) == 2
+        err = capsys.readouterr().err
+        assert re.match(rf"ablate\.py: {file}: \w.*; a file of arms was wanted\n$", err)
+    lab.file.write_text("evaluate: --before_data_dir x\na:\n  --instance_data_dir x\n")
+    with pytest.raises(SystemExit) as stop:
+        ablate.main([str(lab.file), "--out", str(lab.out)])
+    said = (
+        f"{lab.file}:2: evaluate.py for a: the following arguments are required: --after_data_dir\n"
+    )
+    assert (stop.value.code, capsys.readouterr().err) == (2, said) and not lab.out.exists()
     assert lab.run("a:\n", "--jobs", 0) == 2 and "--jobs" in capsys.readouterr().err
 
 
@@ -304,8 +316,9 @@ def test_the_programs_are_started(lab, monkeypatch, capsys):
     monkeypatch.undo()
     assert lab.run("a: --before_data_dir nowhere\n") == 1
     log = lab.out / "a" / "seed0.log"
-    sentence = "Before images root doesn't exist: nowhere"
-    assert sentence in capsys.readouterr().err and sentence in log.read_text()
+    sentence, said = "Before images root doesn't exist: nowhere", capsys.readouterr()
+    assert sentence in said.err and sentence in log.read_text()
+    assert str(lab.out / "table.md") in said.out and ".png" not in said.out  # there is none
     assert log.read_text().startswith(f"$ {ROOT / 'train.py'} ")
     assert (lab.out / "table.md").exists() and not (lab.out / "sheet.png").exists()
 
@@ -322,7 +335,9 @@ def test_a_program_that_outlives_the_ablation_keeps_its_folder(tmp_path, monkeyp
     monkeypatch.setattr(ablate, "ROOT", tmp_path)
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "train.py").write_text("import sys; open(sys.argv[1]).read()\n")
-    (tmp_path / "arms.txt").write_text("evaluate: --samples 1\na: --instance_data_dir x\n")
+    (tmp_path / "arms.txt").write_text(
+        "evaluate: --before_data_dir x --after_data_dir x\na: --instance_data_dir x\n"
+    )
     out, again = tmp_path / "out", [str(tmp_path / "arms.txt"), "--out", str(tmp_path / "out")]
     out.mkdir()
     held = durable.lock(out, "--out")

@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 
+from bench import scale
 from bench.__main__ import Case, Process, main
 from bench.report import ratio, write_report
 
@@ -77,6 +78,14 @@ def test_the_report_takes_ratios_within_a_round(tmp_path):
     "argv, said",
     [
         (["--only", "nothing"], "--only nothing leaves no case; there are train-cpu-scenes"),
+        (
+            ["--quick", "--only", "nothing"],
+            "there are train-cpu-tenth-64-b2-fp32, encode-cpu-tenth-64-b2-fp32, "
+            "sample-cpu-tenth-64-b1-fp32, edit-cpu-tenth-64-b1-fp32\n",
+        ),
+        (["--turn_s", "nan"], "--turn_s must be at least 0 and finite, got nan"),
+        (["--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["--rounds", "-1"], "--rounds must be at least 1, got -1"),
         (["--arms", "ours,theirs"], "--arms has 'theirs'; there are ours"),
         pytest.param(
             ["--device", "cuda"],
@@ -85,7 +94,59 @@ def test_the_report_takes_ratios_within_a_round(tmp_path):
         ),
     ],
 )
-def test_mistakes_are_said(argv, said, tmp_path, capsys):
+def test_mistakes_are_said(argv, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(main.__globals__, "measure", None)
     with pytest.raises(SystemExit) as stop:
         main([*argv, "--out", os.fspath(tmp_path / "results")])
-    assert stop.value.code == 2 and said in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and said in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "argv", [["--quick", "--data"], ["--quick", "--out"], ["--report", "--out"]]
+)
+def test_a_file_is_no_folder(argv, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(main.__globals__, "measure", None)
+    (file := tmp_path / "file").write_text("mine")
+    assert main([*argv, str(file)]) == 2
+    said = f"python -m bench: {argv[-1]} {file}: {file} is a file, a folder was wanted\n"
+    assert capsys.readouterr().err == said and file.read_text() == "mine"
+
+
+def test_the_help_says_where_the_page_goes(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "RESULTS.md and its plot go into its parent" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--pairs", "0"], "bench.scale: --pairs must be at least 1, got 0"),
+        (["--pairs", "4", "-1"], "bench.scale: --pairs must be at least 1, got -1"),
+        (["--steps", "0"], "bench.scale: --steps must be at least 1, got 0"),
+        (["--args=--nosuch"], "bench.scale --args: unrecognized arguments: --nosuch"),
+        (["--args='open"], "bench.scale: --args 'open: no closing quotation"),
+        (["--data", "FILE"], "FILE is a file, a folder was wanted"),
+    ],
+)
+def test_mistakes_of_scale_are_said(argv, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(scale, "measure", None)
+    (file := tmp_path / "FILE").write_text("mine")
+    argv = [str(file) if word == "FILE" else word for word in argv]
+    try:
+        status = scale.main(["--data", str(tmp_path / "data"), *argv])
+    except SystemExit as stop:
+        status = stop.code
+    err = capsys.readouterr().err
+    assert status == 2 and said in err and err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["FILE"]
+
+
+def test_scale_ends_as_the_training_it_started(tmp_path, capfd):
+    argv = ["--pairs", "2", "--args=--lora_rank 0", "--data", str(tmp_path)]
+    with pytest.raises(SystemExit) as stop:
+        scale.main(argv)
+    err = capfd.readouterr().err
+    assert stop.value.code == 2 and err == "train.py: --lora_rank must be at least 1, got 0\n"

@@ -13,10 +13,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import hub as uploads
 from config import TrainConfig
 from model.weights import load_scheduler_config, load_text, load_unet, load_vae
 from tests.checkpoints import STEMS, to_bin, to_shards, to_variant, weights_file
@@ -278,3 +280,37 @@ def test_train_by_id(repo, sd1, tmp_path):
     written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert written and not any(TOKEN.encode() in path.read_bytes() for path in written)
     assert TOKEN not in done.stdout + done.stderr
+
+
+# ---- hub.py --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, token, said",
+    [
+        ("me/x", None, "an upload needs a token: the variable HF_TOKEN or `hf auth login`"),
+        ("me/x", "two words", "no token has; check HF_TOKEN"),
+        ("no/such/name", TOKEN, "'no/such/name' is no name of a repository (OWNER/NAME)"),
+        ("a b", None, "'a b' is no name of a repository (OWNER/NAME)"),
+    ],
+)
+def test_an_upload_that_cannot_begin(name, token, said, tmp_path, monkeypatch, capsys):
+    """Status 2; nothing is tried, no other try is proposed, and no flag of train.py is named."""
+    monkeypatch.setattr(uploads, "read_lora", lambda *more: ({}, {"objective": "delta"}))
+    monkeypatch.setattr(uploads, "publish", None)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
+    assert uploads.main([str(tmp_path), name]) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1
+    assert "--hub" not in err and "again" not in err and "two words" not in err
+
+
+def test_a_token_that_the_hub_refuses(tmp_path, monkeypatch, capsys):
+    """It came from HF_TOKEN, for hub.py has no flag for it."""
+    monkeypatch.setattr(uploads, "read_lora", lambda *more: ({}, {"objective": "delta"}))
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: TOKEN)
+    with Hub({}, token="hf_another") as hub:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+        assert uploads.main([str(tmp_path), "me/x"]) == 1
+    err = capsys.readouterr().err
+    assert "it answered 401; check HF_TOKEN" in err and "--hub" not in err and TOKEN not in err

@@ -585,14 +585,15 @@ def test_rank(tmp_path, sd1, capsys):
 
 
 def test_concat_is_the_weighted_sum(tmp_path, sd1, capsys):
-    names = {"mixed": 1.0, "text": -0.5, "locon": 2.0}
+    names = {"mixed": -1.0, "text": -0.5, "locon": 2.0}
     files = [tmp_path / f"{case}.safetensors" for case in names]
     for case, file, layout in zip(names, files, LAYOUTS):
         unet, text = adapted(sd1, case)
         both, meta = {"text": text} if CASES[case][1] else {}, {"prompt": case, "base_model": "x"}
         save_lora(file, unet=unet, **both, layout=layout, metadata=meta)
     out = tmp_path / "sum.safetensors"
-    code, text_said = said(capsys, "concat", *files, out, "--weights=1,-0.5,2", "--format", "kohya")
+    weights = ["--weights", "-1e0,-0.5,2"]  # a list that begins like a flag
+    code, text_said = said(capsys, "concat", *files, out, *weights, "--format", "kohya")
     assert code == 0 and "differ in prompt" in text_said
     assert read_lora(out)[1] == {"base_model": "x"}
     total = {}
@@ -669,7 +670,7 @@ def test_the_command_line_says_what_is_wrong(tmp_path, sd1, capsys):
     unet, _ = adapted(sd1, "attention")
     save_lora(lora := tmp_path / "x.safetensors", unet=unet)
     (there := tmp_path / "there.safetensors").write_text("mine")
-    new = tmp_path / "new.safetensors"
+    new, merge = tmp_path / "new.safetensors", ("merge", tmp_path / "m", "--lora")
     for argv, words in {
         ("convert", lora, there): "is there already",
         ("convert", lora, tmp_path / "new"): "should end in .safetensors",
@@ -679,7 +680,9 @@ def test_the_command_line_says_what_is_wrong(tmp_path, sd1, capsys):
         ("convert", lora, new, "--format", "a1111"): "invalid choice: 'a1111'",
         ("concat", lora, lora, new, "--weights", "1"): "--weights has 1 numbers for 2 LoRAs",
         ("concat", lora, lora, new, "--weights", "1,nan"): "numbers such as 1,0.5",
-        ("merge", "--model", sd1 / "unet", "--lora", lora, tmp_path / "m"): "has no model_index",
+        (*merge, lora, "--model", sd1 / "unet"): "merge: --model .*/unet has no model_index",
+        (*merge, lora, "--model", "nowhere"): "merge: --model 'nowhere' is neither a directory",
+        (*merge, "nowhere", "--model", sd1): "merge: --lora nowhere: no",
         ("merge", "--model", sd1, "--lora", lora, new, "--strength", "inf"): "--strength",
         ("merge", "--model", sd1, "--lora", there, tmp_path / "m"): "damaged or not safetensors",
     }.items():

@@ -125,9 +125,17 @@ def test_a_run_without_pictures(run):
 
 
 def test_mistakes_are_one_sentence(tmp_path, run, capsys):
-    assert report.main([str(tmp_path / "none")]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "none" in said
+    (network := tmp_path / "unet").mkdir()
+    (network / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+    for folder, wrong in {
+        tmp_path / "none": f"{tmp_path / 'none'} has no config.json",
+        network / "config.json": "config.json has no config.json",
+        network: f"{network / 'config.json'} is no training's",
+    }.items():
+        assert report.main([str(folder)]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and f"{wrong}; a run's folder was wanted" in said
+    assert len(list(network.iterdir())) == 1
     (run / "strengths" / "strengths.json").write_text("[1")
     assert report.main([str(run)]) == 2
     said = capsys.readouterr().err

@@ -1,12 +1,17 @@
 """The renderer: determined by its seeds, exact outside the mask, continuous in time."""
 
+import re
+import shutil
+import subprocess
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from pairs import find_pairs
+from scenes import random_base, train_base
 from scenes.render import (
     CHANGES,
     RANDOM_CHANGES,
@@ -20,6 +25,7 @@ from scenes.render import (
 )
 
 SEEDS = range(12)
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -128,3 +134,93 @@ def test_the_command_writes_pairs_masks_states_and_outcomes(tmp_path, capsys):
     assert not list(again.rglob("*.txt"))
     for path in out.rglob("*.png"):
         assert path.read_bytes() == (again / path.relative_to(out)).read_bytes()
+
+
+# ---- mistakes ------------------------------------------------------------------------------------
+
+
+def refused(program, argv, capsys) -> str:
+    """The one sentence of a program that ends with status 2."""
+    try:
+        status = program(list(map(str, argv)))
+    except SystemExit as stop:
+        status = stop.code
+    said = capsys.readouterr().err
+    assert status == 2 and said.count("\n") == 1, said
+    return said
+
+
+@pytest.mark.parametrize(
+    "flag, value, said",
+    [
+        *(("--times", t, f"numbers in 0..1 .* got '{t}'") for t in ("foo", "0.25,", "nan", "5")),
+        ("--times", "0.251,0.252", "times that differ by 0.01 were wanted, got '0.251,0.252'"),
+        *(("--seed", seed, f"--seed must be in 0..1999, got {seed}") for seed in (-1, 2000)),
+        *(("--size", size, f"--size must be in 1..2048, got {size}") for size in (0, -5)),
+        *(("--pairs", pairs, f"--pairs must be in 1..1000000, got {pairs}") for pairs in (0, -2)),
+        *(("--outcomes", k, f"--outcomes must be in 1..1000, got {k}") for k in (0, -1)),
+    ],
+)  # fmt: skip
+def test_pairs_that_cannot_be_drawn(tmp_path, capsys, flag, value, said):
+    argv = ["--change", "solar", "--pairs", 2, "--out", tmp_path / "out", flag, value]
+    assert re.search(said, refused(main, argv, capsys)) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "program, argv",
+    [(main, ["--change", "solar", "--pairs", 1]), (random_base.main, []), (train_base.main, [])],
+    ids=["render", "random_base", "train_base"],
+)
+def test_a_file_is_no_folder(tmp_path, capsys, monkeypatch, program, argv):
+    monkeypatch.setattr(train_base, "train_base", None)  # it would take hours
+    (file := tmp_path / "file").write_text("mine")
+    for out in (file, file / "x"):
+        said = refused(program, [*argv, "--out", out], capsys)
+        assert f"--out {out}: {file} is a file, a folder was wanted" in said
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("program", [random_base.main, train_base.main])
+def test_a_folder_of_other_things_is_not_replaced(tmp_path, capsys, monkeypatch, program):
+    monkeypatch.setattr(train_base, "train_base", None)
+    (tmp_path / "thesis.txt").write_text("mine")
+    said = refused(program, ["--out", tmp_path], capsys)
+    assert f"--out {tmp_path} is not empty and has no model_index.json" in said
+    assert (tmp_path / "thesis.txt").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_model_is_replaced_but_not_the_one_that_is_copied(tmp_path, capsys):
+    base, out = ROOT / "scenes" / "base", tmp_path / "out"
+    out.mkdir()
+    (out / "model_index.json").write_text("{}")
+    assert random_base.main(["--out", str(out)]) == 0
+    assert (out / random_base.WEIGHTS).is_file() and len((out / "model_index.json").read_text()) > 2
+    capsys.readouterr()
+    for wrong in (out, out / "x"):
+        said = refused(random_base.main, ["--base", out, "--out", wrong], capsys)
+        assert f"--out {wrong} is in --base {out}" in said
+    for wrong in (tmp_path / "nowhere", base / "unet"):
+        said = refused(random_base.main, ["--base", wrong, "--out", tmp_path / "new"], capsys)
+        assert f"--base {wrong} has no model_index.json" in said
+    said = refused(random_base.main, ["--seed", -1, "--out", tmp_path / "new"], capsys)
+    assert "--seed must be in 0..2147483647, got -1" in said and not (tmp_path / "new").exists()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(
+    "words, has, lacks",
+    [
+        ("evaluate RUN=r BEFORE=b", "--before_data_dir 'b'", "--after_data_dir"),
+        ("evaluate RUN=r BEFORE=b AFTER=a", "--after_data_dir 'a'", "mask"),
+        ("evaluate", "--after_data_dir 'data/scenes/solar/test/after'", "--outcome_dirs"),
+        ("generate PROMPT=x RUN=runs/typo", "--lora 'runs/typo'", "--model"),
+        ("generate PROMPT=x CHANGE=none", "--model 'scenes/base'", "--lora"),
+        ("generate PROMPT=x RUN=", "--model 'scenes/base'", "--lora"),
+    ],
+)
+def test_make_names_what_was_given_and_nothing_else(words, has, lacks):
+    """Of a folder that was not given the program says so; a run that is not there is asked for."""
+    make = ["make", "-n", *words.split(), "PYTHON=python"]
+    said = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    last = said[said.index(f"{words.split()[0].replace('generate', 'sample')}.py") :]
+    assert has in last and lacks not in last

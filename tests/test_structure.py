@@ -120,7 +120,7 @@ ARROWS = {
     "train": ["*"],
     "evaluate": ["*"],
     "comparison": ["images", "measures"],
-    "ablate": ["comparison", "cli", "config", "durable", "runs"],
+    "ablate": ["comparison", "cli", "config", "durable", "evaluate", "runs"],
 }  # fmt: skip
 ROOTS = ("check_data", "hub", "sample", "train", "evaluate", "ablate")  # what a user starts
 FOLDERS = ("scenes", "bench", "docs", "tests")  # on top of all: nothing outside them imports them
