@@ -6,6 +6,7 @@ down to `lora_rank` are those of the DreamBooth-LoRA script this project descend
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
@@ -273,6 +274,8 @@ SOURCES = ("before_data_dir", "sequence_dirs", "frames_dir", "instance_data_dir"
 OF_PAIRS = (
     "pair_objective", "validation_pairs", "validation_images", "max_pairs", "mask_from_change",
 )  # fmt: skip
+OF_OBJECTIVES = ("delta_t", "bridge_t", "img2img_t", "image_dropout")
+OF_NOISE = ("t_min", "snr_gamma")  # prior preservation reads them too
 MAY_BE_EMPTY = ("instance_prompt", "validation_prompt", "class_prompt")
 
 
@@ -280,6 +283,10 @@ def is_pairs(cfg: TrainConfig) -> bool:
     """Whether it trains on changes: pairs, sequences or clips."""
     sources = (cfg.before_data_dir, cfg.after_data_dir, cfg.sequence_dirs, cfg.frames_dir)
     return cfg.use_image_pairs or any(source is not None for source in sources)
+
+
+def objective_of(cfg: TrainConfig) -> str:
+    return cfg.pair_objective or ("delta" if is_pairs(cfg) else "dreambooth")
 
 
 def limits(f: dataclasses.Field) -> str:
@@ -370,13 +377,12 @@ def check(cfg: TrainConfig) -> TrainConfig:
     return cfg
 
 
-def without_effect(cfg: TrainConfig) -> list[str]:
-    """A sentence for each flag that was given and that nothing reads.
+def without_effect(cfg: TrainConfig, reads: Sequence[str]) -> list[str]:
+    """A sentence for each flag that was given and that nothing reads; `reads`: what the objective
+    does.
 
     To warn of, not to stop for: an arm of an ablation may switch off what a flag before it tunes.
     """
-    name = cfg.pair_objective or ("delta" if is_pairs(cfg) else "dreambooth")
-    noisy = cfg.with_prior_preservation or name not in ("delta", "bridge", "img2img")
     prior = cfg.with_prior_preservation
     restarts = "cosine_with_restarts"
     random_views = not cfg.center_crop or cfg.random_flip or cfg.random_scale > 1
@@ -387,13 +393,7 @@ def without_effect(cfg: TrainConfig) -> list[str]:
         ("base_lora_strength", cfg.base_lora is not None, "--base_lora"),
         ("allow_unmatched", is_pairs(cfg) or cfg.mask_dir is not None, "pairs or --mask_dir"),
         ("views", random_views, "random crops, --random_flip or --random_scale"),
-        ("delta_t", name == "delta", "--pair_objective delta"),
-        ("bridge_t", name == "bridge", "--pair_objective bridge"),
-        ("img2img_t", name == "img2img", "--pair_objective img2img"),
-        ("image_dropout", name == "concat", "--pair_objective concat"),
-        ("t_min", noisy, "a loss on noise: not delta, bridge, img2img"),
         ("huber_c", cfg.loss == "huber", "--loss huber"),
-        ("snr_gamma", noisy and name != "anchored", "a loss on noise, and not anchored"),
         ("recompute", cfg.gradient_checkpointing, "--gradient_checkpointing"),
         ("lr_warmup_steps", cfg.lr_scheduler != "constant", "--lr_scheduler constant_with_warmup"),
         ("lr_num_cycles", cfg.lr_scheduler == restarts, f"--lr_scheduler {restarts}"),
@@ -401,6 +401,8 @@ def without_effect(cfg: TrainConfig) -> list[str]:
         ("hub_model_id", cfg.push_to_hub, "--push_to_hub"),
         ("logging_dir", cfg.report_to == "tensorboard", "--report_to tensorboard"),
         ("resume_changed", cfg.resume_from_checkpoint is not None, "--resume_from_checkpoint"),
+        *((knob, knob in reads, "an objective that reads it") for knob in OF_OBJECTIVES),
+        *((knob, prior or knob in reads, "a loss on noise") for knob in OF_NOISE),
         ("prior_loss_weight", prior, "--with_prior_preservation"),
         ("num_class_images", prior, "--with_prior_preservation"),
         ("prior_generation_precision", prior, "--with_prior_preservation"),

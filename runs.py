@@ -23,7 +23,18 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from durable import damage, json_bytes, lock, naming, remove, seal, sign, write_aside, write_json
+from durable import (
+    LOCK,
+    damage,
+    json_bytes,
+    lock,
+    naming,
+    remove,
+    seal,
+    sign,
+    write_aside,
+    write_json,
+)
 
 # Fields that may differ when a run goes on: they change when it stops and what it writes, no step.
 FREE = {
@@ -35,6 +46,12 @@ FREE = {
     "enable_xformers_memory_efficient_attention", "lora_format", "lora_dtype", "on_nan",
     "resume_changed",
 }  # fmt: skip
+
+
+# What a new run replaces
+FILES = ("config.json", "summary.json", "metrics.jsonl", "loss.png", "report.html", "README.md",
+         "samples", "strengths")  # fmt: skip
+PATTERNS = ("checkpoint-*", "pytorch_lora_weights*.safetensors")
 
 
 def without_tokens(text: str) -> str:
@@ -88,8 +105,9 @@ def refuse_file(folder: Path, flag: str) -> None:
 class Run:
     """Opens the folder: a new run, or (with `resume`) one to go on with from `self.resume_step`.
 
-    FileExistsError when a run is there already, BlockingIOError when another process writes it;
-    ValueError when what is resumed had another config (`changed` allows it) or is damaged.
+    FileExistsError when a run is there already, or what a run would replace; BlockingIOError when
+    another process writes it; ValueError when what is resumed had another config (`changed` allows
+    it; a field that the older run did not know had its `usual` value) or is damaged.
     `tracker`, given the folder and a step, opens what is told the numbers too
     (training/trackers.py).
     """
@@ -102,16 +120,17 @@ class Run:
         resume: str | None = None,
         overwrite: bool = False,
         changed: bool = False,
+        usual: dict | None = None,
         tracker: Callable | None = None,
     ):
         self.folder = Path(folder)
         self.checkpoint: Path | None = None
-        self._config, self._changed = config, changed
+        self._config, self._changed, self._usual = config, changed, usual or {}
         self._new = not overwrite  # no run may be there
         self._lock, self._metrics, self._early = None, None, []
         self._open_tracker, self._tracker = tracker, None
         refuse_file(self.folder, "--output_dir")
-        _refuse_read_only(self.folder)
+        refuse_read_only(self.folder, "--output_dir")
         there = (self.folder / "config.json").exists()
         try:
             if there:
@@ -124,6 +143,8 @@ class Run:
                 raise FileNotFoundError(f"--resume_from_checkpoint {resume}: {folder} holds no run")
             elif there:
                 self._refuse_run()
+            else:
+                self._refuse_others()
         except BaseException:
             self._unlock()
             raise
@@ -135,6 +156,19 @@ class Run:
             raise FileExistsError(
                 f"--output_dir {self.folder} holds a run already: choose another folder, go on "
                 "with --resume_from_checkpoint latest, or replace it with --overwrite"
+            )
+
+    def _replaced(self) -> list[Path]:
+        """What is there of what a new run replaces; config.json first."""
+        there = [self.folder / name for name in FILES if os.path.lexists(self.folder / name)]
+        return there + [path for pattern in PATTERNS for path in self.folder.glob(pattern)]
+
+    def _refuse_others(self) -> None:
+        """A run that was killed while it cleared the folder leaves its lock: that one may go on."""
+        if self._new and not (self.folder / LOCK).exists() and (others := self._replaced()):
+            raise FileExistsError(
+                f"--output_dir {self.folder} holds no run and yet {others[0].name}, which a run "
+                "would replace: choose another folder, or replace it with --overwrite"
             )
 
     def _unlock(self) -> None:
@@ -158,12 +192,8 @@ class Run:
         rows = self.rows() if self.checkpoint else []
         if self.checkpoint is None:
             # config.json first: without it a kill in between leaves no run, rather than half of one
-            for name in ("config.json", "summary.json", "metrics.jsonl", "loss.png", "report.html",
-                         "README.md", "samples", "strengths"):  # fmt: skip
-                remove(self.folder / name)
-            for pattern in ("checkpoint-*", "pytorch_lora_weights*.safetensors"):
-                for old in self.folder.glob(pattern):
-                    remove(old)
+            for old in self._replaced():
+                remove(old)
         for later in self.checkpoints():  # damaged, or of another future than this one
             if _step(later) > self.resume_step:
                 aside = later.with_name(f"{later.name}.set-aside")
@@ -204,6 +234,11 @@ class Run:
             faults.append(f"{path} is damaged: {fault}")
         if faults and self.checkpoint is None:
             raise ValueError(f"{'; '.join(faults)}; no other is there: --overwrite starts anew")
+        if not have and any(self.folder.glob(PATTERNS[1])):
+            raise ValueError(
+                f"--resume_from_checkpoint latest: the run in {self.folder} is done and has no "
+                "checkpoint to go on from: --overwrite starts anew"
+            )
         for fault in faults:
             warnings.warn(f"{fault}; going on from {self.checkpoint.name}", stacklevel=4)
 
@@ -216,8 +251,8 @@ class Run:
         warnings.warn(f"--resume_changed: the run in {self.folder} had {what}", stacklevel=4)
 
     def _compare(self, config: dict) -> None:
-        old = self._read("config.json")
-        now = json.loads(json_bytes(config))
+        now, usual = (json.loads(json_bytes(fields)) for fields in (config, self._usual))
+        old = usual | self._read("config.json")
         other = [k for k in sorted(now) if k not in FREE and old.get(k) != now[k]]
         if other and self.checkpoint is not None:
             told = ", ".join(f"{k} was {old.get(k)!r} and is {now[k]!r}" for k in other)
@@ -346,11 +381,11 @@ def save_image(image: Image.Image, path: Path) -> None:
     write_aside(path, lambda aside: image.save(aside, format="PNG"))
 
 
-def _refuse_read_only(folder: Path) -> None:
+def refuse_read_only(folder: Path, flag: str) -> None:
     """PermissionError before hours of work, not after them."""
     there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), folder)
     if not os.access(there, os.W_OK | os.X_OK):
-        raise PermissionError(f"--output_dir {folder}: {there} cannot be written to")
+        raise PermissionError(f"{flag} {folder}: {there} cannot be written to")
 
 
 def _step(checkpoint: Path) -> int:

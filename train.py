@@ -35,7 +35,7 @@ from model.lora import keep_strength
 from model.lora_files import LORA_FILE, file_of, save_lora
 from model.lora_layouts import LAYOUTS
 from model.memory import LEVELS, MIB, checkpoint_activations, peak_mib, phase, unless_full
-from model.objectives import OBJECTIVES, Draws, Knobs, Task, extra_channels, noise_loss
+from model.objectives import OBJECTIVES, Draws, Knobs, Task, noise_loss
 from model.optim import step_if
 from model.pipeline import DTYPES, loaded, pick_device, pick_dtype, predictor
 from model.schedule import Schedule
@@ -72,7 +72,7 @@ def train(cfg: TrainConfig, ranks: Ranks | None = None) -> Path:
     went wrong on the way; Stopped (a KeyboardInterrupt) for Ctrl-C and SIGTERM.
     """
     config.check(cfg)
-    for sentence in config.without_effect(cfg):
+    for sentence in config.without_effect(cfg, OBJECTIVES[config.objective_of(cfg)].reads):
         warnings.warn(sentence, stacklevel=2)
     ranks = ranks or Ranks()
     ranks.join()
@@ -115,7 +115,7 @@ def phases(
     dtype = pick_dtype(cfg.mixed_precision, device)
     or_cuda = lambda flag: device.type == "cuda" if flag is None else flag  # noqa: E731
     files = {"variant": cfg.variant, "revision": cfg.revision, "device": device}
-    name = cfg.pair_objective or ("delta" if paired else "dreambooth")
+    name = config.objective_of(cfg)
     knobs = Knobs(**{field: getattr(cfg, field) for field in Knobs._fields})
     if note := moved_note(base):
         print(note)
@@ -181,7 +181,7 @@ def phases(
             raise ValueError(f"{base} has a UNet of {unet.in_channels} input channels, not 4")
         if or_cuda(cfg.channels_last):  # before its LoRA is views of one flat buffer
             unet.to(memory_format=torch.channels_last)
-        trained = adapt(cfg, unet, prompts.text, given, extra_channels(name), run.checkpoint)
+        trained = adapt(cfg, unet, prompts.text, given, task.objective.extra, run.checkpoint)
         ranks.copy_first(trained.flat.data)  # were it only that two processors round differently
         freeze(unet, int8=cfg.base_storage == "int8")
         level = cfg.recompute if cfg.gradient_checkpointing else "none"

@@ -33,7 +33,7 @@ class Draws(NamedTuple):
 
 
 class Knobs(NamedTuple):
-    """Numbers that an objective may read, in training and in use: fields of the config."""
+    """Numbers that an objective may read, in training and in use: fields of the config too."""
 
     delta_t: int = 300
     bridge_t: int = 600
@@ -111,7 +111,7 @@ def delta(predict: Predict, schedule: Schedule, z: Tensor, s: Tensor, knobs: Kno
     t = delta_steps(torch.empty(len(z), dtype=torch.int64, device=z.device), schedule, knobs)
     signal, _ = schedule.roots(t, z)
     x = signal * z
-    with torch.no_grad():  # the frozen half has no gradient
+    with torch.no_grad():  # the frozen half has no gradient, and z none either
         e_0 = predict(x, t, None)
     e_s = predict(x, t, s)
     return z + (schedule.x_0_hat(x, e_s, t) - schedule.x_0_hat(x, e_0, t))
@@ -352,31 +352,50 @@ def restore(
     return ddim(lambda x_t, t: e(x_t, t, m), x, schedule, how.steps, start=start)
 
 
+NOISE = ("t_min", "snr_gamma")  # what `noise_loss` reads
+DENOISE = ("steps", "guidance", "change_guidance", "seed")
+RESTORE = (*DENOISE, "start", "noise_level")
+
+
 class Objective(NamedTuple):
     loss: Callable
     edit: Callable
     multiplier: tuple[float, float] = (1.0, 0.0)  # strength s: LoRA multiplier m[0]·s + m[1]
+    extra: int = 0  # channels that it shows the UNet beyond the UNet's own
     noisy: bool = True  # whether the loss reads ε and t
-    steps: Callable = noise_steps  # the t of the loss, of the t drawn: (t, schedule, knobs)
+    steps: Callable = noise_steps  # the t at which the loss asks, of the t drawn
+    # what is given beside is warned of: the fields of `Knobs` that the loss reads, but for those of
+    # `penalty`, and the flags of an edit
+    reads: tuple[str, ...] = NOISE
+    uses: tuple[str, ...] = RESTORE
     # how it is used unless told otherwise
     eta: float = 0.0
     change_guidance: float = 1.0
 
 
 OBJECTIVES = {
-    "delta": Objective(delta_loss, delta_edit, noisy=False, steps=delta_steps),
-    # guided: LOG.md, "bridge asks for v"
-    "bridge": Objective(
-        bridge_loss, bridge_edit, steps=bridge_steps, eta=0.5, change_guidance=1.25
+    "delta": Objective(
+        delta_loss, delta_edit, noisy=False, steps=delta_steps, reads=("delta_t",), uses=()
     ),
-    "img2img": Objective(img2img_loss, img2img_edit, steps=img2img_steps),
-    "concat": Objective(concat_loss, concat_edit),
+    "bridge": Objective(
+        bridge_loss, bridge_edit, extra=4, steps=bridge_steps, reads=("bridge_t",),
+        uses=(*DENOISE, "eta"),
+        eta=0.5, change_guidance=1.25,  # LOG.md, "bridge asks for v"
+    ),
+    "img2img": Objective(
+        img2img_loss, img2img_edit, steps=img2img_steps, reads=("img2img_t",),
+        uses=(*DENOISE, "eta"),
+    ),
+    "concat": Objective(
+        concat_loss, concat_edit, extra=4, reads=(*NOISE, "image_dropout"),
+        uses=(*RESTORE, "image_guidance"),
+    ),
     "canvas": Objective(canvas_loss, canvas_edit),
     "slider": Objective(slider_loss, slider_edit, (2.0, -1.0)),
-    "anchored": Objective(anchored_loss, after_edit, steps=anchored_steps),
+    "anchored": Objective(anchored_loss, after_edit, steps=anchored_steps, reads=("t_min",)),
     "after": Objective(after_loss, after_edit),
     "dreambooth": Objective(after_loss, after_edit),
-}
+}  # fmt: skip
 
 
 class Task(NamedTuple):
@@ -386,8 +405,3 @@ class Task(NamedTuple):
     objective: Objective
     schedule: Schedule
     knobs: Knobs
-
-
-def extra_channels(name: str) -> int:
-    """How many channels beyond the UNet's own the objective shows it."""
-    return 4 if name in ("concat", "bridge") else 0

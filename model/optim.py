@@ -5,15 +5,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-SCHEDULERS = (
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-    "constant",
-    "constant_with_warmup",
-)
-
 
 def adamw(
     flat: nn.Parameter,
@@ -62,7 +53,10 @@ def learning_rate(
     cycles: int = 1,
     power: float = 1.0,
 ) -> float:
-    """At optimizer step 0, 1, ... of `steps`: the six schedules of the published trainers."""
+    """At optimizer step 0, 1, ... of `steps`: the six schedules of the published trainers.
+
+    ValueError: no such schedule.
+    """
     if name == "constant":
         return peak
     if step < warmup:
@@ -77,4 +71,6 @@ def learning_rate(
     if name == "polynomial":
         end = 1e-7
         return (peak - end) * (1 - done) ** power + end if done < 1 else end
-    return peak  # constant_with_warmup
+    if name == "constant_with_warmup":
+        return peak
+    raise ValueError(f"--lr_scheduler {name} has no formula in model/optim.py")

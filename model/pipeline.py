@@ -3,7 +3,8 @@
 What train.py, sample.py and whatever else uses a trained model share.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,8 +71,8 @@ def predictor(unet: UNet, ctx: Context) -> Predict:
 
     m None is the base alone. A context (b, l, d) is repeated where x_t holds the batch several
     times over; a function makes it from m (a trained text encoder has the LoRA's multipliers too).
-    A widened UNet that gets no more than x_t sees zeros beside it. Computes in the UNet's dtype,
-    answers in x_t's.
+    A widened UNet that gets no more than x_t sees zeros beside it; ValueError if it gets more than
+    it takes. Computes in the UNet's dtype, answers in x_t's.
     """
     dtype = unet.conv_in.weight.dtype
 
@@ -80,6 +81,11 @@ def predictor(unet: UNet, ctx: Context) -> Predict:
             set_strength(unet, m)
         c = ctx(m) if callable(ctx) else ctx
         c = c.to(dtype).repeat(len(x_t) // len(c), 1, 1)  # (b, l, d)
+        if x_t.shape[1] > unet.in_channels:
+            raise ValueError(
+                f"the objective shows the UNet {x_t.shape[1]} channels, which takes "
+                f"{unet.in_channels}: the LoRA was trained with another one"
+            )
         x = F.pad(x_t, (0, 0, 0, 0, 0, unet.in_channels - x_t.shape[1]))  # (b, c_in, h, w)
         return unet(x.to(dtype), t, c).to(x_t.dtype)
 
@@ -256,6 +262,17 @@ class Pipeline:
         return multiplier(self.meta, strength)
 
 
+@contextmanager
+def _named(in_header: bool, flag: str) -> Iterator[None]:
+    """Adds to the error about what is not there that no flag, but a LoRA's header, named it."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if in_header:
+            error.add_note(f"the LoRA's header names it: say with {flag} where it is now")
+        raise
+
+
 def load_pipeline(
     base: str | None,
     lora: str | Path | None = None,
@@ -279,20 +296,25 @@ def load_pipeline(
     under = find_companion(meta, base_lora, base_lora_strength)
     if under is not None:
         parts, said = read_lora(under[0], "--base_lora")
+    base_told = vae_told = False  # by the LoRA's header
     if base is None:
         if "base_model" not in meta:
             said = f", and {lora} does not say what it was trained on" if lora is not None else ""
             raise ValueError(f"--model is missing{said}")
         base = meta["base_model"]
         revision, variant = revision or meta.get("revision"), variant or meta.get("variant")
+        base_told, vae_told = True, vae_path is None
         vae_path = vae_path or meta.get("vae_path")
         prediction_type = prediction_type or meta.get("prediction_type")
     files = {"revision": revision, "variant": variant, "device": device}
-    schedule = Schedule.from_config(
-        load_scheduler_config(base, revision=revision, prediction_type=prediction_type)
-    ).to(device)
-    text = load_text(base, **files, tokenizer=tokenizer_name or meta.get("tokenizer_name"))
-    vae = load_vae(vae_path, device=device) if vae_path else load_vae(base, **files)
+    with _named(base_told, "--model"):
+        config = load_scheduler_config(base, revision=revision, prediction_type=prediction_type)
+    schedule = Schedule.from_config(config).to(device)
+    tokenizer = tokenizer_name or meta.get("tokenizer_name")
+    with _named(bool(tokenizer) and tokenizer_name is None, "--tokenizer_name"):
+        text = load_text(base, **files, tokenizer=tokenizer)
+    with _named(vae_told and bool(vae_path), "--vae_path"):
+        vae = load_vae(vae_path, device=device) if vae_path else load_vae(base, **files)
     unet = load_unet(base, **files, dtype=dtype)
     quick_convs(unet)
     if unet.in_channels != 4:

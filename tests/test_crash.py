@@ -280,6 +280,75 @@ def test_class_images_go_on_after_a_kill_in_the_first(config, tmp_path):
     assert [p.name for p in (tmp_path / "class").iterdir()] == ["generated_000000.png"]
 
 
+def test_class_images_of_another_seed_are_kept(config, tmp_path):
+    cfg = replace(
+        config, with_prior_preservation=True, class_prompt="land", num_class_images=1, seed=1,
+        class_data_dir=str(tmp_path / "class"), max_train_steps=1, num_validation_images=0,
+    )  # fmt: skip
+    train.train(cfg)
+    (first,) = (tmp_path / "class").iterdir()
+    kept = first.stat().st_mtime_ns
+    train.train(replace(cfg, seed=0, num_class_images=3, output_dir=f"{cfg.output_dir}2"))
+    assert len(list((tmp_path / "class").iterdir())) == 3 and first.stat().st_mtime_ns == kept
+
+
+# ---- nothing of others ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["README.md", "samples/mine.png", "checkpoint-5/x", LORA_FILE])
+def test_a_folder_of_others_is_not_cleared(config, name):
+    """It holds no run, and what a run would replace."""
+    mine = Path(config.output_dir) / name
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"mine")
+    for resume in (None, "latest"):
+        with pytest.raises(FileExistsError, match="holds no run and yet "):
+            train.train(replace(config, resume_from_checkpoint=resume))
+    assert mine.read_bytes() == b"mine"
+    train.train(replace(config, overwrite=True, max_train_steps=1))
+    assert not mine.exists() or mine.read_bytes() != b"mine"
+
+
+def test_a_run_that_is_done_is_not_begun_anew_for_want_of_a_checkpoint(config, whole):
+    """Its checkpoints were deleted to save space."""
+    train.train(config)
+    for path in Path(config.output_dir).glob("checkpoint-*"):
+        durable.remove(path)
+    lora = (Path(config.output_dir) / LORA_FILE).read_bytes()
+    with pytest.raises(ValueError, match="is done and has no checkpoint to go on from"):
+        train.train(replace(config, resume_from_checkpoint="latest", lora_rank=3))
+    assert (Path(config.output_dir) / LORA_FILE).read_bytes() == lora
+
+
+def test_a_field_that_an_older_run_did_not_know_is_no_other_config(config, whole):
+    train.train(replace(config, max_train_steps=2))
+    file = Path(config.output_dir) / "config.json"
+    fields = json.loads(file.read_text())
+    del fields["channels_last"], fields["huber_c"], fields["sequence_dirs"]
+    file.write_text(json.dumps(fields))
+    assert resumed(config)[LORA_FILE] == whole[LORA_FILE]
+
+
+def test_what_is_written_lies_apart_from_what_is_read(config, pairs, tmp_path):
+    """Else pictures of a run are trained on, or images cleared with an older run."""
+    shutil.copytree(pairs, tmp_path / "run" / "samples")
+    inside = {f"{side}_data_dir": str(tmp_path / "run" / "samples" / side)
+              for side in ("before", "after")}  # fmt: skip
+    classes = {"with_prior_preservation": True, "class_prompt": "land"}
+    for changes, said in (
+        (inside, "--before_data_dir .* lies where --output_dir .* writes"),
+        ({"output_dir": f"{pairs}/after/run"}, "--output_dir .* lies in --after_data_dir"),
+        ({"class_data_dir": f"{pairs}/after", **classes}, "--class_data_dir .* lies in --after"),
+        (
+            {"base_lora": config.output_dir, "overwrite": True},
+            "--base_lora .* lies in --output_dir",
+        ),
+    ):
+        with pytest.raises(ValueError, match=said):
+            train.train(replace(config, **changes))
+    assert (tmp_path / "run" / "samples" / "before").is_dir()
+
+
 # ---- one writer ----------------------------------------------------------------------------------
 
 

@@ -31,6 +31,7 @@ from docs.flags import table
 from model import lora_convert, memory
 from model.layers import ResBlock, TransformerBlock
 from model.lora_files import LORA_FILE, read_lora
+from model.objectives import OBJECTIVES
 from model.unet import UNet
 from tests.checkpoints import make_checkpoint, to_variant, weights_file
 from tests.hub_server import Hub
@@ -1303,12 +1304,12 @@ def test_flag(name, lab, monkeypatch):
         ("mask_outside", 0.5, "--mask_dir"),
         ("sequence_times", (0.0, 1.0), "--sequence_dirs"),
         ("frame_stride", 2, "--frames_dir"),
-        ("bridge_t", 300, "--pair_objective bridge"),
-        ("img2img_t", 300, "--pair_objective img2img"),
-        ("image_dropout", 0.5, "--pair_objective concat"),
+        ("bridge_t", 300, "an objective that reads it"),
+        ("img2img_t", 300, "an objective that reads it"),
+        ("image_dropout", 0.5, "an objective that reads it"),
         ("base_lora_strength", 0.5, "--base_lora"),
         ("views", 2, "random crops"),
-        ("delta_t", 200, "--pair_objective delta"),
+        ("delta_t", 200, "an objective that reads it"),
         ("recompute", "transformer", "--gradient_checkpointing"),
         ("lr_warmup_steps", 5, "--lr_scheduler constant_with_warmup"),
         ("lr_num_cycles", 2, "--lr_scheduler cosine_with_restarts"),
@@ -1333,7 +1334,10 @@ def test_a_flag_that_another_flag_switches_off_is_warned_about(lab, flag, value,
 
 def test_flags_that_fit_each_other_are_not_warned_about(lab):
     """Noise losses take γ, also those of class images; `delta` has none; masks need no pairs."""
-    said = config.without_effect
+
+    def said(cfg):
+        return config.without_effect(cfg, OBJECTIVES[config.objective_of(cfg)].reads)
+
     assert not said(lab.config()) and not said(lab.config(pair_objective="slider", snr_gamma=5.0))
     assert not said(lab.config(**prior(lab, pair_objective="delta", snr_gamma=5.0)))
     assert "--snr_gamma 5.0 has no effect" in said(lab.config(snr_gamma=5.0))[0]

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import config
 from model.lora import inject, keep_strength, lora_layers, set_strength
 from model.memory import LEVELS, checkpoint_activations
 from model.objectives import (
@@ -14,7 +15,6 @@ from model.objectives import (
     Knobs,
     delta,
     delta_loss,
-    extra_channels,
     noise_loss,
     slider_loss,
 )
@@ -359,7 +359,7 @@ def test_a_fresh_lora_changes_nothing(sd1, name):
     """Whatever lies in the new channels, or on the other half of the canvas: step 0 is the base."""
     plain = predictor(load_unet(sd1, dtype=torch.float64), noise(9, (2, 7, 32)))
     unet = load_unet(sd1, dtype=torch.float64)
-    if extra := extra_channels(name):
+    if extra := OBJECTIVES[name].extra:
         unet.widen(extra)
     targets = "attn,ff,conv" + (",conv_in" if extra else "")
     inject(unet, targets, rank=2, generator=torch.Generator().manual_seed(0))
@@ -368,6 +368,9 @@ def test_a_fresh_lora_changes_nothing(sd1, name):
     assert extra == (0 if name == "canvas" else 4)
     assert torch.equal(fresh(x, t, ONES), fresh(x, t, None))
     torch.testing.assert_close(fresh(x, t, ONES), plain(x[:, :4], t, ONES), rtol=0, atol=1e-12)
+    if extra:
+        with pytest.raises(ValueError, match="shows the UNet 8 channels, which takes 4"):
+            plain(x, t, ONES)
 
 
 def test_the_base_alone_is_strength_0(predict):
@@ -386,3 +389,36 @@ def test_the_steps_an_objective_names_are_those_it_asks_at(name):
         OBJECTIVES[name].loss(predict, sched, a, b, ONES, draws, knobs)
         named = OBJECTIVES[name].steps(draws.t, sched, knobs)
         assert all(torch.equal(t[: len(named)], named) for _, t, _ in calls)
+
+
+# ---- what is warned of ---------------------------------------------------------------------------
+
+
+class Asked:
+    """Knobs, or how an edit is run, that remember which of their fields were looked at."""
+
+    def __init__(self, fields):
+        self.fields, self.read = fields, set()
+
+    def __getattr__(self, name):
+        self.read.add(name)
+        return getattr(self.fields, name)
+
+    def _replace(self, **changes):
+        self.fields = self.fields._replace(**changes)
+        return self
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_objective_says_what_it_reads_and_uses(name):
+    """So that a flag without effect is warned of; config.py knows all knobs there are."""
+    objective, knobs, (a, b, draws) = OBJECTIVES[name], Asked(Knobs()), pair()
+    predict = lambda x, t, m: x[:, :4]  # noqa: E731
+    objective.loss(predict, schedule(), a, b, ONES, draws, knobs)
+    assert knobs.read - {"loss", "huber_c"} == set(objective.reads)
+    assert set(objective.reads) <= {*config.OF_OBJECTIVES, *config.OF_NOISE}
+    how = Asked(How(steps=3, start="noise", guided=predict, generator=torch.Generator()))
+    objective.edit(predict, schedule(), a, ONES, how)
+    flags = {"guided": {"guidance", "change_guidance"}, "generator": {"seed"}, "knobs": set()}
+    used = set().union(*(flags.get(field, {field}) for field in how.read))
+    assert used == set(objective.uses)

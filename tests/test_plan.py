@@ -90,7 +90,7 @@ def test_what_is_predicted_is_what_is_allocated(size, dtype, batch, side, level)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_it_is_of_every_objective(name):
     """A pair twice in the batch, a base beside the LoRA, more channels, a canvas."""
-    made = Made(widen=4 * (name in ("bridge", "concat")))
+    made = Made(widen=OBJECTIVES[name].extra)
     made.recompute("transformer")
     loss = made.loss(name)
     assert measure(loss, made.params, 2).tensors == pytest.approx(allocated(loss, 2), rel=0.03)

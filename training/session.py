@@ -4,12 +4,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 
 from config import TrainConfig
 from model.memory import out_of_memory, peak_mib
-from runs import Run
+from runs import FILES, Run
 from training.ranks import Beside, Ranks
 from training.trackers import pick_tracker
 
@@ -18,9 +19,30 @@ ONCE = ("overwrite", "resume_from_checkpoint", "resume_changed",
         "push_to_hub", "hub_token", "hub_model_id")  # fmt: skip
 
 
+def refuse_overlap(cfg: TrainConfig) -> None:
+    """ValueError where what is written would be trained on, or would replace what is read."""
+    flags = ("before_data_dir", "after_data_dir", "mask_dir", "frames_dir", "instance_data_dir")
+    read = [(flag, getattr(cfg, flag)) for flag in flags if getattr(cfg, flag) is not None]
+    read += [("sequence_dirs", folder) for folder in cfg.sequence_dirs or ()]
+    written = [(flag, getattr(cfg, flag)) for flag in ("output_dir", "class_data_dir")]
+    out = Path(cfg.output_dir).resolve()
+    for flag, folder in read:
+        there = Path(folder).resolve()
+        for mine, path in written:
+            if path is not None and Path(path).resolve().is_relative_to(there):
+                raise ValueError(f"--{mine} {path} lies in --{flag} {folder}, which is trained on")
+        if any(there.is_relative_to(out / name) for name in FILES):
+            raise ValueError(f"--{flag} {folder} lies where --output_dir {cfg.output_dir} writes")
+    if cfg.base_lora is not None and Path(cfg.base_lora).resolve().is_relative_to(out):
+        raise ValueError(
+            f"--base_lora {cfg.base_lora} lies in --output_dir {cfg.output_dir}, which is replaced"
+        )
+
+
 def open_run(cfg: TrainConfig, ranks: Ranks) -> Run | Beside:
     """The run's folder, on rank 0; all ranks go on from the checkpoint that is found there."""
     if ranks.leads:
+        refuse_overlap(cfg)
         told = asdict(replace(cfg, **{name: getattr(TrainConfig, name) for name in ONCE}))
         run = Run(
             cfg.output_dir,
@@ -28,6 +50,7 @@ def open_run(cfg: TrainConfig, ranks: Ranks) -> Run | Beside:
             resume=cfg.resume_from_checkpoint,
             overwrite=cfg.overwrite,
             changed=cfg.resume_changed,
+            usual=asdict(TrainConfig()),
             tracker=pick_tracker(cfg.report_to, cfg.logging_dir, told),
         )
     else:
