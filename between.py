@@ -5,6 +5,7 @@ anything is loaded, and what is measured are the frames as they were saved.
 """
 
 import argparse
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ from data import MAX_ASPECT, aspect_gap, by
 from durable import write_aside, write_json
 from images import contact_sheet, load_image, to_image, to_tensor
 from measures import mse, path, perceived, psnr, structure
-from model.lora_files import load_lora
+from model.lora_files import load_lora, lora_path
 from model.morph import States, blended, fit, inverted, renderer, respaced, steps_between
 from model.objectives import OBJECTIVES
 from model.pipeline import Pipeline, encode, padded
@@ -28,6 +29,7 @@ DEFAULTS = {
     "adain": True, "attention": True, "noise_level": 0.6, "fit_steps": 0, "learning_rate": 1e-3,
     "lora_rank": 16,
 }  # fmt: skip
+NOISY = (None, "slider", "anchored", "after", "dreambooth")  # None: no LoRA, or one that says none
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -70,8 +72,20 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--fit_steps fits a LoRA where none is given, and --lora gives one")
     if args.lora_after and not args.lora:
         raise ValueError("--lora_after is for the after image: give the before image's as --lora")
-    if args.method == "direct" and (args.lora_after or not (args.lora or args.fit_steps)):
-        raise ValueError("--method direct needs one LoRA: --lora alone, or --fit_steps")
+    direct = method_of(args, args.objective) == "direct"  # without a LoRA no header says more
+    if direct and (args.lora_after or not (args.lora or args.fit_steps)):
+        asked = "--method direct" if args.method else f"--objective {args.objective}"
+        raise ValueError(f"{asked} needs one LoRA: --lora alone, or --fit_steps")
+    if args.lora_after:
+        lora_path(args.lora_after, "--lora_after")
+
+
+def method_of(args: argparse.Namespace, objective: str | None) -> str:
+    """--method, or what suits the objective."""
+    if args.method is not None:
+        return args.method
+    # the others have ways of their own, which only their edit knows
+    return "invert" if objective in NOISY or args.lora_after else "direct"
 
 
 def open_ends(
@@ -92,6 +106,10 @@ def open_ends(
     size = b.size
     if resolution is not None:
         size = tuple(round(side * resolution / min(b.size)) for side in b.size)
+    if math.prod(size) > (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise ValueError(
+            f"--after is {by(b.size)}, which would be {by(size)} at --resolution {resolution}"
+        )
     a, b = (x if x.size == size else x.resize(size, Image.Resampling.BILINEAR) for x in (a, b))
     return a, b
 
@@ -165,10 +183,9 @@ def morph(
     for name, shown in (("morph", frames), ("blend", blend)):
         shown = [seen(x) for x in shown]
         for kind, far in (("perceived", perceived), ("structure", structure)):
-            if kind == "perceived" or min(ends[0].size) >= 11:  # ssim's window
-                gaps = steps_between(shown, far)
-                even = path(gaps, far(shown[0], shown[-1]))
-                numbers["distances"][kind][name] = {**even, "steps": gaps}
+            gaps = steps_between(shown, far)
+            even = path(gaps, far(shown[0], shown[-1]))
+            numbers["distances"][kind][name] = {**even, "steps": gaps}
     write_json(out / "morph.json", numbers)
     return numbers
 
@@ -180,10 +197,7 @@ def adapted(
     if args.objective:
         said = {"objective": args.objective, "multiplier": OBJECTIVES[args.objective].multiplier}
         pipe = replace(pipe, meta=pipe.meta | said)
-    method = args.method
-    if method is None:  # other objectives have ways of their own, which only their edit knows
-        noisy = pipe.meta.get("objective") in (None, "slider", "anchored", "after", "dreambooth")
-        method = "invert" if noisy or args.lora_after else "direct"
+    method = method_of(args, pipe.meta.get("objective"))
     for name, used, wanted in (
         ("adain", method == "invert", "--method invert"),
         ("attention", method == "invert", "--method invert"),

@@ -20,14 +20,16 @@ from cli import Parser
 from cli import report as fail
 from data import MAX_ASPECT, aspect_gap, by
 from images import contact_sheet, load_image, load_mask, shown
-from pairs import by_name, find_pairs, read_caption
-from runs import refuse_file, save_image
+from pairs import by_name, find_pairs, left_out, read_caption, refuse_among, refuse_missing
+from runs import refuse_file, refuse_read_only, save_image
 
 NO_CHANGE = 0.5  # of 255, mean absolute difference: what saving as JPEG twice costs
 MIN_SHIFT = 2  # pixels of the original
 MIN_PEAK = 15.0  # standard deviations; 618 unrelated pairs of photographs reached 12.2
 MIN_RATIO = 2.0  # over the next peak; the same unrelated pairs reached 1.62
+DARK = 16  # of 255: the white of 12 bits in a file of 16
 TILE, SHEET_PAIRS = 192, 24
+FLAGS = {"before": "--before", "after": "--after", "mask": "--mask_dir"}
 
 
 # ------------------------------------------------------------------------------ registration
@@ -107,11 +109,12 @@ def check(
     FileNotFoundError, NotADirectoryError or ValueError if there is no pair to look at.
     """
     folders = {"before": before_dir, "after": after_dir} | ({"mask": mask_dir} if mask_dir else {})
-    flags = {"before": "Before images root", "after": "After images root", "mask": "--mask_dir"}
-    sides = {side: by_name(folder, flags[side]) for side, folder in folders.items()}
+    both = FLAGS["before"], FLAGS["after"]
+    refuse_missing(before_dir, after_dir, both)
+    sides = {side: by_name(folder, FLAGS[side]) for side, folder in folders.items()}
     names = [name for name in sides["before"] if name in sides["after"]]
     if not names or Path(before_dir).resolve() == Path(after_dir).resolve():
-        find_pairs(before_dir, after_dir)  # knows the right sentence
+        find_pairs(before_dir, after_dir, flags=both)  # knows the right sentence
     report = Report()
     for side, groups in sides.items():
         number = sum(map(len, groups.values()))
@@ -125,6 +128,8 @@ def check(
         found["pairs without a mask"] = [name for name in names if name not in sides["mask"]]
     doubled = {name for groups in sides.values() for name, p in groups.items() if len(p) > 1}
     found["names with several files in one folder"] = sorted(doubled)
+    others = [path for side, folder in folders.items() for path in left_out(folder, FLAGS[side])]
+    found["files of another suffix, left out"] = list(map(str, others))
 
     kept = [name for name in names if name not in doubled]
     # spread over the set, and chosen beforehand, so that no other picture stays in memory
@@ -156,6 +161,9 @@ def check(
         if "before" not in images or "after" not in images:
             continue
         before, after = images["before"], images["after"]
+        for side in ("before", "after"):
+            if (most := max(high for _, high in images[side].getextrema())) <= DARK:
+                note("nearly black images", f"{name} ({side}, at most {most} of 255)")
         sizes.append(after.size)
         for side, image in images.items():
             if image.size != after.size:
@@ -200,6 +208,8 @@ def check(
         (False, "images of another size", "they will be resized to the after image"),
         (False, "pairs that look shifted", "align them; (right, down) px of after over before"),
         (False, "pairs without change", "they teach that nothing happens"),
+        (False, "nearly black images", "12 bits in a file of 16? scale them to all of its range"),
+        (False, "files of another suffix, left out", "save them as PNG, JPEG, WebP, BMP or TIFF"),
         (False, "empty masks", "they teach that nothing happens"),
         (False, "sets of equal before images", keep_one),
         (False, "sets of equal after images", keep_one),
@@ -226,6 +236,9 @@ def main(argv: list[str] | None = None) -> int:
             wanted = "a positive multiple of 8"
             raise ValueError(f"--resolution must be {wanted}, got {args.resolution}")
         refuse_file(args.out, "--out")
+        refuse_read_only(args.out, "--out")
+        folders = zip(FLAGS.values(), (args.before, args.after, args.mask_dir))
+        refuse_among(args.out, [(flag, folder) for flag, folder in folders if folder])
         report, sheet = check(args.before, args.after, args.mask_dir, args.resolution)
         if sheet:
             args.out.mkdir(parents=True, exist_ok=True)

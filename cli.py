@@ -14,14 +14,25 @@ from pathlib import Path
 
 from config import TrainConfig, check
 
+PATHS = {"DIR", "FILE", "IMAGE", "IMAGE_OR_DIR", "RUN_OR_FILE"}  # metavars
+
 
 class Parser(argparse.ArgumentParser):
-    """One sentence on stderr and exit status 2; no abbreviations. stdout takes any file's name."""
+    """One sentence on stderr and exit status 2; no abbreviations. stdout takes any file's name.
+
+    A list of numbers may begin with a negative one; no path is empty.
+    """
 
     def __init__(self, **keywords):
         if hasattr(sys.stdout, "reconfigure"):  # a terminal may not know every letter
             sys.stdout.reconfigure(errors="backslashreplace")
         super().__init__(allow_abbrev=False, **keywords)
+        self._negative_number_matcher = re.compile(r"^-\.?\d[\d.,eE+-]*$")
+
+    def _get_value(self, action, arg_string):
+        if not arg_string and action.metavar in PATHS:  # pathlib takes it for the current folder
+            raise argparse.ArgumentError(action, "a path was wanted, got ''")
+        return super()._get_value(action, arg_string)
 
     def error(self, message):
         sys.exit(report(self.prog, message))
@@ -37,7 +48,11 @@ def report(prog: str, error, *, aloud: bool = True) -> int:
     What looks like an access token is starred out; a line nobody reads any more is left unsaid, and
     one that another process has said (not `aloud`).
     """
-    said = f"nobody reads the output: {error}" if isinstance(error, BrokenPipeError) else str(error)
+    said = str(error)
+    if isinstance(error, BrokenPipeError):
+        said = f"nobody reads the output: {error}"
+    elif not said:  # Python's own MemoryError says nothing
+        said = "out of memory" if isinstance(error, MemoryError) else type(error).__name__
     told = "; ".join([said, *getattr(error, "__notes__", [])])
     told = re.sub(r"\bhf_\w+", "hf_***", " ".join(told.split()))
     if aloud:

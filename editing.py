@@ -24,9 +24,17 @@ from model.pipeline import (
     pick_device,
     pick_dtype,
 )
-from runs import refuse_file
+from runs import refuse_file, refuse_read_only
 
 # ---- flags ---------------------------------------------------------------------------------------
+
+MOST = 1e6  # no knob is of use beyond it, and float32 ends at 3e38
+
+
+def distinct(values: Sequence[float]) -> bool:
+    """Whether all lie within ± MOST and each is written differently: files are named by them."""
+    near = all(abs(value) <= MOST for value in values)  # so written, NaN is not
+    return near and len({f"{value:g}" for value in values}) == len(values)
 
 
 def numbers(text: str) -> list[float]:
@@ -35,9 +43,11 @@ def numbers(text: str) -> list[float]:
         values = [float(part) for part in text.split(",")]
     except ValueError:
         values = [math.nan]
-    if not all(map(math.isfinite, values)):
-        wanted = "numbers with commas between them"
-        raise argparse.ArgumentTypeError(f"{wanted} were wanted, such as 0,0.5,1, got {text!r}")
+    if not distinct(values):
+        raise argparse.ArgumentTypeError(
+            f"numbers with commas between them were wanted, different ones within ±{MOST:.0f}, "
+            f"such as 0,0.5,1, got {text!r}"
+        )
     return values
 
 
@@ -115,6 +125,8 @@ def check(args: argparse.Namespace) -> None:
     ):  # fmt: skip
         if not math.isfinite(value := getattr(args, name, None) or 0.0):
             raise ValueError(f"--{name} must be a finite number, got {value}")
+        if abs(value) > MOST:
+            raise ValueError(f"--{name} must be in -{MOST:.0f}..{MOST:.0f}, got {value}")
     if not 1 <= args.steps <= 1000:
         raise ValueError(f"--steps must be between 1 and 1000, got {args.steps}")
     if args.batch_size < 1:
@@ -126,6 +138,7 @@ def check(args: argparse.Namespace) -> None:
     if not 0 < getattr(args, "noise_level", 1.0) <= 1:
         raise ValueError(f"--noise_level must be in (0, 1], got {args.noise_level}")
     refuse_file(Path(args.out), "--out")
+    refuse_read_only(Path(args.out), "--out")
 
 
 # ---- their use ---------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import argparse
 import math
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +27,12 @@ from cli import Parser, report
 from data import PairDataset
 from durable import write_aside, write_json
 from editing import (
+    MOST,
     add_common_flags,
     add_edit_flags,
     batches,
     check,
+    distinct,
     edit_pixels,
     numbers,
     objective_of,
@@ -40,7 +43,7 @@ from measures import collect, judge, mse, progress, psnr, spearman, spread, stat
 from model.files import first_line
 from model.memory import out_of_memory
 from model.pipeline import Pipeline, decode, encode
-from pairs import find_pairs, fingerprint
+from pairs import SIDES, Pair, find_pairs, fingerprint, refuse_among
 from progress import no_bars
 from report import write_report
 from runs import save_image
@@ -60,26 +63,45 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
             f"--between_dirs names {len(args.between_dirs)} folders, "
             f"--between_times {len(args.between_times)} times"
         )
+    if not distinct(args.between_times):
+        said = " ".join(f"{time:g}" for time in args.between_times)
+        raise ValueError(
+            f"--between_times must be different numbers within ±{MOST:.0f}, got {said}"
+        )
     strengths = args.strengths
     if not {0.0, 1.0} <= set(strengths):
         raise ValueError(f"--strengths must have 0 and 1 among them, got {strengths}")
     if args.samples < 1 or (args.outcome_dirs and args.samples < 2):
         raise ValueError(f"--samples must be at least {1 + bool(args.outcome_dirs)}")
-    pairs = find_pairs(args.before_data_dir, args.after_data_dir, mask_dir=args.mask_dir)
+    folders = [(flag, getattr(args, flag[2:])) for flag in (*SIDES, "--mask_dir")]
+    folders += [("--between_dirs", folder) for folder in args.between_dirs]
+    folders += [("--outcome_dirs", folder) for folder in args.outcome_dirs]
+    folders = [(flag, folder) for flag, folder in folders if folder is not None]
+    for out in (Path(args.out), Path(args.out, "pictures")):
+        refuse_among(out, folders)
+
+    def found(flag: str, folder: str, mask_dir: str | None = None) -> list[Pair]:
+        flags = SIDES[0], flag
+        return find_pairs(
+            args.before_data_dir, folder, mask_dir=mask_dir, allow_unmatched=None, flags=flags
+        )
+
+    pairs = found(SIDES[1], args.after_data_dir, args.mask_dir)
+    between = [found("--between_dirs", folder) for folder in args.between_dirs]
+    outcomes = [found("--outcome_dirs", folder) for folder in args.outcome_dirs]
     pipe = open_pipeline(args)
     objective = objective_of(args, pipe)
-    resolution = args.resolution or pipe.meta.get("resolution")
+    resolution = pipe.meta.get("resolution") if args.resolution is None else args.resolution
     if resolution is None:
         raise ValueError(f"--lora {args.lora} does not say its resolution: give --resolution")
-
-    def opened(folder: str) -> PairDataset:
-        """The pairs with their after images from `folder`; all cut alike."""
-        found = pairs if folder == args.after_data_dir else find_pairs(args.before_data_dir, folder)
-        return PairDataset(found, resolution, center_crop=True)
-
-    dataset = opened(args.after_data_dir)
-    between = {time: opened(d) for time, d in zip(args.between_times, args.between_dirs)}
-    outcomes = [opened(d) for d in args.outcome_dirs]
+    if resolution < 1 or resolution % pipe.vae.downscale:
+        raise ValueError(
+            f"--resolution must be a positive multiple of {pipe.vae.downscale} for this "
+            f"autoencoder, got {resolution}"
+        )
+    opened = partial(PairDataset, resolution=resolution, center_crop=True)
+    dataset, outcomes = opened(pairs), [opened(some) for some in outcomes]
+    between = {time: opened(some) for time, some in zip(args.between_times, between)}
     wanted = sorted({*strengths, *between})
     rows, pictures = [], []
     bar = tqdm(total=len(pairs), desc="evaluate", disable=no_bars())

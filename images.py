@@ -91,22 +91,28 @@ def frame_count(path: Path | str) -> int:
         return getattr(image, "n_frames", 1)
 
 
-def _deep_grey(image: Image.Image) -> Image.Image:
-    """16 and 32-bit grey to 8 on fixed scales: an image's own range would undo the change."""
+def _deep_grey(image: Image.Image, labels: bool) -> Image.Image:
+    """16 and 32-bit grey to 8 on fixed scales: an image's own range would undo the change.
+
+    Where it may hold `labels`, those 0 and 1 are black and white.
+    """
     values = np.asarray(image).astype(np.float64)  # (H, W)
     low, high = values.min(), values.max()
-    if image.mode != "F":
-        top = 65535
+    if high <= 1 and (labels or image.mode == "F"):
+        top = 1
     else:
-        top = 1 if high <= 1 else 255
+        top = 255 if image.mode == "F" else 65535
     if not (low >= 0 and high <= top):  # so written, NaN is refused too
         raise ValueError(f"grey values run from {low:g} to {high:g}, wanted 0 to {top}")
     return Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
 
 
-def load_image(path: Path | Frame | str, background: str = "white") -> Image.Image:
+def load_image(
+    path: Path | Frame | str, background: str = "white", *, labels: bool = False
+) -> Image.Image:
     """The (first) picture in a file: upright, RGB, alpha laid over the colour `background`.
 
+    `labels`: 16 and 32-bit grey of 0 and 1 is black and white.
     ValueError names a file that is broken, cut short, empty or larger than Pillow's bomb limit.
     """
     colour = ImageColor.getrgb(background)[:3]
@@ -116,7 +122,7 @@ def load_image(path: Path | Frame | str, background: str = "white") -> Image.Ima
         opened.load()
         image = ImageOps.exif_transpose(opened)
         if image.mode[0] in "IF":  # I;16, I;16B, I, F
-            image = _deep_grey(image)
+            image = _deep_grey(image, labels)
         if not image.has_transparency_data:
             return image.convert("RGB")
         image = image.convert("RGBA")
@@ -127,7 +133,7 @@ def load_image(path: Path | Frame | str, background: str = "white") -> Image.Ima
 
 def load_mask(path: Path | str) -> Image.Image:
     """A mask as "L": 255 is where the change is. Files that hold labels 0 and 1 are stretched."""
-    mask = load_image(path, background="black").convert("L")
+    mask = load_image(path, background="black", labels=True).convert("L")
     # 1 of 255 can only be a label; left alone it would be a mask that masks nothing
     return mask.point(lambda value: value * 255) if mask.getextrema()[1] == 1 else mask
 

@@ -24,10 +24,14 @@ def psnr(error: float) -> float:
 
 
 def ssim(x: Tensor, y: Tensor) -> float:
-    """Structural similarity (Wang et al. 2004, eq. 13) of grey images, 11 × 11 Gaussian, σ 1.5."""
-    at = torch.arange(11, dtype=x.dtype) - 5
+    """Structural similarity (Wang et al. 2004, eq. 13) of grey images, 11 × 11 Gaussian, σ 1.5.
+
+    Of images smaller than that, the largest odd window that fits.
+    """
+    half = (min(11, *x.shape[1:]) - 1) // 2
+    at = torch.arange(2 * half + 1, dtype=x.dtype) - half
     bell = torch.exp(-at.square() / (2 * 1.5**2))
-    window = torch.outer(bell, bell).view(1, 1, 11, 11) / bell.sum() ** 2
+    window = torch.outer(bell, bell)[None, None] / bell.sum() ** 2
     luma = torch.tensor([0.299, 0.587, 0.114], dtype=x.dtype).view(3, 1, 1)
     x, y = ((image * luma).sum(0)[None, None] for image in (x, y))  # (1, 1, H, W)
     blur = lambda image: F.conv2d(image, window)  # noqa: E731

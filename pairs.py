@@ -20,6 +20,7 @@ from pathlib import Path
 from images import Frame, frame_count, shown
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+SIDES = ("--before_data_dir", "--after_data_dir")
 MAX_CAPTION = 10_000  # characters
 MAX_FRAMES = 10_000  # of an animated file: its header may promise any number
 MAX_LINKS = 1000  # linked folders followed in one search: links to each other multiply
@@ -48,11 +49,50 @@ def find_images(folder: Path | str, flag: str = "--instance_data_dir") -> list[P
 
     FileNotFoundError and NotADirectoryError name `flag` and the path; ValueError: too many links.
     """
+    return [path for path in _files(folder, flag) if path.suffix.lower() in SUFFIXES]
+
+
+def left_out(folder: Path | str, flag: str) -> list[Path]:
+    """The files that `find_images` leaves out for their suffix, captions apart."""
+    known = {*SUFFIXES, ".txt"}
+    return [path for path in _files(folder, flag) if path.suffix.lower() not in known]
+
+
+def refuse_among(out: Path, folders: Sequence[tuple[str, Path | str]]) -> None:
+    """ValueError if `out` is, or is in, a (flag, folder) of images, or holds one of its files.
+
+    What is written there would replace one, or be one more without a partner. What is no folder is
+    left to those who read it.
+    """
+    real = os.path.realpath(out)
+    for flag, folder in folders:
+        if not os.path.isdir(folder):
+            continue
+        inside = Path(real).is_relative_to(os.path.realpath(folder))
+        if inside or real in real_folders(find_images(folder, flag)):
+            raise ValueError(
+                f"--out {shown([out])} is among the images of {flag} {shown([folder])}; "
+                "another folder was wanted"
+            )
+
+
+def real_folders(files: Sequence[Path]) -> set[str]:
+    """Where the files are, links followed; unlike Path.resolve, also one that leads to itself."""
+    return {os.path.dirname(os.path.realpath(file)) for file in files}
+
+
+def _folder(folder: Path | str, flag: str) -> Path:
     folder = Path(folder)
     if not folder.exists():
         raise FileNotFoundError(f"{flag} doesn't exist: {shown([folder])}")
     if not folder.is_dir():
         raise NotADirectoryError(f"{flag} is a file, wanted a folder: {shown([folder])}")
+    return folder
+
+
+def _files(folder: Path | str, flag: str) -> list[Path]:
+    """All files at any depth, hidden ones left out, sorted by relative path."""
+    folder = _folder(folder, flag)
     found, links = [], 0
 
     def walk(inside: Path, prefix: str, above: frozenset[Path]) -> None:
@@ -72,7 +112,7 @@ def find_images(folder: Path | str, flag: str = "--instance_data_dir") -> list[P
                         )
                     walk(path, f"{prefix}{entry.name}/", above | {real})
                 # a dangling link is listed, so that loading names it; a pipe would hang the reader
-                elif path.suffix.lower() in SUFFIXES and (link or entry.is_file()):
+                elif link or entry.is_file():
                     found.append((prefix + entry.name, path))
 
     walk(folder, "", frozenset())
@@ -130,26 +170,39 @@ def read_caption(*images: Path | None) -> str | None:
     return None
 
 
-def _masks(names: Sequence[str], mask_dir: Path | str, allow_unmatched: bool) -> dict[str, Path]:
+def _masks(
+    names: Sequence[str], mask_dir: Path | str, allow_unmatched: bool | None
+) -> dict[str, Path]:
     masks = _one_each(mask_dir, "--mask_dir")
     missing = [name for name in names if name not in masks]
-    if len(missing) == len(names) or (missing and not allow_unmatched):
+    none = len(missing) == len(names)
+    if none or (missing and not allow_unmatched):
         hint = _case_hint(missing, list(masks))
+        if not none and allow_unmatched is not None:
+            hint += "; --allow_unmatched takes them without"
         raise ValueError(
             f"{len(missing)} of {len(names)} images have no mask in --mask_dir "
             f"{shown([mask_dir])}: {shown(missing)}{hint}"
-            + ("" if len(missing) == len(names) else "; --allow_unmatched takes them without")
         )
     return masks
 
 
-def _both_sides(before_dir: Path | str, after_dir: Path | str) -> tuple[dict[str, Path], ...]:
-    before = _one_each(before_dir, "Before images root")
-    after = _one_each(after_dir, "After images root")
+def refuse_missing(before_dir: Path | str, after_dir: Path | str, flags: Sequence[str]) -> None:
+    """FileNotFoundError in the words of the script this project descends from."""
+    for word, folder, flag in zip(("Before", "After"), (before_dir, after_dir), flags):
+        if not os.path.exists(folder):
+            raise FileNotFoundError(f"{word} images root doesn't exist: {shown([folder])} ({flag})")
+
+
+def _both_sides(
+    before_dir: Path | str, after_dir: Path | str, flags: Sequence[str] = SIDES
+) -> tuple[dict[str, Path], ...]:
+    refuse_missing(before_dir, after_dir, flags)
+    before, after = _one_each(before_dir, flags[0]), _one_each(after_dir, flags[1])
     if os.path.samefile(before_dir, after_dir):
+        two = " and ".join(flags) if flags[0] != flags[1] else f"two of {flags[0]}"
         raise ValueError(
-            "--before_data_dir and --after_data_dir are the same folder, "
-            f"so there is no change to learn: {shown([after_dir])}"
+            f"{two} are the same folder, so there is no change to learn: {shown([after_dir])}"
         )
     return before, after
 
@@ -165,15 +218,17 @@ def find_pairs(
     after_dir: Path | str,
     *,
     mask_dir: Path | str | None = None,
-    allow_unmatched: bool = False,
+    allow_unmatched: bool | None = False,
+    flags: Sequence[str] = SIDES,
 ) -> list[Pair]:
     """Pairs of equal relative path without suffix, sorted; a caption is NAME.txt beside either.
 
     Anything left over is an error that names it. `allow_unmatched` leaves single files out (ask
-    `unmatched` which) and takes pairs without a mask as they are. Raises FileNotFoundError or
-    NotADirectoryError for the folders, ValueError for the rest.
+    `unmatched` which) and takes pairs without a mask as they are; None where no flag says so.
+    `flags` named the folders. Raises FileNotFoundError or NotADirectoryError for the folders,
+    ValueError for the rest.
     """
-    before, after = _both_sides(before_dir, after_dir)
+    before, after = _both_sides(before_dir, after_dir, flags)
     names = [name for name in before if name in after]
     lonely = [n for n in before if n not in after], [n for n in after if n not in before]
     hint = _case_hint(*lonely)
@@ -193,7 +248,8 @@ def find_pairs(
             )
             if only
         ]
-        raise ValueError("; ".join(parts) + hint + "; --allow_unmatched skips them")
+        skips = "" if allow_unmatched is None else "; --allow_unmatched skips them"
+        raise ValueError("; ".join(parts) + hint + skips)
     masks = _masks(names, mask_dir, allow_unmatched) if mask_dir is not None else {}
     return [
         Pair(n, before[n], after[n], masks.get(n), read_caption(after[n], before[n])) for n in names
@@ -237,8 +293,9 @@ def find_sequences(
     rising = lambda some: all(a < b for a, b in pairwise(some))  # noqa: E731
     if not (rising(times) and times[-1] - times[0] < math.inf and rising(_shares(times))):
         raise ValueError(f"--sequence_times must rise, got {' '.join(f'{t:g}' for t in times)}")
-    first = find_pairs(folders[0], folders[-1], mask_dir=mask_dir, allow_unmatched=allow_unmatched)
-    between = [find_pairs(folders[0], f, allow_unmatched=allow_unmatched) for f in folders[1:-1]]
+    how = {"allow_unmatched": allow_unmatched, "flags": ("--sequence_dirs",) * 2}
+    first = find_pairs(folders[0], folders[-1], mask_dir=mask_dir, **how)
+    between = [find_pairs(folders[0], f, **how) for f in folders[1:-1]]
     files = [{pair.name: pair.after for pair in state} for state in between]
     pairs = []
     for pair in first:
@@ -256,9 +313,7 @@ def find_clips(folder: Path | str, stride: int = 1, *, mask_dir: Path | str | No
     GIF, WebP or PNG: every `stride`-th frame, the first being the before of all others. Strengths
     are shares of the way from the first frame taken to the last. ValueError names a clip of fewer
     than two frames or, in one file, more than MAX_FRAMES, and two of one name."""
-    root = Path(folder)
-    if not root.is_dir():
-        raise FileNotFoundError(f"--frames_dir doesn't exist: {shown([folder])}")
+    root = _folder(folder, "--frames_dir")
     clips: dict[str, list[Path | Frame]] = {}
     for entry in sorted(root.iterdir()):
         if entry.name.startswith("."):

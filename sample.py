@@ -38,7 +38,7 @@ from model.files import first_line
 from model.memory import out_of_memory
 from model.pipeline import Pipeline, decode, generate_latents
 from model.samplers import SAMPLERS
-from pairs import find_images
+from pairs import find_images, real_folders
 from progress import no_bars
 from runs import save_image
 
@@ -57,7 +57,6 @@ def generate(args: argparse.Namespace) -> None:
         raise ValueError(f"--height and --width must be multiples of {f} for this autoencoder")
     prompt = prompt_of(args, pipe)
     _, predict = pipe.predictors(prompt, args.guidance)
-    out.mkdir(parents=True, exist_ok=True)
     images, seeds = [], range(args.seed, args.seed + args.num)
     bar = tqdm(total=args.num, desc="generate", disable=no_bars())
     for part in batches([prompt] * args.num, args.batch_size):
@@ -70,6 +69,7 @@ def generate(args: argparse.Namespace) -> None:
             steps=args.steps,
             multiplier=pipe.multiplier(args.strength),
         )
+        out.mkdir(parents=True, exist_ok=True)  # a sampler may have refused the steps
         for seed, pixels in zip(seeds[part], decode(pipe.vae, z)):
             images.append(to_image(pixels))
             save_image(images[-1], out / f"{seed:05d}.png")
@@ -95,7 +95,7 @@ def edit(args: argparse.Namespace) -> None:
         files, root = [source], source.parent
     else:
         raise FileNotFoundError(f"--input {source} does not exist")
-    if out.resolve() in {file.resolve().parent for file in files} | {root.resolve()}:
+    if os.path.realpath(out) in real_folders(files) | {os.path.realpath(root)}:
         raise ValueError(f"--out {out} is the folder of the input; results would replace it")
     strengths = args.strengths if args.strengths is not None else [args.strength]
     stems = [file.relative_to(root).with_suffix("") for file in files]
@@ -111,6 +111,11 @@ def edit(args: argparse.Namespace) -> None:
     sizes = []
     for file, stem in zip(files, stems):  # all of them before anything is written
         sizes.append(load_image(file).size)
+        if args.command == "edit" and args.strengths is None and str(stem).lower() == "sheet":
+            raise ValueError(
+                f"--input {shown([file])} has the name of the contact sheet, which would replace "
+                "its result; another name was wanted"
+            )
         if len(os.fsencode(stem.name)) + longest > 255:
             raise ValueError(f"--input {shown([file])} has too long a name for its result's")
 
@@ -199,9 +204,10 @@ def sweeping(text: str) -> tuple[str, list]:
         made = [SWEPT[name](part) for part in parts]
     except (KeyError, ValueError):
         made = []
+    written = {f"{value:g}" if isinstance(value, float) else value for value in made}
     if name == "start" and not set(made) <= {"invert", "noise"}:
         made = []
-    if not made or len(set(made)) < len(made):
+    if not made or len(written) < len(made):
         wanted = f"one of {', '.join(SWEPT)} with different values"
         raise argparse.ArgumentTypeError(f"{wanted} was wanted, such as steps=5,30, got {text!r}")
     return name, made

@@ -179,7 +179,9 @@ def dpm_solver(
     predict: Predict, x_T: Tensor, schedule: Schedule, steps: int, *, start: int = 0
 ) -> Tensor:
     """DPM-Solver++(2M), Lu et al. 2022 (arXiv 2211.01095), algorithm 2 (midpoint form)."""
-    spacing = schedule.timestep_spacing or "linspace"
+    spacing, T = schedule.timestep_spacing or "linspace", schedule.num_steps
+    if steps == T and spacing != "trailing":
+        raise ValueError(f"--steps must be between 1 and {T - 1} for dpm_solver, got {steps}")
     # one step more than asked, and the last left out: the trajectory ends in σ = 0 instead
     ts = timesteps(schedule, steps if spacing == "trailing" else steps + 1, spacing)[:steps]
     sigmas = [_sigma(schedule, t) for t in ts]

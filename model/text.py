@@ -15,7 +15,15 @@ class TextEncoder(nn.Module):
         self.model, self.tokenizer = model, tokenizer
 
     def tokenize(self, prompts: Sequence[str], max_length: int | None = None) -> Tensor:
-        """-> ids (b, l) int64, padded to l (77 for SD). A prompt that is cut is warned about."""
+        """-> ids (b, l) int64, padded to l (77 for SD). A prompt that is cut is warned about.
+
+        ValueError names a prompt with bytes that are no UTF-8.
+        """
+        for said in prompts:
+            try:
+                said.encode()
+            except UnicodeEncodeError:
+                raise ValueError(f"the prompt {said[:60]!r} is not UTF-8 text") from None
         positions = self.model.config.max_position_embeddings
         length = min(max_length or self.tokenizer.model_max_length, positions)
         ids, cut = [], []

@@ -25,6 +25,7 @@ from pairs import (
     find_sequences,
     find_singles,
     fingerprint,
+    refuse_among,
     unmatched,
 )
 from training.inputs import find_data
@@ -86,14 +87,23 @@ def test_find_images_survives_links_in_a_circle(folders, tmp_path):
     assert found == ["a.png", "linked/c.png", "self.png"]
     with pytest.raises(ValueError, match=r"self\.png cannot be read as an image"):
         load_image(before / "self.png")
+    refuse_among(tmp_path / "out", [("--before", before)])
+    with pytest.raises(ValueError, match=r"elsewhere is among the images of --before"):
+        refuse_among(tmp_path / "elsewhere", [("--before", before)])
 
 
 def test_missing_folders_are_named(folders, tmp_path):
     before, after = folders(["a.png"], ["a.png"])
     gone, file = tmp_path / "gone", before / "a.png"
     cases = [
-        (lambda: find_pairs(gone, after), f"Before images root doesn't exist: {gone}"),
-        (lambda: find_pairs(before, gone), f"After images root doesn't exist: {gone}"),
+        (
+            lambda: find_pairs(gone, after),
+            f"Before images root doesn't exist: {gone} (--before_data_dir)",
+        ),
+        (
+            lambda: find_pairs(before, gone),
+            f"After images root doesn't exist: {gone} (--after_data_dir)",
+        ),
         (lambda: find_images(gone), f"--instance_data_dir doesn't exist: {gone}"),
         (
             lambda: find_images(gone, "--class_data_dir"),
@@ -105,7 +115,7 @@ def test_missing_folders_are_named(folders, tmp_path):
         with pytest.raises(FileNotFoundError) as error:
             call()
         assert str(error.value) == message
-    with pytest.raises(NotADirectoryError, match="After images root is a file, wanted a folder: "):
+    with pytest.raises(NotADirectoryError, match="--after_data_dir is a file, wanted a folder: "):
         find_pairs(before, file)
 
 
@@ -148,7 +158,7 @@ def test_two_files_of_one_name_are_named(folders):
     with pytest.raises(ValueError) as error:
         find_pairs(before, after, allow_unmatched=True)
     assert str(error.value) == (
-        f"After images root: 2 files are named a, wanted one: {after / 'a.jpg'}, {after / 'a.png'}"
+        f"--after_data_dir: 2 files are named a, wanted one: {after / 'a.jpg'}, {after / 'a.png'}"
     )
 
 
@@ -400,6 +410,12 @@ def test_masks_of_labels_are_stretched(tmp_path):
     assert np.asarray(load_mask(labels)).tolist() == [[0, 255]]
     assert np.asarray(load_mask(greys)).tolist() == [[0, 1, 255]]
     assert load_mask(labels).mode == "L"
+    for mode, suffix in (("I;16", "png"), ("I", "tif"), ("F", "tif")):  # before they are 8 bits
+        deep = save(grid(mode, 0, 1), tmp_path / f"deep.{suffix}")
+        assert np.asarray(load_mask(deep)).tolist() == [[0, 255]]
+        assert np.asarray(load_mask(save(grid(mode, 0, 0), deep))).tolist() == [[0, 0]]
+    deep = save(grid("I;16", 0, 1, 65535), tmp_path / "deep.png")
+    assert np.asarray(load_mask(deep)).tolist() == [[0, 0, 255]]
 
 
 def test_tensor_round_trip_is_exact():
@@ -691,11 +707,27 @@ def test_a_clean_set_is_status_0(tmp_path, capsys):
     assert "pairs        1 of 1 can be used, 128x128 pixels" in said and "remark" not in said
 
 
+def test_what_is_left_out_or_dark_is_a_remark(folders, tmp_path, capsys):
+    before, after = folders(["a.png", "b.png", "night.png"], ["a.png", "b.png", "night.png"])
+    for side in (before, after):
+        save(picture(9), side / "clip.gif")
+        (side / "a.txt").write_text("a caption is no image and no stranger")
+    save(Image.fromarray(np.full((8, 8), 4095, np.uint16)), after / "night.png")  # 12 bits
+    assert run_check(tmp_path, "--resolution", "8") == 0
+    said = capsys.readouterr().out
+    left = f"files of another suffix, left out: 2\n{'':13}{before}/clip.gif, {after}/clip.gif\n"
+    assert left in said
+    assert f"nearly black images: 1\n{'':13}night (after, at most 16 of 255)\n" in said
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
         ([], r"No matching image pairs found: .*"),
-        (["--before", "/no/such/folder"], "Before images root doesn't exist: /no/such/folder"),
+        (
+            ["--before", "/no/such/folder"],
+            r"Before images root doesn't exist: /no/such/folder \(--before\)",
+        ),
         (["--mask_dir", "/no/such/folder"], "--mask_dir doesn't exist: /no/such/folder"),
         (["--bef", "x"], "unrecognized arguments: --bef x"),
         (["--resolution", "big"], "argument --resolution: invalid int value: 'big'"),
@@ -790,6 +822,15 @@ def test_sequences_are_held_out_whole(tmp_path):
     assert {p.name[0] for p in train} == {"b", "d"} and len(train) == 4
     assert {p.name[0] for p in held_out} == {"a", "c"} and len(held_out) == 4
     assert [p.name for p in shown] == ["a", "c"]
+
+
+def test_a_broken_validation_image_is_told_with_the_data(folders, tmp_path):
+    before, after = map(str, folders(["a.png"], ["a.png"]))
+    whole = save(picture(1, (64, 64)), tmp_path / "cut.png")
+    whole.write_bytes(whole.read_bytes()[:-900])  # its header is well
+    cfg = TrainConfig(before_data_dir=before, after_data_dir=after, validation_images=(str(whole),))
+    with pytest.raises(ValueError, match=r"cut\.png cannot be read as an image"):
+        find_data(cfg)
 
 
 def test_a_mask_of_the_change_is_where_the_sides_differ():

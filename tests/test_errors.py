@@ -18,6 +18,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import check_data
+import cli
+import evaluate
 import sample
 import train
 from config import TrainConfig
@@ -49,7 +51,9 @@ def place(tmp_path_factory, sd1):
     shutil.copytree(root / "pairs" / "before", root / "strangers")
     for path in list((root / "strangers").iterdir()):
         path.rename(path.with_name(f"other{path.name}"))
-    (root / "empty").mkdir()
+    for folder in ("empty", "sheets"):
+        (root / folder).mkdir()
+    shutil.copy(root / "pairs" / "before" / "0.png", root / "sheets" / "sheet.png")
     (root / "notes.txt").write_text("not a checkpoint")
     (root / "array.json").write_text("[]")
     (root / "cut.json").write_text('{"seed": 1')
@@ -112,7 +116,7 @@ TRAIN = {
     # the data
     "--before_data_dir=nowhere": "Before images root doesn't exist: nowhere",
     "--after_data_dir=no/where": "After images root doesn't exist: no/where",
-    "--before_data_dir=notes.txt": "Before images root is a file, wanted a folder: notes.txt",
+    "--before_data_dir=notes.txt": "--before_data_dir is a file, wanted a folder: notes.txt",
     "--before_data_dir=strangers": "No matching image pairs found: strangers holds 5 images "
     "(other0, other1, other2, and 2 more), pairs/after holds 5 images (0, 1, 2, and 2 more)",
     "--before_data_dir=empty": "No matching image pairs found: empty holds 0 images (none)",
@@ -128,6 +132,9 @@ TRAIN = {
     "--mask_dir=nowhere": "--mask_dir doesn't exist: nowhere",
     "--mask_dir=strangers": "5 of 5 images have no mask in --mask_dir strangers",
     "--validation_images nowhere.png": "--validation_images nowhere.png does not exist",
+    "--validation_images pairs/before": "--validation_images pairs/before is no file",
+    "--instance_prompt=caf\udce9": r"the prompt 'caf\udce9' is not UTF-8 text",
+    "--validation_prompt=caf\udce9": r"the prompt 'caf\udce9' is not UTF-8 text",
     "--validation_images notes.txt --num_validation_images=1": "notes.txt cannot be read",
     "--validation_pairs=5": "--validation_pairs 5 leaves none of 5 pairs",
     "--background=beforish": "--background is 'beforish', wanted a colour",
@@ -230,6 +237,9 @@ def test_train(place, asked):
         (["--instance_data_dir=nowhere"], "--instance_data_dir doesn't exist: nowhere"),
         (["--instance_data_dir=empty"], "--instance_data_dir holds no images: empty"),
         (["--instance_data_dir=doubled"], "2 files are named 0"),
+        (["--frames_dir=notes.txt"], "--frames_dir is a file, wanted a folder: notes.txt"),
+        (["--sequence_dirs", "pairs/after", "pairs/after"], "two of --sequence_dirs are the same"),
+        (["--sequence_dirs", "pairs/after", "no"], "After images root doesn't exist: no (--sequ"),
         (["--instance_data_dir=x", "--pair_objective=delta"], "--pair_objective needs --before"),
         (["--instance_data_dir=x", "--validation_pairs=1"], "--validation_pairs needs --before"),
     ],
@@ -301,6 +311,9 @@ COMMON = {
     "--vae_path nowhere": "'nowhere' is neither",
     "--out notes.txt": "--out notes.txt: notes.txt is a file, a folder was wanted",
     "--out notes.txt/new": "--out notes.txt/new: notes.txt is a file, a folder was wanted",
+    "--out ''": "--out: a path was wanted, got ''",
+    "--prompt caf\udce9": r"the prompt 'caf\udce9' is not UTF-8 text",
+    "--strength 1e300": "--strength must be in -1000000..1000000, got 1e+300",
     "--strength nan": "--strength must be a finite number, got nan",
     "--strength=-inf": "--strength must be a finite number, got -inf",
     "--strength a": "--strength: invalid float value: 'a'",
@@ -324,7 +337,12 @@ EDIT = {
     "--input notes.txt": "notes.txt cannot be read as an image",
     "--input broken": "broken/3.png cannot be read as an image",
     "--input doubled": "--input doubled has two images of the stem 0",
+    "--input sheets": "--input sheets/sheet.png has the name of the contact sheet",
+    "--input ''": "--input: a path was wanted, got ''",
     "--out pairs/before": "--out pairs/before is the folder of the input",
+    "--strengths 0,1e39": "different ones within ±1000000, such as 0,0.5,1, got '0,1e39'",
+    "--strengths 0,0,1": "different ones within ±1000000, such as 0,0.5,1, got '0,0,1'",
+    "--strengths 0.5,0.50000001": "different ones within ±1000000",
     "--strengths a,b": "--strengths: numbers with commas between them were wanted",
     "--strengths 0,,1": "--strengths: numbers with commas between them were wanted",
     "--strengths 0,nan": "such as 0,0.5,1, got '0,nan'",
@@ -343,6 +361,7 @@ GENERATE = {
     "--width=-8": "--width must be a positive multiple of 8, got -8",
     "--sampler none": "--sampler: invalid choice: 'none'",
     "--sampler dpm_solver --steps 0": "--steps must be between 1 and 1000, got 0",
+    "--sampler dpm_solver --steps 1000": "--steps must be between 1 and 999 for dpm_solver, got",
     "--input pairs/before": "unrecognized arguments: --input pairs/before",
 }
 
@@ -380,6 +399,32 @@ def test_sample_without_what_it_needs(place, argv, sentence):
     assert sentence in complaint(place, sample.main, argv)
 
 
+@pytest.mark.parametrize(
+    ("main", "argv"),
+    [
+        (sample.main, "generate --model nowhere"),
+        (sample.main, "edit --lora nowhere --input nowhere"),
+        (sample.main, "morph --lora nowhere --before nowhere --after nowhere"),
+        (evaluate.main, "--lora nowhere --before_data_dir nowhere --after_data_dir nowhere"),
+        (check_data.main, "--before nowhere --after nowhere"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(place, monkeypatch, main, argv):
+    """Before anything else is looked at."""
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert f"--out new: {place} cannot be written to" in complaint(
+        place, main, [*words(argv), "--out", "new"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "said"), [(MemoryError(), "out of memory"), (OSError(), "OSError")]
+)
+def test_an_error_without_words_is_named(capsys, error, said):
+    cli.report("x.py", error)
+    assert capsys.readouterr().err == f"x.py: {said}\n"
+
+
 # ---- check_data.py -------------------------------------------------------------------------------
 
 
@@ -388,11 +433,16 @@ def test_sample_without_what_it_needs(place, argv, sentence):
     [
         ("--before nowhere", "Before images root doesn't exist: nowhere"),
         ("--after no/where", "After images root doesn't exist: no/where"),
-        ("--after notes.txt", "After images root is a file, wanted a folder: notes.txt"),
+        ("--after notes.txt", "--after is a file, wanted a folder: notes.txt"),
+        ("--after ''", "--after: a path was wanted, got ''"),
+        ("--out ''", "--out: a path was wanted, got ''"),
+        ("--out pairs/after", "--out pairs/after is among the images of --after pairs/after"),
+        ("--out pairs/before/new", "--out pairs/before/new is among the images of --before"),
+        ("--mask_dir pairs/mask --out pairs/mask", "is among the images of --mask_dir"),
         ("--mask_dir nowhere", "--mask_dir doesn't exist: nowhere"),
         ("--before strangers", "strangers holds 5 images (other0, other1, other2, and 2 more)"),
         ("--before empty", "No matching image pairs found: empty holds 0 images (none)"),
-        ("--before pairs/after", "are the same folder"),
+        ("--before pairs/after", "--before and --after are the same folder"),
         ("--resolution 100", "--resolution must be a positive multiple of 8, got 100"),
         ("--resolution=-8", "--resolution must be a positive multiple of 8, got -8"),
         ("--resolution nan", "--resolution: invalid int value: 'nan'"),

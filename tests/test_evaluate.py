@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -202,6 +203,16 @@ def test_the_same_command_gives_the_same_bytes(tmp_path, sd1, scenes):
         assert abs(one["samples"]["best_psnr"] - other["samples"]["best_psnr"]) < 0.01
 
 
+def test_images_smaller_than_the_window(tmp_path, sd1, scenes):
+    """At 8 pixels: the largest odd window that fits, and the number is not beside the point."""
+    lora = write_lora(tmp_path / "lora", sd1)
+    more = ("--strengths", "0,1", "--resolution", 8)
+    assert evaluate.main(flags(lora, scenes / "solar", tmp_path / "out", *more)) == 0
+    x = torch.rand((3, 4, 8), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert measures.ssim(x, x) == pytest.approx(1) and measures.ssim(x, 1 - x) < 0
+    assert measures.ssim(x[:, :1, :1], x[:, :1, :1]) == pytest.approx(1)
+
+
 def test_ssim_is_its_definition():
     """Against sums over every window, written out; 1 for equal images, less for noisier ones."""
     rng = np.random.default_rng(0)
@@ -256,11 +267,40 @@ def test_distance_between_samples():
         (["--between_dirs", "nowhere", "--between_times", "0.5"], "nowhere"),
         (["--outcome_dirs", "nowhere"], "--samples must be at least 2"),
         (["--samples", "0"], "--samples must be at least 1"),
+        (["--out", ""], "--out: a path was wanted, got ''"),
+        (["--out", "{root}/after"], "is among the images of --after_data_dir"),
+        (["--out", "{root}/mask/deep"], "is among the images of --mask_dir"),
+        (["--outcome_dirs", "{root}/time-0.50", "--samples", "2", "--out", "{root}/time-0.50"],
+         "is among the images of --outcome_dirs"),
+        (["--between_dirs", "{root}/before", "--between_times", "0.5"],
+         "--before_data_dir and --between_dirs are the same folder"),
+        (["--between_dirs", "{root}/after", "--between_times", "nan"],
+         "--between_times must be different numbers within ±1000000, got nan"),
+        (["--between_dirs", "{root}/after", "--between_times", "1e39"], "got 1e+39"),
+        (["--between_dirs", "{root}/after", "{root}/time-0.50", "--between_times", "0.5", "0.5"],
+         "--between_times must be different numbers within ±1000000, got 0.5 0.5"),
+        (["--strengths", "0,1,1e39"], "different ones within ±1000000"),
+        (["--resolution", "63"], "--resolution must be a positive multiple of 2 for this auto"),
+        (["--resolution", "0"], "--resolution must be a positive multiple of 2 for this auto"),
     ],
-)
+)  # fmt: skip
 def test_mistakes_are_one_sentence(tmp_path, sd1, scenes, capsys, more, said):
-    lora = write_lora(tmp_path / "lora", sd1)
-    assert evaluate.main(flags(lora, scenes / "solar", tmp_path / "out", *more)) == 2
+    lora, folder = write_lora(tmp_path / "lora", sd1), scenes / "solar"
+    known = sorted(folder.rglob("*"))
+    more = [part.format(root=folder) for part in more]
+    try:
+        code = evaluate.main(flags(lora, folder, tmp_path / "out", *more))
+    except SystemExit as stop:
+        code = stop.code
     lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and said in lines[0]
-    assert not (tmp_path / "out").exists()
+    assert code == 2 and len(lines) == 1 and said in lines[0]
+    assert not (tmp_path / "out").exists() and sorted(folder.rglob("*")) == known
+
+
+@pytest.mark.parametrize("gone", ["after", "mask"])
+def test_no_flag_is_recommended_that_is_not_there(tmp_path, sd1, scenes, capsys, gone):
+    shutil.copytree(scenes / "solar", tmp_path / "some")
+    (tmp_path / "some" / gone / "00001.png").unlink()
+    assert evaluate.main(flags("x", tmp_path / "some", tmp_path / "out")) == 2
+    said = capsys.readouterr().err
+    assert "00001" in said and "--allow_unmatched" not in said

@@ -372,12 +372,13 @@ MISTAKES = {
     "--out {root}/after": "is the folder of --after",
     "--out {root}/notes.txt": "is a file, a folder was wanted",
     "--resolution 4": "--resolution must be at least 8, got 4",
+    "--resolution 1000000": "which would be 1000000x1000000 at --resolution 1000000",
     "--noise_level 0": "--noise_level must be in (0, 1], got 0.0",
     "--fit_steps=-1": "--fit_steps must be at least 0, got -1",
     "--fit_steps 2": "--fit_steps fits a LoRA where none is given, and --lora gives one",
     "--lora_rank 0": "--lora_rank must be at least 1, got 0",
     "--learning_rate nan": "--learning_rate must be between 0 and 1, got nan",
-    "--lora_after nowhere": "--lora nowhere: no pytorch_lora_weights.safetensors there",
+    "--lora_after nowhere --model nowhere": "--lora_after nowhere: no pytorch_lora_weights.safete",
     "--lora_after {root}/delta --method direct": "--method direct needs one LoRA",
     "--objective both": "--objective: invalid choice: 'both'",
     "--method fade": "--method: invalid choice: 'fade'",
@@ -405,6 +406,7 @@ def test_without_a_lora_direct_has_nothing_to_edit_with(place, tmp_path, sd1, ca
             tmp_path / "new", "--model", sd1]  # fmt: skip
     for more, said in (
         (["--method", "direct"], "--method direct needs one LoRA"),
+        (["--objective", "delta"], "--objective delta needs one LoRA"),
         (["--lora_after", place / "delta"], "give the before image's as --lora"),
         (["--fit_steps", 2, "--lora_rank", 999], "--lora_rank 999 does not fit"),
     ):
@@ -484,6 +486,7 @@ def test_a_knob_that_does_nothing_is_said_to(place, tmp_path, monkeypatch, capsy
         ("--sweep steps", "such as steps=5,30, got 'steps'"),
         ("--sweep steps=1,b", "got 'steps=1,b'"),
         ("--sweep steps=5,5", "with different values was wanted"),
+        ("--sweep guidance=1,1.00000001", "with different values was wanted"),
         ("--sweep start=invert,middle", "got 'start=invert,middle'"),
         ("--sweep steps=5,0", "--steps must be between 1 and 1000, got 0"),
         ("--sweep guidance=1,nan", "--guidance must be a finite number, got nan"),

@@ -15,7 +15,7 @@ import editing
 import sample
 from images import load_image, to_image, to_tensor
 from model.lora import inject, lora_layers
-from model.objectives import OBJECTIVES, Knobs, extra_channels
+from model.objectives import OBJECTIVES, Knobs
 from model.pipeline import decode, exaggerated, keep_detail
 from model.text import TextEncoder
 from model.unet import UNet
@@ -29,9 +29,10 @@ def write_lora(folder, base, *, text=False, **meta):
     """A LoRA with something to say, as a run would leave it."""
     folder.mkdir()
     unet, encoder = load_unet(base), load_text(base)
-    if extra := extra_channels(meta.get("objective", META["objective"])):
+    if extra := OBJECTIVES[meta.get("objective") or META["objective"]].extra:
         unet.widen(extra)
-    inject(unet, "attn,ff", rank=2, generator=torch.Generator().manual_seed(0))
+    targets = "attn,ff,conv_in" if extra else "attn,ff"
+    inject(unet, targets, rank=2, generator=torch.Generator().manual_seed(0))
     if text:
         inject(encoder.model, "attn", rank=2, generator=torch.Generator().manual_seed(1))
     g = torch.Generator().manual_seed(2)
@@ -321,6 +322,25 @@ def test_the_header_is_the_default_and_flags_come_first(tmp_path, sd1, images, m
     assert asked == [["from the header"]]
     run(*args, "--prompt", "from the flag", "--model", sd1)
     assert asked[1:] == [["from the flag"]]
+
+
+@pytest.mark.parametrize(
+    ("part", "flag"),
+    [("base_model", "--model"), ("vae_path", "--vae_path"), ("tokenizer_name", "--tokenizer_name")],
+)
+def test_what_the_header_names_and_is_gone(tmp_path, sd1, images, capsys, part, flag):
+    lora = write_lora(tmp_path / "run", sd1, **{part: str(tmp_path / "gone")})
+    args = ["edit", "--lora", str(lora), "--input", str(images), "--out", str(tmp_path / "out")]
+    for more, told in (([], True), ([flag, str(tmp_path / "lost")], False)):
+        assert sample.main(args + more) == 2
+        said = capsys.readouterr().err
+        assert (f"the LoRA's header names it: say with {flag} where it is now" in said) is told
+
+
+@pytest.mark.parametrize("said", ["-1,0,1", "-.5,1e-1", "-1e-3,-2"])
+def test_a_list_of_strengths_may_begin_backwards(said):
+    argv = ["edit", "--input", "x", "--out", "y", "--strengths", said]
+    assert sample.make_parser().parse_args(argv).strengths == list(map(float, said.split(",")))
 
 
 def test_a_foreign_lora_needs_its_objective(tmp_path, sd1, images, capsys):

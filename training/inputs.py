@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from tqdm import tqdm
 import config
 from config import TrainConfig
 from data import PairDataset
-from images import to_image
+from images import load_image, to_image
 from latents import Latents, cache_latents
 from model.memory import phase, unless_full
 from model.pipeline import DTYPES, decode, generate_latents, load_pipeline, pick_dtype
@@ -83,8 +84,11 @@ def find_data(cfg: TrainConfig) -> Data:
         return Data(pairs, held_out, spread(whole, cfg.num_validation_images))
     for path in cfg.validation_images:
         if not Path(path).is_file():
-            raise FileNotFoundError(f"--validation_images {path} does not exist")
+            fault = "is no file" if Path(path).exists() else "does not exist"
+            raise FileNotFoundError(f"--validation_images {path} {fault}; images were wanted")
     paths = [Path(path) for path in cfg.validation_images][: cfg.num_validation_images]
+    for path in paths:
+        load_image(path)  # a broken one is told before the latents are made
     given = [Pair(name=path.stem, before=None, after=path) for path in paths]
     return Data(pairs, held_out, given)
 
@@ -144,7 +148,12 @@ def class_images(cfg: TrainConfig, device: torch.device, log: Callable) -> list[
             _, predict = pipe.predictors(cfg.class_prompt, 7.5)
             folder.mkdir(parents=True, exist_ok=True)
             side = cfg.resolution // pipe.vae.downscale
-            seeds = range(cfg.seed + have, cfg.seed + cfg.num_class_images)
+            free = (
+                seed
+                for seed in count(cfg.seed)
+                if not (folder / f"generated_{seed:06d}.png").exists()  # of another --seed
+            )
+            seeds = list(islice(free, cfg.num_class_images - have))
             for i in tqdm(
                 range(0, len(seeds), cfg.sample_batch_size), "class images", disable=no_bars()
             ):
