@@ -5,6 +5,7 @@ What sample.py and evaluate.py share.
 
 import argparse
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -203,6 +204,18 @@ def editor(
         return use.edit(alone, pipe.schedule, z, strength, how)
 
     return edit
+
+
+def warn_of_unread(args: argparse.Namespace, objective: str) -> None:
+    """Of flags that were given and that this objective's use does not read."""
+    parser = argparse.ArgumentParser()
+    add_common_flags(parser)
+    add_edit_flags(parser)
+    flags = sorted({flag for one in OBJECTIVES.values() for flag in one.uses})
+    for flag in flags:
+        value = getattr(args, flag)
+        if flag not in OBJECTIVES[objective].uses and value != parser.get_default(flag):
+            warnings.warn(f"--{flag} {value} has no effect on {objective}", stacklevel=2)
 
 
 def states_between(pipe: Pipeline) -> str:

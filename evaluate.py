@@ -37,6 +37,7 @@ from editing import (
     numbers,
     objective_of,
     open_pipeline,
+    warn_of_unread,
 )
 from images import contact_sheet, to_image
 from measures import collect, judge, mse, progress, psnr, spearman, spread, statistics
@@ -91,6 +92,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
     outcomes = [found("--outcome_dirs", folder) for folder in args.outcome_dirs]
     pipe = open_pipeline(args)
     objective = objective_of(args, pipe)
+    warn_of_unread(args, objective)
     resolution = pipe.meta.get("resolution") if args.resolution is None else args.resolution
     if resolution is None:
         raise ValueError(f"--lora {args.lora} does not say its resolution: give --resolution")
@@ -99,7 +101,8 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
             f"--resolution must be a positive multiple of {pipe.vae.downscale} for this "
             f"autoencoder, got {resolution}"
         )
-    opened = partial(PairDataset, resolution=resolution, center_crop=True)
+    background = pipe.meta.get("background", "white")
+    opened = partial(PairDataset, resolution=resolution, center_crop=True, background=background)
     dataset, outcomes = opened(pairs), [opened(some) for some in outcomes]
     between = {time: opened(some) for time, some in zip(args.between_times, between)}
     wanted = sorted({*strengths, *between})

@@ -32,6 +32,7 @@ from editing import (
     objective_of,
     open_pipeline,
     prompt_of,
+    warn_of_unread,
 )
 from images import contact_sheet, load_image, shown, to_image, to_tensor
 from model.files import first_line
@@ -121,11 +122,13 @@ def edit(args: argparse.Namespace) -> None:
 
     pipe = open_pipeline(args)
     objective = objective_of(args, pipe)
+    warn_of_unread(args, objective)
+    background = pipe.meta.get("background", "white")
     columns = ["before", *(f"strength {s:g}" for s in strengths)]
     rows, names, differs = [], [], False  # rows of the sheet
     bar = tqdm(total=len(files), desc=args.command, disable=no_bars())
     for part in batches(sizes, args.batch_size):
-        images = [load_image(file) for file in files[part]]
+        images = [load_image(file, background) for file in files[part]]
         pixels = torch.stack([to_tensor(image) for image in images])  # (b, 3, H, W)
         edited = [edit_pixels(pipe, objective, pixels, strengths, how) for _, _, how in settings]
         for k, (stem, image) in enumerate(zip(stems[part], images)):

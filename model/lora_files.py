@@ -159,7 +159,7 @@ KINDS = {
     "objective": str, "base_model": str, "prompt": str, "vae_path": str, "tokenizer_name": str,
     "revision": str, "variant": str, "resolution": int, "delta_t": int, "tokenizer_max_length": int,
     "text_encoder_use_attention_mask": bool, "prediction_type": str, "states": int,
-    "bridge_t": int, "img2img_t": int,
+    "bridge_t": int, "img2img_t": int, "background": str,
 }  # fmt: skip
 
 

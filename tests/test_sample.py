@@ -1,5 +1,7 @@
 """generate and edit: against the diffusers pipeline, and as a user calls them."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -350,6 +352,27 @@ def test_a_foreign_lora_needs_its_objective(tmp_path, sd1, images, capsys):
     assert "does not say its objective: give --objective" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     run(*args, "--objective", "delta")
+
+
+def test_flags_that_an_objective_does_not_use_are_warned_of(tmp_path, sd1, images, capsys):
+    given = ("--steps", 2, "--guidance", 3, "--start", "noise", "--eta", 0.5)
+    for objective, unread in (("delta", {"steps", "guidance", "start", "eta"}),
+                              ("img2img", {"start"}), ("after", {"eta"})):  # fmt: skip
+        lora = write_lora(tmp_path / objective, sd1, objective=objective)
+        argv = ("edit", "--lora", lora, "--input", images, "--out", tmp_path / "out")
+        run(*argv, *given)
+        said = re.findall(
+            r"warning: --(\w+) .* has no effect on " + objective, capsys.readouterr().out
+        )
+        assert set(said) == unread and len(said) == len(unread)
+
+
+def test_what_is_transparent_is_as_in_training(tmp_path, sd1):
+    lora = write_lora(tmp_path / "run", sd1, background="black")
+    Image.new("RGBA", (32, 32), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    argv = ("edit", "--lora", lora, "--input", tmp_path / "clear.png", "--out", tmp_path / "out")
+    run(*argv, "--strength", 0)
+    assert Image.open(tmp_path / "out" / "clear.png").getextrema() == ((0, 0),) * 3
 
 
 def test_detail_is_kept_where_nothing_changes():

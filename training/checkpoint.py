@@ -57,7 +57,7 @@ def lora_metadata(
     base = cfg.pretrained_model_name_or_path
     slope, offset = OBJECTIVES[objective].multiplier
     said = f"0 = before, 1 = after; LoRA multiplier = {slope:g} * strength + {offset:g}"
-    kept = ("vae_path", "tokenizer_name", "revision", "variant", "resolution",
+    kept = ("vae_path", "tokenizer_name", "revision", "variant", "resolution", "background",
             "tokenizer_max_length", "text_encoder_use_attention_mask")  # fmt: skip
     return {
         "objective": objective,
