@@ -276,6 +276,9 @@ OF_PAIRS = (
 )  # fmt: skip
 OF_OBJECTIVES = ("delta_t", "bridge_t", "img2img_t", "image_dropout")
 OF_NOISE = ("t_min", "snr_gamma")  # prior preservation reads them too
+LOOKS = ("validation_steps", "validation_epochs")
+# The first is not read where the second is given
+INSTEAD = {"num_train_epochs": "max_train_steps", "validation_epochs": "validation_steps"}
 MAY_BE_EMPTY = ("instance_prompt", "validation_prompt", "class_prompt")
 
 
@@ -385,6 +388,7 @@ def without_effect(cfg: TrainConfig, reads: Sequence[str]) -> list[str]:
     """
     prior = cfg.with_prior_preservation
     restarts = "cosine_with_restarts"
+    looked = cfg.num_validation_images or cfg.validation_pairs
     random_views = not cfg.center_crop or cfg.random_flip or cfg.random_scale > 1
     rules = [
         ("mask_outside", cfg.mask_dir or cfg.mask_from_change, "--mask_dir or --mask_from_change"),
@@ -407,10 +411,19 @@ def without_effect(cfg: TrainConfig, reads: Sequence[str]) -> list[str]:
         ("num_class_images", prior, "--with_prior_preservation"),
         ("prior_generation_precision", prior, "--with_prior_preservation"),
         ("sample_batch_size", prior, "--with_prior_preservation"),
+        ("validation_prompt", cfg.num_validation_images, "--num_validation_images"),
+        ("validation_images", cfg.num_validation_images, "--num_validation_images"),
+        *((name, looked, "--num_validation_images or --validation_pairs") for name in LOOKS),
     ]
     default = {f.name: f.default for f in dataclasses.fields(cfg)}
-    return [
+    given = [name for name in default if getattr(cfg, name) != default[name]]
+    said = [
         f"--{name} {getattr(cfg, name)} has no effect without {wanted}"
         for name, read, wanted in rules
-        if not read and getattr(cfg, name) != default[name]
+        if not read and name in given
+    ]
+    return said + [
+        f"--{name} {getattr(cfg, name)} has no effect beside --{stronger}"
+        for name, stronger in INSTEAD.items()
+        if {name, stronger} <= set(given)
     ]

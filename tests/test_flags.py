@@ -1321,6 +1321,9 @@ def test_flag(name, lab, monkeypatch):
         ("num_class_images", 5, "--with_prior_preservation"),
         ("prior_generation_precision", "fp32", "--with_prior_preservation"),
         ("sample_batch_size", 2, "--with_prior_preservation"),
+        ("validation_steps", 5, "--num_validation_images or --validation_pairs"),
+        ("validation_epochs", 5, "--num_validation_images or --validation_pairs"),
+        ("validation_prompt", "a field", "--num_validation_images"),
     ],
 )
 def test_a_flag_that_another_flag_switches_off_is_warned_about(lab, flag, value, needs):
@@ -1341,6 +1344,9 @@ def test_flags_that_fit_each_other_are_not_warned_about(lab):
     assert not said(lab.config()) and not said(lab.config(pair_objective="slider", snr_gamma=5.0))
     assert not said(lab.config(**prior(lab, pair_objective="delta", snr_gamma=5.0)))
     assert "--snr_gamma 5.0 has no effect" in said(lab.config(snr_gamma=5.0))[0]
+    epochs = lab.config(max_train_steps=3, num_train_epochs=2)
+    assert said(epochs) == ["--num_train_epochs 2 has no effect beside --max_train_steps"]
+    assert not said(lab.config(max_train_steps=None, num_train_epochs=2))
     single = lab.config(instance_data_dir="x", allow_unmatched=True)
     assert "--allow_unmatched" in said(single)[0] and not said(replace(single, mask_dir="y"))
 

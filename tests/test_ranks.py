@@ -206,7 +206,8 @@ def before_step(rank: int, at: int, what):
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [({"learning_rate": -1.0}, "--learning_rate must be at least 0, got -1.0"),
-     ({"before_data_dir": "nowhere"}, "Before images root doesn't exist: nowhere"),
+     ({"before_data_dir": "nowhere"},
+      "Before images root doesn't exist: nowhere (--before_data_dir)"),
      ({"device": "cuda:1"}, "--device cuda:1 for 2 processes: cuda or cpu was wanted")],
 )  # fmt: skip
 def test_a_mistake_is_told_once(config, launched, wrong, sentence):
