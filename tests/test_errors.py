@@ -131,10 +131,13 @@ TRAIN = {
     "--instance_data_dir=pairs/after": "--before_data_dir and --instance_data_dir exclude",
     "--mask_dir=nowhere": "--mask_dir doesn't exist: nowhere",
     "--mask_dir=strangers": "5 of 5 images have no mask in --mask_dir strangers",
-    "--validation_images nowhere.png": "--validation_images nowhere.png does not exist",
-    "--validation_images pairs/before": "--validation_images pairs/before is no file",
+    "--validation_images nowhere.png --num_validation_images=1":
+        "--validation_images nowhere.png does not exist",
+    "--validation_images pairs/before --num_validation_images=1":
+        "--validation_images pairs/before is no file",
     "--instance_prompt=caf\udce9": r"the prompt 'caf\udce9' is not UTF-8 text",
-    "--validation_prompt=caf\udce9": r"the prompt 'caf\udce9' is not UTF-8 text",
+    "--validation_prompt=caf\udce9 --num_validation_images=1":
+        r"the prompt 'caf\udce9' is not UTF-8 text",
     "--validation_images notes.txt --num_validation_images=1": "notes.txt cannot be read",
     "--validation_pairs=5": "--validation_pairs 5 leaves none of 5 pairs",
     "--background=beforish": "--background is 'beforish', wanted a colour",
