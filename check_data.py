@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
         refuse_file(args.out, "--out")
         refuse_read_only(args.out, "--out")
         folders = zip(FLAGS.values(), (args.before, args.after, args.mask_dir))
-        refuse_among(args.out, [(flag, folder) for flag, folder in folders if folder])
+        refuse_among([args.out], [(flag, folder) for flag, folder in folders if folder])
         report, sheet = check(args.before, args.after, args.mask_dir, args.resolution)
         if sheet:
             args.out.mkdir(parents=True, exist_ok=True)

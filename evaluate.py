@@ -78,8 +78,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
     folders += [("--between_dirs", folder) for folder in args.between_dirs]
     folders += [("--outcome_dirs", folder) for folder in args.outcome_dirs]
     folders = [(flag, folder) for flag, folder in folders if folder is not None]
-    for out in (Path(args.out), Path(args.out, "pictures")):
-        refuse_among(out, folders)
+    refuse_among((Path(args.out), Path(args.out, "pictures")), folders)
 
     def found(flag: str, folder: str, mask_dir: str | None = None) -> list[Pair]:
         flags = SIDES[0], flag

@@ -58,22 +58,24 @@ def left_out(folder: Path | str, flag: str) -> list[Path]:
     return [path for path in _files(folder, flag) if path.suffix.lower() not in known]
 
 
-def refuse_among(out: Path, folders: Sequence[tuple[str, Path | str]]) -> None:
-    """ValueError if `out` is, or is in, a (flag, folder) of images, or holds one of its files.
+def refuse_among(outs: Sequence[Path], folders: Sequence[tuple[str, Path | str]]) -> None:
+    """ValueError if one of `outs` is, or is in, a (flag, folder) of images, or holds one of its
+    files.
 
     What is written there would replace one, or be one more without a partner. What is no folder is
     left to those who read it.
     """
-    real = os.path.realpath(out)
     for flag, folder in folders:
         if not os.path.isdir(folder):
             continue
-        inside = Path(real).is_relative_to(os.path.realpath(folder))
-        if inside or real in real_folders(find_images(folder, flag)):
-            raise ValueError(
-                f"--out {shown([out])} is among the images of {flag} {shown([folder])}; "
-                "another folder was wanted"
-            )
+        home, real = os.path.realpath(folder), real_folders(find_images(folder, flag))
+        for out in outs:
+            there = os.path.realpath(out)
+            if there in real or Path(there).is_relative_to(home):
+                raise ValueError(
+                    f"--out {shown([out])} is among the images of {flag} {shown([folder])}; "
+                    "another folder was wanted"
+                )
 
 
 def real_folders(files: Sequence[Path]) -> set[str]:

@@ -87,9 +87,9 @@ def test_find_images_survives_links_in_a_circle(folders, tmp_path):
     assert found == ["a.png", "linked/c.png", "self.png"]
     with pytest.raises(ValueError, match=r"self\.png cannot be read as an image"):
         load_image(before / "self.png")
-    refuse_among(tmp_path / "out", [("--before", before)])
+    refuse_among([tmp_path / "out"], [("--before", before)])
     with pytest.raises(ValueError, match=r"elsewhere is among the images of --before"):
-        refuse_among(tmp_path / "elsewhere", [("--before", before)])
+        refuse_among([tmp_path / "elsewhere"], [("--before", before)])
 
 
 def test_missing_folders_are_named(folders, tmp_path):
