@@ -31,7 +31,7 @@ from model.draws import draw
 from model.files import is_local, moved_note
 from model.frozen import freeze
 from model.graph import Replayed
-from model.lora import keep_strength
+from model.lora import cast_together, keep_strength
 from model.lora_files import LORA_FILE, file_of, save_lora
 from model.lora_layouts import LAYOUTS
 from model.memory import LEVELS, MIB, checkpoint_activations, peak_mib, phase, unless_full
@@ -294,6 +294,24 @@ def loop(
             own = own._replace(ctx=prompts.context(prompt_of[pick.index % n]))
         return step, own, other and class_latents.batch(ranks.share(other))
 
+    def loss_of(own: Batch, prior: Batch | None) -> tuple[Tensor, Tensor]:
+        """Of a micro-batch: loss (); and inside, outside the mask, coverage (3,)."""
+        s = strength_of[own.index % n]  # (b,), 1 but for states in between
+        ctx = prompts.context(prompt_of[own.index % n]) if own.ctx is None else own.ctx
+        predict = predictor(unet, ctx)
+        predict, heard = listened(predict) if cfg.preserve_weight else (predict, [])
+        draws = Draws(own.eps, own.t, own.u)
+        error = objective.loss(predict, schedule, own.z[:, 0], own.z[:, -1], s, draws, knobs)
+        loss = weighted_mean(error, own.mask, cfg.mask_outside)
+        if heard:
+            loss = loss + cfg.preserve_weight * preservation(predict, heard, own.mask)
+        if prior is not None:
+            predict, ones = predictor(unet, class_context), torch.ones_like(prior.u)
+            draws = Draws(prior.eps, prior.t)
+            drawn = noise_loss(predict, schedule, prior.z[:, 0], ones, draws, knobs)
+            loss = loss + cfg.prior_loss_weight * drawn.mean()
+        return loss, in_and_out(error.detach(), own.mask)
+
     def add_gradient(own: Batch, other: Batch | None) -> Tensor:
         """Of this rank's share of a step's loss, in micro-batches.
 
@@ -302,24 +320,9 @@ def loop(
         """
         found, cuts = torch.zeros(4, device=device), mine // micro
         for k in range(cuts):
-            one = own.part(k, micro)
-            s = strength_of[one.index % n]  # (b,), 1 but for states in between
-            ctx = prompts.context(prompt_of[one.index % n]) if one.ctx is None else one.ctx
-            predict = predictor(unet, ctx)
-            predict, heard = listened(predict) if cfg.preserve_weight else (predict, [])
-            draws = Draws(one.eps, one.t, one.u)
-            error = objective.loss(predict, schedule, one.z[:, 0], one.z[:, -1], s, draws, knobs)
-            loss = weighted_mean(error, one.mask, cfg.mask_outside)
-            places = in_and_out(error.detach(), one.mask)  # (3,)
-            if heard:
-                loss = loss + cfg.preserve_weight * preservation(predict, heard, one.mask)
-            if other is not None:
-                one = other.part(k, micro)
-                predict, ones = predictor(unet, class_context), torch.ones_like(one.u)
-                draws = Draws(one.eps, one.t)
-                prior = noise_loss(predict, schedule, one.z[:, 0], ones, draws, knobs)
-                loss = loss + cfg.prior_loss_weight * prior.mean()
-            scaler.scale(loss / cuts).backward()
+            with cast_together(unet, flat, unet.conv_in.weight.dtype):
+                loss, places = loss_of(own.part(k, micro), other and other.part(k, micro))
+                scaler.scale(loss / cuts).backward()
             found += torch.cat([loss.detach()[None], places]) / cuts
         return found
 

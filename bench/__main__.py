@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 from typing import NamedTuple
@@ -130,8 +131,9 @@ class Process:
 class Arm:
     """Starts its process where there is none, and keeps what it answered."""
 
-    def __init__(self, module: str, job: dict, cache: Path):
+    def __init__(self, module: str, job: dict, cache: Path, turns: int, turn_s: float):
         self.module, self.job, self.cache = module, job, cache
+        self.turns, self.turn_s = turns, turn_s
         self.process: Process | None = None
         self.units = 1
         self.result: dict = {"seconds": []}
@@ -149,20 +151,23 @@ class Arm:
             self.process.close()
         self.process = None
 
-    def prepare(self, turn_s: float) -> None:
-        """The first start, with an empty cache of compiled code; one unit's time and arithmetic."""
+    def prepare(self) -> None:
+        """The first start, with an empty cache of compiled code; one unit's arithmetic."""
         self.result["first_s"] = self.open()
         if self.job.get("compile"):
             self.close()
             self.result["first_warm_s"] = self.open()
         elif self.module == "ours":
             self.result |= self.process.ask("flops")
-        self.units = max(1, min(100, math.ceil(turn_s / self.timed(1))))
 
     def turn(self) -> None:
         if self.process is None:
             self.open()
+        if not self.result["seconds"]:
+            self.units = max(1, min(100, math.ceil(self.turn_s / self.timed(1))))
         self.result["seconds"].append(self.timed(self.units))
+        if len(self.result["seconds"]) == self.turns and self.job["device"] == "cuda":
+            self.result |= self.process.ask("profile 3")
 
     def timed(self, units: int) -> float:
         """Seconds of one of so many units; their peak is noted."""
@@ -181,11 +186,12 @@ def measure(case: Case, arms: dict[str, dict], args: argparse.Namespace, folder:
         "channels_last": None, "objective": "after",
         "processor_time": args.processor_time,
     }  # fmt: skip
+    turns = args.rounds, args.turn_s
     running = {
-        name: Arm(job["system"], common | job, folder / f"{i}")
+        name: Arm(job["system"], common | job, folder / f"{i}", *turns)
         for i, (name, job) in enumerate(arms.items())  # a compiler trips over spaces in a path
     }
-    running["ceiling"] = Arm("ceiling", common, folder)
+    running["ceiling"] = Arm("ceiling", common, folder, *turns)
     everyone = dict(running)
 
     def attempt(name: str, act) -> None:
@@ -198,8 +204,8 @@ def measure(case: Case, arms: dict[str, dict], args: argparse.Namespace, folder:
             everyone[name].close()
 
     try:
-        for name, arm in everyone.items():
-            attempt(name, lambda arm=arm: arm.prepare(args.turn_s))
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(lambda name: attempt(name, everyone[name].prepare), everyone))
         for i in range(args.rounds):
             for name in list(running)[:: -1 if i % 2 else 1]:
                 attempt(name, running[name].turn)
@@ -229,6 +235,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--no_compile", action="store_true", help="leave the compiled arms out")
     add("--rounds", type=int, default=7, help="turns of each arm [7]")
     add("--turn_s", type=float, default=1.0, help="seconds that a turn takes at least [1]")
+    add("--jobs", type=int, default=1, help="arms that start at the same time [1]")
     add("--one_at_a_time", action="store_true", help="a new process for every turn: less memory")
     add(
         "--processor_time",
@@ -246,6 +253,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {args.rounds}")
+    if args.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {args.jobs}")
     if not 0 <= args.turn_s < math.inf:
         parser.error(f"--turn_s must be at least 0 and finite, got {args.turn_s}")
     cases = [] if args.report else planned(args.device)
@@ -294,6 +303,7 @@ def main(argv: list[str] | None = None) -> int:
             "cores": os.cpu_count(),
             "note": args.note,
             "processor_time": args.processor_time,
+            "jobs": args.jobs,
         }
         write_json(args.out / f"{case.name}.json", result)
         write_report(args.out, plan)

@@ -1,6 +1,7 @@
 """bench/RESULTS.md and its plot, from the JSON files of the measured cases."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -8,6 +9,17 @@ from statistics import median
 from PIL import Image, ImageDraw
 
 UNITS = {"train": "step", "encode": "batch", "sample": "image", "edit": "image"}
+KINDS = {  # of kernels on CUDA, by their names; the first that fits
+    "attention": r"flash|fmha|sdpa|attention",
+    "convolution": r"conv|[fwd]prop|dgrad|wgrad",
+    "matrix product": r"gemm|gemv|nvjet|cutlass|splitk|cublas",
+    "compiled reduction": r"triton_(red|per)",
+    "compiled elementwise": r"triton",
+    "copy": r"mem(cpy|set)|copy|cat|transpose|nchw|nhwc",
+    "torch's reduction": r"reduce|norm|softmax",
+    "torch's elementwise": r"elementwise|multi_tensor|foreach|fused_adam",
+    "other": "",
+}
 MEANING = """\
 - ms: of one unit (a training step, a batch to encode, an image); median over the turns, and the
   least and the most
@@ -20,6 +32,8 @@ MEANING = """\
 - peak: the process' resident memory on a CPU, since its start; what is allocated in a turn on CUDA
 - first: seconds from the start of the process (imports, weights, latents, compiling) to the end of
   the first unit; `warm` with the compiled code of an earlier start in its cache
+- kernels: on CUDA, what one unit's time is spent on by torch's profiler, ms (how many); busy: their
+  sum over the unit's time, the rest of which the GPU waits
 """
 
 
@@ -36,7 +50,7 @@ def write_report(folder: Path, planned: Sequence[str]) -> None:
         plot(results).save(folder.parent / "results.png")
         lines += ["![ms of every turn](results.png)", ""]
     for name, result in results.items():
-        lines += [f"## {name}", "", said(result), "", *table(result), ""]
+        lines += [f"## {name}", "", said(result), "", *table(result), "", *spent(result)]
     if missing := [name for name in planned if name not in results]:
         lines += ["## Not measured", "", "| case | |", "|---|---|"]
         lines += [f"| {name} | not measured |" for name in missing]
@@ -54,8 +68,9 @@ def said(result: dict) -> str:
         f"{machine.get('threads')} of {result['cores']} cores, load {load[0]} to {load[1]}; "
         f"{versions}. {turns} turns each."
     )
+    at_once = f"{jobs} arms started at a time." if (jobs := result.get("jobs", 1)) > 1 else ""
     clock = "Processor time of each process, not the clock's." if result["processor_time"] else ""
-    return " ".join(filter(None, (text, clock, result["note"])))
+    return " ".join(filter(None, (text, at_once, clock, result["note"])))
 
 
 def table(result: dict) -> list[str]:
@@ -86,6 +101,32 @@ def table(result: dict) -> list[str]:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def spent(result: dict) -> list[str]:
+    """A table of kernels, a line per arm that was watched."""
+    watched = {name: arm for name, arm in result["arms"].items() if arm.get("kernels")}
+    if not watched:
+        return []
+    sums = {name: by_kind(arm["kernels"]) for name, arm in watched.items()}
+    kinds = [kind for kind in KINDS if any(kind in each for each in sums.values())]
+    lines = [f"| kernels | {' | '.join(kinds)} | busy |", "|" + "---|" * (len(kinds) + 2)]
+    for name, arm in watched.items():
+        each = [sums[name].get(kind, (0.0, 0)) for kind in kinds]
+        cells = [f"{ms:.3g} ({count:.0f})" for ms, count in each]
+        busy = sum(ms for ms, _ in each) / (1e3 * median(arm["seconds"]))
+        lines.append(f"| {name} | {' | '.join(cells)} | {busy:.0%} |")
+    return [*lines, ""]
+
+
+def by_kind(kernels: list) -> dict[str, tuple[float, float]]:
+    """kind: (ms, how many) of one unit."""
+    sums: dict[str, tuple[float, float]] = {}
+    for name, count, ms in kernels:
+        kind = next(kind for kind, words in KINDS.items() if re.search(words, name, re.I))
+        before = sums.get(kind, (0.0, 0.0))
+        sums[kind] = before[0] + ms, before[1] + count
+    return sums
 
 
 def arithmetic(arms: dict, name: str) -> float:

@@ -5,6 +5,8 @@ line on the standard input and reads one of JSON from the standard output:
 
     run K   K units, timed as one: {"seconds": of one unit, "peak_mib", "rss_mib", ...}
     flops   one unit, counted: {"flops": ...}
+    profile K   K units, watched: {"kernels": [[name, times, ms], ...]} of one of them, the longest
+            first; on a CPU torch's operators are what has times
 
 No more input ends the work by `Enough`.
 """
@@ -16,6 +18,8 @@ import time
 from math import prod
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.graph import WARM
@@ -44,6 +48,15 @@ def fused() -> dict:
     }
 
 
+def kernels(watch: profile, units: int) -> list[tuple[str, float, float]]:
+    """Of one unit: name, how often, milliseconds in all."""
+    events, cuda = watch.key_averages(), watch.activities == [ProfilerActivity.CUDA]
+    ours = [e for e in events if (e.device_type == DeviceType.CUDA) == cuda]
+    took = lambda e: (e.self_device_time_total if cuda else e.self_cpu_time_total) / 1e3  # noqa: E731
+    longest = sorted(ours, key=took, reverse=True)
+    return [(e.key, e.count / units, took(e) / units) for e in longest if took(e)]
+
+
 class Enough(Exception):
     """Nothing more is wanted of this process."""
 
@@ -57,6 +70,7 @@ class Turns:
         self.warm = (1 + WARM * job["cuda_graph"]) * (self.device.type == "cuda")
         self.began = False
         self.counter: FlopCounterMode | None = None
+        self.watch: profile | None = None
         # what a library prints is no answer
         self.answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
@@ -71,6 +85,11 @@ class Turns:
             self.counter.__exit__(None, None, None)
             self.say({"flops": self.counter.get_total_flops()})
             self.counter = None
+        elif self.watch is not None:
+            self.wait()
+            self.watch.stop()
+            self.say({"kernels": kernels(self.watch, self.of)})
+            self.watch = None
         elif self.of:
             self.wait()
             seconds = (self.clock() - self.start) / self.of
@@ -85,17 +104,23 @@ class Turns:
         if command == "flops":
             self.counter, self.of = FlopCounterMode(display=False, custom_mapping=fused()), 0
             self.counter.__enter__()
-        elif command == "run":
+        elif command in ("run", "profile"):
             self.of = int(rest[0])
+            if command == "profile":
+                on_cuda = [ProfilerActivity.CUDA] * (self.device.type == "cuda")
+                self.watch = profile(activities=on_cuda or [ProfilerActivity.CPU])
             # the very first unit is what is timed when it is asked for
             self.left = self.of - 1 + self.warm * self.began
             self.began = True
-            self.begin()
+            if self.left < self.of:  # otherwise those come first
+                self.begin()
         else:
             raise Enough
 
     def begin(self) -> None:
         self.wait()
+        if self.watch is not None:
+            self.watch.start()
         self.start = self.clock()
 
     def wait(self) -> None:

@@ -8,6 +8,7 @@ which α/r, so that s (b, k) @ mix (k, r) is the factor of every rank. A frozen 
 lies under all of them: it is on whatever s is, neither trained nor saved.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -66,10 +67,11 @@ class LoRALinear(nn.Linear):
         y = super().forward(x)
         if self.lora_adapters.off(self):
             return y
-        h = F.linear(x, self.lora_A.to(x.dtype))  # (b, ..., r)
+        A, B = _factors(self, x.dtype)
+        h = F.linear(x, A)  # (b, ..., r)
         m = _rank_factors(self).to(x.dtype)  # (b or 1, r)
         m = m.view(m.shape[0], *[1] * (x.dim() - 2), m.shape[1])
-        return y + F.linear(h * m, self.lora_B.to(x.dtype))
+        return y + F.linear(h * m, B)
 
 
 class LoRAConv2d(nn.Conv2d):
@@ -77,14 +79,21 @@ class LoRAConv2d(nn.Conv2d):
         y = super().forward(x)
         if self.lora_adapters.off(self):
             return y
-        h = F.conv2d(x, self.lora_A.to(x.dtype), None, self.stride, self.padding, self.dilation)
+        A, B = _factors(self, x.dtype)
+        h = F.conv2d(x, A, None, self.stride, self.padding, self.dilation)
         m = _rank_factors(self).to(x.dtype)[:, :, None, None]  # (b or 1, r, 1, 1)
-        return y + F.conv2d(h * m, self.lora_B.to(x.dtype))
+        return y + F.conv2d(h * m, B)
+
+
+def _factors(layer: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return layer.lora_cast or (layer.lora_A.to(dtype), layer.lora_B.to(dtype))
 
 
 def _rank_factors(layer: nn.Module) -> Tensor:
     s, mix = layer.lora_adapters.strength, layer.lora_mix
-    return s.to(mix.device).expand(-1, mix.shape[0]) @ mix  # (b or 1, r)
+    s = s.to(mix.device).expand(-1, mix.shape[0])  # (b or 1, k)
+    # (b or 1, r); of one adapter a plain product, which a compiler puts into its neighbours
+    return s * mix if mix.shape[0] == 1 else s @ mix
 
 
 class LoRAFixedLinear(LoRALinear, FixedLinear):
@@ -222,7 +231,7 @@ def attach(model: nn.Module, factors: dict[str, Factors]) -> None:
             mix = torch.cat([layer.lora_mix, mix], dim=1)
         else:
             layer.__class__ = ADAPTED[type(layer)]
-            layer.lora_adapters, layer.lora_merged = shared, None
+            layer.lora_adapters, layer.lora_merged, layer.lora_cast = shared, None, None
         own = torch.zeros(1, mix.shape[1], device=weight.device)
         own[:, mix.shape[1] - rank :] = f.scale
         layer.lora_A, layer.lora_B = nn.Parameter(A), nn.Parameter(B)
@@ -257,7 +266,8 @@ def fix(model: nn.Module, factors: dict[str, Factors], multiplier: float = 1.0) 
 def detach(model: nn.Module) -> None:
     """Take all adapters off again; the base's keys and classes are as before."""
     for layer in lora_layers(model).values():
-        del layer.lora_A, layer.lora_B, layer.lora_mix, layer.lora_adapters, layer.lora_merged
+        del layer.lora_A, layer.lora_B, layer.lora_mix
+        del layer.lora_adapters, layer.lora_merged, layer.lora_cast
         layer.__class__ = PLAIN[type(layer)]
     if hasattr(model, "lora_adapters"):
         del model.lora_adapters
@@ -289,6 +299,31 @@ def keep_strength(model: nn.Module):
             shared.strength = current
 
     return lambda: (nullcontext(), at(model.lora_adapters.strength))
+
+
+@contextmanager
+def cast_together(model: nn.Module, flat: nn.Parameter, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, all layers of `model` have their factors in `dtype` from one cast of `flat`.
+
+    flat: what all lora_A and lora_B of the model, in its order, are the first views of
+    (memory.flatten). Their gradients arrive in its gradient, by one cast and one sum where there
+    were two of each per layer. The backward belongs inside: what it computes again needs them.
+    """
+    layers = list(lora_layers(model).values())
+    if flat.dtype == dtype:
+        yield
+        return
+    params = [p for layer in layers for p in (layer.lora_A, layer.lora_B)]
+    sizes = [p.numel() for p in params]
+    parts = flat.to(dtype).split([*sizes, flat.numel() - sum(sizes)])  # the rest is another model's
+    cast = [part.view(p.shape) for part, p in zip(parts, params)]
+    for layer, A, B in zip(layers, cast[::2], cast[1::2]):
+        layer.lora_cast = A, B
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.lora_cast = None
 
 
 def adapter_factors(model: nn.Module) -> dict[str, Factors]:

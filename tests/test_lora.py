@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from model.lora import (
     adapter_factors,
     attach,
+    cast_together,
     detach,
     inject,
     keep_strength,
@@ -24,6 +25,7 @@ from model.lora import (
     unmerge,
 )
 from model.lora_files import load_lora, read_lora, save_lora
+from model.memory import LEVELS, checkpoint_activations, flatten
 from model.weights import load_text, load_unet
 
 ALL = "attn,ff,proj,conv"
@@ -194,6 +196,33 @@ def test_the_strength_survives_the_recompute(unet):
         unet.zero_grad()
         set_strength(unet, 1.0)
     assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(*grads))
+
+
+@pytest.mark.parametrize("how", ["plain", "all", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_factors_cast_together_are_the_same_to_the_bit(sd1, how):
+    """Output and gradient in bf16, with activations made again, by a graph of torch.compile; other
+    parameters may lie behind the model's own."""
+    answers = []
+    for together in (False, True):
+        torch.compiler.reset()
+        unet = load_unet(sd1, dtype=torch.bfloat16)
+        inject(unet, ALL, rank=4, generator=torch.Generator().manual_seed(0))
+        layers = lora_layers(trained(unet)).values()
+        other = torch.nn.Parameter(torch.ones(3))
+        flat = flatten([*(p for m in layers for p in (m.lora_A, m.lora_B)), other])
+        checkpoint_activations(unet, LEVELS.get(how, ()), keep_strength(unet))
+        if how == "compiled":
+            unet.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+        x_t, t, ctx = batch(torch.bfloat16)
+        set_strength(unet, torch.tensor([1.0, -0.5, 0.0]))
+        for _ in range(2):  # as micro-batches do
+            with cast_together(unet, flat, torch.bfloat16 if together else torch.float32):
+                out = unet(x_t, t, ctx)
+                out.float().square().sum().backward()
+        answers.append((out.detach(), flat.grad))
+        assert flat.grad[:-3].abs().sum() > 0 and not flat.grad[-3:].any()
+        assert all(m.lora_cast is None for m in layers)
+    assert all(torch.equal(a, b) for a, b in zip(*answers))
 
 
 @pytest.mark.slow
