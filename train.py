@@ -77,15 +77,16 @@ def train(cfg: TrainConfig, ranks: Ranks | None = None) -> Path:
     ranks = ranks or Ranks()
     ranks.join()
     device = pick_device(ranks.device(cfg.device))
-    if cfg.cuda_graph and device.type != "cuda":
-        raise ValueError(f"--cuda_graph is for CUDA, the device is {device}")
+    for flag in ("cuda_graph", "cudnn_attention"):
+        if getattr(cfg, flag) and device.type != "cuda":
+            raise ValueError(f"--{flag} is for CUDA, the device is {device}")
     token = find_token(cfg.hub_token) if cfg.push_to_hub and ranks.leads else None
     if ranks.restarted(cfg.output_dir):
         cfg = replace(cfg, resume_from_checkpoint="latest", overwrite=False)
     run = open_run(cfg, ranks)
     with (
         summarized(run, ranks.leads, device),
-        settings(cfg),
+        settings(cfg, device),
         Stop(quiet=ranks.world > 1) as stop,
     ):
         phases(cfg, run, ranks, device, stop, token)

@@ -50,7 +50,7 @@ def fused() -> dict:
 
 def kernels(watch: profile, units: int) -> list[tuple[str, float, float]]:
     """Of one unit: name, how often, milliseconds in all."""
-    events, cuda = watch.key_averages(), watch.activities == [ProfilerActivity.CUDA]
+    events, cuda = watch.key_averages(), ProfilerActivity.CUDA in watch.activities
     ours = [e for e in events if (e.device_type == DeviceType.CUDA) == cuda]
     took = lambda e: (e.self_device_time_total if cuda else e.self_cpu_time_total) / 1e3  # noqa: E731
     longest = sorted(ours, key=took, reverse=True)

@@ -20,6 +20,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend
 
 import cli
 import config
@@ -38,6 +39,7 @@ from tests.hub_server import Hub
 from tests.pairs import write_pairs
 from tests.small import small
 from training import inputs, tally
+from training.session import attention_kernels
 
 ROOT = Path(__file__).parents[1]
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
@@ -1111,6 +1113,22 @@ def channels_last(lab, patch):
         assert torch.allclose(learnt[1][name], plain, atol=1e-5), name
 
 
+def cudnn_attention(lab, patch):
+    """torch's order of kernels, for a GPU of this year and one of an earlier."""
+    order, before = torch._C._get_sdp_priority_order, torch._C._get_sdp_priority_order()
+    cudnn, cuda = SDPBackend.CUDNN_ATTENTION.value, torch.device("cuda")
+    for asked, capability, first in [
+        (None, (9, 0), True), (None, (8, 0), False), (True, (8, 0), True), (False, (9, 0), False),
+    ]:  # fmt: skip
+        patch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        with attention_kernels(TrainConfig(cudnn_attention=asked), cuda):
+            assert order().index(cudnn) == (0 if first else 3)
+        assert order() == before
+    patch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with attention_kernels(TrainConfig(deterministic=True), cuda):
+        assert order().index(cudnn) == 3
+
+
 def deterministic(lab, patch):
     """Asked of torch while the run goes on, and not after it; on the CPU the bits are the same."""
     asked = torch.use_deterministic_algorithms
@@ -1275,6 +1293,10 @@ FLAGS = {
     "allow_tf32": effect(allow_tf32),
     "compile": effect(compiled),
     "channels_last": effect(channels_last),
+    "cudnn_attention": both(
+        sentence("--cudnn_attention is for CUDA, the device is cpu", cudnn_attention=True),
+        effect(cudnn_attention),
+    ),
     # what it does is in test_train.py, on a stand-in for CUDA, and in test_gpu.py
     "cuda_graph": sentence("--cuda_graph is for CUDA, the device is cpu", cuda_graph=True),
     "deterministic": effect(deterministic),
