@@ -261,9 +261,6 @@ class TrainConfig:
         None,
         "keep the UNet's images pixel by pixel, not channel by channel; on CUDA when not given",
     )
-    cudnn_attention: bool | None = knob(
-        None, "cuDNN's attention before flash attention; on Hopper GPUs and newer when not given"
-    )
     cuda_graph: bool = knob(False, "play each step's gradient back as one CUDA graph")
     deterministic: bool = knob(False, "the same bits every time on CUDA too; slower there")
     device: str | None = knob(None, "cuda, cuda:1, cpu, mps; the best there is when not given")

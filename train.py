@@ -30,7 +30,7 @@ from latents import Batch, Latents, one_ahead
 from model.draws import draw
 from model.files import is_local, moved_note
 from model.frozen import freeze
-from model.graph import Replayed
+from model.graph import Replayed, compile_blocks
 from model.lora import cast_together, keep_strength
 from model.lora_files import LORA_FILE, file_of, save_lora
 from model.lora_layouts import LAYOUTS
@@ -77,16 +77,15 @@ def train(cfg: TrainConfig, ranks: Ranks | None = None) -> Path:
     ranks = ranks or Ranks()
     ranks.join()
     device = pick_device(ranks.device(cfg.device))
-    for flag in ("cuda_graph", "cudnn_attention"):
-        if getattr(cfg, flag) and device.type != "cuda":
-            raise ValueError(f"--{flag} is for CUDA, the device is {device}")
+    if cfg.cuda_graph and device.type != "cuda":
+        raise ValueError(f"--cuda_graph is for CUDA, the device is {device}")
     token = find_token(cfg.hub_token) if cfg.push_to_hub and ranks.leads else None
     if ranks.restarted(cfg.output_dir):
         cfg = replace(cfg, resume_from_checkpoint="latest", overwrite=False)
     run = open_run(cfg, ranks)
     with (
         summarized(run, ranks.leads, device),
-        settings(cfg, device),
+        settings(cfg),
         Stop(quiet=ranks.world > 1) as stop,
     ):
         phases(cfg, run, ranks, device, stop, token)
@@ -194,8 +193,7 @@ def phases(
             run.log("plan", **cut, recompute=level, predicted_mib=round(plan.bytes / MIB, 1))
         checkpoint_activations(unet, LEVELS[level], keep_strength(unet))
         if or_cuda(cfg.compile):
-            # in place: the keys stay clean. A graph for each micro-batch that memory may force
-            unet.compile(fullgraph=True, dynamic=False, recompile_limit=64)
+            compile_blocks(unet)
     meta = lora_metadata(cfg, name, knobs, schedule, states=1 + len({p.strength for p in pairs}))
     run.start(
         {

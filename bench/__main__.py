@@ -11,6 +11,7 @@ and ratios are taken within a round. Weights are random: their values cost nothi
 
 import argparse
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -18,7 +19,9 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
@@ -34,14 +37,10 @@ RESULTS = Path(__file__).parent / "results"
 ARMS = {  # task -> arm -> what its process is told beside the case
     "train": {
         "ours": {"system": "ours"},
+        "ours captured": {"system": "ours", "cuda_graph": True},
         "ours compiled": {"system": "ours", "compile": True},
-        "ours captured": {"system": "ours", "compile": True, "cuda_graph": True},
-        "ours captured NCHW": {
-            "system": "ours",
-            "compile": True,
-            "cuda_graph": True,
-            "channels_last": False,
-        },
+        "ours compiled captured": {"system": "ours", "compile": True, "cuda_graph": True},
+        "ours captured int8": {"system": "ours", "cuda_graph": True, "base_storage": "int8"},
         "ours delta": {"system": "ours", "objective": "delta"},
         "peer script": {"system": "peer", "setting": "script"},
         "peer tuned eager": {"system": "peer", "setting": "tuned"},
@@ -131,9 +130,10 @@ class Process:
 class Arm:
     """Starts its process where there is none, and keeps what it answered."""
 
-    def __init__(self, module: str, job: dict, cache: Path, turns: int, turn_s: float):
+    def __init__(self, module: str, job: dict, cache: Path, args: argparse.Namespace):
         self.module, self.job, self.cache = module, job, cache
-        self.turns, self.turn_s = turns, turn_s
+        self.turns, self.turn_s, self.limit_s = args.rounds, args.turn_s, args.limit_s
+        self.warm = not args.no_warm
         self.process: Process | None = None
         self.units = 1
         self.result: dict = {"seconds": []}
@@ -153,10 +153,20 @@ class Arm:
 
     def prepare(self) -> None:
         """The first start, with an empty cache of compiled code; one unit's arithmetic."""
-        self.result["first_s"] = self.open()
+        late = threading.Timer(self.limit_s, lambda: self.process.process.kill())
+        late.start()
+        try:
+            self.result["first_s"] = self.open()
+        except RuntimeError as error:
+            if late.finished.is_set():
+                raise RuntimeError(f"not ready after {self.limit_s:g} s") from error
+            raise
+        finally:
+            late.cancel()
         if self.job.get("compile"):
-            self.close()
-            self.result["first_warm_s"] = self.open()
+            if self.warm:
+                self.close()
+                self.result["first_warm_s"] = self.open()
         elif self.module == "ours":
             self.result |= self.process.ask("flops")
 
@@ -183,15 +193,13 @@ def measure(case: Case, arms: dict[str, dict], args: argparse.Namespace, folder:
     subprocess.run([*made, str(case.resolution), str(case.batch)], cwd=ROOT, check=True)
     common = case._asdict() | {
         "root": str(root), "rank": 16, "compile": False, "cuda_graph": False,
-        "channels_last": None, "objective": "after",
-        "processor_time": args.processor_time,
+        "objective": "after", "base_storage": None, "processor_time": args.processor_time,
     }  # fmt: skip
-    turns = args.rounds, args.turn_s
     running = {
-        name: Arm(job["system"], common | job, folder / f"{i}", *turns)
+        name: Arm(job["system"], common | job, folder / f"{i}", args)
         for i, (name, job) in enumerate(arms.items())  # a compiler trips over spaces in a path
     }
-    running["ceiling"] = Arm("ceiling", common, folder, *turns)
+    running["ceiling"] = Arm("ceiling", common, folder, args)
     everyone = dict(running)
 
     def attempt(name: str, act) -> None:
@@ -206,9 +214,10 @@ def measure(case: Case, arms: dict[str, dict], args: argparse.Namespace, folder:
     try:
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda name: attempt(name, everyone[name].prepare), everyone))
-        for i in range(args.rounds):
-            for name in list(running)[:: -1 if i % 2 else 1]:
-                attempt(name, running[name].turn)
+        with alone(args.data):
+            for i in range(args.rounds):
+                for name in list(running)[:: -1 if i % 2 else 1]:
+                    attempt(name, running[name].turn)
     finally:
         for arm in everyone.values():
             arm.close()
@@ -222,6 +231,14 @@ def measure(case: Case, arms: dict[str, dict], args: argparse.Namespace, folder:
     }
 
 
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """While another bench takes its turns, this one waits."""
+    with open(folder / ".turns", "w", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(
         prog="python -m bench", description=__doc__,
@@ -230,12 +247,14 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--quick", action="store_true", help="the tiny model at 64 px, eagerly, in a minute or two")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="[cpu]")
-    add("--only", default="", help="cases whose name has this in it: train-cpu-tenth")
+    add("--only", default="", help="the case of this name, or all that have this in it: train-cpu")
     add("--arms", help="some of them, with commas: ours,peer script")
     add("--no_compile", action="store_true", help="leave the compiled arms out")
     add("--rounds", type=int, default=7, help="turns of each arm [7]")
     add("--turn_s", type=float, default=1.0, help="seconds that a turn takes at least [1]")
     add("--jobs", type=int, default=1, help="arms that start at the same time [1]")
+    add("--limit_s", type=float, default=3600.0, help="an arm's first start takes no longer [3600]")
+    add("--no_warm", action="store_true", help="do not start compiled arms a second time")
     add("--one_at_a_time", action="store_true", help="a new process for every turn: less memory")
     add(
         "--processor_time",
@@ -255,6 +274,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--rounds must be at least 1, got {args.rounds}")
     if args.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {args.jobs}")
+    if not 0 < args.limit_s < math.inf:
+        parser.error(f"--limit_s must be above 0 and finite, got {args.limit_s}")
     if not 0 <= args.turn_s < math.inf:
         parser.error(f"--turn_s must be at least 0 and finite, got {args.turn_s}")
     cases = [] if args.report else planned(args.device)
@@ -263,7 +284,8 @@ def main(argv: list[str] | None = None) -> int:
         cases = [Case(task, "cpu", "fp32", "tenth", 64, b) for task, b in tasks.items()]
         args.rounds, args.no_compile = min(args.rounds, 5), True
     names = [case.name for case in cases]
-    cases = [case for case in cases if args.only in case.name]
+    exact = [case for case in cases if args.only == case.name]
+    cases = exact or [case for case in cases if args.only in case.name]
     if not cases and not args.report:
         parser.error(f"--only {args.only} leaves no case; there are {', '.join(names)}")
     known = {name for case in cases for name in ARMS[case.task]}

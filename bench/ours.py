@@ -52,7 +52,7 @@ def training(job: dict, turns: Turns) -> None:
                 mixed_precision={"fp32": "no"}.get(job["dtype"], job["dtype"]),
                 compile=job["compile"],
                 cuda_graph=job["cuda_graph"],
-                channels_last=job["channels_last"],
+                base_storage=job["base_storage"],
                 gradient_checkpointing=job["checkpointing"],
                 device=job["device"],
                 max_train_steps=NEVER,

@@ -1,11 +1,25 @@
-"""A step's gradient as one CUDA graph: a thousand launches become one."""
+"""The same step, faster: the UNet's blocks compiled, its gradient played back as one CUDA graph."""
 
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from model.layers import ResBlock, SpatialTransformer
 
 WARM = 3  # calls before the capture: compilation, cuBLAS' workspaces, cuDNN's choices
+
+
+def compile_blocks(model: nn.Module, **how) -> None:
+    """torch.compile every ResBlock and SpatialTransformer, in place: the keys stay clean.
+
+    Blocks of one shape share their code, so that a UNet takes a third of the time that it takes in
+    one graph, and what is lost between blocks is little. how: to torch.compile.
+    """
+    for block in model.modules():
+        if isinstance(block, ResBlock | SpatialTransformer):
+            # a graph for each shape, and for each micro-batch that memory may force
+            block.compile(fullgraph=True, dynamic=False, recompile_limit=256, **how)
 
 
 class Replayed:

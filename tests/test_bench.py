@@ -26,7 +26,7 @@ def place(tmp_path_factory):
 def job(place, **more):
     common = {"root": str(place), "rank": 4, "compile": False, "objective": "after"} | {
         "cuda_graph": False,
-        "channels_last": None,
+        "base_storage": None,
         "processor_time": True,
     }
     return CASE._asdict() | common | more
@@ -85,6 +85,8 @@ def test_the_report_takes_ratios_within_a_round(tmp_path):
         ),
         (["--turn_s", "nan"], "--turn_s must be at least 0 and finite, got nan"),
         (["--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["--jobs", "0"], "--jobs must be at least 1, got 0"),
+        (["--limit_s", "0"], "--limit_s must be above 0 and finite, got 0.0"),
         (["--rounds", "-1"], "--rounds must be at least 1, got -1"),
         (["--arms", "ours,theirs"], "--arms has 'theirs'; there are ours"),
         pytest.param(

@@ -20,7 +20,6 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
-from torch.nn.attention import SDPBackend
 
 import cli
 import config
@@ -30,7 +29,7 @@ import train
 from config import TrainConfig
 from docs.flags import table
 from model import lora_convert, memory
-from model.layers import ResBlock, TransformerBlock
+from model.layers import ResBlock, SpatialTransformer, TransformerBlock
 from model.lora_files import LORA_FILE, read_lora
 from model.objectives import OBJECTIVES
 from model.unet import UNet
@@ -39,7 +38,6 @@ from tests.hub_server import Hub
 from tests.pairs import write_pairs
 from tests.small import small
 from training import inputs, tally
-from training.session import attention_kernels
 
 ROOT = Path(__file__).parents[1]
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
@@ -1085,11 +1083,13 @@ def allow_tf32(lab, patch):
 
 def compiled(lab, patch):
     asked = []
-    patch.setattr(UNet, "compile", lambda net, **how: asked.append(how))
-    lab.fresh(compile=True, max_train_steps=1)
+    patch.setattr(torch.nn.Module, "compile", lambda net, **how: asked.append((type(net), how)))
     lab.fresh(compile=False, max_train_steps=1)
     lab.fresh(compile=None, max_train_steps=1)  # off where there is no CUDA
-    assert asked == [{"fullgraph": True, "dynamic": False, "recompile_limit": 64}]
+    assert not asked
+    lab.fresh(compile=True, max_train_steps=1)
+    assert {kind for kind, _ in asked} == {ResBlock, SpatialTransformer}
+    assert all(how["fullgraph"] and not how["dynamic"] for _, how in asked)
 
 
 def channels_last(lab, patch):
@@ -1111,22 +1111,6 @@ def channels_last(lab, patch):
         seen.clear()
     for name, plain in learnt[0].items():
         assert torch.allclose(learnt[1][name], plain, atol=1e-5), name
-
-
-def cudnn_attention(lab, patch):
-    """torch's order of kernels, for a GPU of this year and one of an earlier."""
-    order, before = torch._C._get_sdp_priority_order, torch._C._get_sdp_priority_order()
-    cudnn, cuda = SDPBackend.CUDNN_ATTENTION.value, torch.device("cuda")
-    for asked, capability, first in [
-        (None, (9, 0), True), (None, (8, 0), False), (True, (8, 0), True), (False, (9, 0), False),
-    ]:  # fmt: skip
-        patch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        with attention_kernels(TrainConfig(cudnn_attention=asked), cuda):
-            assert order().index(cudnn) == (0 if first else 3)
-        assert order() == before
-    patch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    with attention_kernels(TrainConfig(deterministic=True), cuda):
-        assert order().index(cudnn) == 3
 
 
 def deterministic(lab, patch):
@@ -1293,10 +1277,6 @@ FLAGS = {
     "allow_tf32": effect(allow_tf32),
     "compile": effect(compiled),
     "channels_last": effect(channels_last),
-    "cudnn_attention": both(
-        sentence("--cudnn_attention is for CUDA, the device is cpu", cudnn_attention=True),
-        effect(cudnn_attention),
-    ),
     # what it does is in test_train.py, on a stand-in for CUDA, and in test_gpu.py
     "cuda_graph": sentence("--cuda_graph is for CUDA, the device is cpu", cuda_graph=True),
     "deterministic": effect(deterministic),

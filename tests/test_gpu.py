@@ -131,6 +131,36 @@ def test_a_captured_step_equals_the_plain_one(config, tmp_path, objective, compi
     assert measured(name, off, "< 0.01") < 0.01
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"mask_dir": "mask", "mask_outside": 0.2, "preserve_weight": 0.5},
+        {"with_prior_preservation": True, "class_prompt": "land", "num_class_images": 2},
+        {"train_text_encoder": True},
+        {"mixed_precision": "fp16"},
+        {"gradient_checkpointing": True, "recompute": "all"},
+        {"base_storage": "int8"},
+        {"snr_gamma": 5.0, "loss": "huber", "lora_targets": "attn,ff,conv,proj"},
+    ],
+    ids=lambda more: next(iter(more)),
+)
+def test_a_captured_step_equals_the_plain_one_with(config, tmp_path, more, request, measured):
+    """Everything that a step can have; pictures are made between the steps."""
+    cfg = replace(
+        config, pair_objective="after", mixed_precision="bf16", num_validation_images=1,
+        validation_pairs=1, validation_steps=3,
+    )  # fmt: skip
+    if "mask_dir" in more:
+        more = more | {"mask_dir": str(tmp_path / "pairs" / "mask")}
+    if "class_prompt" in more:
+        more = more | {"class_data_dir": str(tmp_path / "class")}
+    cfg = replace(cfg, **more)
+    expected = losses(cfg, tmp_path, "plain")
+    off = furthest(losses(replace(cfg, cuda_graph=True), tmp_path, "captured"), expected)
+    name = f"captured losses with {request.node.callspec.id}, off the plain ones"
+    assert measured(name, off, "< 0.01") < 0.01
+
+
 @pytest.fixture
 def unet(sd1):
     """With a LoRA whose B is not zero, on CUDA."""

@@ -2,12 +2,11 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from config import TrainConfig
 from model.memory import out_of_memory, peak_mib
@@ -61,8 +60,8 @@ def open_run(cfg: TrainConfig, ranks: Ranks) -> Run | Beside:
 
 
 @contextmanager
-def settings(cfg: TrainConfig, device: torch.device) -> Iterator[None]:
-    """--allow_tf32, --deterministic, --cudnn_attention inside, and what was before after it."""
+def settings(cfg: TrainConfig) -> Iterator[None]:
+    """--allow_tf32 and --deterministic inside, and what was before after it."""
     precision = torch.get_float32_matmul_precision()
     deterministic = torch.are_deterministic_algorithms_enabled()
     try:
@@ -71,23 +70,10 @@ def settings(cfg: TrainConfig, device: torch.device) -> Iterator[None]:
         if cfg.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once
             torch.use_deterministic_algorithms(True)
-        with attention_kernels(cfg, device):
-            yield
+        yield
     finally:
         torch.set_float32_matmul_precision(precision)
         torch.use_deterministic_algorithms(deterministic)
-
-
-def attention_kernels(cfg: TrainConfig, device: torch.device) -> AbstractContextManager:
-    """Which of attention's kernels torch looks at first; its own order is flash, cuDNN last."""
-    first = cfg.cudnn_attention
-    if device.type != "cuda":
-        return nullcontext()
-    if first is None:  # on Hopper nearly twice as fast (LOG.md, "GPU"); older ones: not measured
-        first = torch.cuda.get_device_capability(device) >= (9, 0) and not cfg.deterministic
-    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    order.insert(0 if first else 3, SDPBackend.CUDNN_ATTENTION)
-    return sdpa_kernel(order, set_priority=True)
 
 
 @contextmanager
