@@ -130,7 +130,7 @@ test: $(READY) $(READY_DEV) ## all tests
 test-fast: $(READY) $(READY_DEV) ## the tests that take seconds
 	$(PY) -m pytest -n auto --maxprocesses 8 -m "not slow" $(ARGS)
 
-check-gpu: $(READY) $(READY_DEV) ## what only a GPU can show, on this machine's, in a minute
+check-gpu: $(READY) $(READY_DEV) ## what only a GPU can show, on this machine's, in minutes
 	$(PY) -m pytest -m gpu tests/test_gpu.py $(ARGS)
 
 fuzz: $(READY) $(READY_DEV) ## every reader on inputs made up or mutated: FUZZ= of them each [2000]

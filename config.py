@@ -256,12 +256,16 @@ class TrainConfig:
         None, "fit the training into so many GiB by smaller micro-batches and recomputing", above=0
     )
     allow_tf32: bool = knob(False, "TF32 matrix products on Ampere and newer")
-    compile: bool | None = knob(None, "torch.compile the UNet; on CUDA when not given")
+    compile: bool = knob(
+        False, "torch.compile the UNet's blocks: later a first step, shorter ones after it"
+    )
     channels_last: bool | None = knob(
         None,
         "keep the UNet's images pixel by pixel, not channel by channel; on CUDA when not given",
     )
-    cuda_graph: bool = knob(False, "play each step's gradient back as one CUDA graph")
+    cuda_graph: bool | None = knob(
+        None, "play each step's gradient back as one CUDA graph; on one GPU when not given"
+    )
     deterministic: bool = knob(False, "the same bits every time on CUDA too; slower there")
     device: str | None = knob(None, "cuda, cuda:1, cpu, mps; the best there is when not given")
     enable_xformers_memory_efficient_attention: bool = knob(

@@ -42,7 +42,8 @@ FREE = {
     "checkpointing_steps", "checkpoints_total_limit", "log_every", "report_to", "logging_dir",
     "push_to_hub", "hub_token", "hub_model_id", "cache_dir", "latents_on", "validation_steps",
     "validation_epochs", "num_validation_images", "validation_prompt", "dataloader_num_workers",
-    "local_rank", "pre_compute_text_embeddings", "compile", "channels_last", "device",
+    "local_rank", "pre_compute_text_embeddings", "compile", "channels_last", "cuda_graph",
+    "device",
     "enable_xformers_memory_efficient_attention", "lora_format", "lora_dtype", "on_nan",
     "resume_changed",
 }  # fmt: skip

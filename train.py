@@ -113,7 +113,14 @@ def phases(
     """Everything between opening the run's folder and closing it. `token`: of --push_to_hub."""
     base, paired = cfg.pretrained_model_name_or_path, config.is_pairs(cfg)
     dtype = pick_dtype(cfg.mixed_precision, device)
-    or_cuda = lambda flag: device.type == "cuda" if flag is None else flag  # noqa: E731
+    cuda = device.type == "cuda"
+    # bits that a resumed run repeats, and several GPUs, have not been tried as a graph
+    alone = cuda and ranks.world == 1 and not cfg.deterministic
+    cfg = replace(
+        cfg,
+        cuda_graph=alone if cfg.cuda_graph is None else cfg.cuda_graph,
+        channels_last=cuda if cfg.channels_last is None else cfg.channels_last,
+    )
     files = {"variant": cfg.variant, "revision": cfg.revision, "device": device}
     name = config.objective_of(cfg)
     knobs = Knobs(**{field: getattr(cfg, field) for field in Knobs._fields})
@@ -179,7 +186,7 @@ def phases(
         print(f"UNet          {loaded(unet, base)}")
         if unet.in_channels != 4:
             raise ValueError(f"{base} has a UNet of {unet.in_channels} input channels, not 4")
-        if or_cuda(cfg.channels_last):  # before its LoRA is views of one flat buffer
+        if cfg.channels_last:  # before its LoRA is views of one flat buffer
             unet.to(memory_format=torch.channels_last)
         trained = adapt(cfg, unet, prompts.text, given, task.objective.extra, run.checkpoint)
         ranks.copy_first(trained.flat.data)  # were it only that two processors round differently
@@ -192,7 +199,7 @@ def phases(
             cut = {"micro_batch": size.micro, "accumulation": size.mine // size.micro}
             run.log("plan", **cut, recompute=level, predicted_mib=round(plan.bytes / MIB, 1))
         checkpoint_activations(unet, LEVELS[level], keep_strength(unet))
-        if or_cuda(cfg.compile):
+        if cfg.compile:
             compile_blocks(unet)
     meta = lora_metadata(cfg, name, knobs, schedule, states=1 + len({p.strength for p in pairs}))
     run.start(

@@ -1,11 +1,13 @@
 """The same step, faster: the UNet's blocks compiled, its gradient played back as one CUDA graph."""
 
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from model.layers import ResBlock, SpatialTransformer
+from model.memory import out_of_memory
 
 WARM = 3  # calls before the capture: compilation, cuBLAS' workspaces, cuDNN's choices
 
@@ -27,8 +29,9 @@ class Replayed:
 
     inputs: named tuples of tensors (or None in their place, or as one of their parts), always of
     the same shapes. `compute` works on the device alone: it copies nothing from the host and waits
-    for nothing. What it gives is overwritten by the next call. The first calls, which are real
-    ones, run on a stream of their own, as captures must be warmed up.
+    for nothing; where it does not, a warning says so and it goes on as it is. What it gives is
+    overwritten by the next call. The first calls, which are real ones, run on a stream of their
+    own, as captures must be warmed up.
     """
 
     def __init__(self, compute: Callable[..., Tensor]):
@@ -38,6 +41,7 @@ class Replayed:
     def reset(self) -> None:
         """Capture anew, for a `compute` that does its work in another way now."""
         self.calls, self.graph, self.buffers, self.result = 0, None, (), None
+        self.possible = True
 
     def __call__(self, *inputs: tuple | None) -> Tensor:
         self.calls += 1
@@ -49,21 +53,35 @@ class Replayed:
                 result = self.compute(*inputs)
             here.wait_stream(self.aside)
             return result
+        if self.graph is None and self.possible:
+            self.capture(*inputs)
         if self.graph is None:
-            self.buffers = tuple(map(cloned, inputs))
-            graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-            try:
-                with torch.cuda.graph(graph):
-                    self.result = self.compute(*self.buffers)
-            finally:
-                torch.cuda.set_stream(here)  # where it cannot end what broke, torch forgets to
-            self.graph = graph  # a capture only records: what follows is the first to compute
+            return self.compute(*inputs)
         for buffer, one in zip(self.buffers, inputs):
             for kept, new in zip(buffer or (), one or ()):
                 if new is not None:
                     kept.copy_(new, non_blocking=True)
         self.graph.replay()
         return self.result
+
+    def capture(self, *inputs: tuple | None) -> None:
+        """It only records: nothing is computed."""
+        self.buffers = tuple(map(cloned, inputs))
+        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph):
+                self.result = self.compute(*self.buffers)
+            self.graph = graph
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            self.possible, self.buffers, self.result = False, (), None
+            why = next(iter(str(error).splitlines()), type(error).__name__)
+            warnings.warn(
+                f"without a CUDA graph, which the step cannot become: {why}", stacklevel=3
+            )
+        finally:
+            torch.cuda.set_stream(here)  # where it cannot end what broke, torch forgets to
 
 
 def cloned(one: tuple | None) -> tuple | None:

@@ -41,7 +41,7 @@ ARROWS = {
     "model.layers": [],
     "model.text": [],
     "model.memory": ["model.layers"],
-    "model.graph": ["model.layers"],
+    "model.graph": ["model.layers", "model.memory"],
     "model.cpu": [],
     "model.frozen": ["model.cpu"],
     "model.files": [],

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -286,6 +287,18 @@ def test_a_captured_step_reads_its_buffers(monkeypatch):
     with pytest.raises(torch.OutOfMemoryError):
         replayed(batch(8), None)
     assert replayed.graph is None and cuda.back == [cuda]  # not left on the capture's stream
+
+    @contextmanager
+    def refused(graph):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph", refused)
+    said = "without a CUDA graph, which the step cannot become: operation not permitted when stream"
+    with pytest.warns(UserWarning, match=said):
+        assert replayed(batch(9), None) == 18
+    with warnings.catch_warnings(action="error"):  # nor is it tried again
+        assert replayed(batch(3), None) == 6 and cuda.back == [cuda, cuda]
 
 
 @pytest.mark.parametrize("objective", PAIRED)
