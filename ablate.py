@@ -37,8 +37,7 @@ import comparison
 import evaluate
 from cli import Parser, report
 from config import TrainConfig
-from durable import lock, remove, write_aside, write_json
-from runs import refuse_file
+from durable import lock, refuse_file, remove, write_aside, write_json
 
 ROOT = Path(__file__).parent
 OURS = {  # flags that no line may have: set here, for a run that was chosen, or of no work

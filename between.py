@@ -16,14 +16,13 @@ from PIL import Image
 from torch import Tensor
 
 from data import MAX_ASPECT, aspect_gap, by
-from durable import write_aside, write_json
+from durable import save_image, write_aside, write_json
 from images import contact_sheet, load_image, to_image, to_tensor
 from measures import mse, path, perceived, psnr, structure
 from model.lora_files import load_lora, lora_path
 from model.morph import States, blended, fit, inverted, renderer, respaced, steps_between
 from model.objectives import OBJECTIVES
 from model.pipeline import Pipeline, encode, padded
-from runs import save_image
 
 DEFAULTS = {
     "adain": True, "attention": True, "noise_level": 0.6, "fit_steps": 0, "learning_rate": 1e-3,

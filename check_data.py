@@ -19,9 +19,9 @@ from PIL import Image, ImageChops, ImageOps
 from cli import Parser
 from cli import report as fail
 from data import MAX_ASPECT, aspect_gap, by
+from durable import refuse_file, refuse_read_only, save_image
 from images import contact_sheet, load_image, load_mask, shown
 from pairs import by_name, find_pairs, left_out, read_caption, refuse_among, refuse_missing
-from runs import refuse_file, refuse_read_only, save_image
 
 NO_CHANGE = 0.5  # of 255, mean absolute difference: what saving as JPEG twice costs
 MIN_SHIFT = 2  # pixels of the original

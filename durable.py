@@ -1,5 +1,5 @@
-"""Files that are there whole or not at all, folders that say so when they are damaged, and the lock
-on a folder that one process writes.
+"""Files that are there whole or not at all, folders that say so when they are damaged, the lock on
+a folder that one process writes, and what is looked at before anything is written.
 
 A kill, a full disk or a power cut leaves what was there before, and perhaps a hidden `.NAME.tmp`
 that the next writer removes.
@@ -18,6 +18,8 @@ import warnings
 from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
+
+from PIL import Image
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"
@@ -166,3 +168,21 @@ def sign(file: FileIO) -> None:
         file.write(f"{os.getpid()} on {socket.gethostname()}\n".encode())
     except OSError as error:
         raise naming(error, Path(file.name)) from error
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    write_aside(path, lambda aside: image.save(aside, format="PNG"))
+
+
+def refuse_file(folder: Path, flag: str) -> None:
+    """FileExistsError if a file is where `folder`, or a folder above it, is wanted."""
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise FileExistsError(f"{flag} {folder}: {path} is a file, a folder was wanted")
+
+
+def refuse_read_only(folder: Path, flag: str) -> None:
+    """PermissionError before hours of work, not after them."""
+    there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), folder)
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{flag} {folder}: {there} cannot be written to")

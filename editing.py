@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from durable import refuse_file, refuse_read_only
 from model.files import moved_note
 from model.objectives import OBJECTIVES, How, Knobs, Objective
 from model.pipeline import (
@@ -25,7 +26,6 @@ from model.pipeline import (
     pick_device,
     pick_dtype,
 )
-from runs import refuse_file, refuse_read_only
 
 # ---- flags ---------------------------------------------------------------------------------------
 

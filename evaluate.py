@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from cli import Parser, report
 from data import PairDataset
-from durable import write_aside, write_json
+from durable import save_image, write_aside, write_json
 from editing import (
     MOST,
     add_common_flags,
@@ -47,7 +47,6 @@ from model.pipeline import Pipeline, decode, encode
 from pairs import SIDES, Pair, find_pairs, fingerprint, refuse_among
 from progress import no_bars
 from report import write_report
-from runs import save_image
 
 # ---- the run -------------------------------------------------------------------------------------
 

@@ -8,14 +8,10 @@ go on from; what goes on is the run that was not killed, to the bit, its metrics
 """
 
 import contextlib
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import re
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -29,12 +25,16 @@ from durable import (
     json_bytes,
     lock,
     naming,
+    refuse_file,
+    refuse_read_only,
     remove,
+    save_image,
     seal,
     sign,
     write_aside,
     write_json,
 )
+from revision import revision
 
 # Fields that may differ when a run goes on: they change when it stops and what it writes, no step.
 FREE = {
@@ -53,54 +53,6 @@ FREE = {
 FILES = ("config.json", "summary.json", "metrics.jsonl", "loss.png", "report.html", "README.md",
          "samples", "strengths")  # fmt: skip
 PATTERNS = ("checkpoint-*", "pytorch_lora_weights*.safetensors")
-
-
-def without_tokens(text: str) -> str:
-    """The same with what looks like an access token, and the one that is set, starred out."""
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        if len(token := os.environ.get(name, "").strip()) >= 8:
-            text = text.replace(token, "***")
-    return re.sub(r"\bhf_\w+|(?<=--hub_token=).+", "hf_***", text)
-
-
-def revision() -> dict:
-    """What ran: git revision and uncommitted changes, command, versions, machine."""
-
-    def git(*args: str) -> str | None:
-        try:
-            out = subprocess.run(
-                ["git", "-C", str(Path(__file__).parent), *args],
-                capture_output=True,
-                timeout=20,
-                check=True,
-            ).stdout
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return out.decode("utf-8", "replace").strip()
-
-    import torch
-
-    packages = ("torch", "transformers", "safetensors", "Pillow", "numpy", "huggingface_hub")
-    return {
-        "git": git("rev-parse", "HEAD"),
-        "diff": without_tokens(git("diff", "HEAD") or "") or None,
-        "argv": [
-            "hf_***" if before == "--hub_token" else without_tokens(word)
-            for before, word in zip(["", *sys.argv], sys.argv)
-        ],
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def refuse_file(folder: Path, flag: str) -> None:
-    """FileExistsError if a file is where `folder`, or a folder above it, is wanted."""
-    for path in (folder, *folder.parents):
-        if path.exists() and not path.is_dir():
-            raise FileExistsError(f"{flag} {folder}: {path} is a file, a folder was wanted")
 
 
 class Run:
@@ -376,17 +328,6 @@ class Run:
         losses = [(step, loss) for step, loss in losses if loss is not None]
         if len(losses) > 1:
             save_image(plot(losses, "loss"), self.folder / "loss.png")
-
-
-def save_image(image: Image.Image, path: Path) -> None:
-    write_aside(path, lambda aside: image.save(aside, format="PNG"))
-
-
-def refuse_read_only(folder: Path, flag: str) -> None:
-    """PermissionError before hours of work, not after them."""
-    there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), folder)
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise PermissionError(f"{flag} {folder}: {there} cannot be written to")
 
 
 def _step(checkpoint: Path) -> int:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import between
 from cli import Parser, report
+from durable import save_image
 from editing import (
     add_common_flags,
     add_edit_flags,
@@ -41,7 +42,6 @@ from model.pipeline import Pipeline, decode, generate_latents
 from model.samplers import SAMPLERS
 from pairs import find_images, real_folders
 from progress import no_bars
-from runs import save_image
 
 
 def generate(args: argparse.Namespace) -> None:

@@ -23,7 +23,7 @@ import cli
 import config
 from config import TrainConfig
 from data import PairDataset
-from durable import write_aside
+from durable import save_image, write_aside
 from hub import find_token, open_repository, publish
 from images import shown as printable
 from latents import Batch, Latents, one_ahead
@@ -43,7 +43,7 @@ from model.weighting import in_and_out, listened, preservation, weighted_mean
 from model.weights import load_scheduler_config, load_unet, load_vae
 from pairs import Pair, fingerprint
 from report import write_report
-from runs import Run, save_image
+from runs import Run
 from training.adapting import Trained, adapt, rate, read_given
 from training.checkpoint import lora_metadata, save_state
 from training.fitting import plan_step

@@ -29,8 +29,8 @@ from typing import NamedTuple
 
 from bench.report import write_report
 from cli import Parser, report
-from durable import write_json
-from runs import refuse_file, revision
+from durable import refuse_file, write_json
+from revision import revision
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"

@@ -23,8 +23,7 @@ import numpy as np
 from PIL import Image
 
 import cli
-from durable import remove, write_aside, write_json
-from runs import refuse_file
+from durable import refuse_file, remove, write_aside, write_json
 
 ROOT = Path(__file__).parents[1]
 SIZE = 16  # px

@@ -16,10 +16,9 @@ import torch
 from safetensors.torch import save_file
 
 from cli import Parser, report
-from durable import write_aside
+from durable import refuse_file, write_aside
 from model.files import read_json
 from model.unet import UNet
-from runs import refuse_file
 
 WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
 

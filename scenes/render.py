@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from cli import Parser, report
-from runs import refuse_file
+from durable import refuse_file
 
 CHANGES = {  # name: what a caption says
     "urban": "with new houses",

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from cli import Parser, report
-from durable import write_aside
+from durable import refuse_file, write_aside
 from images import contact_sheet
 from model.draws import seeded
 from model.optim import learning_rate
@@ -37,7 +37,7 @@ from model.schedule import Schedule
 from model.text import TextEncoder
 from model.unet import UNet
 from model.vae import VAE
-from runs import refuse_file, revision
+from revision import revision
 from scenes.random_base import refuse_other
 from scenes.render import CHANGES, caption, make_scene, render
 from scenes.tokenizer import write_text, write_tokenizer

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import durable
+import revision
 import runs
 import train
 from cli import report
@@ -652,4 +653,4 @@ def test_tokens_reach_no_file_and_no_message(config, monkeypatch, capsys):
     for path in folder.rglob("*"):
         said += path.read_bytes().decode("latin-1") if path.is_file() else ""
     assert not [token for token in tokens if token in said] and "hf_***" in said
-    assert runs.without_tokens("half_way shelf_x") == "half_way shelf_x"
+    assert revision.without_tokens("half_way shelf_x") == "half_way shelf_x"

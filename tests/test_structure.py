@@ -35,7 +35,8 @@ ARROWS = {
     "progress": [],
     "training.ranks": [],
     "training.trackers": ["durable"],
-    "runs": ["durable"],
+    "revision": [],
+    "runs": ["durable", "revision"],
     "model.schedule": [],
     "model.lora": [],
     "model.layers": [],
@@ -63,7 +64,7 @@ ARROWS = {
         "model.vae",
     ],
     "model.lora_convert": [
-        "durable", "runs", "model.files", "model.lora", "model.lora_algebra", "model.lora_files",
+        "durable", "model.files", "model.lora", "model.lora_algebra", "model.lora_files",
         "model.lora_layouts", "model.weights",
     ],
     "model.samplers": ["model.schedule"],
@@ -81,12 +82,12 @@ ARROWS = {
         "model.pipeline", "model.samplers", "model.schedule", "progress",
     ],
     "training.inputs": [
-        "config", "data", "images", "latents", "pairs", "progress", "runs", "model.memory",
+        "config", "data", "durable", "images", "latents", "pairs", "progress", "model.memory",
         "model.pipeline",
     ],
     "between": [
         "data", "durable", "images", "measures", "model.lora_files", "model.morph",
-        "model.objectives", "model.pipeline", "runs",
+        "model.objectives", "model.pipeline",
     ],
     "training.checkpoint": [
         "config", "durable", "model.files", "model.lora", "model.lora_files", "model.objectives",
@@ -114,13 +115,13 @@ ARROWS = {
         "config", "model.objectives", "model.pipeline", "model.plan", "model.vae",
         "training.adapting", "training.inputs", "training.prompts", "training.watching",
     ],
-    "editing": ["runs", "model.files", "model.objectives", "model.pipeline"],
-    "check_data": ["cli", "data", "images", "pairs", "runs"],
+    "editing": ["durable", "model.files", "model.objectives", "model.pipeline"],
+    "check_data": ["cli", "data", "durable", "images", "pairs"],
     "sample": ["*"],
     "train": ["*"],
     "evaluate": ["*"],
     "comparison": ["images", "measures"],
-    "ablate": ["comparison", "cli", "config", "durable", "evaluate", "runs"],
+    "ablate": ["comparison", "cli", "config", "durable", "evaluate"],
 }  # fmt: skip
 ROOTS = ("check_data", "hub", "sample", "train", "evaluate", "ablate")  # what a user starts
 FOLDERS = ("scenes", "bench", "docs", "tests")  # on top of all: nothing outside them imports them

@@ -13,13 +13,13 @@ from tqdm import tqdm
 import config
 from config import TrainConfig
 from data import PairDataset
+from durable import save_image
 from images import load_image, to_image
 from latents import Latents, cache_latents
 from model.memory import phase, unless_full
 from model.pipeline import DTYPES, decode, generate_latents, load_pipeline, pick_dtype
 from pairs import Pair, find_clips, find_pairs, find_sequences, find_singles, unmatched
 from progress import no_bars
-from runs import save_image
 
 
 class Data(NamedTuple):
