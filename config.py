@@ -257,7 +257,7 @@ class TrainConfig:
     )
     allow_tf32: bool = knob(False, "TF32 matrix products on Ampere and newer")
     compile: bool = knob(
-        False, "torch.compile the UNet's blocks: later a first step, shorter ones after it"
+        False, "torch.compile the UNet's blocks: minutes before the first step, shorter ones after"
     )
     channels_last: bool | None = knob(
         None,

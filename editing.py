@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from durable import refuse_file, refuse_read_only
-from model.files import moved_note
+from model.files import is_local, moved_note
 from model.objectives import OBJECTIVES, How, Knobs, Objective
 from model.pipeline import (
     Pipeline,
@@ -164,12 +164,28 @@ def open_pipeline(args: argparse.Namespace) -> Pipeline:
         dtype=dtype,
         device=device,
     )
+    for sentence in without_effect(args, pipe):
+        warnings.warn(sentence, stacklevel=2)
     kind = pipe.meta.get("objective", "of unknown objective")
     lora = f", LoRA {args.lora} ({kind})" if args.lora else ""
     if pipe.under:
         lora += ", on top of {} at strength {:g}".format(*pipe.under)
     print(f"{pipe.base} on {device} in {str(dtype).removeprefix('torch.')}{lora}")
     return pipe
+
+
+def without_effect(args: argparse.Namespace, pipe: Pipeline) -> Iterator[str]:
+    """Common flags that were given and are not read, a sentence each."""
+    if args.revision is not None and is_local(pipe.base):
+        yield f"--revision {args.revision} has no effect: {pipe.base} is a local directory"
+    if args.base_lora_strength and not pipe.under:
+        said = f"--base_lora_strength {args.base_lora_strength:g} has no effect"
+        yield f"{said}: there is no LoRA beneath this one"
+    if (strength := getattr(args, "strength", 1.0)) != 1.0:
+        if getattr(args, "strengths", None) is not None:
+            yield f"--strength {strength:g} has no effect beside --strengths"
+        elif args.lora is None and args.command == "generate":
+            yield f"--strength {strength:g} has no effect without --lora"
 
 
 def prompt_of(args: argparse.Namespace, pipe: Pipeline) -> str:

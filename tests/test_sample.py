@@ -367,6 +367,26 @@ def test_flags_that_an_objective_does_not_use_are_warned_of(tmp_path, sd1, image
         assert set(said) == unread and len(said) == len(unread)
 
 
+def test_common_flags_that_are_not_read_are_warned_of(tmp_path, sd1, images, capsys):
+    lora, out = write_lora(tmp_path / "run", sd1, objective="delta"), tmp_path / "out"
+    base = ("--model", sd1, "--out", out, "--steps", 1, "--num", 1, "--width", 32, "--height", 32)
+    edit = ("edit", "--lora", lora, "--input", images, "--out", out)
+    for argv, said in [
+        ((*edit, "--revision", "v2"), f"--revision v2 has no effect: {sd1} is a local directory"),
+        ((*edit, "--base_lora_strength", 0.5),
+         "--base_lora_strength 0.5 has no effect: there is no LoRA beneath this one"),
+        ((*edit, "--base_lora_strength", 0), None),
+        ((*edit, "--strength", 0.5, "--strengths", "0,1"),
+         "--strength 0.5 has no effect beside --strengths"),
+        ((*edit, "--strength", 0.5), None),
+        (("generate", *base, "--strength", 0.5), "--strength 0.5 has no effect without --lora"),
+        (("generate", *base), None),
+    ]:  # fmt: skip
+        run(*argv)
+        warned = [w for w in capsys.readouterr().out.splitlines() if w.startswith("warning: ")]
+        assert warned == ([f"warning: {said}"] if said else [])
+
+
 def test_what_is_transparent_is_as_in_training(tmp_path, sd1):
     lora = write_lora(tmp_path / "run", sd1, background="black")
     Image.new("RGBA", (32, 32), (0, 0, 0, 0)).save(tmp_path / "clear.png")
