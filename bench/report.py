@@ -16,7 +16,7 @@ KINDS = {  # of kernels on CUDA, by their names; the first that fits
     "compiled reduction": r"triton_(red|per)",
     "compiled elementwise": r"triton",
     "torch's norm": r"norm|moments|compute(fused|internal|backward)",
-    "copy": r"mem(cpy|set)|copy|cat|transpose|nchw|nhwc",
+    "copy": r"mem(cpy|set)|copy|catarray|transpose|upsample|nchw|nhwc",
     "torch's reduction": r"reduce|softmax",
     "torch's elementwise": r"elementwise|multi_tensor|foreach|fused_adam",
     "other": "",

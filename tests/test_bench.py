@@ -8,7 +8,7 @@ import torch
 
 from bench import scale
 from bench.__main__ import Case, Process, main
-from bench.report import ratio, write_report
+from bench.report import by_kind, ratio, spent, write_report
 
 CASE = Case("train", "cpu", "fp32", "tiny", 32, 2)
 
@@ -40,6 +40,9 @@ def test_both_sides_do_the_same_arithmetic(place, tmp_path):
         first = process.ask("run 1")
         flops[module] = process.ask("flops")["flops"]
         again = process.ask("run 2")
+        watched = {name: ms for name, _, ms in process.ask("profile 2")["kernels"]}
+        assert list(watched.values()) == sorted(watched.values(), reverse=True)
+        assert 0 < watched["aten::addmm"] < 1e3 * again["seconds"]
         process.close()
         assert first["seconds"] > 0 and again["seconds"] > 0 and again["peak_mib"] > 50
         assert process.process.returncode == 0
@@ -64,6 +67,38 @@ def test_a_run_of_the_runner(place, tmp_path, monkeypatch):
     text = (tmp_path / "RESULTS.md").read_text()
     assert "| ours delta | " in text and "| ours | KeyError" in text
     assert (tmp_path / "results.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_an_arm_that_does_not_get_ready_is_left_out(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.__main__.planned", lambda device: [CASE])
+    argv = ["--arms", "ours", "--limit_s", "0.1", "--jobs", "2", "--data", str(place.parent)]
+    assert main([*argv, "--out", str(tmp_path / "results")]) == 0
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "| ours | not ready after 0.1 s |" in text and "2 arms started at a time" in text
+
+
+def test_where_the_time_of_a_unit_goes():
+    """Kernels by their names, as torch's profiler gave them on an H200."""
+    names = {
+        "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26": "attention",
+        "sm90_xmma_dgrad_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc": "convolution",
+        "nvjet_sm90_tst_160x64_64x6_1x2_h_bz_NNN": "matrix product",
+        "void cublasLt::splitKreduce_kernel<32, 16, int>": "matrix product",
+        "void at::native::RowwiseMomentsCUDAKernel<c10::BFloat16>": "torch's norm",
+        "void at::native::elementwise_kernel<128, 4, direct_copy_kernel_cuda>": "copy",
+        "void at::native::vectorized_elementwise_kernel<8, CUDAFunctor_add>": "torch's elementwise",
+        "triton_red_fused_native_group_norm_3": "compiled reduction",
+        "triton_poi_fused_silu_1": "compiled elementwise",
+        "Memset (Unknown)": "copy",
+        "upsample_nearest2d_nhwc_out_frame": "copy",
+    }
+    for name, kind in names.items():
+        assert list(by_kind([(name, 2, 0.5)])) == [kind], name
+    kernels = [(name, 2, 0.5) for name in names]
+    arm = {"seconds": [0.01, 0.011, 0.02], "kernels": kernels}
+    lines = spent({"arms": {"ours": arm, "peer": {"seconds": []}}})
+    assert lines[2].startswith("| ours | 0.5 (2) | 0.5 (2) | 1 (4) |")
+    assert lines[2].endswith("| 50% |") and not spent({"arms": {"peer": {"seconds": []}}})
 
 
 def test_the_report_takes_ratios_within_a_round(tmp_path):
