@@ -153,7 +153,7 @@ class Arm:
 
     def prepare(self) -> None:
         """The first start, with an empty cache of compiled code; one unit's arithmetic."""
-        late = threading.Timer(self.limit_s, lambda: self.process.process.kill())
+        late = threading.Timer(self.limit_s, lambda: self.process and self.process.process.kill())
         late.start()
         try:
             self.result["first_s"] = self.open()
