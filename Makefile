@@ -23,7 +23,7 @@ RUN    ?= $(if $(SCENES),runs/$(CHANGE),runs/pairs)
 INPUT  ?= $(if $(SCENES),$(SCENES)/test/before,$(BEFORE))
 SCENE_FLAGS := --instance_prompt "an aerial view of fields" --resolution 64 --train_batch_size 8 \
   --max_train_steps 500 --learning_rate 3e-3 --lr_scheduler cosine --lr_warmup_steps 20 \
-  --lora_targets attn,ff,conv,proj --lora_rank 32 --random_flip --random_scale 1.25 --views 16 \
+  --lora_targets attn,ff,conv,proj --lora_rank 32 --random_flip --views 16 \
   --checkpointing_steps 100 --validation_pairs 4 --validation_epochs 25 \
   --resume_from_checkpoint latest
 # What the before image leaves open is learnt with bridge, and judged by several outcomes of each scene.

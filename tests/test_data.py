@@ -28,6 +28,7 @@ from pairs import (
     refuse_among,
     unmatched,
 )
+from tests.pairs import write_pairs
 from training.inputs import find_data
 
 
@@ -535,6 +536,20 @@ def test_items_and_views(folders):
     assert batch["after"].shape == (6, 3, 8, 8) and batch["caption"][:2] == ["", "words"]
     single = PairDataset(find_singles(before), 8)[0]
     assert "before" not in single and single["after"].shape == (3, 8, 8)
+
+
+def test_what_is_enlarged_beyond_its_pixels_is_warned_of(tmp_path):
+    """By --random_scale alone: a --resolution above the images' is asked for in so many words."""
+    pairs = write_pairs(tmp_path / "pairs", 2, 32)
+    Image.new("RGB", (40, 40)).save(pairs / "before" / "large.png")
+    Image.new("RGB", (40, 40)).save(pairs / "after" / "large.png")
+    found = find_pairs(pairs / "before", pairs / "after")
+    said = r"--random_scale 1.25 enlarges 2 of 3 images beyond their own pixels"
+    with pytest.warns(UserWarning, match=said):
+        PairDataset(found, 32, random_scale=1.25)
+    with warnings.catch_warnings(action="error"):
+        PairDataset(found, 24, random_scale=1.25)
+        PairDataset(found, 64)
 
 
 def test_sides_of_unequal_size_are_fitted_with_one_warning(tmp_path):
