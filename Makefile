@@ -26,12 +26,13 @@ SCENE_FLAGS := --instance_prompt "an aerial view of fields" --resolution 64 --tr
   --lora_targets attn,ff,conv,proj --lora_rank 32 --random_flip --views 16 \
   --checkpointing_steps 100 --validation_pairs 4 --validation_epochs 25 \
   --resume_from_checkpoint latest
-# What the before image leaves open is learnt with bridge, and judged by several outcomes of each scene.
+# What the before image leaves open is learnt with bridge, in images as they are, whose detail it
+# draws, and judged by several outcomes of each scene.
 ifneq ($(filter urban clearing craters,$(CHANGE)),)
   SCENE_FLAGS += --pair_objective bridge --loss mse
   SCENE_JUDGE := --samples 4 --outcome_dirs $(foreach k,1 2 3,data/scenes/$(CHANGE)/test/outcome-$(k))
 else
-  SCENE_FLAGS += --loss l1
+  SCENE_FLAGS += --loss l1 --random_scale 1.25
 endif
 
 # make ablate F=FILE makes the scenes, and the base that has learnt nothing, that the file speaks of

@@ -161,13 +161,6 @@ class PairDataset(torch.utils.data.Dataset):
                     )
                 if size != sizes["after"]:
                     unequal.append(f"{pair.name} ({text})")
-        enlarged = [size for size in self.sizes if min(size) < int(resolution * random_scale)]
-        if random_scale > 1 and enlarged:
-            warnings.warn(
-                f"--random_scale {random_scale:g} enlarges {len(enlarged)} of {len(self.sizes)} "
-                "images beyond their own pixels: what is learnt is softer than they are",
-                stacklevel=2,
-            )
         if unequal:
             warnings.warn(
                 f"{len(unequal)} images are resized to their after image: {shown(unequal)}",
@@ -176,6 +169,13 @@ class PairDataset(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self.pairs) * self.views
+
+    @property
+    def enlarged(self) -> int:
+        """How many pairs --random_scale shows in more pixels than they have."""
+        if self.random_scale == 1:
+            return 0
+        return sum(min(size) < int(self.resolution * self.random_scale) for size in self.sizes)
 
     @property
     def deterministic(self) -> bool:

@@ -140,6 +140,12 @@ def phases(
         load_scheduler_config(base, revision=cfg.revision, prediction_type=cfg.prediction_type)
     ).to(device)
     task = Task(name, OBJECTIVES[name], schedule, knobs)
+    if task.objective.noisy and dataset.enlarged:  # what draws has the detail that it was shown
+        warnings.warn(
+            f"--random_scale {cfg.random_scale:g} enlarges {dataset.enlarged} of {len(pairs)} "
+            f"images beyond their own pixels: what {name} draws will be as soft as they are then",
+            stacklevel=2,
+        )
     with ranks.first():  # makes what is missing, which the others then find
         class_pairs = class_images(cfg, device, run.log) if cfg.with_prior_preservation else []
     size = size_of(cfg, len(pairs), ranks.world)

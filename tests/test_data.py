@@ -538,18 +538,15 @@ def test_items_and_views(folders):
     assert "before" not in single and single["after"].shape == (3, 8, 8)
 
 
-def test_what_is_enlarged_beyond_its_pixels_is_warned_of(tmp_path):
+def test_what_is_enlarged_beyond_its_pixels_is_counted(tmp_path):
     """By --random_scale alone: a --resolution above the images' is asked for in so many words."""
     pairs = write_pairs(tmp_path / "pairs", 2, 32)
     Image.new("RGB", (40, 40)).save(pairs / "before" / "large.png")
     Image.new("RGB", (40, 40)).save(pairs / "after" / "large.png")
     found = find_pairs(pairs / "before", pairs / "after")
-    said = r"--random_scale 1.25 enlarges 2 of 3 images beyond their own pixels"
-    with pytest.warns(UserWarning, match=said):
-        PairDataset(found, 32, random_scale=1.25)
-    with warnings.catch_warnings(action="error"):
-        PairDataset(found, 24, random_scale=1.25)
-        PairDataset(found, 64)
+    assert PairDataset(found, 32, random_scale=1.25).enlarged == 2
+    assert PairDataset(found, 24, random_scale=1.25).enlarged == 0
+    assert PairDataset(found, 64).enlarged == 0
 
 
 def test_sides_of_unequal_size_are_fitted_with_one_warning(tmp_path):

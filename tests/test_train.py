@@ -343,6 +343,16 @@ def test_compiled_equals_eager(config, more, monkeypatch):
     assert load_file(runs[0] / LORA).keys() == load_file(runs[1] / LORA).keys()
 
 
+def test_what_draws_is_not_to_learn_from_enlarged_images_unwarned(config):
+    one = replace(config, max_train_steps=1, random_scale=1.5)
+    said = r"--random_scale 1.5 enlarges 5 of 5 images beyond their own pixels: what bridge draws"
+    with pytest.warns(UserWarning, match=said):
+        train(replace(one, pair_objective="bridge"))
+    with warnings.catch_warnings(record=True) as caught:
+        train(replace(one, pair_objective="delta", output_dir=f"{one.output_dir}-delta"))
+    assert not [w for w in caught if "enlarges" in str(w.message)]
+
+
 def test_delta_learns_the_pairs(config):
     """On its own training pairs the distance to the after image falls well below doing nothing."""
     folder = train(
