@@ -9,6 +9,7 @@ import torch
 from bench import scale
 from bench.__main__ import Case, Process, main
 from bench.report import by_kind, ratio, spent, write_report
+from revision import revision
 
 CASE = Case("train", "cpu", "fp32", "tiny", 32, 2)
 
@@ -60,7 +61,8 @@ def test_a_run_of_the_runner(place, tmp_path, monkeypatch):
     assert main(argv) == 0
     (file,) = out.glob("*.json")
     result = json.loads(file.read_text())
-    assert result["arms"]["ours"]["error"].startswith("KeyError") and result["revision"]
+    assert result["arms"]["ours"]["error"].startswith("KeyError")
+    assert result["revision"] == revision()["git"]
     whole = result["arms"]["ours delta"]
     assert len(whole["seconds"]) == len(result["ceiling"]["seconds"]) == 2
     assert whole["flops"] > 1e6 and whole["peak_mib"] > 50 and result["machine"]["threads"] >= 1
