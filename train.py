@@ -31,7 +31,7 @@ from model.draws import draw
 from model.files import is_local, moved_note
 from model.frozen import freeze
 from model.graph import Replayed, compile_blocks
-from model.lora import cast_together, keep_strength
+from model.lora import cast_together, keep_strength, lora_layers
 from model.lora_files import LORA_FILE, file_of, save_lora
 from model.lora_layouts import LAYOUTS
 from model.memory import LEVELS, MIB, checkpoint_activations, peak_mib, phase, unless_full
@@ -282,6 +282,7 @@ def loop(
     mine, micro, total, steps, show_every = size
     device = flat.device
     n, first = len(pairs), run.resume_step
+    layers = list(lora_layers(unet).values())  # its own: a trained text encoder's come after them
     strength_of = torch.tensor([pair.strength for pair in pairs], device=device)  # (n,)
     prompt_of = prompts.rows(said_of(cfg, pairs))  # (n,)
     class_context = prompts.of(cfg.class_prompt) if class_latents else None
@@ -332,7 +333,7 @@ def loop(
         """
         found, cuts = torch.zeros(4, device=device), mine // micro
         for k in range(cuts):
-            with cast_together(unet, flat, unet.conv_in.weight.dtype):
+            with cast_together(layers, flat, unet.conv_in.weight.dtype):
                 loss, places = loss_of(own.part(k, micro), other and other.part(k, micro))
                 scaler.scale(loss / cuts).backward()
             found += torch.cat([loss.detach()[None], places]) / cuts

@@ -141,9 +141,18 @@ class Arm:
     def open(self) -> float:
         """Seconds from its start to the end of its first unit."""
         self.process = Process(self.module, self.job, self.cache)
-        if self.module == "ceiling":
-            self.result |= {"machine": self.process.answer()}
-        self.process.ask("run 1")
+        late = threading.Timer(self.limit_s, self.process.process.kill)
+        late.start()
+        try:
+            if self.module == "ceiling":
+                self.result |= {"machine": self.process.answer()}
+            self.process.ask("run 1")
+        except RuntimeError as error:
+            if late.finished.is_set():
+                raise RuntimeError(f"not ready after {self.limit_s:g} s") from error
+            raise
+        finally:
+            late.cancel()
         return round(time.perf_counter() - self.process.start, 2)
 
     def close(self) -> None:
@@ -153,16 +162,7 @@ class Arm:
 
     def prepare(self) -> None:
         """The first start, with an empty cache of compiled code; one unit's arithmetic."""
-        late = threading.Timer(self.limit_s, lambda: self.process and self.process.process.kill())
-        late.start()
-        try:
-            self.result["first_s"] = self.open()
-        except RuntimeError as error:
-            if late.finished.is_set():
-                raise RuntimeError(f"not ready after {self.limit_s:g} s") from error
-            raise
-        finally:
-            late.cancel()
+        self.result["first_s"] = self.open()
         if self.job.get("compile"):
             if self.warm:
                 self.close()
@@ -253,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--rounds", type=int, default=7, help="turns of each arm [7]")
     add("--turn_s", type=float, default=1.0, help="seconds that a turn takes at least [1]")
     add("--jobs", type=int, default=1, help="arms that start at the same time [1]")
-    add("--limit_s", type=float, default=3600.0, help="an arm's first start takes no longer [3600]")
+    add("--limit_s", type=float, default=3600.0, help="a start of an arm takes no longer [3600]")
     add("--no_warm", action="store_true", help="do not start compiled arms a second time")
     add("--one_at_a_time", action="store_true", help="a new process for every turn: less memory")
     add(

@@ -8,7 +8,7 @@ which α/r, so that s (b, k) @ mix (k, r) is the factor of every rank. A frozen 
 lies under all of them: it is on whatever s is, neither trained nor saved.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -302,20 +302,21 @@ def keep_strength(model: nn.Module):
 
 
 @contextmanager
-def cast_together(model: nn.Module, flat: nn.Parameter, dtype: torch.dtype) -> Iterator[None]:
-    """Inside, all layers of `model` have their factors in `dtype` from one cast of `flat`.
+def cast_together(
+    layers: Sequence[nn.Module], flat: nn.Parameter, dtype: torch.dtype
+) -> Iterator[None]:
+    """Inside, the layers have their factors in `dtype` from one cast of `flat`.
 
-    flat: what all lora_A and lora_B of the model, in its order, are the first views of
-    (memory.flatten). Their gradients arrive in its gradient, by one cast and one sum where there
-    were two of each per layer. The backward belongs inside: what it computes again needs them.
+    flat: what their lora_A and lora_B, in this order, are the first views of (memory.flatten).
+    Their gradients arrive in its gradient, by one cast and one sum where there were two of each
+    per layer. The backward belongs inside: what it computes again needs them.
     """
-    layers = list(lora_layers(model).values())
     if flat.dtype == dtype:
         yield
         return
     params = [p for layer in layers for p in (layer.lora_A, layer.lora_B)]
     sizes = [p.numel() for p in params]
-    parts = flat.to(dtype).split([*sizes, flat.numel() - sum(sizes)])  # the rest is another model's
+    parts = flat.to(dtype).split([*sizes, flat.numel() - sum(sizes)])  # others may follow
     cast = [part.view(p.shape) for part, p in zip(parts, params)]
     for layer, A, B in zip(layers, cast[::2], cast[1::2]):
         layer.lora_cast = A, B

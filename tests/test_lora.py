@@ -216,7 +216,7 @@ def test_factors_cast_together_are_the_same_to_the_bit(sd1, how):
         x_t, t, ctx = batch(torch.bfloat16)
         set_strength(unet, torch.tensor([1.0, -0.5, 0.0]))
         for _ in range(2):  # as micro-batches do
-            with cast_together(unet, flat, torch.bfloat16 if together else torch.float32):
+            with cast_together(list(layers), flat, torch.bfloat16 if together else torch.float32):
                 out = unet(x_t, t, ctx)
                 out.float().square().sum().backward()
         answers.append((out.detach(), flat.grad))
