@@ -28,14 +28,18 @@ from model.memory import peak_mib
 KERNELS = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
 
 
-def attention(q: torch.Size, k: torch.Size, *rest, **more) -> int:
-    """FLOP of q kᵀ and of its softmax times v; q (b, heads, n, d), k (b, heads, l, d)."""
-    return 4 * prod(q) * k[-2]
+def attention(q: torch.Size, k: torch.Size, *rest, scale: float | None = None, **more) -> int:
+    """FLOP of q kᵀ and of its softmax times v; q (b, heads, n, d), k (b, heads, l, d).
+
+    `scale` is 1/√d, of a head filled up with zeros (model/cpu.py) as of one that is not.
+    """
+    d = q[-1] if scale is None else round(scale**-2)
+    return 4 * prod(q[:-1]) * d * k[-2]
 
 
 def attention_backward(dy: torch.Size, q: torch.Size, k: torch.Size, *rest, **more) -> int:
     """Of the four products that the gradient is; kernels that make q kᵀ again do a fifth."""
-    return 2 * attention(q, k)
+    return 2 * attention(q, k, scale=more.get("scale"))
 
 
 def fused() -> dict:

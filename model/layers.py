@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import cpu
+
 
 def read_config(config: dict, known: dict, neutral: dict, what: str) -> dict:
     """The values of `known` (name: default) that `config` gives; refuses what it cannot build.
@@ -74,9 +76,8 @@ class Attention(nn.Module):
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
         # softmax(q kᵀ / √d) v. Every kernel behind it accumulates in fp32, so `upcast_attention`,
         # which SD2.1 asks for because its q kᵀ overflows fp16, needs no code.
-        if x.device.type == "cpu" and x.itemsize == 2 and q.requires_grad:
-            q, k, v = q.float(), k.float(), v.float()  # its backward is up to 5 x slower in bf16
-        y = F.scaled_dot_product_attention(q, k, v).to(x.dtype)  # (b, heads, n, d)
+        attend = cpu.attention if x.device.type == "cpu" else F.scaled_dot_product_attention
+        y = attend(q, k, v)  # (b, heads, n, d)
         return self.to_out[0](y.transpose(1, 2).flatten(2))  # (b, n, c)
 
 

@@ -52,9 +52,9 @@ def test_attention_in_bf16_has_the_gradient_of_fp32(monkeypatch):
     attention = Attention(32, heads=4).bfloat16()
     seen, usual = [], torch.nn.functional.scaled_dot_product_attention
 
-    def watched(q, k, v):
+    def watched(q, k, v, **how):
         seen.append(q.dtype)
-        return usual(q, k, v)
+        return usual(q, k, v, **how)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
     x = torch.randn(2, 16, 32).bfloat16()
@@ -63,3 +63,24 @@ def test_attention_in_bf16_has_the_gradient_of_fp32(monkeypatch):
     got = attention(x.requires_grad_())
     assert seen == [torch.bfloat16, torch.float32] and got.dtype == torch.bfloat16
     assert torch.allclose(got, expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("width", [4, 8, 12, 16, 24])
+def test_narrow_heads_are_filled_up_with_zeros(width, monkeypatch):
+    usual = torch.nn.functional.scaled_dot_product_attention
+    q, k, v = (torch.randn(2, 3, n, width, requires_grad=True) for n in (9, 7, 7))
+    grad = torch.randn(2, 3, 9, width)
+    expected = usual(q, k, v), *torch.autograd.grad(usual(q, k, v), (q, k, v), grad)
+    seen = []
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda q, *rest, **how: seen.append(q.shape[-1]) or usual(q, *rest, **how),
+    )
+    y = cpu.attention(q, k, v)
+    assert seen == [max(width, 16)] and y.shape == grad.shape
+    for one, two in zip((y, *torch.autograd.grad(y, (q, k, v), grad)), expected):
+        torch.testing.assert_close(one, two)
+    doubles = [x.detach().double() for x in (q, k, v)]
+    torch.testing.assert_close(cpu.attention(*doubles), usual(*doubles))
+    assert seen[-1] == width  # fp64 gains nothing by it
