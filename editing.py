@@ -15,7 +15,7 @@ from torch import Tensor
 
 from durable import refuse_file, refuse_read_only
 from model.files import is_local, moved_note
-from model.objectives import OBJECTIVES, How, Knobs, Objective
+from model.objectives import OBJECTIVES, How, Knobs
 from model.pipeline import (
     Pipeline,
     at_strengths,
@@ -52,14 +52,6 @@ def numbers(text: str) -> list[float]:
     return values
 
 
-def usual(field: str) -> str:
-    """What the objectives have of a field if no flag says it: "0.5 for `bridge`, else 0"."""
-    most = Objective._field_defaults[field]
-    values = {name: getattr(objective, field) for name, objective in OBJECTIVES.items()}
-    own = [f"{value:g} for `{name}`" for name, value in values.items() if value != most]
-    return ", ".join([*own, f"else {most:g}"])
-
-
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
     """What every use of a LoRA has."""
     add = parser.add_argument
@@ -87,6 +79,8 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
 def add_edit_flags(parser: argparse.ArgumentParser) -> None:
     """How a before image gets its change."""
     add = parser.add_argument
+    scales = {name: objective.change_guidance for name, objective in OBJECTIVES.items()}
+    usual = "".join(f"{scale:g} for `{name}`, " for name, scale in scales.items() if scale != 1)
     add("--objective", choices=list(OBJECTIVES), help="[what the LoRA's header says]")
     add("--guidance", type=float, default=1.0, help="for objectives that denoise, 1 = none [1]")
     add(
@@ -101,12 +95,9 @@ def add_edit_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--change_guidance", type=float,
         help="how much what the LoRA adds to the base's answer counts, for objectives that "
-        f"denoise, 1 = as trained [{usual('change_guidance')}]",
+        f"denoise, 1 = as trained [{usual}else 1]",
     )  # fmt: skip
-    add(
-        "--eta", type=float,
-        help=f"noise `bridge` and `img2img` draw anew, 0..1 [{usual('eta')}]",
-    )  # fmt: skip
+    add("--eta", type=float, default=0.0, help="noise `bridge` and `img2img` draw anew, 0..1 [0]")
     add(
         "--between", choices=["fade", "lora"],
         help="strengths between 0 and 1: fade the image at 1 in, or weaken the LoRA "
@@ -134,7 +125,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--batch_size must be at least 1, got {args.batch_size}")
     if not 0 <= args.seed < 2**31:
         raise ValueError(f"--seed must be in 0..2147483647, got {args.seed}")
-    if not 0 <= (getattr(args, "eta", None) or 0.0) <= 1:
+    if not 0 <= getattr(args, "eta", 0.0) <= 1:
         raise ValueError(f"--eta must be in 0..1, got {args.eta}")
     if not 0 < getattr(args, "noise_level", 1.0) <= 1:
         raise ValueError(f"--noise_level must be in (0, 1], got {args.noise_level}")
@@ -199,7 +190,6 @@ def editor(
     """`edit(s)`: the latents of z (b, 4, h, w) at strength s. `seed` stands for args.seed."""
     seed = args.seed if seed is None else seed
     use = OBJECTIVES[objective]
-    eta = use.eta if args.eta is None else args.eta
     scale = use.change_guidance if args.change_guidance is None else args.change_guidance
     alone, with_guidance = pipe.predictors(prompt_of(args, pipe), args.guidance)
     with_guidance = exaggerated(with_guidance, scale)
@@ -212,7 +202,7 @@ def editor(
             noise_level=args.noise_level,
             guided=with_guidance,
             image_guidance=args.image_guidance,
-            eta=eta,
+            eta=args.eta,
             generator=[torch.Generator().manual_seed(seed) for _ in z],
             knobs=Knobs(**{k: pipe.meta[k] for k in Knobs._fields if k in pipe.meta}),
         )

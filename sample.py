@@ -252,7 +252,7 @@ def make_parser() -> Parser:
     add_common_flags(states)
     between.add_flags(states)
     states.set_defaults(guidance=1.0, image_guidance=1.0, change_guidance=None, start="invert")
-    states.set_defaults(eta=None, strength=1.0)
+    states.set_defaults(eta=0.0, strength=1.0)
     return parser
 
 

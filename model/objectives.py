@@ -368,9 +368,7 @@ class Objective(NamedTuple):
     # `penalty`, and the flags of an edit
     reads: tuple[str, ...] = NOISE
     uses: tuple[str, ...] = RESTORE
-    # how it is used unless told otherwise
-    eta: float = 0.0
-    change_guidance: float = 1.0
+    change_guidance: float = 1.0  # how it is used unless told otherwise
 
 
 OBJECTIVES = {
@@ -380,7 +378,7 @@ OBJECTIVES = {
     "bridge": Objective(
         bridge_loss, bridge_edit, extra=4, steps=bridge_steps, reads=("bridge_t",),
         uses=(*DENOISE, "eta"),
-        eta=0.5, change_guidance=1.25,  # LOG.md, "bridge asks for v"
+        change_guidance=1.1,  # LOG.md, "A weaker guidance"
     ),
     "img2img": Objective(
         img2img_loss, img2img_edit, steps=img2img_steps, reads=("img2img_t",),

@@ -196,17 +196,14 @@ def test_change_guidance_reaches_the_objectives_that_denoise(tmp_path, sd1, obje
     torch.testing.assert_close(twice, added, rtol=0, atol=0.1 * added.abs().max())
 
 
-@pytest.mark.parametrize(
-    "objective, spelled", [("bridge", (1.25, 0.5)), ("img2img", (1.0, 0.0)), ("after", (1.0, 0.0))]
-)
+@pytest.mark.parametrize("objective, scale", [("bridge", 1.1), ("img2img", 1), ("after", 1)])
 def test_an_objective_is_used_as_it_works_best_unless_told_otherwise(
-    tmp_path, sd1, objective, spelled
+    tmp_path, sd1, objective, scale
 ):
     """In a run's own pictures too."""
     lora = write_lora(tmp_path / "run", sd1, objective=objective)
     z, made = torch.randn(1, 4, 8, 8), []
-    for more in ((), ("--change_guidance", spelled[0], "--eta", spelled[1]),
-                 ("--change_guidance", 2, "--eta", 1)):  # fmt: skip
+    for more in ((), ("--change_guidance", scale), ("--change_guidance", 2)):
         flags = ["edit", "--lora", lora, "--input", "x", "--out", "y", "--start", "noise", *more]
         args = sample.make_parser().parse_args([str(flag) for flag in flags])
         pipe = editing.open_pipeline(args)
@@ -214,11 +211,10 @@ def test_an_objective_is_used_as_it_works_best_unless_told_otherwise(
     assert made[0].equal(made[1]) and not made[0].equal(made[2])
 
     def spy(predict, schedule, z, s, how):
-        scale, eta = spelled
         t = torch.full((1,), 500)
         e_0, e_s = predict(seen, t, torch.zeros_like(s)), predict(seen, t, s)
         torch.testing.assert_close(how.guided(seen, t, s), e_0 + scale * (e_s - e_0))
-        told.append(how.eta == eta)
+        told.append(how.eta)
         return z
 
     told, seen = [], torch.randn(1, pipe.unet.in_channels, 8, 8)
@@ -228,7 +224,7 @@ def test_an_objective_is_used_as_it_works_best_unless_told_otherwise(
     pixels = torch.zeros(3, 8 * pipe.vae.downscale, 8 * pipe.vae.downscale)
     with torch.no_grad():
         watch.edited(Apart([None], [{"before": pixels}], z[:, None], [""]), 0, [1.0])
-    assert told == [True]
+    assert told == [0]
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])

@@ -59,12 +59,7 @@ class Watch:
         guided = exaggerated(predict, self.objective.change_guidance)
 
         def edit(s: float) -> Tensor:
-            how = How(
-                guided=guided,
-                eta=self.objective.eta,
-                generator=seeded(self.seed, 2),
-                knobs=self.knobs,
-            )
+            how = How(guided=guided, generator=seeded(self.seed, 2), knobs=self.knobs)
             s = torch.full((1,), s, device=z.device)
             return self.objective.edit(predict, self.schedule, z, s, how)
 
