@@ -5,11 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.utils import counters
 
 from config import TrainConfig
 from model.frozen import dequantized, freeze
+from model.layers import GEGLU
 from model.lora import adapter_factors, fix, inject, lora_layers, set_strength
 from model.lora_files import LORA_FILE, load_lora, read_lora
 from model.weights import load_unet
@@ -55,26 +57,44 @@ def test_the_same_to_the_bit(sd1, dtype):
     assert all(map(torch.equal, step(unet), expected)) and list(lora_layers(unet)) == names
 
 
+def kept(module, *args):
+    """Bytes of what the forward saves, without the parameters; a storage once."""
+    own = {p.untyped_storage()._cdata for p in module.parameters()}
+    storages = {}
+
+    def note(x):
+        storages[x.untyped_storage()._cdata] = x.untyped_storage()  # held: no address twice
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        out = module(*args)
+    del out
+    return sum(s.nbytes() for key, s in storages.items() if key not in own)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_geglu_keeps_its_input_alone(dtype):
+    """And its answer and its gradient are those of the plain formula, to the bit."""
+    geglu = GEGLU(6, 40).to(dtype).requires_grad_(False)
+    x = torch.randn(2, 5, 6, dtype=dtype, requires_grad=True)
+    h, gate = geglu.proj(x).chunk(2, dim=-1)
+    expected, dy = h * F.gelu(gate), torch.randn(2, 5, 40, dtype=dtype)
+    got = geglu(x)
+    assert torch.equal(got, expected)
+    for one, two in zip(torch.autograd.grad(got, x, dy), torch.autograd.grad(expected, x, dy)):
+        assert torch.equal(one, two)
+    assert kept(geglu, x) == 2 * 5 * 80 * x.itemsize
+    if dtype == torch.float64:
+        assert torch.autograd.gradcheck(geglu, x)
+
+
 def test_a_convolution_without_a_lora_does_not_keep_its_input(sd1):
-    def kept(unet):
-        """Bytes of what the forward saves, without the parameters; a storage once."""
-        own = {p.untyped_storage()._cdata for p in unet.parameters()}
-        storages = {}
-
-        def note(x):
-            storages[x.untyped_storage()._cdata] = x.untyped_storage()  # held: no address twice
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-            out = unet(torch.zeros(2, 4, 16, 16), torch.tensor([10]), torch.zeros(2, 7, 32))
-        del out
-        return sum(s.nbytes() for key, s in storages.items() if key not in own)
-
     unet = load_unet(sd1)
     inject(unet, "attn", 2)
-    before = kept(unet)
+    seen = torch.zeros(2, 4, 16, 16), torch.tensor([10]), torch.zeros(2, 7, 32)
+    before = kept(unet, *seen)
     freeze(unet)
-    assert kept(unet) < 0.9 * before
+    assert kept(unet, *seen) < 0.9 * before
 
 
 def test_int8_is_the_base_of_the_dequantized_weights(sd1):

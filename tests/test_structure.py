@@ -39,7 +39,7 @@ ARROWS = {
     "runs": ["durable", "revision"],
     "model.schedule": [],
     "model.lora": [],
-    "model.layers": [],
+    "model.layers": ["model.cpu"],
     "model.text": [],
     "model.memory": ["model.layers"],
     "model.graph": ["model.layers", "model.memory"],
