@@ -2,12 +2,14 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from bench import scale
-from bench.__main__ import Case, Process, main
+from bench.__main__ import ROOT, Case, Process, alone, main
 from bench.report import by_kind, ratio, spent, write_report
 from revision import revision
 
@@ -189,3 +191,20 @@ def test_scale_ends_as_the_training_it_started(tmp_path, capfd):
         scale.main(argv)
     err = capfd.readouterr().err
     assert stop.value.code == 2 and err == "train.py: --lora_rank must be at least 1, got 0\n"
+
+
+def test_two_benches_take_their_turns_one_after_the_other(tmp_path):
+    """What holds the turns keeps another process from them until it is done."""
+    waiting = (
+        "import sys; from pathlib import Path; from bench.__main__ import alone\n"
+        "print('ready', flush=True)\n"
+        "with alone(Path(sys.argv[1])): print('mine', flush=True)"
+    )
+    with alone(tmp_path):
+        other = subprocess.Popen(
+            [sys.executable, "-c", waiting, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE
+        )
+        assert other.stdout.readline() == b"ready\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            other.wait(timeout=1)
+    assert other.communicate()[0] == b"mine\n" and other.returncode == 0
