@@ -22,17 +22,17 @@ MODEL  ?= $(if $(SCENES),scenes/base,runwayml/stable-diffusion-v1-5)
 RUN    ?= $(if $(SCENES),runs/$(CHANGE),runs/pairs)
 INPUT  ?= $(if $(SCENES),$(SCENES)/test/before,$(BEFORE))
 SCENE_FLAGS := --instance_prompt "an aerial view of fields" --resolution 64 --train_batch_size 8 \
-  --max_train_steps 500 --learning_rate 3e-3 --lr_scheduler cosine --lr_warmup_steps 20 \
+  --learning_rate 3e-3 --lr_scheduler cosine --lr_warmup_steps 20 \
   --lora_targets attn,ff,conv,proj --lora_rank 32 --random_flip --views 16 \
   --checkpointing_steps 100 --validation_pairs 4 --validation_epochs 25 \
   --resume_from_checkpoint latest
 # What the before image leaves open is learnt with bridge, in images as they are, whose detail it
-# draws, and judged by several outcomes of each scene.
+# draws, before it knows them by heart, and judged by several outcomes of each scene.
 ifneq ($(filter urban clearing craters,$(CHANGE)),)
-  SCENE_FLAGS += --pair_objective bridge --loss mse
+  SCENE_FLAGS += --pair_objective bridge --loss mse --max_train_steps 300
   SCENE_JUDGE := --samples 4 --outcome_dirs $(foreach k,1 2 3,data/scenes/$(CHANGE)/test/outcome-$(k))
 else
-  SCENE_FLAGS += --loss l1 --random_scale 1.25
+  SCENE_FLAGS += --loss l1 --random_scale 1.25 --max_train_steps 500
 endif
 
 # make ablate F=FILE makes the scenes, and the base that has learnt nothing, that the file speaks of
