@@ -267,7 +267,7 @@ class TrainConfig:
         None, "play each step's gradient back as one CUDA graph; on one GPU when not given"
     )
     deterministic: bool = knob(False, "the same bits every time on CUDA too; slower there")
-    device: str | None = knob(None, "cuda, cuda:1, cpu, mps; the best there is when not given")
+    device: str | None = knob(None, "cuda, cuda:1, cpu; the best there is when not given")
     enable_xformers_memory_efficient_attention: bool = knob(
         False, "attention is always memory-efficient; accepted for old commands"
     )

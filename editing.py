@@ -71,7 +71,7 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     add("--prompt", help="[what the LoRA was trained with]")
     add("--steps", type=int, default=30, help="denoising steps [30]")
     add("--seed", type=int, default=0, help="[0]")
-    add("--device", help="cuda, cpu, mps [the best there is]")
+    add("--device", help="cuda, cpu [the best there is]")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="[bf16 on CUDA, else no]")
     add("--batch_size", type=int, default=4, help="images of one size at a time [4]")
 

@@ -64,6 +64,8 @@ from training.stop import Stop, Stopped
 from training.tally import Pace, Tally
 from training.watching import Apart, Watch
 
+LEAST_SCALE = 2**-14  # of the loss in fp16: thirty steps in a row whose gradient overflowed
+
 
 def train(cfg: TrainConfig, ranks: Ranks | None = None) -> Path:
     """Run it all, on this rank of those that are started; returns the run's folder.
@@ -229,14 +231,15 @@ def phases(
     fade = meta["states"] == 2
     watch = Watch(unet, vae, schedule, task.objective, knobs, prompts.of, cfg.seed, fade)
 
-    def show(done: int) -> None:
-        """samples/STEP.png, and the held-out loss."""
+    def show(done: int) -> bool:
+        """samples/STEP.png, and the held-out loss. True, where memory suffices."""
         if cfg.num_validation_images:
             label, how = f"step {done}", (prompt, latents.shape, cfg.num_validation_images)
             sheet = watch.sheet(shown, label) if shown.pairs else watch.drawn(*how, label)
             save_image(sheet, run.folder / "samples" / f"{done:06d}.png")
         if held_out.pairs:
             run.log("eval", step=done, **watch.held_out_loss(held_out))
+        return True
 
     write = partial(save_lora, unet=unet, text=prompts.text)
 
@@ -272,7 +275,7 @@ def loop(
     prompts: Prompts,
     trained: Trained,
     size: Size,
-    show: Callable[[int], None],
+    show: Callable[[int], bool],
     save: Callable[[Path, int, dict], None],
 ) -> None:
     """All steps that are not done yet."""
@@ -345,17 +348,21 @@ def loop(
     stop.waits = True
     for step, own, other in one_ahead(fetch, range(first, steps), device):
         while (found := unless_full(compute, own, other)) is None:
-            if micro == 1:
-                raise MemoryError("one image is too much")
             flat.grad.zero_()
-            micro = max(cut for cut in range(1, micro // 2 + 1) if mine % cut == 0)
+            graph = isinstance(compute, Replayed)
+            if micro == 1 and not graph:
+                raise MemoryError("one image is too much")
+            if micro == 1:
+                compute, then = add_gradient, "the step is not one CUDA graph, which takes more"
+            else:
+                micro = max(cut for cut in range(1, micro // 2 + 1) if mine % cut == 0)
+                then = f"its {mine} images go through the network {micro} at a time"
+                if graph:
+                    compute.reset()
             warnings.warn(
-                f"out of memory at step {step + 1}: from here on its {mine} images go through "
-                f"the network {micro} at a time; the result is the same",
+                f"out of memory at step {step + 1}: from here on {then}; the result is the same",
                 stacklevel=1,
             )
-            if cfg.cuda_graph:
-                compute.reset()
 
         ranks.average(flat.grad, found)  # from here on all ranks do and decide the same
         scaler.unscale_(opt)
@@ -375,7 +382,12 @@ def loop(
         asked = ranks.latest(stop.asked or 0)
         if not (logging or asked):
             continue
-        means, skipped, bad = tally.read()  # the loop's only wait for the device
+        means, skipped, bad = tally.read()  # the loop waits for the device here alone
+        if scaler.is_enabled() and scaler.get_scale() < LEAST_SCALE:
+            raise FloatingPointError(
+                f"the gradient is not finite in fp16, however small the loss is made, by step {done} "
+                f"of {run.folder}; --mixed_precision bf16 or no has the range"
+            )
         if bad:
             index, t = recent[bad]
             at = [
@@ -399,8 +411,11 @@ def loop(
             logged = done
         recent = {ahead: drawn for ahead, drawn in recent.items() if ahead > done}
         # before the checkpoint: what it has seen is there when a run goes on from it
-        if showing and ranks.leads:
-            show(done)
+        if showing and ranks.leads and unless_full(show, done) is None:
+            if isinstance(compute, Replayed):
+                compute.reset()  # which gives back what its graph holds
+            if unless_full(show, done) is None:
+                warnings.warn(f"out of memory: no picture of step {done}", stacklevel=1)
         stopping = ranks.latest(stop.asked or 0)  # read once: it may come at any moment
         if saving or stopping:
             since = {"logged": logged, "tally": tally.sums.tolist()}

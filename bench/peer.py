@@ -69,7 +69,7 @@ def training(job: dict, turns: Turns) -> None:
         unet.enable_gradient_checkpointing()
     if not script:
         z, ctx = encoded()
-        del vae, text
+        del vae, text, model
         unet.to(memory_format=torch.channels_last)
         if job["compile"]:
             unet.compile()

@@ -18,6 +18,8 @@ from model.cpu import few_pixels, product
 # torch keeps compiled code with an autograd.Function in it for the next start only if it is told
 # that this is safe: the graphs of the one below, which are part of the key, say all of it
 functorch.autograd_cache_allow_custom_autograd_functions = True
+# and would keep the W of an int8 layer, made once for both directions, from the one to the other
+functorch.ban_recompute_materialized_backward = False
 
 
 def dequantized(q: Tensor, scale: Tensor | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,14 @@ from torch import Tensor, nn
 from model.layers import ResBlock, SpatialTransformer
 from model.memory import out_of_memory
 
+# Of torch's compiler, which would bring all that has four dimensions into channels last, a head's
+# queries too, there and back (--channels_last has decided that already), and write down what several
+# kernels need as soon as it takes a few reads, where making it again is quicker.
+FUSED = {
+    "layout_optimization": False,
+    "realize_reads_threshold": 16,
+    "realize_opcount_threshold": 200,
+}
 WARM = 3  # calls before the capture: compilation, cuBLAS' workspaces, cuDNN's choices
 
 
@@ -16,12 +25,17 @@ def compile_blocks(model: nn.Module, **how) -> None:
     """torch.compile every ResBlock and SpatialTransformer, in place: the keys stay clean.
 
     Blocks of one shape share their code, so that a UNet takes a third of the time that it takes in
-    one graph, and what is lost between blocks is little. how: to torch.compile.
+    one graph, and what is lost between blocks is little. how: to torch.compile, FUSED if nothing.
     """
+    how = {"fullgraph": True, "dynamic": False, **(how or {"options": FUSED})}
+    # a graph for each shape, and for each micro-batch that memory may force
+    if "recompile_limit" in signature(torch.compile).parameters:
+        how["recompile_limit"] = 256
+    else:  # before torch 2.12
+        torch._dynamo.config.recompile_limit = 256
     for block in model.modules():
         if isinstance(block, ResBlock | SpatialTransformer):
-            # a graph for each shape, and for each micro-batch that memory may force
-            block.compile(fullgraph=True, dynamic=False, recompile_limit=256, **how)
+            block.compile(**how)
 
 
 class Replayed:
@@ -49,10 +63,11 @@ class Replayed:
             here = torch.cuda.current_stream()
             self.aside = self.aside or torch.cuda.Stream()  # one: each keeps memory of its own
             self.aside.wait_stream(here)
-            with torch.cuda.stream(self.aside):
-                result = self.compute(*inputs)
-            here.wait_stream(self.aside)
-            return result
+            try:
+                with torch.cuda.stream(self.aside):
+                    return self.compute(*inputs)
+            finally:
+                here.wait_stream(self.aside)
         if self.graph is None and self.possible:
             self.capture(*inputs)
         if self.graph is None:

@@ -35,10 +35,12 @@ Context = Tensor | Callable[[Tensor | None], Tensor]  # (b, l, d), or a function
 def pick_device(name: str | None) -> torch.device:
     """The device asked for, or the best there is; one of several GPUs becomes torch's current one.
 
-    ValueError if it is not there.
+    ValueError if it is not there, or is neither CUDA's nor the CPU.
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.split(":")[0] == "mps":
+        raise ValueError(f"--device {name} has no float64, which the schedule needs: cuda or cpu")
     try:
         device = torch.device(name)
         torch.ones(1, device=device).item()

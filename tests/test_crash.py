@@ -502,6 +502,34 @@ def test_skipped_steps_change_nothing_and_are_counted_also_over_a_resume(config,
     assert 0 < counts[-1] < 12 and counts == sorted(counts)
 
 
+def test_a_gradient_that_no_loss_scale_makes_finite_ends_the_run(config, monkeypatch):
+    """In fp16, where one that overflows is the loss scale's matter: thirty times, and no more."""
+    usual = train.weighted_mean
+    monkeypatch.setattr(train, "weighted_mean", lambda *a: no_gradient(usual(*a)))
+    cfg = replace(config, max_train_steps=40, mixed_precision="fp16", checkpointing_steps=100)
+    code, lines = main(cfg)
+    assert code == 1 and "finite in fp16, however small the loss is made, by step 32" in lines[0]
+
+
+def test_a_checkpoint_before_the_first_good_step(config, monkeypatch):
+    """Nothing has moved, and the optimizer has no state: a resume goes on all the same."""
+    usual, calls = train.weighted_mean, []
+
+    def bad(*how):
+        calls.append(1)
+        return usual(*how) * (torch.nan if len(calls) == 1 else 1)
+
+    cfg = replace(config, max_train_steps=3, checkpointing_steps=1, on_nan="skip")
+    monkeypatch.setattr(train, "weighted_mean", bad)
+    assert main(cfg)[0] == 0
+    folder = Path(cfg.output_dir)
+    whole = (folder / LORA_FILE).read_bytes()
+    for late in (2, 3):
+        shutil.rmtree(folder / f"checkpoint-{late}")
+    assert main(replace(cfg, resume_from_checkpoint="latest"))[0] == 0
+    assert (folder / LORA_FILE).read_bytes() == whole
+
+
 def test_a_fused_optimizer_takes_the_step_or_leaves_everything_as_it_was():
     """The decision that CUDA makes without the host: parameters, moments and step count."""
     flat = torch.nn.Parameter(torch.ones(5))

@@ -178,6 +178,7 @@ TRAIN = {
     "--lora_targets=,": "--lora_targets is empty",
     "--device=nowhere": "--device nowhere is not available",
     "--device=meta": "--device meta is not available",
+    "--device=mps": "--device mps has no float64, which the schedule needs: cuda or cpu",
     "--class_prompt=land": "--class_prompt needs --with_prior_preservation",
     "--with_prior_preservation --class_prompt=land": "--with_prior_preservation needs --class_dat",
     "--with_prior_preservation --class_prompt=land --class_data_dir=made "

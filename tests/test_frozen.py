@@ -11,7 +11,8 @@ from torch._dynamo.utils import counters
 
 from config import TrainConfig
 from model.frozen import dequantized, freeze
-from model.layers import GEGLU
+from model.graph import compile_blocks
+from model.layers import GEGLU, ResBlock
 from model.lora import adapter_factors, fix, inject, lora_layers, set_strength
 from model.lora_files import LORA_FILE, load_lora, read_lora
 from model.weights import load_unet
@@ -137,6 +138,21 @@ def test_it_compiles_in_one_graph(sd1, int8):
     unet.compile(backend="aot_eager", fullgraph=True, dynamic=False)
     for got, wanted in zip(step(unet), expected):
         assert off(got, wanted) < 1e-9
+
+
+@pytest.mark.slow
+def test_compiled_code_keeps_no_weight_of_an_int8_layer():
+    """Partitioned as for generated code: from the forward to the backward as little as in bf16."""
+    seen = []
+    for int8 in (False, True):
+        torch.compiler.reset()
+        blocks = nn.Sequential(ResBlock(64, 64, 32, 1e-5), ResBlock(64, 32, 32, 1e-5))
+        freeze(blocks.to(torch.bfloat16).requires_grad_(False), int8=int8)
+        compile_blocks(blocks, backend="aot_eager_decomp_partition")
+        scales = sum(b.nbytes for b in blocks.buffers())
+        x = torch.randn(1, 64, 4, 4, dtype=torch.bfloat16, requires_grad=True)
+        seen.append(kept(blocks, x) - scales)
+    assert seen[1] <= seen[0]
 
 
 def test_a_lora_trained_on_an_int8_base_is_for_the_true_one(sd1, tmp_path):

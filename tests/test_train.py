@@ -38,6 +38,7 @@ from tests.small import losses, rows, small
 from train import train
 from training.adapting import rate
 from training.inputs import make_dataset
+from training.watching import Watch
 
 LORA = "pytorch_lora_weights.safetensors"
 PAIRED = [name for name in OBJECTIVES if name != "dreambooth"]
@@ -208,6 +209,46 @@ def test_out_of_memory_cuts_the_step_smaller_and_the_result_is_the_same(config, 
     said = [str(w.message) for w in told if "out of memory" in str(w.message)]
     assert ["3 at a time" in said[0], "1 at a time" in said[1], len(said)] == [True, True, 2]
     assert losses(folder) == losses(expected)
+    assert (folder / LORA_FILE).read_bytes() == (expected / LORA_FILE).read_bytes()
+
+
+def test_where_a_graph_does_not_fit_the_plain_step_goes_on(config, monkeypatch):
+    """Of one image: what a capture needs beside it is too much, at step 4."""
+
+    class Full(Replayed):
+        def __call__(self, *inputs):
+            self.calls += 1
+            if self.calls > WARM:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return self.compute(*inputs)
+
+    expected = losses(train(replace(config, output_dir=f"{config.output_dir}1")))
+    usual = loop.loop
+    monkeypatch.setattr(loop, "Replayed", Full)
+    monkeypatch.setattr(
+        loop, "loop", lambda cfg, *more: usual(replace(cfg, cuda_graph=True), *more)
+    )
+    with pytest.warns(UserWarning, match="at step 4: from here on the step is not one CUDA graph"):
+        assert losses(train(config)) == expected
+
+
+def test_a_picture_that_does_not_fit_costs_no_step(config, monkeypatch):
+    """It is tried once more, then done without; step and checkpoint are what they would have been."""
+    cfg = replace(config, num_validation_images=1)
+    expected = train(replace(cfg, output_dir=f"{cfg.output_dir}1"))
+    tried = []
+
+    def full(*how):
+        tried.append(how)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Watch, "sheet", full)
+    with pytest.warns(
+        UserWarning, match=f"out of memory: no picture of step {cfg.max_train_steps}"
+    ):
+        folder = train(cfg)
+    assert len(tried) == 2 * len(list((expected / "samples").iterdir()))
+    assert not (folder / "samples").exists() and losses(folder) == losses(expected)
     assert (folder / LORA_FILE).read_bytes() == (expected / LORA_FILE).read_bytes()
 
 

@@ -16,7 +16,7 @@ from model.schedule import Schedule
 
 def save_state(folder: Path, opt: torch.optim.Optimizer, state: dict) -> None:
     """optimizer.safetensors and state.json, beside the LoRA."""
-    moments = opt.state_dict()["state"][0]
+    moments = next(iter(opt.state.values()), {})  # of the one flat parameter, once it has moved
     tensors = {key: value for key, value in moments.items() if torch.is_tensor(value)}
     (folder / "optimizer.safetensors").write_bytes(save(tensors))
     rest = {key: value for key, value in moments.items() if key not in tensors}
@@ -45,7 +45,8 @@ def restore(checkpoint: Path, adapted: dict, opt: torch.optim.Optimizer, scaler)
     state = read_json(checkpoint / "state.json")
     moments = dict(read_tensors(checkpoint / "optimizer.safetensors"))
     groups = opt.state_dict()["param_groups"]
-    opt.load_state_dict({"state": {0: {**moments, **state["optimizer"]}}, "param_groups": groups})
+    moments |= state["optimizer"]
+    opt.load_state_dict({"state": {0: moments} if moments else {}, "param_groups": groups})
     scaler.load_state_dict(state["scaler"])
     return state
 

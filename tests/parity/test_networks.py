@@ -5,6 +5,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel
 
+from model.layers import GroupNorm
 from model.weights import load_text, load_unet, load_vae
 from tests.checkpoints import IN_CHANNELS, make_checkpoint
 
@@ -49,6 +50,28 @@ def test_unet_gradients(sd1):
         grads.append((x_t.grad, ctx.grad))
     for g_ours, g_theirs in zip(*grads):
         assert relative(g_ours, g_theirs) < 1e-9
+
+
+@pytest.mark.parametrize("channels, groups", [(320, 32), (12, 4), (8, 8), (7, 1)])
+@pytest.mark.parametrize(
+    "dtype, most",
+    [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.02), (torch.float16, 2e-3)],
+)
+def test_group_norm_as_a_compiler_gets_it(channels, groups, dtype, most):
+    """Answer and gradient beside torch's own, far from 0, as it lay in memory."""
+    norm = GroupNorm(groups, channels)
+    norm.weight.data, norm.bias.data = draw(channels), draw(channels, seed=1)
+    norm.to(dtype)
+    x = (20 + 3 * draw(3, channels, 9, 5, seed=2)).to(dtype, memory_format=torch.channels_last)
+    answers = []
+    for compute in (norm.plain, norm):
+        x = x.detach().requires_grad_()
+        y = compute(x)
+        y.backward(draw(*y.shape, seed=3).to(dtype))
+        answers.append((y.double(), x.grad.double()))
+    for got, expected in zip(*answers):
+        assert relative(got, expected) < most
+    assert norm.plain(x).dtype == dtype and norm.plain(x).stride() == x.stride()
 
 
 @pytest.mark.parametrize("size", ["tiny", "small"])
