@@ -385,8 +385,8 @@ def loop(
         means, skipped, bad = tally.read()  # the loop waits for the device here alone
         if scaler.is_enabled() and scaler.get_scale() < LEAST_SCALE:
             raise FloatingPointError(
-                f"the gradient is not finite in fp16, however small the loss is made, by step {done} "
-                f"of {run.folder}; --mixed_precision bf16 or no has the range"
+                f"the gradient is not finite in fp16, however small the loss is made, by step "
+                f"{done} of {run.folder}; --mixed_precision bf16 or no has the range"
             )
         if bad:
             index, t = recent[bad]

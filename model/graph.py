@@ -11,7 +11,7 @@ from model.layers import ResBlock, SpatialTransformer
 from model.memory import out_of_memory
 
 # Of torch's compiler, which would bring all that has four dimensions into channels last, a head's
-# queries too, there and back (--channels_last has decided that already), and write down what several
+# queries too, there and back (--channels_last has decided that), and write down what several
 # kernels need as soon as it takes a few reads, where making it again is quicker.
 FUSED = {
     "layout_optimization": False,
