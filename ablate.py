@@ -12,12 +12,14 @@ A line of the file is an arm; an indented line goes on with the one above; # beg
 
 Every arm and seed is a run in OUT/NAME/seedN, judged in its evaluation/. The draws of a step come
 from (seed, step), so the arms of one seed see the same images, noise and t where their batches and
-pairs are alike. The same command goes on where it stopped: finished runs of unchanged flags are
-kept, half-done ones resumed, changed ones run again. What is left: table.md, results.json, plot.png
-and sheet.png, written again after every run.
+pairs are alike. The same command goes on where it stopped: finished runs of unchanged flags and
+data are kept, half-done ones resumed, changed ones run again. What is left: table.md, results.json,
+plot.png and sheet.png, written again after every run.
 """
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import re
@@ -29,6 +31,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +41,8 @@ import evaluate
 from cli import Parser, report
 from config import TrainConfig
 from durable import lock, refuse_file, remove, write_aside, write_json
+from pairs import find_pairs, fingerprint
+from training.inputs import find_data
 
 ROOT = Path(__file__).parent
 OURS = {  # flags that no line may have: set here, for a run that was chosen, or of no work
@@ -137,6 +142,9 @@ def read_arms(path: Path) -> list[Arm]:
 # ---- one run -------------------------------------------------------------------------------------
 
 
+DATA = ("before_data_dir", "after_data_dir", "mask_dir", "instance_data_dir", "frames_dir",
+        "frame_stride", "sequence_dirs", "sequence_times", "allow_unmatched", "use_image_pairs",
+        "validation_pairs", "max_pairs")  # fmt: skip
 HOW = {"output_dir", "overwrite", "resume_from_checkpoint"}  # where and how, not what
 
 
@@ -176,13 +184,39 @@ def read(path: Path) -> dict:
 
 
 def changed(job: Job) -> list[str]:
-    """The fields in which the run that is there differs from what is asked for.
+    """The fields in which the run that is there differs from what is asked for, and "data".
 
     A field that the older run did not know counts as its default.
     """
     there, now = read(job.run / "config.json"), plain(job.cfg)
+    if not there:
+        return []
     old = {k: v for k, v in {**plain(TrainConfig()), **there}.items() if k not in HOW}
-    return [k for k in sorted(old | now) if old.get(k) != now.get(k)] if there else []
+    other = [k for k in sorted(old | now) if old.get(k) != now.get(k)]
+    was, on = read(job.run / "revision.json").get("data"), {k: now[k] for k in DATA}
+    return other + ["data"] * (was is not None and trained_on(json.dumps(on)) not in (None, was))
+
+
+@cache
+def trained_on(fields: str) -> str | None:
+    """The fingerprint of the pairs that a config with these DATA, in JSON, is about now; None where
+    they cannot be read, which train.py will say."""
+    with contextlib.suppress(OSError, ValueError), contextlib.redirect_stdout(io.StringIO()):
+        return fingerprint(find_data(TrainConfig(**json.loads(fields))).train)
+
+
+@cache
+def judged_on(before: str, after: str, mask: str | None) -> str | None:
+    """The same of held-out pairs in these folders."""
+    with contextlib.suppress(OSError, ValueError):
+        return fingerprint(find_pairs(before, after, mask_dir=mask, allow_unmatched=None))
+
+
+def same_pairs(job: Job) -> bool:
+    """Whether it was judged on the held-out pairs that are there now."""
+    args = judge_parser("").parse_args([*NEEDED[:2], *job.arm.evaluate])
+    now = judged_on(args.before_data_dir, args.after_data_dir, args.mask_dir)
+    return now in (None, read(job.folder / "evaluation" / "evaluation.json").get("data"))
 
 
 def call(program: str, flags: Sequence[str], log: Path, threads: int | None, held: int) -> None:
@@ -197,6 +231,7 @@ def call(program: str, flags: Sequence[str], log: Path, threads: int | None, hel
     with open(log, "a", encoding="utf-8") as out:
         out.write(f"$ {shlex.join(command[1:])}\n")
         out.flush()
+        start = out.tell()
         how = {"stdout": out, "stderr": subprocess.STDOUT, "env": env, "pass_fds": [held]}
         status = subprocess.run(command, **how).returncode
     if status in (130, -signal.SIGINT):
@@ -204,6 +239,9 @@ def call(program: str, flags: Sequence[str], log: Path, threads: int | None, hel
     if status:
         said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1]
         raise ValueError(f"{program} ended with status {status}: {said} (all of it: {log})")
+    for line in log.read_bytes()[start:].decode(errors="replace").splitlines():
+        if line.startswith("warning: "):
+            print(f"{log.with_suffix('')}: {line}", flush=True)
 
 
 def run(job: Job, threads: int | None, held: int) -> dict:
@@ -232,7 +270,8 @@ def asked(job: Job) -> dict:
 def settled(job: Job) -> bool:
     """Whether the run is finished and judged as the file has it."""
     judged = job.folder / "evaluation"
-    return trained(job) and read(judged / "flags.json") == asked(job) and usable(judged, job.run)
+    known = trained(job) and read(judged / "flags.json") == asked(job)
+    return known and usable(judged, job.run) and same_pairs(job)
 
 
 def trained(job: Job) -> bool:

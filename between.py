@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from data import MAX_ASPECT, aspect_gap, by
-from durable import save_image, write_aside, write_json
+from durable import refuse_others, save_image, write_aside, write_json
+from editing import defaults, draws_anew
 from images import contact_sheet, load_image, to_image, to_tensor
 from measures import mse, path, perceived, psnr, structure
 from model.lora_files import load_lora, lora_path
@@ -87,16 +88,23 @@ def method_of(args: argparse.Namespace, objective: str | None) -> str:
     return "invert" if objective in NOISY or args.lora_after else "direct"
 
 
-def open_ends(
-    before: str, after: str, resolution: int | None, out: Path
-) -> tuple[Image.Image, Image.Image]:
-    """Both images at the after image's size, or with `resolution` pixels on the short side."""
-    for flag, file in (("--before", before), ("--after", after)):
+def frame_names(n: int) -> list[str]:
+    return [f"{i:03d}.png" for i in range(n)]
+
+
+def size_of_frames(args: argparse.Namespace) -> tuple[int, int]:
+    """(w, h): the after image's, or with --resolution pixels on the short side.
+
+    ValueError or OSError for ends that make no frames, or frames that would replace another's.
+    """
+    out, resolution = Path(args.out), args.resolution
+    for flag, file in (("--before", args.before), ("--after", args.after)):
         if not Path(file).is_file():
             raise FileNotFoundError(f"{flag} {file} is no file")
         if Path(file).resolve().parent == out.resolve():
             raise ValueError(f"--out {out} is the folder of {flag}; frames could replace it")
-    a, b = load_image(before), load_image(after)
+    refuse_others(out, [*frame_names(args.frames), "morph.gif", "strip.png"], "morph.json")
+    a, b = load_image(args.before), load_image(args.after)
     if (gap := aspect_gap(a.size, b.size)) > MAX_ASPECT:
         raise ValueError(
             f"--before is {by(a.size)}, --after is {by(b.size)}; their aspect ratios differ by "
@@ -109,8 +117,15 @@ def open_ends(
         raise ValueError(
             f"--after is {by(b.size)}, which would be {by(size)} at --resolution {resolution}"
         )
-    a, b = (x if x.size == size else x.resize(size, Image.Resampling.BILINEAR) for x in (a, b))
-    return a, b
+    return size
+
+
+def load_ends(
+    args: argparse.Namespace, size: tuple[int, int], background: str
+) -> list[Image.Image]:
+    """--before and --after at that size."""
+    images = [load_image(file, background) for file in (args.before, args.after)]
+    return [x if x.size == size else x.resize(size, Image.Resampling.BILINEAR) for x in images]
 
 
 @torch.no_grad()
@@ -159,8 +174,12 @@ def morph(
 
     out, images = Path(args.out), [to_image(frame) for frame in frames]
     out.mkdir(parents=True, exist_ok=True)
-    for i, image in enumerate(images):
-        save_image(image, out / f"{i:03d}.png")
+    for name, image in zip(frame_names(len(images)), images):
+        save_image(image, out / name)
+    for name in frame_names(1000)[len(images) :]:  # of an earlier morph, which had more
+        if not (out / name).exists():
+            break
+        (out / name).unlink()
     save_gif(images, out / "morph.gif")
     titles = [f"{one:.3f}" for one in s.tolist()]
     save_image(contact_sheet([images], titles, [f"strengths, {method}"]), out / "strip.png")
@@ -196,17 +215,25 @@ def adapted(
     if args.objective:
         said = {"objective": args.objective, "multiplier": OBJECTIVES[args.objective].multiplier}
         pipe = replace(pipe, meta=pipe.meta | said)
-    method = method_of(args, pipe.meta.get("objective"))
+    method = method_of(args, objective := pipe.meta.get("objective"))
+    uses = OBJECTIVES[objective].uses if objective in OBJECTIVES else ()
+    usual = defaults() | DEFAULTS
+    onward = method == "invert" or (method == "direct" and "steps" in uses)
+    levels = method == "invert" or (onward and "noise_level" in uses)
+    random = method == "direct" and draws_anew(objective, args.start)
     for name, used, wanted in (
         ("adain", method == "invert", "--method invert"),
         ("attention", method == "invert", "--method invert"),
-        ("noise_level", method != "blend", "another --method than blend"),
+        ("noise_level", levels, "--method invert"),
+        ("steps", onward, "--method invert"),
+        ("seed", args.fit_steps or random, "--fit_steps"),
+        ("prompt", method != "blend", "another --method than blend"),
         ("learning_rate", args.fit_steps, "--fit_steps"),
         ("lora_rank", args.fit_steps, "--fit_steps"),
         ("fit_steps", method != "blend", "another --method than blend"),
     ):
-        if not used and getattr(args, name) != DEFAULTS[name]:
-            said = f"--no-{name}" if DEFAULTS[name] is True else f"--{name} {getattr(args, name)}"
+        if not used and getattr(args, name) != usual[name]:
+            said = f"--no-{name}" if usual[name] is True else f"--{name} {getattr(args, name)}"
             warnings.warn(f"{said} has no effect without {wanted}", stacklevel=2)
     if args.fit_steps and method != "blend":
         how = {"steps": args.fit_steps, "rank": args.lora_rank, "lr": args.learning_rate}

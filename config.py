@@ -343,8 +343,11 @@ def check(cfg: TrainConfig) -> TrainConfig:
     given = [name for name in SOURCES if getattr(cfg, name) is not None]
     need(len(given) < 2, f"{' and '.join(f'--{name}' for name in given)} exclude each other")
     if pairs and not cfg.sequence_dirs and not cfg.frames_dir:
-        need(cfg.before_data_dir is not None, "--use_image_pairs needs --before_data_dir")
-        need(cfg.after_data_dir is not None, "--use_image_pairs needs --after_data_dir")
+        for one, other in (("after", "before"), ("before", "after")):
+            given = getattr(cfg, f"{one}_data_dir") is not None
+            asker = f"--{one}_data_dir" if given else "--use_image_pairs"
+            there = getattr(cfg, f"{other}_data_dir") is not None
+            need(there, f"{asker} needs --{other}_data_dir")
     for name in OF_PAIRS:
         unused = getattr(cfg, name) == getattr(TrainConfig, name)
         need(pairs or unused, f"--{name} needs --before_data_dir and --after_data_dir")
@@ -375,6 +378,10 @@ def check(cfg: TrainConfig) -> TrainConfig:
         cfg.class_labels_conditioning is None,
         "--class_labels_conditioning is for DeepFloyd IF; Stable Diffusion has no class labels",
     )
+    need(
+        not (cfg.overwrite and cfg.resume_from_checkpoint),
+        "--overwrite and --resume_from_checkpoint exclude each other: anew, or on?",
+    )
     need(cfg.push_to_hub or cfg.hub_token is None, "--hub_token needs --push_to_hub")
     need(
         cfg.hub_token is None or cfg.report_to != "wandb",
@@ -393,13 +400,14 @@ def without_effect(cfg: TrainConfig, reads: Sequence[str]) -> list[str]:
     prior = cfg.with_prior_preservation
     restarts = "cosine_with_restarts"
     looked = cfg.num_validation_images or cfg.validation_pairs
+    unmatchable = is_pairs(cfg) or cfg.mask_dir is not None
     random_views = not cfg.center_crop or cfg.random_flip or cfg.random_scale > 1
     rules = [
         ("mask_outside", cfg.mask_dir or cfg.mask_from_change, "--mask_dir or --mask_from_change"),
         ("sequence_times", cfg.sequence_dirs, "--sequence_dirs"),
         ("frame_stride", cfg.frames_dir, "--frames_dir"),
         ("base_lora_strength", cfg.base_lora is not None, "--base_lora"),
-        ("allow_unmatched", is_pairs(cfg) or cfg.mask_dir is not None, "pairs or --mask_dir"),
+        ("allow_unmatched", unmatchable and not cfg.frames_dir, "folders of pairs, or --mask_dir"),
         ("views", random_views, "random crops, --random_flip or --random_scale"),
         ("huber_c", cfg.loss == "huber", "--loss huber"),
         ("recompute", cfg.gradient_checkpointing, "--gradient_checkpointing"),

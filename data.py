@@ -175,7 +175,11 @@ class PairDataset(torch.utils.data.Dataset):
         """How many pairs --random_scale shows in more pixels than they have."""
         if self.random_scale == 1:
             return 0
-        return sum(min(size) < int(self.resolution * self.random_scale) for size in self.sizes)
+        return self.smaller_than(int(self.resolution * self.random_scale))
+
+    def smaller_than(self, side: int) -> int:
+        """How many pairs have fewer pixels along their short side."""
+        return sum(min(size) < side for size in self.sizes)
 
     @property
     def deterministic(self) -> bool:

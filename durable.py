@@ -15,7 +15,7 @@ import os
 import shutil
 import socket
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from io import FileIO
 from pathlib import Path
 
@@ -179,6 +179,18 @@ def refuse_file(folder: Path, flag: str) -> None:
     for path in (folder, *folder.parents):
         if path.exists() and not path.is_dir():
             raise FileExistsError(f"{flag} {folder}: {path} is a file, a folder was wanted")
+
+
+def refuse_others(out: Path, made: Iterable[str], mark: str) -> None:
+    """FileExistsError where a file of such a name is in `out` that no command of ours left: these
+    leave `mark`, too."""
+    if not os.path.lexists(out / mark):
+        for name in made:
+            if os.path.lexists(out / name):
+                raise FileExistsError(
+                    f"--out {out} holds {name}, which would be replaced, and no {mark} of an "
+                    "earlier result: another folder was wanted"
+                )
 
 
 def refuse_read_only(folder: Path, flag: str) -> None:

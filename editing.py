@@ -212,16 +212,31 @@ def editor(
     return edit
 
 
-def warn_of_unread(args: argparse.Namespace, objective: str) -> None:
-    """Of flags that were given and that this objective's use does not read."""
+def defaults() -> dict:
+    """What the flags are that are not given."""
     parser = argparse.ArgumentParser()
     add_common_flags(parser)
     add_edit_flags(parser)
-    flags = sorted({flag for one in OBJECTIVES.values() for flag in one.uses})
-    for flag in flags:
-        value = getattr(args, flag)
-        if flag not in OBJECTIVES[objective].uses and value != parser.get_default(flag):
+    return vars(parser.parse_args(["--out", ""]))
+
+
+def draws_anew(objective: str | None, start: str) -> bool:
+    """Whether other seeds make other pictures of it."""
+    uses = OBJECTIVES[objective].uses if objective in OBJECTIVES else ()
+    return "seed" in uses and ("start" not in uses or start == "noise")
+
+
+def warn_of_unread(args: argparse.Namespace, objective: str) -> None:
+    """Of flags that were given and that this objective's use does not read."""
+    usual, uses = defaults(), OBJECTIVES[objective].uses
+    for flag in sorted({flag for one in OBJECTIVES.values() for flag in one.uses}):
+        if flag not in uses and (value := getattr(args, flag)) != usual[flag]:
             warnings.warn(f"--{flag} {value} has no effect on {objective}", stacklevel=2)
+    starts = dict([getattr(args, "sweep", None) or ("", ())]).get("start", [args.start])
+    inverts = "start" in uses and "noise" not in starts
+    if args.seed != usual["seed"] and inverts:
+        said = f"--seed {args.seed} has no effect on {objective} without --start noise"
+        warnings.warn(said, stacklevel=2)
 
 
 def states_between(pipe: Pipeline) -> str:

@@ -11,6 +11,7 @@ Writes evaluation.json, evaluation.md and sheet.png. Images are compared as 8-bi
 """
 
 import argparse
+import json
 import math
 import warnings
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ from editing import (
     batches,
     check,
     distinct,
+    draws_anew,
     edit_pixels,
     numbers,
     objective_of,
@@ -49,6 +51,14 @@ from progress import no_bars
 from report import write_report
 
 # ---- the run -------------------------------------------------------------------------------------
+
+
+def trained_on(run: Path) -> str | None:
+    """The fingerprint of its pairs, where it is a run's folder."""
+    try:
+        return json.loads((run / "revision.json").read_text(encoding="utf-8"))["data"]
+    except (OSError, LookupError, RecursionError, TypeError, ValueError):
+        return None
 
 
 def eight_bit(pixels: Tensor) -> Tensor:
@@ -73,6 +83,8 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
         raise ValueError(f"--strengths must have 0 and 1 among them, got {strengths}")
     if args.samples < 1 or (args.outcome_dirs and args.samples < 2):
         raise ValueError(f"--samples must be at least {1 + bool(args.outcome_dirs)}")
+    if args.pictures < 0:
+        raise ValueError(f"--pictures must be at least 0, got {args.pictures}")
     folders = [(flag, getattr(args, flag[2:])) for flag in (*SIDES, "--mask_dir")]
     folders += [("--between_dirs", folder) for folder in args.between_dirs]
     folders += [("--outcome_dirs", folder) for folder in args.outcome_dirs]
@@ -91,6 +103,8 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
     pipe = open_pipeline(args)
     objective = objective_of(args, pipe)
     warn_of_unread(args, objective)
+    if args.samples > 1 and not draws_anew(objective, args.start):
+        warnings.warn(f"--samples {args.samples} are all the same for {objective}", stacklevel=2)
     resolution = pipe.meta.get("resolution") if args.resolution is None else args.resolution
     if resolution is None:
         raise ValueError(f"--lora {args.lora} does not say its resolution: give --resolution")
@@ -134,17 +148,27 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
             bar.update()
     bar.close()
 
+    data = fingerprint(pairs)
+    if trained_on(Path(args.lora)) == data:
+        warnings.warn(f"these are the pairs that {args.lora} was trained on", stacklevel=2)
     result = {
         "lora": str(args.lora),
         "base": pipe.base,
         "objective": objective,
         "resolution": resolution,
-        "data": fingerprint(pairs),
+        "data": data,
         "pairs": len(pairs),
         "seed": args.seed,
         **collect(rows, strengths),
         "per_pair": rows,
     }
+    for place, gap in result["gap_closed"].items():
+        if gap["mean"] is None:
+            more = "" if args.mask_dir else ": --mask_dir says where it is to be looked at"
+            warnings.warn(
+                f"{place}, the autoencoder loses more than the change is, and no gap can close"
+                + more, stacklevel=2,
+            )  # fmt: skip
     return result, pictures
 
 
@@ -327,7 +351,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = table(result)
         columns = ["before", "predicted", "after", "error x 3"]
         names = [f"{row['name']}  {row['predicted']['psnr']:.1f} dB" for row in result["per_pair"]]
-        for i, row in enumerate(pictures[: max(args.pictures, 0)]):
+        for i, row in enumerate(pictures[: args.pictures]):
             for kind, image in zip(columns[:3], row):
                 (out / "pictures").mkdir(exist_ok=True)
                 save_image(image, out / "pictures" / f"{i:03d}-{kind}.png")

@@ -137,23 +137,22 @@ def gap_closed(
 ) -> dict:
     """(MSE_copy − MSE_pred) / (MSE_copy − MSE_ceiling) of the means over the pairs.
 
-    0 is copying the before image, 1 is as good as the autoencoder can show the after image. The
-    standard error is the jackknife's: a mean of ratios would be ruled by pairs of little change.
+    0 is copying the before image, 1 is as good as the autoencoder can show the after image; None
+    where that loses more than the change is. The standard error is the jackknife's: a mean of
+    ratios would be ruled by pairs of little change.
     """
     rows = np.array([copied, predicted, ceiling])
 
     def gap(means: np.ndarray) -> float:
         room = means[0] - means[2]
-        return float((means[0] - means[1]) / room) if room != 0 else math.nan
+        return float((means[0] - means[1]) / room) if room > 0 else math.nan
 
-    n = rows.shape[1]
-    left_out = (
-        np.array([gap(np.delete(rows, i, axis=1).mean(1)) for i in range(n)]) if n > 1 else []
-    )
-    se = (
-        float(np.sqrt((n - 1) / n * ((left_out - np.mean(left_out)) ** 2).sum())) if n > 1 else None
-    )
-    return {"mean": gap(rows.mean(1)), "se": se, "n": n}
+    n, whole = rows.shape[1], gap(rows.mean(1))
+    left_out = np.array([gap(np.delete(rows, i, axis=1).mean(1)) for i in range(n if n > 1 else 0)])
+    se = float(np.sqrt((n - 1) / n * ((left_out - left_out.mean()) ** 2).sum())) if n > 1 else None
+    if not math.isfinite(whole):
+        return {"mean": None, "se": None, "n": n}
+    return {"mean": whole, "se": se if se is not None and math.isfinite(se) else None, "n": n}
 
 
 def spread(images: Sequence[Tensor]) -> float:

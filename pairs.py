@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -310,18 +311,25 @@ def find_sequences(
     return pairs
 
 
+def counted(path: Path) -> list[tuple[int, str]]:
+    """To sort by: frame_2 comes before frame_10."""
+    parts = re.split("([0-9]+)", str(path))  # text and digits by turns
+    return [(int(part), part) if i % 2 else (0, part) for i, part in enumerate(parts)]
+
+
 def find_clips(folder: Path | str, stride: int = 1, *, mask_dir: Path | str | None = None):
-    """Clips in a folder, each a sub-folder of frames in the order of their names, or an animated
-    GIF, WebP or PNG: every `stride`-th frame, the first being the before of all others. Strengths
-    are shares of the way from the first frame taken to the last. ValueError names a clip of fewer
-    than two frames or, in one file, more than MAX_FRAMES, and two of one name."""
+    """Clips in a folder, each a sub-folder of frames in the order of their names, numbers in them
+    as numbers, or an animated GIF, WebP or PNG: every `stride`-th frame, the first being the
+    before of all others. Strengths are shares of the way from the first frame taken to the last.
+    ValueError names a clip of fewer than two frames or, in one file, more than MAX_FRAMES, and two
+    of one name."""
     root = _folder(folder, "--frames_dir")
     clips: dict[str, list[Path | Frame]] = {}
     for entry in sorted(root.iterdir()):
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            name, frames = entry.name, list(find_images(entry, "--frames_dir"))
+            name, frames = entry.name, sorted(find_images(entry, "--frames_dir"), key=counted)
         elif entry.suffix.lower() in SUFFIXES | {".gif", ".apng"}:
             if (count := frame_count(entry)) > MAX_FRAMES:
                 raise ValueError(
@@ -345,7 +353,7 @@ def find_clips(folder: Path | str, stride: int = 1, *, mask_dir: Path | str | No
         if len(taken) < 2:
             raise ValueError(
                 f"--frames_dir: {shown([name])} has {len(frames)} frames, "
-                f"wanted at least two at --frame_stride {stride}"
+                f"wanted at least {stride + 1} at --frame_stride {stride}"
             )
         pairs += _states(name, taken, _shares(range(len(taken))), masks.get(name))
     return pairs

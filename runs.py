@@ -206,6 +206,15 @@ class Run:
     def _compare(self, config: dict) -> None:
         now, usual = (json.loads(json_bytes(fields)) for fields in (config, self._usual))
         old = usual | self._read("config.json")
+        length = [k for k in ("max_train_steps", "num_train_epochs") if old.get(k) != now.get(k)]
+        steady = now.get("lr_scheduler", "constant").startswith("constant")
+        if length and not steady and self.checkpoint is not None:
+            warnings.warn(
+                f"--lr_scheduler {now['lr_scheduler']} looks at the run's length, and {length[0]} "
+                f"was {old.get(length[0])} and is {now[length[0]]}: no run of one go has this "
+                "learning rate",
+                stacklevel=4,
+            )
         other = [k for k in sorted(now) if k not in FREE and old.get(k) != now[k]]
         if other and self.checkpoint is not None:
             told = ", ".join(f"{k} was {old.get(k)!r} and is {now[k]!r}" for k in other)

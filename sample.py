@@ -13,6 +13,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 import between
 from cli import Parser, report
-from durable import save_image
+from durable import refuse_others, save_image
 from editing import (
     add_common_flags,
     add_edit_flags,
@@ -40,7 +41,7 @@ from model.files import first_line
 from model.memory import out_of_memory
 from model.pipeline import Pipeline, decode, generate_latents
 from model.samplers import SAMPLERS
-from pairs import find_images, real_folders
+from pairs import find_images, real_folders, refuse_among
 from progress import no_bars
 
 
@@ -52,13 +53,15 @@ def generate(args: argparse.Namespace) -> None:
             raise ValueError(f"{name} must be a positive multiple of 8, got {value}")
     if args.num < 1:
         raise ValueError(f"--num must be at least 1, got {args.num}")
+    seeds = range(args.seed, args.seed + args.num)
+    refuse_others(out, (f"{seed:05d}.png" for seed in seeds), "sheet.png")
     pipe = open_pipeline(args)
     f = pipe.vae.downscale
     if args.height % f or args.width % f:
         raise ValueError(f"--height and --width must be multiples of {f} for this autoencoder")
     prompt = prompt_of(args, pipe)
     _, predict = pipe.predictors(prompt, args.guidance)
-    images, seeds = [], range(args.seed, args.seed + args.num)
+    images = []
     bar = tqdm(total=args.num, desc="generate", disable=no_bars())
     for part in batches([prompt] * args.num, args.batch_size):
         z = generate_latents(
@@ -96,7 +99,9 @@ def edit(args: argparse.Namespace) -> None:
         files, root = [source], source.parent
     else:
         raise FileNotFoundError(f"--input {source} does not exist")
-    if os.path.realpath(out) in real_folders(files) | {os.path.realpath(root)}:
+    if source.is_dir():
+        refuse_among([out], [("--input", source)])
+    elif os.path.realpath(out) in real_folders(files) | {os.path.realpath(root)}:
         raise ValueError(f"--out {out} is the folder of the input; results would replace it")
     strengths = args.strengths if args.strengths is not None else [args.strength]
     stems = [file.relative_to(root).with_suffix("") for file in files]
@@ -106,9 +111,11 @@ def edit(args: argparse.Namespace) -> None:
     settings = variants(args)
     for _, _, how in settings:
         check(how)
-    several = args.strengths is not None or len(settings) > 1
-    tails = [f"{tag}_s{s:g}.png" for _, tag, _ in settings for s in strengths] if several else []
-    longest = max(map(len, [*tails, "_strip.png" if len(strengths) > 1 else ".png"]))
+    endings = [  # of the files of an input: for each setting those of its strengths
+        [f"{tag}{f'_s{s:g}' if tag or args.strengths is not None else ''}.png" for s in strengths]
+        for _, tag, _ in settings
+    ]
+    tails = [*chain(*endings), *([".gif", "_strip.png"] if len(strengths) > 1 else [])]
     sizes = []
     for file, stem in zip(files, stems):  # all of them before anything is written
         sizes.append(load_image(file).size)
@@ -117,8 +124,9 @@ def edit(args: argparse.Namespace) -> None:
                 f"--input {shown([file])} has the name of the contact sheet, which would replace "
                 "its result; another name was wanted"
             )
-        if len(os.fsencode(stem.name)) + longest > 255:
+        if len(os.fsencode(stem.name)) + max(map(len, tails)) > 255:
             raise ValueError(f"--input {shown([file])} has too long a name for its result's")
+    refuse_others(out, (f"{stem}{tail}" for stem in stems for tail in tails), "sheet.png")
 
     pipe = open_pipeline(args)
     objective = objective_of(args, pipe)
@@ -133,13 +141,12 @@ def edit(args: argparse.Namespace) -> None:
         edited = [edit_pixels(pipe, objective, pixels, strengths, how) for _, _, how in settings]
         for k, (stem, image) in enumerate(zip(stems[part], images)):
             first = None
-            for (label, tag, _), at in zip(settings, edited):
+            for (label, tag, _), ends, at in zip(settings, endings, edited):
                 results = [to_image(some[k]) for some in at]
                 first = first or results
                 differs |= results != first
-                for s, result in zip(strengths, results):
-                    suffix = "" if args.strengths is None and not tag else f"_s{s:g}"
-                    path = out / f"{stem}{tag}{suffix}.png"
+                for ending, result in zip(ends, results):
+                    path = out / f"{stem}{ending}"
                     path.parent.mkdir(parents=True, exist_ok=True)
                     save_image(result, path)
                 if len(strengths) > 1 and not tag:
@@ -176,8 +183,9 @@ def variants(args: argparse.Namespace) -> list[tuple[str, str, argparse.Namespac
 def morph(args: argparse.Namespace) -> None:
     """Numbered frames from --before to --after, morph.gif, strip.png, and morph.json."""
     between.check(args)
-    ends = between.open_ends(args.before, args.after, args.resolution, Path(args.out))
+    size = between.size_of_frames(args)
     pipe = open_pipeline(args)
+    ends = between.load_ends(args, size, pipe.meta.get("background", "white"))
 
     def edit(pipe: Pipeline, z: Tensor, s: Tensor) -> Tensor:
         at = editor(pipe, objective_of(args, pipe), z, args)

@@ -99,7 +99,8 @@ def run_concat(args: argparse.Namespace) -> None:
     read = [read_lora(file, "LORA") for file in args.loras]
     first, *others = [metadata for _, metadata in read]
     agreed = {k: v for k, v in first.items() if all(o.get(k) == v for o in others)}
-    for key in ("objective", "multiplier", "base_model", "prompt", "base_lora"):
+    step = f"{first.get('objective')}_t"  # of an objective that is used at one step, which
+    for key in ("objective", "multiplier", "base_model", "prompt", "base_lora", "background", step):
         if key not in agreed and any(key in metadata for _, metadata in read):
             warnings.warn(f"the LoRAs differ in {key}: the new file does not say it", stacklevel=2)
     agreed = {key: agreed[key] for key in agreed.keys() - {"rank", "alpha", "steps"}}

@@ -201,21 +201,21 @@ def test_arms_become_a_table_a_plot_and_a_sheet(lab, capsys):
     assert table in said.out
     header = next(line for line in table.splitlines() if line.startswith("| arm"))
     columns = [cell.strip() for cell in header.strip("|").split("|")]
-    assert columns[:4] == ["arm", "before_data_dir", "learning_rate", "gap closed"]
+    assert columns[:3] == ["arm", "before_data_dir", "learning_rate"] and "PSNR" in columns
     gaps = []
     for seed in (0, 1):
         path = lab.out / "fast" / f"seed{seed}" / "evaluation" / "evaluation.json"
-        gaps.append(json.loads(path.read_text())["gap_closed"]["whole"]["mean"])
+        gaps.append(json.loads(path.read_text())["predicted"]["psnr"]["mean"])
     assert gaps[0] != gaps[1]
-    got = results["arms"]["fast"]["summary"]["gap closed"]
+    got = results["arms"]["fast"]["summary"]["PSNR"]
     assert got["mean"] == pytest.approx(np.mean(gaps)) and got["n"] == 2
     assert got["se"] == pytest.approx(np.std(gaps, ddof=1) / 2**0.5)
-    assert f"{got['mean']:.3f} ± {got['se']:.3f}" in table and "Held-out pairs: 4." in table
+    assert f"{got['mean']:.2f} ± {got['se']:.2f}" in table and "Held-out pairs: 4." in table
     assert results["arms"]["lost"]["runs"] == {} and len(results["failed"]) == 2
     assert re.search(r"\| lost .*\| - \| 0 of 2 \|", table)
     cell, columns = 144 + 6, 4  # before, slow, fast, after; 16-pixel pictures nine times larger
     assert Image.open(lab.out / "sheet.png").width == columns * cell + 6
-    assert Image.open(lab.out / "plot.png").width > 500
+    assert Image.open(lab.out / "plot.png").width > 400
 
 
 def test_what_is_done_is_kept_and_what_changed_is_run_again(lab, capsys):
@@ -242,6 +242,24 @@ def test_what_is_done_is_kept_and_what_changed_is_run_again(lab, capsys):
     assert "| b | 0.02 | --seed 3 |" in (lab.out / "table.md").read_text()
     assert lab.run(more, "--seeds", 0, 1) == 0
     assert {name for _, name in lab.names()} == {"a/seed1", "b/seed1"}
+
+
+def test_other_data_are_another_run(lab, tmp_path, pairs, capsys):
+    """Of the training: trained again. Of the held-out pairs alone: judged again."""
+    ours = [tmp_path / name for name in ("train", "test")]
+    for folder in ours:
+        shutil.copytree(pairs, folder)
+    dirs = [f"--before_data_dir {folder}/before --after_data_dir {folder}/after" for folder in ours]
+    arms = f"a: {dirs[0]}\nevaluate: {dirs[1]} --mask_dir {ours[1]}/mask\n"
+    assert lab.run(arms) == 0
+    for folder, again in ((ours[1], ["evaluate.py"]), (ours[0], ["train.py", "evaluate.py"])):
+        ablate.trained_on.cache_clear(), ablate.judged_on.cache_clear()
+        capsys.readouterr()
+        assert lab.run(arms) == 0 and not lab.started
+        Image.new("RGB", (32, 32), (9, 9, 9)).save(folder / "after" / "0.png")
+        ablate.trained_on.cache_clear(), ablate.judged_on.cache_clear()
+        assert lab.run(arms) == 0 and [program for program, _ in lab.names()] == again
+    assert "a, seed 0: training (again, other data)" in capsys.readouterr().out
 
 
 def test_some_arms_alone(lab, capsys):

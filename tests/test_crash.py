@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -321,6 +322,19 @@ def test_a_run_that_is_done_is_not_begun_anew_for_want_of_a_checkpoint(config, w
     assert (Path(config.output_dir) / LORA_FILE).read_bytes() == lora
 
 
+def test_a_schedule_that_ends_with_the_run_is_another_in_a_longer_one(config):
+    """Which goes on, and says so; a constant one says nothing."""
+    for name in ("cosine", "constant"):
+        cfg = replace(config, output_dir=f"{config.output_dir}{name}", lr_scheduler=name)
+        train.train(replace(cfg, max_train_steps=3))
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            train.train(replace(cfg, resume_from_checkpoint="latest"))
+        said = [str(w.message) for w in told if "looks at the run's length" in str(w.message)]
+        assert len(said) == (name == "cosine")
+        assert all("max_train_steps was 3 and is 6" in sentence for sentence in said)
+
+
 def test_a_field_that_an_older_run_did_not_know_is_no_other_config(config, whole):
     train.train(replace(config, max_train_steps=2))
     file = Path(config.output_dir) / "config.json"
@@ -343,6 +357,10 @@ def test_what_is_written_lies_apart_from_what_is_read(config, pairs, tmp_path):
         (
             {"base_lora": config.output_dir, "overwrite": True},
             "--base_lora .* lies in --output_dir",
+        ),
+        (
+            {"init_lora": config.output_dir, "overwrite": True},
+            "--init_lora .* lies in --output_dir",
         ),
     ):
         with pytest.raises(ValueError, match=said):

@@ -822,8 +822,18 @@ def test_clips_are_folders_and_animations_alike(tmp_path, suffix):
     assert len({file_hash(pair.after) for pair in pairs}) == 4
     (root / "one").mkdir()
     frames[0].save(root / "one" / "0.png")
-    with pytest.raises(ValueError, match="one has 1 frames, wanted at least two"):
+    with pytest.raises(ValueError, match="one has 1 frames, wanted at least 2 at --frame_stride 1"):
         find_clips(root)
+
+
+def test_frames_are_counted_as_numbers(tmp_path):
+    """As ffmpeg's %d and many a tool write them."""
+    (tmp_path / "clip v2").mkdir()
+    for i in (1, 2, 9, 10, 11):
+        Image.new("RGB", (8, 8)).save(tmp_path / "clip v2" / f"a{i}_x.png")
+    pairs = find_clips(tmp_path)
+    assert pairs[0].before.name == "a1_x.png"
+    assert [p.after.name for p in pairs] == [f"a{i}_x.png" for i in (2, 9, 10, 11)]
 
 
 def test_sequences_are_held_out_whole(tmp_path):

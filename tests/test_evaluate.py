@@ -254,6 +254,14 @@ def test_the_gap_and_its_error():
     assert (uneven["mean"], uneven["se"]) == pytest.approx((0.5, expected))
 
 
+def test_no_gap_closes_where_the_autoencoder_loses_more_than_the_change():
+    """There a prediction that is far worse than copying would have come out far above 1."""
+    none = {"mean": None, "se": None, "n": 2}
+    assert measures.gap_closed([1.0, 1.0], [9.0, 9.0], [2.0, 2.0]) == none
+    some = measures.gap_closed([1.0, 9.0], [1.0, 5.0], [2.0, 2.0])  # one of the two has no room
+    assert some == {"mean": pytest.approx(2 / 3), "se": None, "n": 2}
+
+
 def test_distance_between_samples():
     assert measures.distance([1, 2, 3], [1, 2, 3]) == 0
     assert measures.distance([2, 4], [1, 3]) == pytest.approx(1.0)  # shifted by 1, σ = 1

@@ -337,6 +337,31 @@ def test_fitting_is_part_of_the_command(place, tmp_path, sd1, method):
     assert not any(np.array_equal(shown[0], other) for other in shown[1:])
 
 
+def test_what_the_path_does_not_read_is_said(place, tmp_path, monkeypatch, capsys):
+    """One step of `delta`, or DDIM inversion: what both read, and what neither draws."""
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    flags = ["--noise_level", "0.9", "--seed", "4", "--prompt", "a town"]
+    for lora, unread in (("delta", ["noise_level", "steps", "seed"]), ("slider", ["seed"])):
+        morph(place, tmp_path / lora, "--lora", place / lora, *flags)
+        said = [w for w in capsys.readouterr().out.splitlines() if w.startswith("warning: ")]
+        assert [w.split()[1] for w in said] == [f"--{name}" for name in unread]
+
+
+def test_a_shorter_morph_leaves_no_frame_of_the_longer_one(place, tmp_path):
+    flags = ["--lora", place / "slider", "--method", "blend"]
+    morph(place, tmp_path, *flags)
+    frames, _ = morph(place, tmp_path, *flags, "--frames", "2")
+    assert len(frames) == 2
+
+
+def test_the_ends_stand_before_the_background_of_the_training(place, tmp_path, sd1):
+    Image.new("RGBA", (32, 32), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    lora = write_lora(tmp_path / "run", sd1, background="black")
+    flags = ["--lora", lora, "--method", "blend"]
+    frames, _ = morph(tmp_path, tmp_path / "out", *flags, ends=("clear.png", "clear.png"))
+    assert not frames[0].any()
+
+
 def test_flags_of_another_method_are_said_to_do_nothing(place, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
     more = ["--no-adain", "--no-attention", "--noise_level", "0.5", "--lora_rank", "3"]

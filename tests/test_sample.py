@@ -383,6 +383,24 @@ def test_common_flags_that_are_not_read_are_warned_of(tmp_path, sd1, images, cap
         assert warned == ([f"warning: {said}"] if said else [])
 
 
+def test_pictures_of_others_are_not_replaced(tmp_path, sd1, images, capsys):
+    """A folder that an earlier result is in may take the next."""
+    lora, out = write_lora(tmp_path / "run", sd1, objective="slider"), tmp_path / "mine"
+    out.mkdir()
+    for name in ("00007.png", "a.gif"):
+        (out / name).write_bytes(b"mine")
+    made = ("generate", "--lora", lora, "--num", 1, "--width", 32, "--height", 32, "--seed", 7)
+    edit = ("edit", "--lora", lora, "--input", images, "--strengths", "0,1", "--steps", 1)
+    for argv, name in ((made, "00007.png"), (edit, "a.gif")):
+        argv = [*map(str, argv), "--out", str(out), "--device", "cpu"]
+        assert sample.main(argv) == 2
+        assert f"holds {name}, which would be replaced" in capsys.readouterr().err
+        assert (out / name).read_bytes() == b"mine" and not (out / "sheet.png").exists()
+        (out / name).unlink()
+    run(*edit, "--out", out, "--device", "cpu")
+    run(*edit, "--out", out, "--device", "cpu")
+
+
 def test_what_is_transparent_is_as_in_training(tmp_path, sd1):
     lora = write_lora(tmp_path / "run", sd1, background="black")
     Image.new("RGBA", (32, 32), (0, 0, 0, 0)).save(tmp_path / "clear.png")

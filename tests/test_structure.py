@@ -85,8 +85,9 @@ ARROWS = {
         "config", "data", "durable", "images", "latents", "pairs", "progress", "model.memory",
         "model.pipeline",
     ],
+    "editing": ["durable", "model.files", "model.objectives", "model.pipeline"],
     "between": [
-        "data", "durable", "images", "measures", "model.lora_files", "model.morph",
+        "data", "durable", "editing", "images", "measures", "model.lora_files", "model.morph",
         "model.objectives", "model.pipeline",
     ],
     "training.checkpoint": [
@@ -115,13 +116,12 @@ ARROWS = {
         "config", "model.objectives", "model.pipeline", "model.plan", "model.vae",
         "training.adapting", "training.inputs", "training.prompts", "training.watching",
     ],
-    "editing": ["durable", "model.files", "model.objectives", "model.pipeline"],
     "check_data": ["cli", "data", "durable", "images", "pairs"],
     "sample": ["*"],
     "train": ["*"],
     "evaluate": ["*"],
     "comparison": ["images", "measures"],
-    "ablate": ["comparison", "cli", "config", "durable", "evaluate"],
+    "ablate": ["comparison", "cli", "config", "durable", "evaluate", "pairs", "training.inputs"],
 }  # fmt: skip
 ROOTS = ("check_data", "hub", "sample", "train", "evaluate", "ablate")  # what a user starts
 FOLDERS = ("scenes", "bench", "docs", "tests")  # on top of all: nothing outside them imports them

@@ -384,6 +384,26 @@ def test_compiled_equals_eager(config, more, monkeypatch):
     assert load_file(runs[0] / LORA).keys() == load_file(runs[1] / LORA).keys()
 
 
+def test_a_run_that_begins_with_what_was_trained_on_another_lora(config):
+    """Beneath the new one it would do without that one; started from, it is missed aloud."""
+    under = train(replace(config, output_dir=f"{config.output_dir}1"))
+    upper = train(replace(config, base_lora=str(under), output_dir=f"{config.output_dir}2"))
+    with pytest.raises(ValueError, match=r"--base_lora .*2 was itself trained on top of another"):
+        train(replace(config, base_lora=str(upper)))
+    with pytest.warns(UserWarning, match=r"--init_lora .*2 was trained on top of another LoRA"):
+        train(replace(config, init_lora=str(upper), max_train_steps=1))
+
+
+def test_what_cannot_turn_out_as_asked_is_said_before_the_training(config):
+    """Images of few pixels, and a warm-up that has no end."""
+    cfg = replace(config, max_train_steps=1)
+    with pytest.warns(UserWarning, match="5 of 5 images have fewer pixels than --resolution 64"):
+        train(replace(cfg, resolution=64))
+    said = "--lr_warmup_steps 1 do not end within 1 steps: --learning_rate 0.001 is never reached"
+    with pytest.warns(UserWarning, match=said):
+        train(replace(cfg, lr_scheduler="linear", lr_warmup_steps=1, overwrite=True))
+
+
 def test_what_draws_is_not_to_learn_from_enlarged_images_unwarned(config):
     one = replace(config, max_train_steps=1, random_scale=1.5)
     said = r"--random_scale 1.5 enlarges 5 of 5 images beyond their own pixels: what bridge draws"

@@ -5,6 +5,7 @@ adapt         the networks' LoRA layers, flat; AdamW; all as a checkpoint left i
 rate          the learning rate of a step
 """
 
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,10 +42,21 @@ def read_given(cfg: TrainConfig, *, fresh: bool) -> Given:
     under, under_at, start = {}, 1.0, {}
     if cfg.base_lora is not None:
         under, said = read_lora(cfg.base_lora, "--base_lora")
+        if said.get("base_lora"):
+            raise ValueError(
+                f"--base_lora {cfg.base_lora} was itself trained on top of another LoRA, which it "
+                "does not hold: one file of both was wanted (python -m model.weights concat)"
+            )
         under_at = multiplier(said, cfg.base_lora_strength)
         print(f"--base_lora {cfg.base_lora} is on, frozen, at multiplier {under_at:g}")
     if cfg.init_lora is not None and fresh:
-        start = read_lora(cfg.init_lora, "--init_lora")[0]
+        start, said = read_lora(cfg.init_lora, "--init_lora")
+        if said.get("base_lora") and cfg.base_lora is None:
+            warnings.warn(
+                f"--init_lora {cfg.init_lora} was trained on top of another LoRA, which is not on "
+                "here: --base_lora puts it there",
+                stacklevel=2,
+            )
         if "text_encoder" in start and not cfg.train_text_encoder:
             raise ValueError(
                 f"--init_lora {cfg.init_lora} adapts the text encoder too: "

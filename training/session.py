@@ -33,10 +33,13 @@ def refuse_overlap(cfg: TrainConfig) -> None:
                 raise ValueError(f"--{mine} {path} lies in --{flag} {folder}, which is trained on")
         if any(there.is_relative_to(out / name) for name in FILES):
             raise ValueError(f"--{flag} {folder} lies where --output_dir {cfg.output_dir} writes")
-    if cfg.base_lora is not None and Path(cfg.base_lora).resolve().is_relative_to(out):
-        raise ValueError(
-            f"--base_lora {cfg.base_lora} lies in --output_dir {cfg.output_dir}, which is replaced"
-        )
+    fresh = cfg.resume_from_checkpoint is None  # what goes on has read --init_lora
+    for flag in ("base_lora", "init_lora") if fresh else ("base_lora",):
+        file = getattr(cfg, flag)
+        if file is not None and Path(file).resolve().is_relative_to(out):
+            raise ValueError(
+                f"--{flag} {file} lies in --output_dir {cfg.output_dir}, which is replaced"
+            )
 
 
 def open_run(cfg: TrainConfig, ranks: Ranks) -> Run | Beside:
