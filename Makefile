@@ -25,7 +25,7 @@ SCENE_FLAGS := --instance_prompt "an aerial view of fields" --resolution 64 --tr
   --learning_rate 3e-3 --lr_scheduler cosine --lr_warmup_steps 20 \
   --lora_targets attn,ff,conv,proj --lora_rank 32 --random_flip --views 16 \
   --checkpointing_steps 100 --validation_pairs 4 --validation_epochs 25 \
-  --resume_from_checkpoint latest
+  $(if $(findstring --overwrite,$(ARGS)),,--resume_from_checkpoint latest)
 # What the before image leaves open is learnt with bridge, in images as they are, whose detail it
 # draws, before it knows them by heart, and judged by several outcomes of each scene.
 ifneq ($(filter urban clearing craters,$(CHANGE)),)

@@ -159,26 +159,31 @@ KINDS = {
     "objective": str, "base_model": str, "prompt": str, "vae_path": str, "tokenizer_name": str,
     "revision": str, "variant": str, "resolution": int, "delta_t": int, "tokenizer_max_length": int,
     "text_encoder_use_attention_mask": bool, "prediction_type": str, "states": int,
-    "bridge_t": int, "img2img_t": int, "background": str,
+    "bridge_t": int, "img2img_t": int, "background": str, "image_dropout": float, "t_min": int,
+    "snr_gamma": float, "loss": str, "huber_c": float,
 }  # fmt: skip
+STEPS = ("delta_t", "bridge_t", "img2img_t")  # of them those that a use begins at
 
 
 def _is_number(value: object) -> bool:
     return type(value) in (int, float) and abs(value) < 1e9  # NaN is not
 
 
+def _fits(key: str, value: object) -> bool:
+    kind = KINDS[key]
+    if value is None or kind is float:
+        return value is None or _is_number(value)
+    least = 0 if key == "t_min" else 1
+    return type(value) is kind and (kind is not int or least <= value <= 2**16)
+
+
 def _check_metadata(metadata: dict, path: Path) -> None:
     """ValueError for an entry of ours that is of another kind: a stranger may have written it."""
     slope_offset = metadata.get("multiplier", [1, 0])
-    wrong = [
-        key
-        for key, kind in KINDS.items()
-        if metadata.get(key) is not None
-        and (type(metadata[key]) is not kind or (kind is int and not 1 <= metadata[key] <= 2**16))
-    ]
+    wrong = [key for key in KINDS if not _fits(key, metadata.get(key))]
     if not (isinstance(slope_offset, list) and list(map(_is_number, slope_offset)) == [True, True]):
         wrong.append("multiplier")
-    for key in ("delta_t", "bridge_t", "img2img_t"):
+    for key in STEPS:
         if metadata.get(key, 2) not in range(1, 1000):
             wrong.append(key)
     if wrong:

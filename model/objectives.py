@@ -8,8 +8,10 @@ A loss takes `(predict, schedule, a, b, s, draws, knobs)` and gives its unreduce
 with n = b or 2b ([before half, after half]); train.py weights it by the mask and averages. An edit
 takes `(predict, schedule, z, s, how)` and gives the latent of z with the change at strength s.
 Neither sees the UNet, the LoRA, a file or a flag. `predict` repeats its context where a batch holds
-the pair twice, and takes more channels than four where the objective says so. A new objective is
-two functions here and a line in OBJECTIVES.
+the pair twice, and takes more channels than four where the objective says so. A loss waits for no
+number (`.item()`, `if` on a tensor) and makes no random shape: so a step can be one CUDA graph. An
+edit draws with `noise_like(z, how.generator)`, a generator for each image. A new objective is two
+functions here and a line in OBJECTIVES.
 """
 
 from collections.abc import Callable

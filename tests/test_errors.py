@@ -189,6 +189,7 @@ TRAIN = {
     "--output_dir=notes.txt/run": "--output_dir notes.txt/run: notes.txt is a file",
     "--output_dir=run": "--output_dir run holds a run already: choose another folder",
     "--output_dir=run --overwrite --before_data_dir=nowhere": "Before images root doesn't exist",
+    "--output_dir=run --overwrite --resume_from_checkpoint=latest": "exclude each other: anew, or",
     "--output_dir=run --overwrite --lora_rank=33": "--lora_rank 33 does not fit",
     "--output_dir=run --overwrite --before_data_dir=broken": "broken/3.png cannot be read",
     "--resume_from_checkpoint=checkpoint-1": "--resume_from_checkpoint checkpoint-1: new holds no",

@@ -367,7 +367,7 @@ def frame_stride(lab, patch):
     """Every third of four frames: the ends alone, which are the usual pairs."""
     folder = lab.run(**clips(lab), frame_stride=3)
     assert column(folder) == column(lab.run())
-    stops("wanted at least two at --frame_stride 4", **clips(lab), frame_stride=4)(lab, patch)
+    stops("wanted at least 5 at --frame_stride 4", **clips(lab), frame_stride=4)(lab, patch)
 
 
 def mask_outside(lab, patch):

@@ -25,8 +25,10 @@ import durable
 from data import PairDataset
 from evaluate import code
 from images import contact_sheet, image_size, load_image, shown
+from model import lora_files
 from model.files import read_json, read_tensors
 from model.lora_files import LORA_FILE, read_lora
+from model.objectives import Knobs
 from model.weights import load_tokenizer, load_unet
 from pairs import find_images, find_pairs, find_singles, read_caption
 from runs import Run
@@ -150,7 +152,8 @@ def lora_file(path: Path, tensors: dict | None = None, **header) -> Path:
     [{"delta_t": 5000}, {"delta_t": "599"}, {"delta_t": True}, {"multiplier": [1]}, {"prompt": 1},
      {"multiplier": ["a", 0]}, {"multiplier": [float("nan"), 0]}, {"multiplier": None},
      {"resolution": 10**9}, {"resolution": -8}, {"base_model": ["x"]}, {"objective": {}},
-     {"vae_path": 7}, {"tokenizer_max_length": 0}, {"text_encoder_use_attention_mask": "no"}],
+     {"vae_path": 7}, {"huber_c": "x"}, {"t_min": -1}, {"tokenizer_max_length": 0},
+     {"text_encoder_use_attention_mask": "no"}],
     ids=str,
 )  # fmt: skip
 def test_what_a_lora_says_about_itself_is_checked(tmp_path, ours):
@@ -395,3 +398,9 @@ def test_a_hundred_thousand_pairs(tmp_path, monkeypatch):
     with pytest.raises(ValueError) as caught:
         find_pairs(tmp_path / "before", tmp_path / "after")
     assert len(str(caught.value)) < 1000
+
+
+def test_every_knob_that_a_file_may_have_is_looked_at():
+    """A use takes them from the header as they stand there."""
+    assert set(Knobs._fields) <= lora_files.KINDS.keys()
+    assert {name for name in Knobs._fields if name.endswith("_t")} == set(lora_files.STEPS)
