@@ -101,7 +101,7 @@ evaluate: $(READY) $(if $(SCENES),$(SCENES)/.done) ## numbers on held-out pairs:
 ablate: $(READY) $(NEEDED) ## compare the arms of a file, a training each and seed: F= [SEEDS="0 1 2" OUT=]
 	$(PY) ablate.py $(call quote,$(F)) --seeds $(SEEDS) $(call flag,--out,$(OUT)) $(ARGS)
 
-data/scenes/%/.done: scenes/render.py Makefile $(READY)
+data/scenes/%/.done: scenes/world.py scenes/paint.py scenes/render.py Makefile $(READY)
 	$(PY) -m scenes.render --change $* --pairs 64 --seed 0 --times 0.25,0.5,0.75 --out $(@D)/train
 	$(PY) -m scenes.render --change $* --pairs 32 --seed 1 --times 0.25,0.5,0.75 --outcomes 4 --out $(@D)/test
 	@touch $@

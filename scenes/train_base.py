@@ -38,9 +38,10 @@ from model.text import TextEncoder
 from model.unet import UNet
 from model.vae import VAE
 from revision import revision
+from scenes.paint import render
 from scenes.random_base import refuse_other
-from scenes.render import CHANGES, caption, make_scene, render
 from scenes.tokenizer import write_text, write_tokenizer
+from scenes.world import CHANGES, caption, make_scene
 
 HELD_OUT = ("solar", "snow", "craters")  # of the UNet and the text encoder
 FIRST_SCENE = 2_000_000_000  # pairs of scenes.render have smaller seeds

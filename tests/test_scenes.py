@@ -12,15 +12,14 @@ from PIL import Image
 
 from pairs import find_pairs
 from scenes import random_base, train_base
-from scenes.render import (
+from scenes.paint import change_mask, render
+from scenes.render import main
+from scenes.world import (
     CHANGES,
     RANDOM_CHANGES,
     caption,
-    change_mask,
-    main,
     make_scene,
     new_houses,
-    render,
     surroundings,
 )
 
