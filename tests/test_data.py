@@ -19,15 +19,14 @@ from images import image_size, load_image, load_mask, to_image, to_tensor
 from pairs import (
     Pair,
     file_hash,
-    find_clips,
     find_images,
     find_pairs,
-    find_sequences,
     find_singles,
     fingerprint,
     refuse_among,
     unmatched,
 )
+from sequences import find_clips, find_sequences
 from tests.pairs import write_pairs
 from training.inputs import find_data
 

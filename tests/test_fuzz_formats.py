@@ -25,7 +25,7 @@ from model.lora_convert import main as convert
 from model.lora_files import load_lora, save_lora
 from model.lora_layouts import LAYOUTS
 from model.weights import load_scheduler_config, load_text, load_unet, load_vae
-from pairs import find_clips, find_sequences
+from sequences import find_clips, find_sequences
 from tests.fuzzing import FUZZ, bounded, changed, fuzzed, late, mutated, seen, tried, values, write
 from tests.pairs import write_pairs
 from tests.single_files import averages, original, published

@@ -28,7 +28,7 @@ from model.lora import inject
 from model.lora_convert import main as convert
 from model.lora_files import save_lora
 from model.weights import load_unet
-from pairs import MAX_FRAMES, find_clips, find_sequences
+from sequences import MAX_FRAMES, find_clips, find_sequences
 from tests.pairs import write_pairs
 from tests.test_crash import file_limit
 from tests.test_hostile import NAMES

@@ -29,6 +29,7 @@ ARROWS = {
     "cli": ["config"],
     "images": [],
     "pairs": ["images"],
+    "sequences": ["images", "pairs"],
     "data": ["images", "pairs"],
     "durable": [],
     "training.stop": [],
@@ -82,8 +83,8 @@ ARROWS = {
         "model.pipeline", "model.samplers", "model.schedule", "progress",
     ],
     "training.inputs": [
-        "config", "data", "durable", "images", "latents", "pairs", "progress", "model.memory",
-        "model.pipeline",
+        "config", "data", "durable", "images", "latents", "pairs", "progress", "sequences",
+        "model.memory", "model.pipeline",
     ],
     "editing": ["durable", "model.files", "model.objectives", "model.pipeline"],
     "between": [
@@ -121,7 +122,8 @@ ARROWS = {
     "train": ["*"],
     "evaluate": ["*"],
     "comparison": ["images", "measures"],
-    "ablate": ["comparison", "cli", "config", "durable", "evaluate", "pairs", "training.inputs"],
+    "arms": ["cli", "evaluate"],
+    "ablate": ["arms", "comparison", "cli", "config", "durable", "pairs", "training.inputs"],
 }  # fmt: skip
 ROOTS = ("check_data", "hub", "sample", "train", "evaluate", "ablate")  # what a user starts
 FOLDERS = ("scenes", "bench", "docs", "tests")  # on top of all: nothing outside them imports them

@@ -18,8 +18,9 @@ from images import load_image, to_image
 from latents import Latents, cache_latents
 from model.memory import phase, unless_full
 from model.pipeline import DTYPES, decode, generate_latents, load_pipeline, pick_dtype
-from pairs import Pair, find_clips, find_pairs, find_sequences, find_singles, unmatched
+from pairs import Pair, find_pairs, find_singles, unmatched
 from progress import no_bars
+from sequences import find_clips, find_sequences
 
 
 class Data(NamedTuple):
