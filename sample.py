@@ -41,7 +41,7 @@ from model.files import first_line
 from model.memory import out_of_memory
 from model.pipeline import Pipeline, decode, generate_latents
 from model.samplers import SAMPLERS
-from pairs import find_images, real_folders, refuse_among
+from pairs import find_images, left_out, real_folders, refuse_among
 from progress import no_bars
 
 
@@ -95,6 +95,8 @@ def edit(args: argparse.Namespace) -> None:
         files, root = find_images(source, "--input"), source
         if not files:
             raise ValueError(f"--input {source} holds no images")
+        if others := left_out(source, "--input"):
+            print(f"--input: {len(others)} files that are no images are left out: {shown(others)}")
     elif source.is_file():
         files, root = [source], source.parent
     else:

@@ -51,6 +51,7 @@ from training.inputs import (
     Items,
     Size,
     class_images,
+    doubts,
     encode_all,
     find_data,
     make_dataset,
@@ -142,30 +143,13 @@ def phases(
         load_scheduler_config(base, revision=cfg.revision, prediction_type=cfg.prediction_type)
     ).to(device)
     task = Task(name, OBJECTIVES[name], schedule, knobs)
-    small = dataset.smaller_than(cfg.resolution)
-    if 2 * small > len(pairs):
-        warnings.warn(
-            f"{small} of {len(pairs)} images have fewer pixels than --resolution {cfg.resolution}: "
-            "they are enlarged, and learnt as soft as that",
-            stacklevel=2,
-        )
-    elif task.objective.noisy and dataset.enlarged:  # what draws has the detail that it was shown
-        warnings.warn(
-            f"--random_scale {cfg.random_scale:g} enlarges {dataset.enlarged} of {len(pairs)} "
-            f"images beyond their own pixels: what {name} draws will be as soft as they are then",
-            stacklevel=2,
-        )
     with ranks.first():  # makes what is missing, which the others then find
         class_pairs = class_images(cfg, device, run.log) if cfg.with_prior_preservation else []
     size = size_of(cfg, len(pairs), ranks.world)
     if run.resume_step > size.steps:
         raise ValueError(f"--max_train_steps {size.steps} is less than the {run.resume_step} done")
-    if cfg.lr_scheduler != "constant" and cfg.lr_warmup_steps >= size.steps:
-        warnings.warn(
-            f"--lr_warmup_steps {cfg.lr_warmup_steps} do not end within {size.steps} steps: "
-            f"--learning_rate {cfg.learning_rate:g} is never reached",
-            stacklevel=2,
-        )
+    for sentence in doubts(cfg, dataset, size, draws=name if task.objective.noisy else None):
+        warnings.warn(sentence, stacklevel=2)
     if token is not None:  # what keeps the upload from happening is said before the training
         open_repository(repository(cfg), token)
 

@@ -1,7 +1,7 @@
 """What a run trains on, and how long: pairs found, class images made, latents encoded."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -14,11 +14,11 @@ import config
 from config import TrainConfig
 from data import PairDataset
 from durable import save_image
-from images import load_image, to_image
+from images import load_image, shown, to_image
 from latents import Latents, cache_latents
 from model.memory import phase, unless_full
 from model.pipeline import DTYPES, decode, generate_latents, load_pipeline, pick_dtype
-from pairs import Pair, find_pairs, find_singles, unmatched
+from pairs import Pair, find_pairs, find_singles, left_out, unmatched
 from progress import no_bars
 from sequences import find_clips, find_sequences
 
@@ -71,6 +71,10 @@ def find_data(cfg: TrainConfig) -> Data:
         pairs = find_pairs(*dirs, **how)
         if cfg.allow_unmatched and (skipped := sum(len(names) for names in unmatched(*dirs))):
             print(f"--allow_unmatched: {skipped} images without a partner are skipped")
+    for flag in ("before_data_dir", "after_data_dir", "mask_dir"):
+        folder = getattr(cfg, flag)
+        if folder is not None and (others := left_out(folder, f"--{flag}")):
+            print(f"--{flag}: {len(others)} files that are no images are left out: {shown(others)}")
     places = list(dict.fromkeys(pair.before for pair in pairs))  # of a sequence, all states or none
     if cfg.validation_pairs >= len(places):
         raise ValueError(
@@ -114,6 +118,29 @@ def make_dataset(cfg: TrainConfig, pairs: list[Pair]) -> PairDataset:
     if dataset.deterministic:
         dataset.views = 1  # in place: every file was opened for its size
     return dataset
+
+
+def doubts(
+    cfg: TrainConfig, dataset: PairDataset, size: Size, *, draws: str | None
+) -> Iterator[str]:
+    """A sentence for each thing that will hardly turn out as it was meant. `draws`: the objective,
+    if it is one that learns to draw."""
+    n, small = len(dataset.pairs), dataset.smaller_than(cfg.resolution)
+    if 2 * small > n:
+        yield (
+            f"{small} of {n} images have fewer pixels than --resolution {cfg.resolution}: they are "
+            "enlarged, and learnt as soft as that"
+        )
+    elif draws and dataset.enlarged:  # it has the detail that it was shown
+        yield (
+            f"--random_scale {cfg.random_scale:g} enlarges {dataset.enlarged} of {n} images beyond "
+            f"their own pixels: what {draws} draws will be as soft as they are then"
+        )
+    if cfg.lr_scheduler != "constant" and cfg.lr_warmup_steps >= size.steps:
+        yield (
+            f"--lr_warmup_steps {cfg.lr_warmup_steps} do not end within {size.steps} steps: "
+            f"--learning_rate {cfg.learning_rate:g} is never reached"
+        )
 
 
 def make_gallery(cfg: TrainConfig, shown: list[Pair]) -> PairDataset | None:
