@@ -62,7 +62,7 @@ from training.prompts import Prompts, load_prompts, said_of
 from training.ranks import Beside, Ranks, launch
 from training.session import open_run, settings, summarized
 from training.stop import Stop, Stopped
-from training.tally import Pace, Tally
+from training.tally import Pace, Tally, Trend
 from training.watching import Apart, Watch
 
 LEAST_SCALE = 2**-14  # of the loss in fp16: thirty steps in a row whose gradient overflowed
@@ -341,7 +341,7 @@ def loop(
 
     compute = Replayed(add_gradient) if cfg.cuda_graph else add_gradient
     tally, logged = Tally(device, state.get("tally")), state.get("logged", 0)
-    pace = Pace(name, first, steps)
+    pace, trend = Pace(name, first, steps), Trend()
     stop.waits = True
     for step, own, other in one_ahead(fetch, range(first, steps), device):
         while (found := unless_full(compute, own, other)) is None:
@@ -397,6 +397,12 @@ def loop(
             warnings.warn(f"{said}: skipped, {skipped} in all so far", stacklevel=1)
         if logging:
             step_ms = pace.step_ms(done - logged)
+            if factor := trend.add(means[0], (done - logged) * total):
+                warnings.warn(
+                    f"the loss by step {done}, {means[0]:.3g}, is {factor:.1f} times what it began "
+                    "with: the training diverges, and a lower --learning_rate is wanted",
+                    stacklevel=1,
+                )
             numbers = {"loss": means[0], "lr": lr, "grad_norm": grad_norm.item()}
             if latents.masked:
                 numbers |= zip(("loss_inside", "loss_outside", "mask_coverage"), means[1:])

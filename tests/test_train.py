@@ -38,6 +38,7 @@ from tests.small import losses, rows, small
 from train import train
 from training.adapting import rate
 from training.inputs import make_dataset
+from training.tally import Trend
 from training.watching import Watch
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -382,6 +383,27 @@ def test_compiled_equals_eager(config, more, monkeypatch):
     ]
     assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=1e-5)
     assert load_file(runs[0] / LORA).keys() == load_file(runs[1] / LORA).keys()
+
+
+def test_a_training_that_diverges_is_told_of_once(config, monkeypatch):
+    """Not one whose loss is merely high or rises a little."""
+    usual, calls = loop.weighted_mean, []
+
+    def higher(*how):
+        calls.append(1)
+        return usual(*how) * (1.5 if len(calls) < 3 else 1 + len(calls))
+
+    monkeypatch.setattr(loop, "weighted_mean", higher)
+    monkeypatch.setattr(Trend, "WINDOW", 10)  # of 5 images a step
+    cfg = replace(config, train_batch_size=5, max_train_steps=8, learning_rate=1e-9)
+    with pytest.warns(UserWarning, match="times what it began with: the training div") as told:
+        train(cfg)
+    said = [str(w.message) for w in told if "diverges" in str(w.message)]
+    assert len(said) == 1 and "by step 4, " in said[0]
+    trend = Trend()
+    assert [trend.add(x, 10) for x in (1.0, 0.1, 1.9, math.nan, 2.1, 9.0)] == [
+        None, None, None, None, pytest.approx(2.1), None
+    ]  # fmt: skip
 
 
 def test_a_run_that_begins_with_what_was_trained_on_another_lora(config):

@@ -34,6 +34,29 @@ class Tally:
         self.sums[:5] = 0.0
 
 
+class Trend:
+    """Tells once that a training diverges: its loss is far above what it began with."""
+
+    WINDOW, FAR = 200, 2.0  # images whose mean hardly ever comes near this factor by chance
+
+    def __init__(self):
+        self.sum, self.images, self.first = 0.0, 0, None
+
+    def add(self, loss: float, images: int) -> float | None:
+        """The mean over so many images; the factor, where one is to be told."""
+        if not math.isfinite(loss):
+            return None
+        self.sum, self.images = self.sum + loss * images, self.images + images
+        if self.images < self.WINDOW:
+            return None
+        mean, self.sum, self.images = self.sum / self.images, 0.0, 0
+        self.first = mean if self.first is None else self.first
+        if mean <= self.FAR * self.first:
+            return None
+        factor, self.first = mean / self.first, math.inf
+        return factor
+
+
 class Pace:
     """How fast it goes, and for how long still: a bar, or a line for each tenth of the run."""
 
