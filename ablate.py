@@ -19,7 +19,6 @@ plot.png and sheet.png, written again after every run.
 
 import contextlib
 import dataclasses
-import io
 import json
 import os
 import shlex
@@ -39,8 +38,9 @@ import comparison
 from arms import NEEDED, Arm, judge_parser, read_arms
 from cli import Parser, report
 from config import TrainConfig
-from durable import lock, refuse_file, remove, write_aside, write_json
-from pairs import find_pairs, fingerprint
+from durable import lock, read_or_empty, refuse_file, remove, write_aside, write_json
+from evaluate import find_held_out
+from pairs import fingerprint
 from training.inputs import find_data
 
 ROOT = Path(__file__).parent
@@ -82,25 +82,17 @@ def make_jobs(path: Path, arms: list[Arm], seeds: list[int], out: Path) -> list[
     return jobs
 
 
-def read(path: Path) -> dict:
-    """A JSON file that may not be there, or be damaged."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, RecursionError, TypeError, ValueError):
-        return {}
-
-
 def changed(job: Job) -> list[str]:
     """The fields in which the run that is there differs from what is asked for, and "data".
 
     A field that the older run did not know counts as its default.
     """
-    there, now = read(job.run / "config.json"), plain(job.cfg)
+    there, now = read_or_empty(job.run / "config.json"), plain(job.cfg)
     if not there:
         return []
     old = {k: v for k, v in {**plain(TrainConfig()), **there}.items() if k not in HOW}
     other = [k for k in sorted(old | now) if old.get(k) != now.get(k)]
-    was, on = read(job.run / "revision.json").get("data"), {k: now[k] for k in DATA}
+    was, on = read_or_empty(job.run / "revision.json").get("data"), {k: now[k] for k in DATA}
     return other + ["data"] * (was is not None and trained_on(json.dumps(on)) not in (None, was))
 
 
@@ -108,22 +100,16 @@ def changed(job: Job) -> list[str]:
 def trained_on(fields: str) -> str | None:
     """The fingerprint of the pairs that a config with these DATA, in JSON, is about now; None where
     they cannot be read, which train.py will say."""
-    with contextlib.suppress(OSError, ValueError), contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.suppress(OSError, ValueError):
         return fingerprint(find_data(TrainConfig(**json.loads(fields))).train)
 
 
 @cache
-def judged_on(before: str, after: str, mask: str | None) -> str | None:
-    """The same of held-out pairs in these folders."""
+def judged_on(flags: tuple[str, ...]) -> str | None:
+    """The same of the held-out pairs that evaluate.py would find by these flags."""
     with contextlib.suppress(OSError, ValueError):
-        return fingerprint(find_pairs(before, after, mask_dir=mask, allow_unmatched=None))
-
-
-def same_pairs(job: Job) -> bool:
-    """Whether it was judged on the held-out pairs that are there now."""
-    args = judge_parser("").parse_args([*NEEDED[:2], *job.arm.evaluate])
-    now = judged_on(args.before_data_dir, args.after_data_dir, args.mask_dir)
-    return now in (None, read(job.folder / "evaluation" / "evaluation.json").get("data"))
+        args = judge_parser("").parse_args([*NEEDED[:2], *flags])
+        return find_held_out(args).fingerprint()
 
 
 def call(program: str, flags: Sequence[str], log: Path, threads: int | None, held: int) -> None:
@@ -162,7 +148,7 @@ def run(job: Job, threads: int | None, held: int) -> dict:
         own = ["--lora", str(job.run), "--out", str(judged), "--pictures", str(SHOWN)]
         call("evaluate.py", [*job.arm.evaluate, *own], log, threads, held)
         write_json(judged / "flags.json", asked(job))
-    values = comparison.figures(read(judged / "evaluation.json"), job.run)
+    values = comparison.figures(read_or_empty(judged / "evaluation.json"), job.run)
     told = ", ".join(f"{k} {v:.{comparison.COLUMNS[k][0]}f}" for k, (v, _) in values.items())
     print(f"{title(job)}: {'kept: ' if kept else ''}{told}", flush=True)
     return values
@@ -177,17 +163,20 @@ def asked(job: Job) -> dict:
 def settled(job: Job) -> bool:
     """Whether the run is finished and judged as the file has it."""
     judged = job.folder / "evaluation"
-    known = trained(job) and read(judged / "flags.json") == asked(job)
-    return known and usable(judged, job.run) and same_pairs(job)
+    if not (trained(job) and read_or_empty(judged / "flags.json") == asked(job)):
+        return False
+    now = judged_on(tuple(job.arm.evaluate))
+    same = now in (None, read_or_empty(judged / "evaluation.json").get("data"))
+    return same and usable(judged, job.run)
 
 
 def trained(job: Job) -> bool:
-    return read(job.run / "summary.json").get("status") == "finished" and not changed(job)
+    return read_or_empty(job.run / "summary.json").get("status") == "finished" and not changed(job)
 
 
 def usable(judged: Path, run: Path) -> bool:
     """Whether an evaluation that is there has the figures and pictures that are wanted of it."""
-    result, pictures = read(judged / "evaluation.json"), judged / "pictures"
+    result, pictures = read_or_empty(judged / "evaluation.json"), judged / "pictures"
     try:
         figures = comparison.figures(result, run)
         names = [row["name"] for row in result["per_pair"]]
@@ -204,7 +193,7 @@ def train(job: Job, threads: int | None, held: int) -> None:
     """Train it, if it is not."""
     if trained(job):
         return
-    other, status = changed(job), read(job.run / "summary.json").get("status")
+    other, status = changed(job), read_or_empty(job.run / "summary.json").get("status")
     why = f"again, other {', '.join(other)}" if other else "resumed" if status else "new"
     print(f"{title(job)}: training ({why})", flush=True)
     how = ["--overwrite"] if other else ["--resume_from_checkpoint", "latest"]
@@ -243,9 +232,9 @@ def leave(path: Path, jobs: list[Job], done: list, failed: list, out: Path) -> s
     summary = {name: comparison.over_seeds(list(each.values())) for name, each in runs.items()}
     judged = {job.arm.name: job.folder / "evaluation" for job, _ in reversed(done)}  # first seeds
     judged = {name: judged[name] for name in flags if name in judged}
-    results = {name: read(folder / "evaluation.json") for name, folder in judged.items()}
+    results = {name: read_or_empty(folder / "evaluation.json") for name, folder in judged.items()}
     pairs = {name: result["pairs"] for name, result in results.items()}
-    ran = [read(job.run / "revision.json") for job, _ in done]
+    ran = [read_or_empty(job.run / "revision.json") for job, _ in done]
     revisions = sorted(
         {f"{str(r.get('git'))[:12]}{' (changed)' * bool(r.get('diff'))}" for r in ran}
     )

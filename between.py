@@ -217,17 +217,19 @@ def adapted(
         pipe = replace(pipe, meta=pipe.meta | said)
     method = method_of(args, objective := pipe.meta.get("objective"))
     uses = OBJECTIVES[objective].uses if objective in OBJECTIVES else ()
+    reads = {
+        "direct": {*uses, "prompt"},
+        "invert": {"steps", "noise_level", "prompt", "adain", "attention"},
+        "blend": set(),
+    }[method]
+    if not draws_anew(objective, args.start):
+        reads.discard("seed")
     usual = defaults() | DEFAULTS
-    onward = method == "invert" or (method == "direct" and "steps" in uses)
-    levels = method == "invert" or (onward and "noise_level" in uses)
-    random = method == "direct" and draws_anew(objective, args.start)
     for name, used, wanted in (
-        ("adain", method == "invert", "--method invert"),
-        ("attention", method == "invert", "--method invert"),
-        ("noise_level", levels, "--method invert"),
-        ("steps", onward, "--method invert"),
-        ("seed", args.fit_steps or random, "--fit_steps"),
-        ("prompt", method != "blend", "another --method than blend"),
+        *((n, n in reads, "--method invert") for n in ("adain", "attention")),
+        *((n, n in reads, "--method invert") for n in ("noise_level", "steps")),
+        ("seed", args.fit_steps or "seed" in reads, "--fit_steps"),
+        ("prompt", "prompt" in reads, "another --method than blend"),
         ("learning_rate", args.fit_steps, "--fit_steps"),
         ("lora_rank", args.fit_steps, "--fit_steps"),
         ("fit_steps", method != "blend", "another --method than blend"),

@@ -174,6 +174,14 @@ def save_image(image: Image.Image, path: Path) -> None:
     write_aside(path, lambda aside: image.save(aside, format="PNG"))
 
 
+def read_or_empty(path: Path) -> dict:
+    """A JSON object; {} where it is not there, or damaged."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, RecursionError, TypeError, ValueError):
+        return {}
+
+
 def refuse_file(folder: Path, flag: str) -> None:
     """FileExistsError if a file is where `folder`, or a folder above it, is wanted."""
     for path in (folder, *folder.parents):

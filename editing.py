@@ -232,9 +232,10 @@ def warn_of_unread(args: argparse.Namespace, objective: str) -> None:
     for flag in sorted({flag for one in OBJECTIVES.values() for flag in one.uses}):
         if flag not in uses and (value := getattr(args, flag)) != usual[flag]:
             warnings.warn(f"--{flag} {value} has no effect on {objective}", stacklevel=2)
-    starts = dict([getattr(args, "sweep", None) or ("", ())]).get("start", [args.start])
-    inverts = "start" in uses and "noise" not in starts
-    if args.seed != usual["seed"] and inverts:
+    swept, values = getattr(args, "sweep", None) or ("", [])
+    starts = values if swept == "start" else [args.start]
+    fixed = "seed" in uses and not any(draws_anew(objective, start) for start in starts)
+    if args.seed != usual["seed"] and fixed:
         said = f"--seed {args.seed} has no effect on {objective} without --start noise"
         warnings.warn(said, stacklevel=2)
 

@@ -11,12 +11,12 @@ Writes evaluation.json, evaluation.md and sheet.png. Images are compared as 8-bi
 """
 
 import argparse
-import json
 import math
 import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from cli import Parser, report
 from data import PairDataset
-from durable import save_image, write_aside, write_json
+from durable import read_or_empty, save_image, write_aside, write_json
 from editing import (
     MOST,
     add_common_flags,
@@ -53,17 +53,36 @@ from report import write_report
 # ---- the run -------------------------------------------------------------------------------------
 
 
-def trained_on(run: Path) -> str | None:
-    """The fingerprint of its pairs, where it is a run's folder."""
-    try:
-        return json.loads((run / "revision.json").read_text(encoding="utf-8"))["data"]
-    except (OSError, LookupError, RecursionError, TypeError, ValueError):
-        return None
-
-
 def eight_bit(pixels: Tensor) -> Tensor:
     """(3, H, W) in [-1, 1] -> what a saved picture holds, in [0, 1] float64."""
     return torch.from_numpy(np.array(to_image(pixels))).permute(2, 0, 1).double() / 255
+
+
+class HeldOut(NamedTuple):
+    pairs: list[Pair]
+    between: list[list[Pair]]  # for each of --between_times
+    outcomes: list[list[Pair]]  # for each of --outcome_dirs
+
+    def fingerprint(self) -> str:
+        """Of all that is judged by, in one hash."""
+        return fingerprint([pair for some in (self.pairs, *self.between, *self.outcomes)
+                            for pair in some])  # fmt: skip
+
+
+def find_held_out(args: argparse.Namespace) -> HeldOut:
+    """Errors as in `find_pairs`."""
+
+    def found(flag: str, folder: str, mask_dir: str | None = None) -> list[Pair]:
+        flags = SIDES[0], flag
+        return find_pairs(
+            args.before_data_dir, folder, mask_dir=mask_dir, allow_unmatched=None, flags=flags
+        )
+
+    return HeldOut(
+        found(SIDES[1], args.after_data_dir, args.mask_dir),
+        [found("--between_dirs", folder) for folder in args.between_dirs],
+        [found("--outcome_dirs", folder) for folder in args.outcome_dirs],
+    )
 
 
 def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
@@ -90,16 +109,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
     folders += [("--outcome_dirs", folder) for folder in args.outcome_dirs]
     folders = [(flag, folder) for flag, folder in folders if folder is not None]
     refuse_among((Path(args.out), Path(args.out, "pictures")), folders)
-
-    def found(flag: str, folder: str, mask_dir: str | None = None) -> list[Pair]:
-        flags = SIDES[0], flag
-        return find_pairs(
-            args.before_data_dir, folder, mask_dir=mask_dir, allow_unmatched=None, flags=flags
-        )
-
-    pairs = found(SIDES[1], args.after_data_dir, args.mask_dir)
-    between = [found("--between_dirs", folder) for folder in args.between_dirs]
-    outcomes = [found("--outcome_dirs", folder) for folder in args.outcome_dirs]
+    pairs, between, outcomes = held_out = find_held_out(args)
     pipe = open_pipeline(args)
     objective = objective_of(args, pipe)
     warn_of_unread(args, objective)
@@ -148,15 +158,14 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
             bar.update()
     bar.close()
 
-    data = fingerprint(pairs)
-    if trained_on(Path(args.lora)) == data:
+    if read_or_empty(Path(args.lora, "revision.json")).get("data") == fingerprint(pairs):
         warnings.warn(f"these are the pairs that {args.lora} was trained on", stacklevel=2)
     result = {
         "lora": str(args.lora),
         "base": pipe.base,
         "objective": objective,
         "resolution": resolution,
-        "data": data,
+        "data": held_out.fingerprint(),
         "pairs": len(pairs),
         "seed": args.seed,
         **collect(rows, strengths),

@@ -56,6 +56,7 @@ from training.inputs import (
     find_data,
     make_dataset,
     make_gallery,
+    passed_over,
     size_of,
 )
 from training.prompts import Prompts, load_prompts, said_of
@@ -138,6 +139,8 @@ def phases(
     held_out = held_out[:32]  # enough to see the loss by
     if not ranks.leads:  # rank 0 looks for all
         held_out, shown = [], []
+    for line in passed_over(cfg) if ranks.leads else ():
+        print(line)
     dataset = make_dataset(cfg, pairs)
     schedule = Schedule.from_config(
         load_scheduler_config(base, revision=cfg.revision, prediction_type=cfg.prediction_type)
@@ -347,15 +350,15 @@ def loop(
         while (found := unless_full(compute, own, other)) is None:
             flat.grad.zero_()
             graph = isinstance(compute, Replayed)
-            if micro == 1 and not graph:
-                raise MemoryError("one image is too much")
-            if micro == 1:
-                compute, then = add_gradient, "the step is not one CUDA graph, which takes more"
-            else:
+            if micro > 1:
                 micro = max(cut for cut in range(1, micro // 2 + 1) if mine % cut == 0)
                 then = f"its {mine} images go through the network {micro} at a time"
                 if graph:
                     compute.reset()
+            elif graph:
+                compute, then = add_gradient, "the step is not one CUDA graph, which takes more"
+            else:
+                raise MemoryError("one image is too much")
             warnings.warn(
                 f"out of memory at step {step + 1}: from here on {then}; the result is the same",
                 stacklevel=1,

@@ -35,7 +35,7 @@ Context = Tensor | Callable[[Tensor | None], Tensor]  # (b, l, d), or a function
 def pick_device(name: str | None) -> torch.device:
     """The device asked for, or the best there is; one of several GPUs becomes torch's current one.
 
-    ValueError if it is not there, or is neither CUDA's nor the CPU.
+    ValueError if it is not there, or has no float64.
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -246,13 +246,15 @@ def test_what_is_done_is_kept_and_what_changed_is_run_again(lab, capsys):
 
 def test_other_data_are_another_run(lab, tmp_path, pairs, capsys):
     """Of the training: trained again. Of the held-out pairs alone: judged again."""
-    ours = [tmp_path / name for name in ("train", "test")]
+    ours = [tmp_path / name for name in ("train", "test", "other")]
     for folder in ours:
         shutil.copytree(pairs, folder)
     dirs = [f"--before_data_dir {folder}/before --after_data_dir {folder}/after" for folder in ours]
-    arms = f"a: {dirs[0]}\nevaluate: {dirs[1]} --mask_dir {ours[1]}/mask\n"
+    others = f"--outcome_dirs {ours[2]}/after --samples 2"
+    arms = f"a: {dirs[0]}\nevaluate: {dirs[1]} --mask_dir {ours[1]}/mask {others}\n"
     assert lab.run(arms) == 0
-    for folder, again in ((ours[1], ["evaluate.py"]), (ours[0], ["train.py", "evaluate.py"])):
+    judged = ["evaluate.py"]
+    for folder, again in zip(ours[::-1], (judged, judged, ["train.py", *judged])):
         ablate.trained_on.cache_clear(), ablate.judged_on.cache_clear()
         capsys.readouterr()
         assert lab.run(arms) == 0 and not lab.started

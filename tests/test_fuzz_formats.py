@@ -18,6 +18,7 @@ from safetensors.torch import load, save
 
 import ablate
 import comparison
+import durable
 import report
 from data import PairDataset
 from model.lora import inject
@@ -303,7 +304,7 @@ def test_what_an_evaluation_left(place):
         ok = tried("figures", lambda: ablate.usable(folder / "evaluation", folder) or None)
         if ok:
             found = comparison.figures(
-                ablate.read(folder / "evaluation" / "evaluation.json"), folder
+                durable.read_or_empty(folder / "evaluation" / "evaluation.json"), folder
             )
             summary = {"a": comparison.over_seeds([found])}
             text = comparison.table("<b>", {"a": {}}, summary, {"a": {0: found}}, [0], [])

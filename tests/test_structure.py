@@ -123,7 +123,9 @@ ARROWS = {
     "evaluate": ["*"],
     "comparison": ["images", "measures"],
     "arms": ["cli", "evaluate"],
-    "ablate": ["arms", "comparison", "cli", "config", "durable", "pairs", "training.inputs"],
+    "ablate": [
+        "arms", "comparison", "cli", "config", "durable", "evaluate", "pairs", "training.inputs",
+    ],
 }  # fmt: skip
 ROOTS = ("check_data", "hub", "sample", "train", "evaluate", "ablate")  # what a user starts
 FOLDERS = ("scenes", "bench", "docs", "tests")  # on top of all: nothing outside them imports them

@@ -69,12 +69,6 @@ def find_data(cfg: TrainConfig) -> Data:
     else:
         dirs = cfg.before_data_dir, cfg.after_data_dir
         pairs = find_pairs(*dirs, **how)
-        if cfg.allow_unmatched and (skipped := sum(len(names) for names in unmatched(*dirs))):
-            print(f"--allow_unmatched: {skipped} images without a partner are skipped")
-    for flag in ("before_data_dir", "after_data_dir", "mask_dir"):
-        folder = getattr(cfg, flag)
-        if folder is not None and (others := left_out(folder, f"--{flag}")):
-            print(f"--{flag}: {len(others)} files that are no images are left out: {shown(others)}")
     places = list(dict.fromkeys(pair.before for pair in pairs))  # of a sequence, all states or none
     if cfg.validation_pairs >= len(places):
         raise ValueError(
@@ -96,6 +90,17 @@ def find_data(cfg: TrainConfig) -> Data:
         load_image(path)  # a broken one is told before the latents are made
     given = [Pair(name=path.stem, before=None, after=path) for path in paths]
     return Data(pairs, held_out, given)
+
+
+def passed_over(cfg: TrainConfig) -> Iterator[str]:
+    """A line on what lies in the folders of pairs and is not trained on."""
+    folders = {f"--{side}": getattr(cfg, side) for side in ("before_data_dir", "after_data_dir")}
+    loose = cfg.allow_unmatched and all(folders.values())
+    if loose and (skipped := sum(len(names) for names in unmatched(*folders.values()))):
+        yield f"--allow_unmatched: {skipped} images without a partner are skipped"
+    for flag, folder in (folders | {"--mask_dir": cfg.mask_dir}).items():
+        if folder is not None and (others := left_out(folder, flag)):
+            yield f"{flag}: {len(others)} files that are no images are left out: {shown(others)}"
 
 
 def spread(items: list, k: int) -> list:
