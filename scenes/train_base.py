@@ -14,124 +14,31 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from cli import Parser, report
 from durable import refuse_file, write_aside
-from images import contact_sheet
 from model.draws import seeded
 from model.optim import learning_rate
-from model.pipeline import decode, generate_latents, guided_predictor, pick_device
+from model.pipeline import pick_device
 from model.schedule import Schedule
 from model.text import TextEncoder
 from model.unet import UNet
 from model.vae import VAE
 from revision import revision
-from scenes.paint import render
+from scenes.card import card, command, psnr_table, sample_sheet
+from scenes.examples import FIRST_SCENE, HELD_OUT, HELD_OUT_SCENES, pictures, pixels
+from scenes.layout import SCHEDULER_CONFIG, TEXT_CONFIG, UNET_CONFIG, VAE_CONFIG, save
 from scenes.random_base import refuse_other
-from scenes.tokenizer import write_text, write_tokenizer
-from scenes.world import CHANGES, caption, make_scene
-
-HELD_OUT = ("solar", "snow", "craters")  # of the UNet and the text encoder
-FIRST_SCENE = 2_000_000_000  # pairs of scenes.render have smaller seeds
-HELD_OUT_SCENES = 3_000_000_000  # what the figures of the card are measured on
-
-VAE_CONFIG = {
-    "_class_name": "AutoencoderKL",
-    "act_fn": "silu",
-    "block_out_channels": [32, 64, 128],
-    "down_block_types": ["DownEncoderBlock2D"] * 3,
-    "up_block_types": ["UpDecoderBlock2D"] * 3,
-    "in_channels": 3,
-    "out_channels": 3,
-    "latent_channels": 4,
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-    "sample_size": 64,
-    "scaling_factor": 1.0,  # the latents are whitened in quant_conv
-}
-UNET_CONFIG = {
-    "_class_name": "UNet2DConditionModel",
-    "act_fn": "silu",
-    "attention_head_dim": 4,
-    "block_out_channels": [64, 128, 192],
-    "center_input_sample": False,
-    "cross_attention_dim": 64,
-    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-    "downsample_padding": 1,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "in_channels": 4,
-    "layers_per_block": 1,
-    "mid_block_scale_factor": 1,
-    "norm_eps": 1e-5,
-    "norm_num_groups": 16,
-    "out_channels": 4,
-    "sample_size": 16,
-}
-TEXT_CONFIG = {
-    "architectures": ["CLIPTextModel"],
-    "model_type": "clip_text_model",
-    "hidden_act": "quick_gelu",
-    "hidden_size": 64,
-    "intermediate_size": 256,
-    "num_attention_heads": 2,
-    "num_hidden_layers": 2,
-    "max_position_embeddings": 77,
-}
-SCHEDULER_CONFIG = {  # Stable Diffusion 1's
-    "_class_name": "PNDMScheduler",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-    "clip_sample": False,
-}
-
-
-# ---- scenes to learn from ------------------------------------------------------------------------
-
-
-def draw_state(seed: int, changes: tuple[str, ...]) -> dict[str, float]:
-    """None, one or two changes at any time; half of the times are the end, which captions name."""
-    rng = np.random.default_rng([seed, 5])
-    count = rng.choice(3, p=[0.2, 0.6, 0.2])
-    times = np.where(rng.random(count) < 0.5, 1.0, rng.random(count))
-    return dict(zip(rng.choice(changes, count, replace=False).tolist(), times.tolist()))
-
-
-def picture(i: int, first: int, changes: tuple[str, ...]) -> tuple[np.ndarray, str]:
-    scene, state = make_scene(first + i), draw_state(first + i, changes)
-    return render(scene, state, outcome=i), caption(scene, state)
-
-
-def pictures(count: int, first: int, changes: tuple[str, ...]) -> tuple[Tensor, list[str]]:
-    """(count, 3, 64, 64) uint8 and their captions."""
-    with ProcessPoolExecutor() as pool:
-        draw = partial(picture, first=first, changes=changes)
-        made = list(tqdm(pool.map(draw, range(count), chunksize=64), "scenes", count, leave=False))
-    images = torch.from_numpy(np.stack([image for image, _ in made])).permute(0, 3, 1, 2)
-    return images.contiguous(), [text for _, text in made]
-
-
-def pixels(images: Tensor) -> Tensor:
-    return images.float() / 127.5 - 1
+from scenes.tokenizer import write_tokenizer
+from scenes.world import CHANGES
 
 
 def compiled(loss: Callable, device: torch.device) -> Callable:
@@ -261,21 +168,6 @@ def whiten(vae: VAE, mean: Tensor, std: Tensor) -> None:
         post.weight *= sigma.view(1, -1, 1, 1)
 
 
-@torch.no_grad()
-def psnr_table(vae: VAE, count: int, device: torch.device) -> dict[str, tuple[float, float]]:
-    """State -> mean and standard error, in dB, of reconstructions of held-out scenes."""
-    table = {}
-    for name in ("none", *CHANGES):
-        state = {} if name == "none" else {name: 1.0}
-        images = [render(make_scene(HELD_OUT_SCENES + i), state) for i in range(count)]
-        x = pixels(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(device))
-        again = torch.cat([vae.decode(vae.encode(part)[0]) for part in x.split(32)])
-        error = ((again.clamp(-1, 1) - x) / 2).square().mean((1, 2, 3)).double()
-        psnr = -10 * error.log10()
-        table[name] = (psnr.mean().item(), psnr.std().item() / count**0.5)
-    return table
-
-
 # ---- the UNet and the text encoder ---------------------------------------------------------------
 
 
@@ -314,106 +206,7 @@ def unet_loss(
     return loss
 
 
-@torch.no_grad()
-def sample_sheet(
-    unet: UNet, text: TextEncoder, vae: VAE, schedule: Schedule, steps: int
-) -> Image.Image:
-    """Reconstructions of held-out scenes; eight seeds of five prompts by DDIM, guidance 3."""
-    rows, names = [], []
-    for state in ({}, {"solar": 1.0}, {"snow": 1.0}):
-        real = [render(make_scene(HELD_OUT_SCENES + i), state) for i in range(4)]
-        x = pixels(torch.from_numpy(np.stack(real)).permute(0, 3, 1, 2))
-        again = decode(vae, vae.encode(x.to(schedule.alphas_cumprod.device))[0].float())
-        rows.append([image for pair in zip(real, to_images(again)) for image in pair])
-        names.append(f"held-out scenes {state or ''} | their reconstructions")
-    what = ("", ", in autumn", ", flooded", ", with new houses", ", with felled trees")
-    for prompt in [f"an aerial view of fields with a river and woods{w}" for w in what]:
-        ctx, uncond = text.context([prompt]), text.context([""])
-        predict = guided_predictor(unet, ctx, uncond, 3.0)
-        shape = (4, *[VAE_CONFIG["sample_size"] // vae.downscale] * 2)
-        z = generate_latents(predict, schedule, shape, range(8), steps=steps)
-        rows.append(to_images(decode(vae, z)))
-        names.append(prompt)
-    rows = [[Image.fromarray(image).resize((128, 128), 0) for image in row] for row in rows]
-    return contact_sheet(rows, [""] * 8, names)
-
-
-def to_images(x: Tensor) -> list[np.ndarray]:
-    x = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return list(x.permute(0, 2, 3, 1).cpu().numpy())
-
-
 # ---- all of it -----------------------------------------------------------------------------------
-
-
-def save(folder: Path, networks: dict[str, tuple[nn.Module, dict]]) -> None:
-    """fp16 safetensors and configs, in the layout of published checkpoints."""
-    for name, (network, config) in networks.items():
-        stem, prefix = "diffusion_pytorch_model", ""
-        if name == "text_encoder":  # published files carry the prefix
-            stem, prefix = "model", "text_model."
-        state = {
-            prefix + key.removeprefix(prefix): tensor.half().contiguous().cpu()
-            for key, tensor in network.state_dict().items()
-        }
-        write_text(folder / name / "config.json", config)
-        save_file(state, folder / name / f"{stem}.safetensors", metadata={"format": "pt"})
-    write_text(folder / "scheduler" / "scheduler_config.json", SCHEDULER_CONFIG)
-    parts = {
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "scheduler": ["diffusers", "PNDMScheduler"],
-        "safety_checker": [None, None],
-        "feature_extractor": [None, None],
-    }
-    index = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False, **parts}
-    write_text(folder / "model_index.json", index)
-
-
-def command(args: argparse.Namespace) -> str:
-    """What trains the same model again."""
-    places = ("out", "work")
-    given = [f"--{k} {v}" for k, v in vars(args).items() if k not in places]
-    return " ".join(["python -m scenes.train_base --out scenes/base", *given])
-
-
-def card(args: argparse.Namespace, facts: dict) -> str:
-    psnr = "\n".join(f"| {k} | {m:.1f} ± {e:.1f} |" for k, (m, e) in facts["psnr"].items())
-    minutes = facts["minutes"]
-    return f"""# The embedded base model
-
-Stable Diffusion's architecture, small: {facts["parameters"]} parameters. Trained from scratch by
-`scenes/train_base.py` on {args.images} scenes of `scenes/render.py` at 64 px (seeds from
-{FIRST_SCENE}); nothing else went in. The UNet and the text encoder never saw
-{" or ".join(HELD_OUT)}; the autoencoder saw the looks of every change. It knows these scenes and
-nothing of the world.
-
-    {facts["command"]}
-
-| | |
-|---|---|
-| revision, machine | {facts["revision"]}, {facts["machine"]} |
-| seed | {args.seed} |
-| autoencoder | {args.vae_steps} steps of {args.vae_batch}, {minutes[0]:.0f} min |
-| UNet, text encoder | {args.unet_steps} steps of {args.unet_batch}, {minutes[1]:.0f} min |
-| averaging | EMA, 0.999 |
-| held-out loss | {facts["held_out_loss"]:.4f} (ε, min-SNR-5 weights, {args.held_out} scenes) |
-
-The files are fp16. Latents are whitened inside quant_conv, so scaling_factor is 1.
-
-Reconstruction by the autoencoder, {args.held_out} held-out scenes in each state, PSNR ± standard
-error:
-
-| state | dB |
-|---|---|
-{psnr}
-
-![samples](samples.png)
-
-MIT licence, like the code.
-"""
 
 
 def train_base(args: argparse.Namespace) -> Path:

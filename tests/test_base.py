@@ -10,7 +10,10 @@ from diffusers import StableDiffusionPipeline
 from model.vae import VAE
 from model.weights import load_scheduler_config, load_text, load_unet, load_vae
 from scenes import random_base, train_base
-from scenes.train_base import HELD_OUT, VAE_CONFIG, draw_state, pixels, posterior, whiten
+from scenes.examples import HELD_OUT, draw_state, pixels
+from scenes.layout import UNET_CONFIG, VAE_CONFIG
+from scenes.train_base import posterior, whiten
+from scenes.world import CHANGES
 from tests.checkpoints import read_state, weights_file
 
 SMALL = "--images 24 --vae_batch 2 --unet_batch 2 --held_out 2 --sheet_steps 2"
@@ -21,7 +24,7 @@ def narrow(monkeypatch):
     """The same networks, narrower."""
     thin = {"block_out_channels": [8, 8, 8], "norm_num_groups": 4}
     monkeypatch.setattr(train_base, "VAE_CONFIG", VAE_CONFIG | thin)
-    unet = train_base.UNET_CONFIG | {"block_out_channels": [16, 16, 16], "norm_num_groups": 4}
+    unet = UNET_CONFIG | {"block_out_channels": [16, 16, 16], "norm_num_groups": 4}
     monkeypatch.setattr(train_base, "UNET_CONFIG", unet)
 
 
@@ -108,7 +111,7 @@ def test_the_control_has_learnt_nothing(tmp_path):
 def test_whitening_changes_the_latents_and_nothing_else():
     """Each channel has mean 0 and variance 1; what is decoded is what was decoded before."""
     torch.manual_seed(0)
-    vae = VAE(train_base.VAE_CONFIG).double().requires_grad_(False)
+    vae = VAE(VAE_CONFIG).double().requires_grad_(False)
     vae.post_quant_conv.weight.mul_(1.7)
     vae.quant_conv.bias += torch.randn(8)
     images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
@@ -127,7 +130,7 @@ def test_whitening_changes_the_latents_and_nothing_else():
 
 
 def test_the_held_out_changes_are_never_drawn():
-    known = tuple(c for c in train_base.CHANGES if c not in HELD_OUT)
+    known = tuple(c for c in CHANGES if c not in HELD_OUT)
     states = [draw_state(seed, known) for seed in range(300)]
     seen = {change for state in states for change in state}
     assert seen == set(known) and not seen & set(HELD_OUT)
