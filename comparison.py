@@ -54,13 +54,13 @@ def figures(result: dict, folder: Path) -> dict[str, tuple[float, float | None]]
 
 
 def least_distance(results: Iterable[dict]) -> list[str]:
-    """A sentence on what the best of predictions would have as `statistics`, or none."""
+    """A sentence on what true outcomes have as `statistics`, or none."""
     for result in results:
         values = [one for one in result.get("samples", {}).values() if "distance" in one]
         apart = [one["distance_of_truth"] for one in values]
         if apart and None not in apart:
             mean = sum(apart) / len(apart)
-            return [f"Statistics of one true outcome against the others: {mean:.2f}."]
+            return [f"Statistics of true outcomes against as many others: {mean:.2f}."]
     return []
 
 

@@ -185,13 +185,23 @@ def prompt_of(args: argparse.Namespace, pipe: Pipeline) -> str:
 
 
 def editor(
-    pipe: Pipeline, objective: str, z: Tensor, args: argparse.Namespace, seed: int | None = None
+    pipe: Pipeline,
+    objective: str,
+    z: Tensor,
+    args: argparse.Namespace,
+    *,
+    prompt: str | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> Callable[[float], Tensor]:
-    """`edit(s)`: the latents of z (b, 4, h, w) at strength s. `seed` stands for args.seed."""
-    seed = args.seed if seed is None else seed
+    """`edit(s)`: the latents of z (b, 4, h, w) at strength s.
+
+    `prompt` stands for the flag or the LoRA's; `seeds`, one an image, for --seed.
+    """
+    prompt = prompt_of(args, pipe) if prompt is None else prompt
+    seeds = [args.seed] * len(z) if seeds is None else seeds
     use = OBJECTIVES[objective]
     scale = use.change_guidance if args.change_guidance is None else args.change_guidance
-    alone, with_guidance = pipe.predictors(prompt_of(args, pipe), args.guidance)
+    alone, with_guidance = pipe.predictors(prompt, args.guidance)
     with_guidance = exaggerated(with_guidance, scale)
 
     @torch.no_grad()
@@ -203,7 +213,7 @@ def editor(
             guided=with_guidance,
             image_guidance=args.image_guidance,
             eta=args.eta,
-            generator=[torch.Generator().manual_seed(seed) for _ in z],
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             knobs=Knobs(**{k: pipe.meta[k] for k in Knobs._fields if k in pipe.meta}),
         )
         strength = torch.full((len(z),), s, device=z.device)
@@ -251,16 +261,16 @@ def edit_pixels(
     pixels: Tensor,
     strengths: Sequence[float],
     args: argparse.Namespace,
-    seed: int | None = None,
+    **own,
 ) -> list[Tensor]:
     """pixels (b, 3, H, W) with the change at each strength, each (b, 3, H, W).
 
-    Sizes the autoencoder cannot take are padded and cropped back. `seed` stands for args.seed.
+    Sizes the autoencoder cannot take are padded and cropped back. `own`: as of `editor`.
     """
     height, width = pixels.shape[2:]
     pixels = padded(pipe.vae, pixels)
     z = torch.cat([encode(pipe.vae, one[None]) for one in pixels])  # its memory: one image's
-    edit = editor(pipe, objective, z, args, seed)
+    edit = editor(pipe, objective, z, args, **own)
     fade, detail = (args.between or states_between(pipe)) == "fade", args.keep_detail
     images = at_strengths(pipe.vae, pixels, z, strengths, edit, fade=fade, detail=detail)
     return [some[..., :height, :width] for some in images]

@@ -7,7 +7,9 @@
         [--pictures 6]                                     the first pairs as files as well
 
 Writes evaluation.json, evaluation.md and sheet.png. Images are compared as 8-bit pictures in
-[0, 1], at the resolution of the training, centre-cropped. The same command gives the same bytes.
+[0, 1], at the resolution of the training, centre-cropped; what is drawn is drawn anew for each, by
+--seed and its name. A pair with a caption (NAME.txt) is edited at it unless --prompt is given. The
+same command gives the same bytes.
 """
 
 import argparse
@@ -39,10 +41,13 @@ from editing import (
     numbers,
     objective_of,
     open_pipeline,
+    prompt_of,
+    states_between,
     warn_of_unread,
 )
 from images import contact_sheet, to_image
-from measures import collect, judge, mse, progress, psnr, spearman, spread, statistics
+from measures import best, collect, judge, mse, progress, psnr, spearman, spread, statistics
+from model.draws import seed_for
 from model.files import first_line
 from model.memory import out_of_memory
 from model.pipeline import Pipeline, decode, encode
@@ -128,25 +133,33 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
     dataset, outcomes = opened(pairs), [opened(some) for some in outcomes]
     between = {time: opened(some) for time, some in zip(args.between_times, between)}
     wanted = sorted({*strengths, *between})
+    # a LoRA of two ends is faded in between: that has its order whatever was learnt
+    fades = (args.between or states_between(pipe)) == "fade" and 0 <= wanted[0] <= wanted[-1] <= 1
+    told = prompt_of(args, pipe)
+    prompts = [told if args.prompt is not None else pair.caption or told for pair in pairs]
     rows, pictures = [], []
     bar = tqdm(total=len(pairs), desc="evaluate", disable=no_bars())
-    for part in batches([resolution] * len(pairs), args.batch_size):
+    for part in batches(prompts, args.batch_size):
         items = [dataset[i] for i in range(len(pairs))[part]]
         pixels = torch.stack([item["before"] for item in items])  # (b, 3, H, W)
-        edited = edit_pixels(pipe, objective, pixels, wanted, args)
-        drawn = [  # one prediction of each image per seed
-            edit_pixels(pipe, objective, pixels, [1.0], args, args.seed + k)[0]
-            for k in range(args.samples if args.samples > 1 else 0)
-        ]
+
+        # each picture's noise is its own, or the pairs were not independent of each other
+        seeds = [[seed_for(args.seed, pair.name, k) for pair in pairs[part]]
+                 for k in range(args.samples)]  # fmt: skip
+        draw = partial(edit_pixels, pipe, objective, pixels, args=args, prompt=prompts[part.start])
+        edited = draw(strengths=wanted, seeds=seeds[0])
+        drawn = [edited[wanted.index(1.0)]]
+        drawn += [draw(strengths=[1.0], seeds=more)[0] for more in seeds[1:]]
         for k, item in enumerate(items):
             at = {s: eight_bit(some[k]) for s, some in zip(wanted, edited)}
             i = len(rows)
             seen = {side: round_trip(pipe, item[side]) for side in ("before", "after")}
             row, shown = compare(item, seen, at, strengths, args.keep_detail)
+            row["spearman"] = math.nan if fades else spearman(strengths, row["progress"])
             if between:
                 truths = {time: eight_bit(others[i]["after"]) for time, others in between.items()}
                 row["between"] = compare_between(at, truths, eight_bit(item["before"]))
-            if drawn:
+            if len(drawn) > 1:
                 truths = [round_trip(pipe, others[i]["after"]) for others in outcomes]
                 draws = [eight_bit(some[k]) for some in drawn]
                 same = eight_bit(item["before"]) if args.keep_detail else seen["before"]
@@ -172,7 +185,10 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
         "per_pair": rows,
     }
     for place, gap in result["gap_closed"].items():
-        if gap["mean"] is None:
+        if missing := len(pairs) - gap["n"]:
+            said = f"{missing} of {len(pairs)} pairs have no pixel {place} their mask"
+            warnings.warn(f"{said} and count there for nothing", stacklevel=2)
+        if gap["mean"] is None and gap["n"]:
             more = "" if args.mask_dir else ": --mask_dir says where it is to be looked at"
             warnings.warn(
                 f"{place}, the autoencoder loses more than the change is, and no gap can close"
@@ -188,11 +204,9 @@ def compare(
     before, after = eight_bit(item["before"]), eight_bit(item["after"])
     mask = item["mask"][0] > 0.5 if "mask" in item else None
     versions = {"copy": before, "predicted": at[1.0], "ceiling": seen["after"]}
-    gone = progress([at[min(strengths)], *(at[s] for s in strengths)], before, after)[1:]
     row = {
         **judge(before, after, mask, versions),
-        "progress": gone,
-        "spearman": spearman(strengths, gone),
+        "progress": progress([at[s] for s in strengths], at[0.0], before, after),
         "identity_psnr": psnr(mse(at[0.0], before if detail else seen["before"])),
     }
     error = (at[1.0] - after).abs().mean(0, keepdim=True).expand(3, -1, -1)
@@ -222,16 +236,14 @@ def judge_samples(before: Tensor, draws: list[Tensor], seen: Tensor, truths: lis
     What changed is told from `before` in the predictions, and from `seen`, the autoencoder's copy
     of it, in the truths, which are its copies too.
     """
+    near = lambda some: np.array([[psnr(mse(x, y)) for y in truths] for x in some])  # noqa: E731
     row = {
-        "best_psnr": max(psnr(mse(x, y)) for x in draws for y in truths),
+        **best(near(draws), near(truths)),
         "spread": spread(draws),
         "statistics": [statistics(before, x) for x in draws],
         "truth": [statistics(seen, y) for y in truths],
     }
-    if len(truths) > 1:  # how near one truth comes to another: the mark for "best"
-        others = [psnr(mse(x, y)) for k, x in enumerate(truths) for y in truths[:k]]
-        row |= {"best_truth_psnr": max(others), "spread_of_truth": spread(truths)}
-    return row
+    return row | ({"spread_of_truth": spread(truths)} if len(truths) > 1 else {})
 
 
 def code(text: str) -> str:
@@ -272,14 +284,16 @@ def table(result: dict) -> str:
         ratio = result["outside_over_ceiling"]
         lines.append(f"Squared error outside the mask over the ceiling's: {ratio:.2f}")
     s = result["strengths"]
+    order = f"Spearman of strength and progress {cell(s['spearman'], 3)}"
+    if s["spearman"]["mean"] is None:
+        order = "The strengths are a fade, whose order is its own"
     lines += [
         "",
         "| strength | " + " | ".join(f"{value:g}" for value in s["values"]) + " |",
         "|---|" + "---|" * len(s["values"]),
         "| share of the way | " + " | ".join(cell(p, 2) for p in s["progress"]) + " |",
         "",
-        f"Spearman of strength and progress {cell(s['spearman'], 3)}; "
-        f"strength 0 against the before image {cell(s['identity_psnr'], 1)} dB",
+        f"{order}; strength 0 against the before image {cell(s['identity_psnr'], 1)} dB",
     ]
     if "between" in result:
         lines += [
@@ -292,7 +306,7 @@ def table(result: dict) -> str:
     if "samples" in result:
         lines += [
             "",
-            "| samples | ours | truth | distance (in σ of the truth) | one truth's to the others |",
+            "| samples | ours | truth | distance (in σ of the truth) | truths' to other truths |",
             "|---|---|---|---|---|",
         ]
         values = result["samples"]

@@ -117,10 +117,8 @@ def statistics(before: Tensor, after: Tensor) -> dict[str, float]:
 
 
 def distance(x: Sequence[float], y: Sequence[float]) -> float:
-    """Wasserstein-1 between two samples, in standard deviations of the second (the truth)."""
-    at = (np.arange(1000) + 0.5) / 1000
-    apart = np.abs(np.quantile(x, at) - np.quantile(y, at)).mean()
-    return float(apart / max(float(np.std(y)), 1e-12))
+    """Wasserstein-1 between two samples of one size: between their values in order."""
+    return float(np.abs(np.sort(x) - np.sort(y)).mean())
 
 
 def summary(values: Sequence[float]) -> dict:
@@ -139,9 +137,13 @@ def gap_closed(
 
     0 is copying the before image, 1 is as good as the autoencoder can show the after image; None
     where that loses more than the change is. The standard error is the jackknife's: a mean of
-    ratios would be ruled by pairs of little change.
+    ratios would be ruled by pairs of little change. Pairs without a pixel to look at (NaN) say
+    nothing and are not counted.
     """
     rows = np.array([copied, predicted, ceiling])
+    rows = rows[:, np.isfinite(rows).all(0)]
+    if not rows.size:
+        return {"mean": None, "se": None, "n": 0}
 
     def gap(means: np.ndarray) -> float:
         room = means[0] - means[2]
@@ -177,11 +179,11 @@ def judge(before: Tensor, after: Tensor, mask: Tensor | None, versions: dict[str
     return row
 
 
-def progress(states: Sequence[Tensor], before: Tensor, after: Tensor) -> list[float]:
-    """How far each state has gone from the first along (after − before), in shares of that way."""
+def progress(states: Sequence[Tensor], start: Tensor, before: Tensor, after: Tensor) -> list[float]:
+    """How far each state has gone from `start` along (after − before), in shares of that way."""
     way = after - before
     whole = way.square().sum().item()
-    return [((s - states[0]) * way).sum().item() / max(whole, 1e-12) for s in states]
+    return [((s - start) * way).sum().item() / max(whole, 1e-12) for s in states]
 
 
 def collect(rows: list[dict], strengths: Sequence[float]) -> dict:
@@ -219,22 +221,62 @@ def collect_samples(rows: list[dict]) -> dict:
         for key in ("best_psnr", "best_truth_psnr", "spread", "spread_of_truth")
         if key in rows[0]
     }
-    kinds = [[one for row in rows for one in row[side]] for side in ("statistics", "truth")]
-    for key in kinds[0][0]:
-        ours, truth = ([one[key] for one in kind] for kind in kinds)
-        result[key] = {
-            "mean": float(np.mean(ours)),
-            "truth": float(np.mean(truth)),
-            "distance": distance(ours, truth),
-            "distance_of_truth": among([[one[key] for one in row["truth"]] for row in rows]),
-        }
+    for key in rows[0]["truth"][0]:
+        ours, truth = (
+            np.array([[one[key] for one in row[side]] for row in rows])
+            for side in ("statistics", "truth")
+        )  # (pairs, draws), (pairs, truths)
+        result[key] = {"mean": float(ours.mean()), "truth": float(truth.mean())}
+        result[key] |= distances(ours, truth)
     return result
 
 
-def among(truths: list[list[float]]) -> float | None:
-    """How far one truth of every image is from the others of all: what no prediction can better."""
-    v = np.array(truths)  # (pairs, truths)
-    if v.shape[1] < 2:
-        return None
-    one = [distance(v[:, k], np.delete(v, k, 1).ravel()) for k in range(v.shape[1])]
-    return float(np.mean(one))
+def as_many(draws: int, truths: int) -> int:
+    """Of how many draws and truths an image is judged, so that truths can be by as many others.
+
+    Few are far apart, and the best of few is far off, by their number alone: what draws are says
+    something only beside what truths are in the same numbers.
+    """
+    return min(draws, max(truths // 2, 1))
+
+
+def turns(count: int, m: int) -> list[tuple[list[int], list[int]]]:
+    """m of 0..count − 1 and the m after them, from each on."""
+    at = lambda i: [(i + k) % count for k in range(m)]  # noqa: E731
+    return [(at(i), at(i + m)) for i in range(count)]
+
+
+def distances(ours: np.ndarray, truth: np.ndarray) -> dict:
+    """Of draws (pairs, draws) from truths (pairs, truths), and of truths from other truths.
+
+    `distance` in standard deviations of all truths, `as_many` of an image on each side; the mean
+    over which. None where there is one truth.
+    """
+    m = as_many(ours.shape[1], truth.shape[1])
+    sigma = max(float(truth.std()), 1e-12)
+    among = turns(truth.shape[1], m)
+    apart = [
+        distance(ours[:, mine].ravel(), truth[:, some].ravel())
+        for mine, _ in turns(ours.shape[1], m)
+        for some, _ in among
+    ]
+    others = [distance(truth[:, some].ravel(), truth[:, other].ravel()) for some, other in among]
+    least = float(np.mean(others)) / sigma if truth.shape[1] > 1 else None
+    return {"distance": float(np.mean(apart)) / sigma, "distance_of_truth": least}
+
+
+def best(ours: np.ndarray, truth: np.ndarray) -> dict:
+    """PSNR of the nearest of draws and truths, from (draws, truths); of truths, (truths, truths).
+
+    `as_many` on each side, the mean over which.
+    """
+    m = as_many(*ours.shape)
+    among = turns(ours.shape[1], m)
+    nearest = [
+        ours[np.ix_(mine, some)].max() for mine, _ in turns(len(ours), m) for some, _ in among
+    ]
+    found = {"best_psnr": float(np.mean(nearest))}
+    if len(truth) > 1:
+        others = [truth[np.ix_(some, other)].max() for some, other in among]
+        found["best_truth_psnr"] = float(np.mean(others))
+    return found

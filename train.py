@@ -311,7 +311,7 @@ def loop(
         return step, own, other and class_latents.batch(ranks.share(other))
 
     def loss_of(own: Batch, prior: Batch | None) -> tuple[Tensor, Tensor]:
-        """Of a micro-batch: loss (); and inside, outside the mask, coverage (3,)."""
+        """Of a micro-batch: loss (); and (3,) as `in_and_out`."""
         s = strength_of[own.index % n]  # (b,), 1 but for states in between
         ctx = prompts.context(prompt_of[own.index % n]) if own.ctx is None else own.ctx
         predict = predictor(unet, ctx)
@@ -331,7 +331,7 @@ def loop(
     def add_gradient(own: Batch, other: Batch | None) -> Tensor:
         """Of this rank's share of a step's loss, in micro-batches.
 
-        (4,): loss; inside, outside the mask; coverage.
+        (4,): loss; as `in_and_out`.
         Works on the device alone, so that it can be one CUDA graph.
         """
         found, cuts = torch.zeros(4, device=device), mine // micro

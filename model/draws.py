@@ -6,6 +6,7 @@ same images, noise and t. The draws are made for the whole step, whatever its mi
 
 from collections.abc import Sequence
 from functools import lru_cache
+from hashlib import sha256
 from typing import NamedTuple
 
 import torch
@@ -27,10 +28,20 @@ def seeded(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Ge
     return torch.Generator(device).manual_seed(seed * 1_000_003 + step)
 
 
+def seed_for(seed: int, *what: int | str) -> int:
+    """A seed for what is no step. 32 bits: of a larger one torch's CPU generator drops the rest."""
+    return int.from_bytes(sha256(repr((seed, *what)).encode()).digest()[:4], "little")
+
+
+def seeded_for(seed: int, *what: int | str) -> torch.Generator:
+    """Its generator."""
+    return torch.Generator().manual_seed(seed_for(seed, *what))
+
+
 @lru_cache(maxsize=4)
 def shuffled(n: int, seed: int, epoch: int) -> Tensor:
     """The order of the n pairs in an epoch, (n,)."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed((seed << 32) + epoch))
+    return torch.randperm(n, generator=seeded_for(seed, "order", epoch))
 
 
 def draw(

@@ -42,6 +42,7 @@ def truncate(f: Factors, rank: int) -> tuple[Factors, float, float]:
     whole = S.square().sum().item()
     if rank >= f.A.shape[0]:
         return f, 0.0, whole
+    rank = min(rank, len(S))  # it has no more, where more are stacked than a layer can have
     root = S[:rank].sqrt()
     A_new = (root[:, None] * (Vh[:rank] @ Q_A.T)).view(rank, *f.A.shape[1:])
     B_new = (Q_B @ U[:, :rank] * root).view(f.B.shape[0], rank, *f.B.shape[2:])

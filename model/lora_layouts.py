@@ -250,7 +250,7 @@ def _peft_scale(peft: dict, part: str, path: str, r: int, file) -> float:
         pattern = said("alpha_pattern", None) or {}
         hits = (v for p, v in pattern.items() if p == path or re.match(rf"(.*\.)?({p})$", path))
         alpha = next(hits, said("lora_alpha", r))
-        assert type(alpha) in (int, float) and 0 < alpha < 1e9
+        assert type(alpha) in (int, float) and abs(alpha) < 1e9
         scale = alpha / (math.sqrt(r) if said("use_rslora", False) else r)
     except (AssertionError, ArithmeticError, AttributeError, TypeError, ValueError, re.error) as e:
         raise ValueError(f"{file} has a header without a usable lora_alpha of {path}") from e

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from model.draws import draw, seeded
+from model.draws import draw, seeded_for
 from model.lora import inject, lora_layers
 from model.memory import flatten
 from model.objectives import OBJECTIVES, Draws, Knobs, Predict, noise_loss, twice
@@ -256,7 +256,7 @@ def fit(
     ‖D_1(z[0]) − z[1]‖².
     """
     for k in range(1 if delta else 2):
-        inject(pipe.unet, "attn,ff", rank, generator=seeded(seed, k))
+        inject(pipe.unet, "attn,ff", rank, generator=seeded_for(seed, "LoRA", k))
     layers = lora_layers(pipe.unet).values()
     flat = flatten([p for layer in layers for p in (layer.lora_A, layer.lora_B)])
     opt = adamw(flat, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2)

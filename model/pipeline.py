@@ -201,7 +201,13 @@ def at_strengths(
         return keep_detail(pixels, seen, changed) if detail else changed
 
     whole = edited(1.0) if fade and any(0 < s <= 1 for s in strengths) else before
-    return [torch.lerp(before, whole, s) if fade and 0 <= s <= 1 else edited(s) for s in strengths]
+
+    def at(s: float) -> Tensor:
+        if s == 0:  # nothing changed, though a path of many steps would redraw what it passes
+            return before
+        return torch.lerp(before, whole, s) if fade and 0 < s <= 1 else edited(s)
+
+    return [at(s) for s in strengths]
 
 
 @torch.no_grad()

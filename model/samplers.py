@@ -23,13 +23,15 @@ def timesteps(schedule: Schedule, steps: int, spacing: str = "leading") -> list[
     T = schedule.num_steps
     if not 1 <= steps <= T:
         raise ValueError(f"--steps must be between 1 and {T}, got {steps}")
+    # halves are rounded as diffusers' are, whose products are these to the last bit
     if spacing == "linspace":
-        ts = torch.linspace(0, T - 1, steps, dtype=torch.float64)
-        rising = [round(t) for t in ts.tolist()]
+        apart = (T - 1) / max(steps - 1, 1)
+        rising = [round(i * apart) for i in range(steps)]
     elif spacing == "leading":
         rising = [i * (T // steps) + schedule.steps_offset for i in range(steps)]
     elif spacing == "trailing":
-        rising = [round(T - i * T / steps) - 1 for i in range(steps)][::-1]
+        apart = T - (T - T / steps)
+        rising = [round(T - i * apart) - 1 for i in range(steps)][::-1]
     else:
         raise ValueError(f"unknown timestep spacing {spacing!r}")
     return [min(t, T - 1) for t in reversed(rising)]  # an offset may step over the end
@@ -180,8 +182,10 @@ def dpm_solver(
 ) -> Tensor:
     """DPM-Solver++(2M), Lu et al. 2022 (arXiv 2211.01095), algorithm 2 (midpoint form)."""
     spacing, T = schedule.timestep_spacing or "linspace", schedule.num_steps
-    if steps == T and spacing != "trailing":
-        raise ValueError(f"--steps must be between 1 and {T - 1} for dpm_solver, got {steps}")
+    # the leading spacing's offset may make the last two one, between which nothing can be solved
+    most = T - (spacing != "trailing") - (spacing == "leading" and schedule.steps_offset > 0)
+    if steps > most:
+        raise ValueError(f"--steps must be between 1 and {most} for dpm_solver, got {steps}")
     # one step more than asked, and the last left out: the trajectory ends in σ = 0 instead
     ts = timesteps(schedule, steps if spacing == "trailing" else steps + 1, spacing)[:steps]
     sigmas = [_sigma(schedule, t) for t in ts]

@@ -20,13 +20,16 @@ def weighted_mean(error: Tensor, mask: Tensor | None, outside: float) -> Tensor:
 
 
 def in_and_out(error: Tensor, mask: Tensor | None) -> Tensor:
-    """(3,): the mean of (n, 4, h, w) inside the mask and outside it, and how much is inside."""
+    """(3,): shares of the mean of (n, 4, h, w), inside the mask and outside it, and how much is in.
+
+    A share over its part of the pixels is the mean there. So it is too after both were averaged,
+    over micro-batches and processes, some of them without a pixel inside.
+    """
     if mask is None:
         return error.new_zeros(3)
     w = mask.repeat(len(error) // len(mask), 1, 1, 1)  # (n, 1, h, w)
     by_place = error.mean(1, keepdim=True)
-    inside, outside = ((v * by_place).sum() / v.sum().clamp(min=1e-6) for v in (w, 1 - w))
-    return torch.stack([inside, outside, w.mean()])
+    return torch.stack([(w * by_place).mean(), ((1 - w) * by_place).mean(), w.mean()])
 
 
 def listened(predict: Predict) -> tuple[Predict, list]:

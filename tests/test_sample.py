@@ -102,7 +102,7 @@ def test_img2img_is_what_other_clients_do(tmp_path, sd1, prediction_type):
     said = ("--prediction_type", prediction_type, "--input", "-", "--out", "-", "--steps", "7")
     args = sample.make_parser().parse_args(["edit", "--lora", str(lora), *said])
     ours, z = editing.open_pipeline(args), torch.randn(1, 4, 16, 24)
-    edited = editing.editor(ours, "img2img", z, args, seed=3)(0.6)
+    edited = editing.editor(ours, "img2img", z, args, seeds=[3])(0.6)
 
     pipe = StableDiffusionImg2ImgPipeline.from_pretrained(sd1, safety_checker=None)
     pipe.scheduler = EulerDiscreteScheduler.from_config(

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from config import TrainConfig
-from model.draws import seeded
+from model.draws import seeded_for
 from model.lora import inject, lora_layers
 from model.lora_algebra import start_from
 from model.lora_files import apply_lora, factors_for, multiplier, read_lora
@@ -92,7 +92,8 @@ def adapt(
     if extra:
         unet.widen(4 + extra - unet.in_channels)  # --base_lora may have widened it
         targets += ",conv_in"  # what reads the new channels
-    inject(unet, targets, cfg.lora_rank, cfg.lora_alpha, generator=seeded(cfg.seed, 0))
+    generator = seeded_for(cfg.seed, "LoRA")
+    inject(unet, targets, cfg.lora_rank, cfg.lora_alpha, generator=generator)
     adapted = {"unet": unet} | ({"text_encoder": text.model} if text else {})
     for part, factors in given.start.items():
         model, what = adapted[part], f"--init_lora {cfg.init_lora}"

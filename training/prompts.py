@@ -13,7 +13,7 @@ from torch import Tensor
 
 from config import TrainConfig
 from latents import send
-from model.draws import seeded
+from model.draws import seeded_for
 from model.lora import inject
 from model.pipeline import Context, loaded, text_context
 from model.text import TextEncoder
@@ -88,7 +88,8 @@ def load_prompts(
     ids = text.tokenize(list(row), cfg.tokenizer_max_length).to(device)  # (p, l)
     mask = text.mask(ids) if cfg.text_encoder_use_attention_mask else None
     if cfg.train_text_encoder:
-        inject(text.model, "attn", cfg.lora_rank, cfg.lora_alpha, generator=seeded(cfg.seed, 1))
+        generator = seeded_for(cfg.seed, "LoRA", "text encoder")
+        inject(text.model, "attn", cfg.lora_rank, cfg.lora_alpha, generator=generator)
         return Prompts(row, ids, mask, None, text, device)
     contexts = encode_prompts(text, ids, mask, device, cfg.latents_on, cfg.cache_dir)
     if len(row) > MANY:

@@ -14,8 +14,9 @@ class Tally:
     """What the loop counts on the device and reads where a line of metrics is due."""
 
     def __init__(self, device: torch.device, sums: list[float] | None = None):
-        # since the last line: 4 sums of what was found, and of how many steps; the first bad step;
-        # in all: steps skipped
+        # since the last line: 4 sums of what was found (loss; the error's shares inside and outside
+        # the mask, and how much is inside), and of how many steps; the first bad step; in all:
+        # steps skipped
         self.sums = torch.tensor(sums or [0.0] * 7, device=device)
 
     def add(self, ok: Tensor, found: Tensor, done: int) -> None:
@@ -25,10 +26,16 @@ class Tally:
         self.sums[6] += ~ok
 
     def read(self) -> tuple[list[float], int, int]:
-        """Means of what was found (NaN where nothing was), steps skipped, first bad step or 0."""
+        """Means, NaN of nothing; steps skipped; first bad step or 0.
+
+        The means: loss; error inside, outside the mask; coverage.
+        """
         *found, count, bad, skipped = self.sums.tolist()
         self.sums[5] = 0.0
-        return [one / count if count else math.nan for one in found], int(skipped), int(bad)
+        over = lambda x, y: x / y if y > 0 else math.nan  # noqa: E731
+        loss, inside, outside, covered = found
+        means = [over(loss, count), over(inside, covered), over(outside, count - covered)]
+        return [*means, over(covered, count)], int(skipped), int(bad)
 
     def clear(self) -> None:
         self.sums[:5] = 0.0

@@ -12,7 +12,7 @@ from torch import Tensor
 from data import PairDataset
 from durable import write_json
 from images import contact_sheet, to_image
-from model.draws import seeded
+from model.draws import seeded_for
 from model.objectives import Draws, How, Knobs, Objective
 from model.pipeline import (
     Context,
@@ -59,7 +59,7 @@ class Watch:
         guided = exaggerated(predict, self.objective.change_guidance)
 
         def edit(s: float) -> Tensor:
-            how = How(guided=guided, generator=seeded(self.seed, 2), knobs=self.knobs)
+            how = How(guided=guided, generator=seeded_for(self.seed, "pictures"), knobs=self.knobs)
             s = torch.full((1,), s, device=z.device)
             return self.objective.edit(predict, self.schedule, z, s, how)
 
@@ -118,7 +118,7 @@ class Watch:
         num_steps, by_t = self.schedule.num_steps, []
         bins = num_steps * torch.arange(11 if self.objective.noisy else 2) // 10
         for low, high in pairwise(bins.tolist()):
-            rng, errors = seeded(self.seed, 3), []
+            rng, errors = seeded_for(self.seed, "held out"), []
             for z, said, pair in zip(held_out.z, held_out.prompts, held_out.pairs):
                 z = z[:, None]  # (f, 1, 4, h, w)
                 eps = torch.randn(z[0].shape, generator=rng).to(z.device)
