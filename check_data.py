@@ -162,8 +162,9 @@ def check(
             continue
         before, after = images["before"], images["after"]
         for side in ("before", "after"):
-            if (most := max(high for _, high in images[side].getextrema())) <= DARK:
-                note("nearly black images", f"{name} ({side}, at most {most} of 255)")
+            # by what 99 of 100 pixels are below: a bright roof is no daylight
+            if (most := np.percentile(np.asarray(images[side]).max(2), 99)) <= DARK:
+                note("nearly black images", f"{name} ({side}, hardly above {most:.0f} of 255)")
         sizes.append(after.size)
         for side, image in images.items():
             if image.size != after.size:
@@ -175,8 +176,9 @@ def check(
         report.usable += 1
         if min(after.size) < resolution:
             note("pairs smaller than", f"{name} ({by(after.size)})")
-        if "mask" in images and images["mask"].getextrema()[1] == 0:
-            note("empty masks", name)
+        if "mask" in images and (most := images["mask"].getextrema()[1]) < 128:
+            faint = f"{name} (at most {most} of 255)"
+            note(*(("faint masks", faint) if most else ("empty masks", name)))
         difference = ImageChops.difference(before.resize(after.size), after)
         if np.asarray(difference).mean() < NO_CHANGE:
             note("pairs without change", name)
@@ -193,7 +195,11 @@ def check(
         found[f"sets of equal {side} images"] = same
     span = " to ".join(dict.fromkeys(by(f(sizes)) for f in (min, max))) if sizes else "none read"
     report.counts.append(("pairs", f"{report.usable} of {len(names)} can be used, {span} pixels"))
-    rest = "" if measured == report.usable else "; the others changed too much to tell"
+    rest = (
+        ""
+        if measured == report.usable
+        else "; the others are too small, or changed too much to tell"
+    )
     report.counts.append(("registration", f"measured on {measured} of them{rest}"))
 
     keep_one = "keep one of each"
@@ -211,6 +217,7 @@ def check(
         (False, "nearly black images", "12 bits in a file of 16? scale them to all of its range"),
         (False, "files of another suffix, left out", "save them as PNG, JPEG, WebP, BMP or TIFF"),
         (False, "empty masks", "they teach that nothing happens"),
+        (False, "faint masks", "labels, not white? change is where a mask is white, 255"),
         (False, "sets of equal before images", keep_one),
         (False, "sets of equal after images", keep_one),
         (False, "pairs smaller than", "they will be enlarged; train with a lower --resolution"),

@@ -150,7 +150,7 @@ class PairDataset(torch.utils.data.Dataset):
             ):  # a strip of one pixel's width
                 raise ValueError(
                     f"pair {shown([pair.name])}: after is {by(sizes['after'])}, which would be "
-                    f"{by((width, height))} when its short side is {resolution}"
+                    f"{by((width, height))} when its short side is {min(width, height)}"
                 )
             for side, size in sizes.items():
                 text = f"{side} is {by(size)}, after is {by(sizes['after'])}"

@@ -136,8 +136,13 @@ def check(args: argparse.Namespace) -> None:
 # ---- their use ---------------------------------------------------------------------------------
 
 
-def open_pipeline(args: argparse.Namespace) -> Pipeline:
-    """What the common flags ask for; says what was loaded."""
+def prompt_of(args: argparse.Namespace, pipe: Pipeline) -> str:
+    """The flag, or what the LoRA was trained with."""
+    return args.prompt if args.prompt is not None else pipe.meta.get("prompt", "")
+
+
+def open_pipeline(args: argparse.Namespace, *, captioned: bool = False) -> Pipeline:
+    """What the common flags ask for; says what was loaded. captioned: each image has a prompt."""
     device = pick_device(args.device)
     dtype = pick_dtype(args.mixed_precision, device)
     if args.model and (note := moved_note(args.model)):
@@ -157,6 +162,9 @@ def open_pipeline(args: argparse.Namespace) -> Pipeline:
     )
     for sentence in without_effect(args, pipe):
         warnings.warn(sentence, stacklevel=2)
+    if pipe.meta.get("captions") and not (captioned or prompt_of(args, pipe)):
+        said = f"--lora {args.lora} was trained with a caption for each image, and is used without"
+        warnings.warn(f"{said}: --prompt says one", stacklevel=2)
     kind = pipe.meta.get("objective", "of unknown objective")
     lora = f", LoRA {args.lora} ({kind})" if args.lora else ""
     if pipe.under:
@@ -177,11 +185,6 @@ def without_effect(args: argparse.Namespace, pipe: Pipeline) -> Iterator[str]:
             yield f"--strength {strength:g} has no effect beside --strengths"
         elif args.lora is None and args.command == "generate":
             yield f"--strength {strength:g} has no effect without --lora"
-
-
-def prompt_of(args: argparse.Namespace, pipe: Pipeline) -> str:
-    """The flag, or what the LoRA was trained with."""
-    return args.prompt if args.prompt is not None else pipe.meta.get("prompt", "")
 
 
 def editor(

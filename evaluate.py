@@ -115,7 +115,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
     folders = [(flag, folder) for flag, folder in folders if folder is not None]
     refuse_among((Path(args.out), Path(args.out, "pictures")), folders)
     pairs, between, outcomes = held_out = find_held_out(args)
-    pipe = open_pipeline(args)
+    pipe = open_pipeline(args, captioned=all(pair.caption for pair in pairs))
     objective = objective_of(args, pipe)
     warn_of_unread(args, objective)
     if args.samples > 1 and not draws_anew(objective, args.start):

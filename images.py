@@ -61,6 +61,11 @@ def _reading(path: Path | str) -> Iterator[None]:
         ) from error
 
 
+def _open(path: Path | str) -> Image.Image:
+    """By its content; of others Pillow starts a program, Ghostscript, whatever the file's name."""
+    return Image.open(path, formats=("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF"))
+
+
 def _png_with_exif(path: Path | str) -> bool:
     """Whether any chunk of a PNG may tell its orientation, those behind the pixels included."""
     told = (b"Raw profile type exif", b"XML:com.adobe.xmp")
@@ -77,7 +82,7 @@ def _png_with_exif(path: Path | str) -> bool:
 
 def image_size(path: Path | str) -> tuple[int, int]:
     """(width, height) as `load_image` will give them, from the file's header alone."""
-    with _reading(path), Image.open(path) as image:
+    with _reading(path), _open(path) as image:
         if image.format == "PNG" and not _png_with_exif(path):  # Pillow decodes it all to be sure
             return image.size
         # a TIFF is turned already; what is beyond 8 means nothing to exif_transpose either
@@ -87,7 +92,7 @@ def image_size(path: Path | str) -> tuple[int, int]:
 
 def frame_count(path: Path | str) -> int:
     """How many pictures a file holds, from its header alone."""
-    with _reading(path), Image.open(path) as image:
+    with _reading(path), _open(path) as image:
         return getattr(image, "n_frames", 1)
 
 
@@ -96,7 +101,7 @@ def _deep_grey(image: Image.Image, labels: bool) -> Image.Image:
 
     Where it may hold `labels`, those 0 and 1 are black and white.
     """
-    values = np.asarray(image).astype(np.float64)  # (H, W)
+    values = np.asarray(image)  # (H, W)
     low, high = values.min(), values.max()
     if high <= 1 and (labels or image.mode == "F"):
         top = 1
@@ -104,7 +109,30 @@ def _deep_grey(image: Image.Image, labels: bool) -> Image.Image:
         top = 255 if image.mode == "F" else 65535
     if not (low >= 0 and high <= top):  # so written, NaN is refused too
         raise ValueError(f"grey values run from {low:g} to {high:g}, wanted 0 to {top}")
-    return Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
+    if image.mode == "F" and 1 < high < 16 and not labels:
+        # which of the two scales is meant cannot be told, and the other side may be on the other
+        raise ValueError(f"grey values run up to {high:g}: wanted 0 to 1, or 0 to 255")
+    grey = np.empty(values.shape, np.uint8)
+    for row, into in zip(values, grey):  # row by row: a satellite's band has 10^8 pixels
+        into[:] = np.rint(row * np.float64(255 / top))
+    return Image.fromarray(grey)
+
+
+def _refuse_tiff(image: Image.Image) -> None:
+    """ValueError on a TIFF whose pixels Pillow would read as something else, without a word."""
+    if image.format != "TIFF":
+        return
+    tags, bands = image.tag_v2, len(image.getbands())
+    told, bits, extra = tags.get(277, 1), tags.get(258, (1,)), tags.get(338)
+    if told > 1 and bands == 1:
+        raise ValueError(f"it has {told} bands, and which are red, green and blue is not said")
+    if tags.get(284) == 2 and told > 1 and max(bits) > 8 and image.info.get("compression") == "raw":
+        raise ValueError(
+            f"{max(bits)} bits, band after band, uncompressed: Pillow misreads such a TIFF; "
+            "one with its pixels together, or compressed, is wanted"
+        )
+    if image.mode == "RGBA" and extra is None:
+        raise ValueError("it has 4 bands, and whether the last is alpha is not said (ExtraSamples)")
 
 
 def load_image(
@@ -116,9 +144,10 @@ def load_image(
     ValueError names a file that is broken, cut short, empty or larger than Pillow's bomb limit.
     """
     colour = ImageColor.getrgb(background)[:3]
-    with _reading(path), Image.open(path) as opened:
+    with _reading(path), _open(path) as opened:
         if isinstance(path, Frame):
             opened.seek(path.number)
+        _refuse_tiff(opened)
         opened.load()
         image = ImageOps.exif_transpose(opened)
         if image.mode[0] in "IF":  # I;16, I;16B, I, F
@@ -132,7 +161,16 @@ def load_image(
 
 
 def load_mask(path: Path | str) -> Image.Image:
-    """A mask as "L": 255 is where the change is. Files that hold labels 0 and 1 are stretched."""
+    """A mask as "L": 255 is where the change is. Files that hold labels 0 and 1 are stretched.
+
+    So are those whose palette gives the labels 0 and 1 colours, other than black and white.
+    """
+    with _reading(path), _open(path) as opened:
+        labelled = opened.mode == "P" and opened.getextrema() == (0, 1)
+        if labelled and not opened.has_transparency_data:
+            colours = np.array(opened.getpalette("RGB")[:6]).reshape(2, 3)  # (label, channel)
+            if sorted(colours.sum(1)) != [0, 765]:
+                return opened.point(lambda value: 255 * (value == 1), "L")
     mask = load_image(path, background="black", labels=True).convert("L")
     # 1 of 255 can only be a label; left alone it would be a mask that masks nothing
     return mask.point(lambda value: value * 255) if mask.getextrema()[1] == 1 else mask

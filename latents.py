@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data import PairDataset
@@ -197,6 +197,19 @@ def cache_latents(
     return Latents(rows, device)
 
 
+class _Told(Dataset):
+    """A data set whose errors are items: a worker's would come with the traceback of two."""
+
+    def __init__(self, items: PairDataset):
+        self.items = items
+
+    def __getitem__(self, index: int) -> dict | Exception:
+        try:
+            return self.items[index]
+        except Exception as error:
+            return error
+
+
 def _encoded(
     dataset: PairDataset,
     encode: Encode,
@@ -212,7 +225,7 @@ def _encoded(
     every = [batch for batches in cut for batch in batches]
     workers = min(workers, len(every))
     loader = DataLoader(  # one for all parts: starting its processes takes seconds
-        dataset,
+        _Told(dataset),
         batch_sampler=every,
         num_workers=workers,
         collate_fn=list,
@@ -222,6 +235,9 @@ def _encoded(
     for batches in cut:
         done: dict[str, list[Tensor]] = {"mean": [], "std": []} | ({"mask": []} if masked else {})
         for batch in islice(loaded, len(batches)):
+            for item in batch:
+                if isinstance(item, Exception):
+                    raise item
             with torch.no_grad():
                 posteriors = [encode(torch.stack([item[s] for item in batch])) for s in states]
             mean = torch.stack([mean.float().cpu() for mean, _ in posteriors], 1)  # (b, f, c, h, w)

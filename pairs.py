@@ -11,6 +11,7 @@ import os
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from images import Frame, shown
@@ -49,8 +50,8 @@ def find_images(folder: Path | str, flag: str = "--instance_data_dir") -> list[P
 
 def left_out(folder: Path | str, flag: str) -> list[Path]:
     """The files that `find_images` leaves out for their suffix, captions apart."""
-    known = {*SUFFIXES, ".txt"}
-    return [path for path in _files(folder, flag) if path.suffix.lower() not in known]
+    files = [path for path in _files(folder, flag) if path.suffix != ".txt"]
+    return [path for path in files if path.suffix.lower() not in SUFFIXES]
 
 
 def refuse_among(outs: Sequence[Path], folders: Sequence[tuple[str, Path | str]]) -> None:
@@ -270,9 +271,21 @@ def find_singles(
 
 def file_hash(path: Path | Frame) -> str:
     """sha256 of the file's bytes, hex; of a frame, with its number."""
+    if not isinstance(path, Frame):
+        return _sha256(path)
+    now = os.stat(path)
+    return f"{_of_frames(path.path, now.st_mtime_ns, now.st_size)} {path.number}"
+
+
+def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return f"{digest} {path.number}" if isinstance(path, Frame) else digest
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@lru_cache(maxsize=1)
+def _of_frames(path: Path, changed: int, size: int) -> str:
+    """Once for all frames of a file, which are asked for one after the other."""
+    return _sha256(path)
 
 
 def fingerprint(pairs: Sequence[Pair], hashes: Sequence[dict[str, str]] | None = None) -> str:

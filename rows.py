@@ -13,6 +13,7 @@ import os
 import socket
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -130,7 +131,8 @@ def save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
     except OSError as error:
         raise OSError(error.errno, f"{error.strerror}, --cache_dir", str(path)) from error
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):  # it must not hide what went wrong before
+            aside.unlink(missing_ok=True)
 
 
 def sweep(folder: Path) -> None:

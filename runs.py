@@ -224,8 +224,10 @@ class Run:
         if self.checkpoint is None or not (self.folder / "revision.json").exists():
             return
         then = self._read("revision.json")
-        if (was := then.get("data")) not in (None, fingerprints.get("data")):
-            self._differs(f"other data (sha256 {str(was)[:12]}, not {fingerprints['data'][:12]})")
+        for key, what in (("data", "other data"), ("class_data", "other class images")):
+            was, now = then.get(key), fingerprints.get(key)
+            if was not in (None, now):
+                self._differs(f"{what} (sha256 {str(was)[:12]}, not {str(now)[:12]})")
         if (were := then.get("processes", 1)) != (now := fingerprints.get("processes", 1)):
             self._differs(f"another number of processes ({were}, not {now})")
 

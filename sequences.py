@@ -5,7 +5,9 @@ find_clips -> [Pair]        a folder of frames, or an animated file, for each pl
 """
 
 import math
+import os
 import re
+import unicodedata
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -45,6 +47,8 @@ def find_sequences(
     times = list(range(len(folders))) if times is None else list(times)
     if len(folders) < 2:
         raise ValueError(f"--sequence_dirs names {len(folders)} folder, wanted at least 2")
+    if len({os.path.realpath(folder) for folder in folders}) < len(folders):
+        raise ValueError("two of --sequence_dirs are the same folder; one for each time was wanted")
     if len(times) != len(folders):
         raise ValueError(
             f"--sequence_times has {len(times)} times for {len(folders)} folders of --sequence_dirs"
@@ -96,6 +100,7 @@ def find_clips(folder: Path | str, stride: int = 1, *, mask_dir: Path | str | No
             name, frames = entry.stem, [Frame(entry, i) for i in range(count)]
         else:
             continue
+        name = unicodedata.normalize("NFC", name)  # as names of masks are
         if name in clips:
             raise ValueError(f"--frames_dir: two clips are named {shown([name])}, wanted one")
         clips[name] = frames

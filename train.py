@@ -174,9 +174,10 @@ def phases(
         def encoded(images: PairDataset, *how) -> Latents:
             return encode_all(cfg, vae, images, device, *how)
 
-        def apart(some: list[Pair], prompts: list[str]) -> Apart:
+        def apart(some: list[Pair], prompts: list[str], *, seen: bool) -> Apart:
             images = make_gallery(cfg, some)
-            return Apart(some, images, encoded(images).mean if some else None, prompts)
+            items = [images[i] for i in range(len(some) if seen else 0)]
+            return Apart(some, items, encoded(images).mean if some else None, prompts)
 
         how = cfg.latents_on, (ranks.rank, ranks.world), ranks.wait
         latents = encoded(dataset, *how)
@@ -185,7 +186,7 @@ def phases(
         if class_pairs:
             class_latents = encoded(make_dataset(cfg, class_pairs), *how)
         items = Items(pairs, dataset.views, latents, class_latents)
-        shown, held_out = apart(shown, told), apart(held_out, kept)
+        shown, held_out = apart(shown, told, seen=True), apart(held_out, kept, seen=False)
         vae.to("cpu")
 
     # ---- 4. UNet: frozen, with a LoRA in fp32
@@ -209,11 +210,13 @@ def phases(
         checkpoint_activations(unet, LEVELS[level], keep_strength(unet))
         if cfg.compile:
             compile_blocks(unet)
-    meta = lora_metadata(cfg, name, knobs, schedule, states=1 + len({p.strength for p in pairs}))
+    states = 1 + len({pair.strength for pair in pairs})
+    meta = lora_metadata(cfg, name, knobs, schedule, prompts={*own}, states=states)
     run.start(
         {
             "base": base,
             "data": fingerprint(pairs, dataset.hashes),
+            "class_data": fingerprint(class_pairs) if class_pairs else None,
             "trained_parameters": trained.flat.numel(),
             "processes": ranks.world,
             "launch": launch(),

@@ -67,6 +67,7 @@ def pack(parts: Parts, layout: str, dtype: torch.dtype) -> tuple[dict[str, Tenso
         for path, f in factors.items():
             fold = 1.0
             if layout == "diffusers":
+                fold = 1.0 if f.scale > 0 else f.scale  # an α is above 0
                 down, up = (f"{part}.{path}.lora_{letter}.weight" for letter in "AB")
             elif layout == "attn_procs":
                 stem, fold = _old_stem(part, path), f.scale
@@ -119,7 +120,7 @@ def _peft_config(part: str, factors: dict[str, Factors]) -> dict:
     # peft matches the ends of paths: without the prefix they fit transformers of any age
     factors = {name.removeprefix("text_model."): f for name, f in factors.items()}
     ranks = {name: f.A.shape[0] for name, f in factors.items()}
-    alphas = {name: f.scale * f.A.shape[0] for name, f in factors.items()}
+    alphas = {n: (f.scale if f.scale > 0 else 1.0) * f.A.shape[0] for n, f in factors.items()}
     r, alpha = _commonest(ranks.values()), _commonest(alphas.values())
     config = {
         f"{part}.r": r,
@@ -250,7 +251,7 @@ def _peft_scale(peft: dict, part: str, path: str, r: int, file) -> float:
         pattern = said("alpha_pattern", None) or {}
         hits = (v for p, v in pattern.items() if p == path or re.match(rf"(.*\.)?({p})$", path))
         alpha = next(hits, said("lora_alpha", r))
-        assert type(alpha) in (int, float) and abs(alpha) < 1e9
+        assert type(alpha) in (int, float) and 0 < alpha < 1e9
         scale = alpha / (math.sqrt(r) if said("use_rslora", False) else r)
     except (AssertionError, ArithmeticError, AttributeError, TypeError, ValueError, re.error) as e:
         raise ValueError(f"{file} has a header without a usable lora_alpha of {path}") from e

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import durable
 import revision
@@ -366,6 +367,36 @@ def test_what_is_written_lies_apart_from_what_is_read(config, pairs, tmp_path):
         with pytest.raises(ValueError, match=said):
             train.train(replace(config, **changes))
     assert (tmp_path / "run" / "samples" / "before").is_dir()
+    one = str(tmp_path / "run" / "samples" / "before" / "0.png")
+    for changes in (
+        {"validation_images": (one,)},
+        {"cache_dir": str(tmp_path / "run" / "samples")},
+        {"class_data_dir": str(tmp_path / "run" / "strengths"), **classes},
+    ):
+        said = f"--{next(iter(changes))} .* lies where --output_dir .* writes"
+        with pytest.raises(ValueError, match=said):
+            train.train(replace(config, overwrite=True, **changes))
+    assert Path(one).is_file()
+    for changes in ({"cache_dir": one}, {"class_data_dir": one, **classes}):
+        elsewhere = str(tmp_path / "elsewhere")
+        with pytest.raises(
+            FileExistsError, match=f"--{next(iter(changes))} .* is a file, a folder"
+        ):
+            train.train(replace(config, output_dir=elsewhere, **changes))
+
+
+def test_other_class_images_are_other_data(config, tmp_path):
+    """A run that goes on with them says so; unchanged it goes on."""
+    cfg = replace(
+        config, with_prior_preservation=True, class_prompt="land", num_class_images=2,
+        class_data_dir=str(tmp_path / "class"), max_train_steps=1, num_validation_images=0,
+    )  # fmt: skip
+    train.train(cfg)
+    more = replace(cfg, max_train_steps=2, resume_from_checkpoint="latest")
+    train.train(more)
+    Image.new("RGB", (64, 64), "red").save(sorted((tmp_path / "class").iterdir())[0])
+    with pytest.raises(ValueError, match="other class images"):
+        train.train(replace(more, max_train_steps=3))
 
 
 # ---- one writer ----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import pickle
 import re
 import struct
+import unicodedata
 import warnings
 import zlib
 from pathlib import Path
@@ -723,12 +724,14 @@ def test_what_is_left_out_or_dark_is_a_remark(folders, tmp_path, capsys):
     for side in (before, after):
         save(picture(9), side / "clip.gif")
         (side / "a.txt").write_text("a caption is no image and no stranger")
-    save(Image.fromarray(np.full((8, 8), 4095, np.uint16)), after / "night.png")  # 12 bits
+    night = np.full((32, 32), 4095, np.uint16)  # 12 bits
+    night[3, 3] = 65535  # and one bright pixel
+    save(Image.fromarray(night), after / "night.png")
     assert run_check(tmp_path, "--resolution", "8") == 0
     said = capsys.readouterr().out
     left = f"files of another suffix, left out: 2\n{'':13}{before}/clip.gif, {after}/clip.gif\n"
     assert left in said
-    assert f"nearly black images: 1\n{'':13}night (after, at most 16 of 255)\n" in said
+    assert f"nearly black images: 1\n{'':13}night (after, hardly above 16 of 255)\n" in said
 
 
 @pytest.mark.parametrize(
@@ -799,6 +802,8 @@ def test_a_place_that_lacks_a_state_is_named(tmp_path):
     assert [p.name for p in find_sequences(dirs, allow_unmatched=True)] == ["a at 0.5", "a"]
     with pytest.raises(ValueError, match="names 1 folder, wanted at least 2"):
         find_sequences(dirs[:1])
+    with pytest.raises(ValueError, match="two of --sequence_dirs are the same folder"):
+        find_sequences([*dirs, f"{dirs[-1]}/."])
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
@@ -823,6 +828,34 @@ def test_clips_are_folders_and_animations_alike(tmp_path, suffix):
     frames[0].save(root / "one" / "0.png")
     with pytest.raises(ValueError, match="one has 1 frames, wanted at least 2 at --frame_stride 1"):
         find_clips(root)
+
+
+def test_a_clips_mask_is_found_by_any_spelling(tmp_path):
+    """Of é: macOS writes names in two characters where others write one."""
+    name = unicodedata.normalize("NFD", "café")
+    for i in range(2):
+        save(picture(i), tmp_path / "clips" / name / f"{i}.png")
+    save(Image.new("L", (8, 8), 255), tmp_path / "masks" / f"{name}.png")
+    (pair,) = find_clips(tmp_path / "clips", mask_dir=tmp_path / "masks")
+    assert pair.mask is not None
+
+
+def test_a_faint_mask_is_a_remark(folders, tmp_path, capsys):
+    """Labels of 0 and 2, say: it masks hardly anything, and says nothing."""
+    folders(["a.png"], ["a.png"])
+    save(Image.new("L", (8, 8), 2), tmp_path / "mask" / "a.png")
+    run_check(tmp_path, "--resolution", "8", "--mask_dir", str(tmp_path / "mask"))
+    assert f"faint masks: 1\n{'':13}a (at most 2 of 255)\n" in capsys.readouterr().out
+
+
+def test_a_caption_in_capitals_is_told_of(folders, tmp_path, capsys):
+    """NAME.TXT is not read."""
+    before, _ = folders(["a.png"], ["a.png"])
+    (before / "a.TXT").write_text("a square")
+    run_check(tmp_path, "--resolution", "8")
+    assert (
+        f"files of another suffix, left out: 1\n{'':13}{before}/a.TXT\n" in capsys.readouterr().out
+    )
 
 
 def test_frames_are_counted_as_numbers(tmp_path):

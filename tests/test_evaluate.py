@@ -262,6 +262,51 @@ def test_rank_correlation():
     assert measures.spearman([1, 2, 3], [1, 1, 1]) == 0
 
 
+def test_pairs_without_a_masked_pixel_say_nothing():
+    """They were enough to make the whole NaN."""
+    gap = measures.gap_closed([4.0, math.nan, 6.0], [2.0, math.nan, 4.0], [0.0, math.nan, 2.0])
+    assert gap == measures.gap_closed([4.0, 6.0], [2.0, 4.0], [0.0, 2.0]) and gap["n"] == 2
+    assert measures.gap_closed([math.nan], [math.nan], [math.nan])["n"] == 0
+
+
+def test_an_empty_mask_among_others(monkeypatch, tmp_path, sd1, scenes, capsys):
+    folder = tmp_path / "solar"
+    shutil.copytree(scenes / "solar", folder)
+    Image.new("L", (32, 32)).save(sorted((folder / "mask").iterdir())[0])
+    result = score(monkeypatch, tmp_path, sd1, folder, fade, "--no-keep_detail")
+    assert result["gap_closed"]["inside"]["mean"] == 1.0
+    assert {place: gap["n"] for place, gap in result["gap_closed"].items()} == {
+        "whole": 6,
+        "inside": 5,
+    }
+    said = capsys.readouterr().out
+    assert "warning: 1 of 6 pairs have no pixel inside their mask" in said
+    assert "autoencoder loses" not in said
+
+
+def test_a_pairs_caption_is_its_prompt(monkeypatch, tmp_path, sd1, scenes, capsys):
+    """Unless --prompt is given; each picture has noise of its own."""
+    folder, calls = tmp_path / "solar", []
+    shutil.copytree(scenes / "solar", folder)
+    (folder / "after" / "00001.txt").write_text("a caption")
+    lora = write_lora(tmp_path / "lora", sd1, prompt="what was trained", captions=True)
+
+    def edit(pipe, objective, images, strengths, args, prompt, seeds):
+        calls.append((prompt, seeds))
+        return [images for _ in strengths]
+
+    monkeypatch.setattr(evaluate, "edit_pixels", edit)
+    assert evaluate.main(flags(lora, folder, tmp_path / "out")) == 0
+    assert [prompt for prompt, _ in calls] == ["what was trained", "a caption", "what was trained"]
+    seeds = [seed for _, some in calls for seed in some]
+    assert len(set(seeds)) == len(seeds) == 6
+    calls.clear()
+    assert evaluate.main(flags(lora, folder, tmp_path / "out", "--prompt", "")) == 0
+    assert {prompt for prompt, _ in calls} == {""}
+    assert [seed for _, some in calls for seed in some] == seeds  # whatever the batches are
+    assert "with a caption for each image, and is used without" in capsys.readouterr().out
+
+
 def test_the_gap_and_its_error():
     gap = measures.gap_closed([4.0, 6.0], [2.0, 4.0], [0.0, 2.0])
     assert gap["mean"] == pytest.approx(0.5) and gap["n"] == 2

@@ -63,6 +63,17 @@ def same(one, two):
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_image_is_one_sentence(five, workers):
+    """Also from a process of its own, which would send a traceback with it."""
+    path = five[2].after
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError) as caught:
+        cached(five, None, make={"workers": workers})
+    said = str(caught.value)
+    assert said.startswith(str(path)) and "\n" not in said and len(said) < 300
+
+
 def test_latents_are_the_posterior_of_each_side(five):
     latents, images = cached(five, None)
     rows = latents.rows.tensors

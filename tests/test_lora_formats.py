@@ -25,9 +25,10 @@ from safetensors.torch import load_file, save_file
 import sample
 from config import TrainConfig
 from model.lora import Factors, adapter_factors, attach, fix, inject, lora_layers, set_strength
+from model.lora_algebra import truncate
 from model.lora_convert import main
 from model.lora_files import companion_entry, load_lora, read_lora, save_lora
-from model.lora_layouts import LAYOUTS, kohya_name, spelt
+from model.lora_layouts import LAYOUTS, kohya_name, pack, spelt
 from model.pipeline import load_pipeline
 from model.text import TextEncoder
 from model.unet import UNet
@@ -456,6 +457,31 @@ def kohya_file(path: Path, root: Path, change=lambda tensors: tensors) -> dict[s
             tensors[f"{stem}.alpha"] = torch.tensor(alpha)
     save_file(change(tensors), path)
     return deltas
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_scale_that_is_not_above_0_survives(tmp_path, layout):
+    """No file's α is: it is folded into B."""
+    stem = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+    A, B = draw(2, 8), draw(8, 2, seed=1)
+    parts = {"unet": {f"{stem}.to_q": Factors(A, B, -0.5), f"{stem}.to_k": Factors(A, B, 0.0)}}
+    tensors, header = pack(parts, layout, torch.float32)
+    save_file(tensors, tmp_path / "x.safetensors", metadata=header)
+    again, _ = read_lora(tmp_path / "x.safetensors")
+    for name, f in parts["unet"].items():
+        back = again["unet"][name]
+        assert torch.allclose(back.scale * back.B @ back.A, f.scale * f.B @ f.A, atol=1e-6)
+
+
+def test_a_stack_that_is_higher_than_its_layer_is_cut():
+    """Of 24 ranks stacked on a layer that has 8 at most, 20 and 12 hold all there is."""
+    f = Factors(draw(24, 8), draw(40, 24, seed=1), 0.5)
+    for rank in (20, 12, 8, 5):
+        cut, lost, whole = truncate(f, rank)
+        assert cut.A.shape[0] == min(rank, 8)
+        away = (f.scale * f.B @ f.A - cut.scale * cut.B @ cut.A).square().sum()
+        assert away.item() == pytest.approx(lost, abs=1e-4 * whole)
+        assert (lost > 1e-6 * whole) == (rank == 5)
 
 
 def test_kohya_files_with_alphas_of_their_own(tmp_path, sd1):

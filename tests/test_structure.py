@@ -103,7 +103,9 @@ ARROWS = {
         "training.adapting", "config", "latents", "pairs", "rows", "model.draws", "model.lora",
         "model.pipeline", "model.text", "model.weights",
     ],
-    "training.session": ["config", "model.memory", "training.ranks", "runs", "training.trackers"],
+    "training.session": [
+        "config", "durable", "model.memory", "training.ranks", "runs", "training.trackers",
+    ],
     "hub_card": ["model.files", "model.lora_files"],
     "hub": [
         "cli", "config", "durable", "hub_card", "progress", "report", "model.files",

@@ -31,14 +31,14 @@ from model.lora_files import LORA_FILE, read_lora
 from model.memory import LEVELS, flatten
 from model.objectives import OBJECTIVES
 from model.vae import VAE
-from model.weighting import weighted_mean
+from model.weighting import in_and_out, weighted_mean
 from model.weights import load_text, load_unet
 from pairs import find_pairs
 from tests.small import losses, rows, small
 from train import train
 from training.adapting import rate
 from training.inputs import make_dataset
-from training.tally import Trend
+from training.tally import Tally, Trend
 from training.watching import Watch
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -502,6 +502,8 @@ def test_draws_are_a_function_of_seed_and_step():
     seen = torch.cat([drawn(3, step)[0].index % 7 for step in range(7)]).view(2, 7)
     assert [sorted(row.tolist()) for row in seen] == [list(range(7))] * 2
     assert not torch.equal(seen[0], seen[1])
+    other = torch.cat([drawn(4, step)[0].index % 7 for step in range(7)]).view(2, 7)
+    assert not torch.equal(seen, other)  # nor in the same one with another seed
     t = torch.cat([drawn(3, step)[0].t for step in range(600)])
     assert t.min() < 20 and t.max() > 980 and abs(t.float().mean() - 499.5) < 30
 
@@ -516,6 +518,57 @@ def test_mask_weighting():
     assert weighted_mean(error, mask, 0.0).item() == pytest.approx(1.0)
     assert weighted_mean(error, mask, 0.1).item() == pytest.approx((4 + 4 * 0.1) / (4 + 12 * 0.1))
     assert weighted_mean(error, 0 * mask, 0.0).item() == 0.0  # an empty mask asks for nothing
+
+
+def test_errors_inside_and_outside_are_means_over_all_pixels():
+    """However the batch is cut, and where some masks are empty, which have no mean of their own."""
+    g = torch.Generator().manual_seed(0)
+    mask = (torch.rand((8, 1, 4, 4), generator=g) < 0.3).float()
+    mask[:3] = 0.0
+    error = torch.where(mask > 0, 1.0, 0.1).expand(8, 4, 4, 4)
+    for micro in (8, 4, 2, 1):
+        tally = Tally(torch.device("cpu"))
+        parts = zip(error.split(micro), mask.split(micro))
+        found = torch.stack([in_and_out(*part) for part in parts]).mean(0)
+        tally.add(torch.tensor(True), torch.cat([torch.tensor([0.5]), found]), 1)
+        means, _, _ = tally.read()
+        assert means == pytest.approx([0.5, 1.0, 0.1, mask.mean().item()])
+    tally = Tally(torch.device("cpu"))
+    tally.add(torch.tensor(True), torch.cat([torch.ones(1), in_and_out(error, 0 * mask)]), 1)
+    assert math.isnan(tally.read()[0][1])
+
+
+def test_the_one_caption_of_all_is_the_prompt(config, pairs, tmp_path):
+    """What the LoRA is used at unless another is given; of several it says that there are."""
+    shutil.copytree(pairs, tmp_path / "told")
+    for i, words in enumerate(["a square"] * 5):
+        (tmp_path / "told" / "after" / f"{i}.txt").write_text(words)
+    cfg = replace(config, after_data_dir=str(tmp_path / "told" / "after"), instance_prompt="",
+                  max_train_steps=1, num_validation_images=0)  # fmt: skip
+    _, meta = read_lora(train(cfg))
+    assert meta["prompt"] == "a square" and meta["captions"] is False
+    (tmp_path / "told" / "after" / "0.txt").write_text("a circle")
+    _, meta = read_lora(train(replace(cfg, overwrite=True)))
+    assert meta["prompt"] == "" and meta["captions"] is True
+
+
+def test_pictures_need_no_files(config, pairs, tmp_path, monkeypatch):
+    """The images are gone once the loop begins: a run loses nothing by it."""
+    shutil.copytree(pairs, tmp_path / "gone")
+    dirs = {f"{side}_data_dir": str(tmp_path / "gone" / side) for side in ("before", "after")}
+    steps = loop.loop
+
+    def gone(*args):
+        shutil.rmtree(tmp_path / "gone")
+        steps(*args)
+
+    monkeypatch.setattr(loop, "loop", gone)
+    folder = train(replace(config, **dirs, max_train_steps=2, num_validation_images=2))
+    monkeypatch.setattr(loop, "loop", steps)
+    whole = train(replace(config, max_train_steps=2, num_validation_images=2,
+                          output_dir=str(tmp_path / "whole")))  # fmt: skip
+    for name in ("samples/000002.png", "strengths/0-1.png"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_masks_and_captions_reach_the_loss(config, pairs, tmp_path):

@@ -52,9 +52,15 @@ def restore(checkpoint: Path, adapted: dict, opt: torch.optim.Optimizer, scaler)
 
 
 def lora_metadata(
-    cfg: TrainConfig, objective: str, knobs: Knobs, schedule: Schedule, *, states: int
+    cfg: TrainConfig,
+    objective: str,
+    knobs: Knobs,
+    schedule: Schedule,
+    *,
+    prompts: set[str],
+    states: int,
 ) -> dict:
-    """What whoever uses the LoRA must know."""
+    """What whoever uses the LoRA must know. prompts: what it was trained at."""
     base = cfg.pretrained_model_name_or_path
     slope, offset = OBJECTIVES[objective].multiplier
     said = f"0 = before, 1 = after; LoRA multiplier = {slope:g} * strength + {offset:g}"
@@ -65,7 +71,8 @@ def lora_metadata(
         "multiplier": [slope, offset],
         "strength": said,
         "base_model": str(Path(base).resolve()) if is_local(base) else base,
-        "prompt": cfg.instance_prompt,
+        "prompt": next(iter(prompts)) if len(prompts) == 1 else cfg.instance_prompt,
+        "captions": len(prompts) > 1,  # each image had one
         "rank": cfg.lora_rank,
         "alpha": cfg.lora_alpha or cfg.lora_rank,
         "targets": cfg.lora_targets,

@@ -18,7 +18,7 @@ from images import load_image, shown, to_image
 from latents import Latents, cache_latents
 from model.memory import phase, unless_full
 from model.pipeline import DTYPES, decode, generate_latents, load_pipeline, pick_dtype
-from pairs import Pair, find_pairs, find_singles, left_out, unmatched
+from pairs import Pair, find_images, find_pairs, find_singles, left_out, unmatched
 from progress import no_bars
 from sequences import find_clips, find_sequences
 
@@ -162,8 +162,7 @@ def class_images(cfg: TrainConfig, device: torch.device, log: Callable) -> list[
     for the class prompt.
     """
     folder = Path(cfg.class_data_dir)
-    # a kill leaves nothing but a hidden file, perhaps
-    some = folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir())
+    some = folder.is_dir() and find_images(folder, "--class_data_dir")
     have = len(find_singles(folder, flag="--class_data_dir")) if some else 0
     if have < cfg.num_class_images:
         precision = cfg.prior_generation_precision or cfg.mixed_precision

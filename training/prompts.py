@@ -120,6 +120,8 @@ def encode_prompts(
 
     def name(part: range) -> str:
         made_of = key + ids[part.start : part.stop].cpu().numpy().tobytes()
+        if mask is not None:
+            made_of += mask[part.start : part.stop].cpu().numpy().tobytes()
         return f"contexts-{part.start:07d}-{hashlib.sha256(made_of).hexdigest()}.safetensors"
 
     def make(parts: list[range]) -> Iterator[dict[str, Tensor]]:

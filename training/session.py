@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from config import TrainConfig
+from durable import refuse_file
 from model.memory import out_of_memory, peak_mib
 from runs import FILES, Run
 from training.ranks import Beside, Ranks
@@ -31,8 +32,15 @@ def refuse_overlap(cfg: TrainConfig) -> None:
         for mine, path in written:
             if path is not None and Path(path).resolve().is_relative_to(there):
                 raise ValueError(f"--{mine} {path} lies in --{flag} {folder}, which is trained on")
-        if any(there.is_relative_to(out / name) for name in FILES):
-            raise ValueError(f"--{flag} {folder} lies where --output_dir {cfg.output_dir} writes")
+    for name in ("validation_images", "cache_dir", "class_data_dir"):
+        given = getattr(cfg, name) or ()
+        read += [(name, path) for path in ([given] if isinstance(given, str) else given)]
+    for flag, path in read:
+        if any(Path(path).resolve().is_relative_to(out / name) for name in FILES):
+            raise ValueError(f"--{flag} {path} lies where --output_dir {cfg.output_dir} writes")
+    for flag in ("cache_dir", "class_data_dir"):
+        if getattr(cfg, flag) is not None:
+            refuse_file(Path(getattr(cfg, flag)), f"--{flag}")
     fresh = cfg.resume_from_checkpoint is None  # what goes on has read --init_lora
     for flag in ("base_lora", "init_lora") if fresh else ("base_lora",):
         file = getattr(cfg, flag)

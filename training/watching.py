@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data import PairDataset
 from durable import write_json
 from images import contact_sheet, to_image
 from model.draws import seeded_for
@@ -33,10 +32,10 @@ STRENGTHS = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25]  # of the report's slider
 
 @dataclass(frozen=True)
 class Apart:
-    """Pairs that are looked at, not trained on: their images, latents and prompts."""
+    """Pairs that are looked at, not trained on: their latents and prompts; images if shown."""
 
     pairs: list[Pair]
-    images: PairDataset | None
+    images: list[dict]  # items of a PairDataset, as their files may be gone by the end
     z: Tensor | None  # (k, f, 4, h, w), posterior means
     prompts: list[str]
 

@@ -103,7 +103,7 @@ def test_alphas_equal_diffusers_to_its_own_precision():
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "ddim_eta", "ddim_clip", "dpm_solver", "euler"])
-@pytest.mark.parametrize("steps", [7, 20])
+@pytest.mark.parametrize("steps", [7, 20, 30])  # 30: halves to be rounded
 def test_trajectory_equals_diffusers(name, spacing, prediction_type, steps):
     config = {**SD15, "prediction_type": prediction_type, "timestep_spacing": spacing}
     if name == "ddim_clip":

@@ -1,0 +1,116 @@
+"""TIFF files as satellites' programs write them: read right, or refused; never read as garbage."""
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from images import load_image, load_mask
+
+DEFLATE, RAW = 8, 1
+
+
+def write_tiff(path, pixels, *, planar=False, compression=RAW, grey=False, extra=None):
+    """pixels (h, w, bands), as one strip, or one of each band; tags as in TIFF 6.0, section 8."""
+    h, w, bands = pixels.shape
+    bits, kind = 8 * pixels.dtype.itemsize, {"u": 1, "f": 3}[pixels.dtype.kind]
+    planes = np.moveaxis(pixels, 2, 0) if planar else [pixels]
+    strips = [np.ascontiguousarray(plane).tobytes() for plane in planes]
+    strips = [zlib.compress(strip) if compression == DEFLATE else strip for strip in strips]
+    starts = np.cumsum([8, *map(len, strips)]).tolist()
+    short, long = "H", "I"
+    tags = {256: (long, [w]), 257: (long, [h]), 258: (short, [bits] * bands),
+            259: (short, [compression]), 262: (short, [1 if grey else 2]), 273: (long, starts[:-1]),
+            277: (short, [bands]), 278: (long, [h]), 279: (long, list(map(len, strips))),
+            284: (short, [2 if planar else 1]), 339: (short, [kind] * bands)}  # fmt: skip
+    others = bands - (1 if grey else 3)
+    tags |= {338: (short, [extra] * others)} if extra is not None else {}
+    after = starts[-1] + 2 + 12 * len(tags) + 4
+    entries, values = b"", b""
+    for tag, (code, numbers) in sorted(tags.items()):
+        data = struct.pack(f"<{len(numbers)}{code}", *numbers)
+        if len(data) > 4:
+            data, values = struct.pack("<I", after + len(values)), values + data
+        kind = {short: 3, long: 4}[code]
+        entries += struct.pack("<HHI", tag, kind, len(numbers)) + data.ljust(4, b"\0")
+    head = struct.pack("<2sHI", b"II", 42, starts[-1]) + b"".join(strips)
+    path.write_bytes(head + struct.pack("<H", len(tags)) + entries + bytes(4) + values)
+    return path
+
+
+@pytest.fixture
+def picture():
+    """(8, 8, 4) of 8 bits."""
+    return np.random.default_rng(0).integers(0, 256, (8, 8, 4), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("deep", [False, True], ids=["8", "16"])
+@pytest.mark.parametrize("compression", [RAW, DEFLATE], ids=["raw", "deflate"])
+@pytest.mark.parametrize("planar", [False, True], ids=["pixels", "bands"])
+def test_colour_is_read_right_or_refused(tmp_path, picture, deep, compression, planar):
+    """Pillow reads bands of 16 bits, not compressed, with an 8-bit reader: stripes."""
+    colour = picture[..., :3]
+    wide = colour.astype(np.uint16) * 257 if deep else colour
+    path = write_tiff(tmp_path / "a.tif", wide, planar=planar, compression=compression)
+    if deep and planar and compression == RAW:
+        with pytest.raises(ValueError, match=r"a\.tif .* band after band, uncompressed"):
+            load_image(path)
+    else:
+        assert np.array_equal(np.asarray(load_image(path)), colour)
+
+
+@pytest.mark.parametrize("bands", [2, 4])
+def test_bands_without_a_colour_are_refused(tmp_path, picture, bands):
+    """The first band alone was taken, without a word: a change in the others was none."""
+    path = tmp_path / "bands.tif"
+    write_tiff(path, picture[..., :bands], planar=True, compression=DEFLATE, grey=True, extra=0)
+    with pytest.raises(
+        ValueError, match=rf"bands\.tif .*: it has {bands} bands, and which are red"
+    ):
+        load_image(path)
+
+
+def test_near_infrared_is_no_alpha(tmp_path, picture):
+    """Four bands: alpha where the file says so, something else that is left out, or refused."""
+    with pytest.raises(ValueError, match="whether the last is alpha is not said"):
+        load_image(write_tiff(tmp_path / "unsaid.tif", picture))
+    infrared = load_image(write_tiff(tmp_path / "infrared.tif", picture, extra=0))
+    assert np.array_equal(np.asarray(infrared), picture[..., :3])
+    picture[..., 3] = 0
+    clear = load_image(write_tiff(tmp_path / "alpha.tif", picture, extra=2))
+    assert np.asarray(clear).min() == 255
+
+
+def test_floats_of_two_scales_are_refused(tmp_path):
+    """Reflectance of 1.04 on a roof: 0 to 255 it would be, and its partner 0 to 1."""
+    values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8, 1)
+    path = write_tiff(tmp_path / "grey.tif", values, grey=True)
+    assert np.asarray(load_image(path)).max() == 255
+    write_tiff(path, values * np.float32(1.04), grey=True)
+    with pytest.raises(ValueError, match=r"run up to 1\.04: wanted 0 to 1, or 0 to 255"):
+        load_image(path)
+    write_tiff(path, values * np.float32(200), grey=True)
+    assert np.asarray(load_image(path)).max() == 200
+
+
+@pytest.mark.parametrize("colours", [[0, 0, 0, 128, 0, 0], [0, 0, 0, 255, 0, 0], [9] * 6])
+def test_labels_in_a_palette_are_a_mask(tmp_path, colours):
+    """Of 0 and 1, whatever their colours: by their luminance they mask almost nothing."""
+    labels = Image.new("P", (8, 8), 0)
+    labels.paste(1, (2, 2, 6, 6))
+    labels.putpalette(colours)
+    labels.save(tmp_path / "mask.png")
+    mask = np.asarray(load_mask(tmp_path / "mask.png"))
+    assert mask.sum() == 255 * 16 and (mask[2:6, 2:6] == 255).all()
+
+
+@pytest.mark.parametrize("white", [0, 1])
+def test_a_palette_of_black_and_white_is_a_picture(tmp_path, white):
+    labels = Image.new("P", (8, 8), 0)
+    labels.paste(1, (2, 2, 6, 6))
+    labels.putpalette([255 * (white == 0)] * 3 + [255 * (white == 1)] * 3)
+    labels.save(tmp_path / "mask.png")
+    mask = np.asarray(load_mask(tmp_path / "mask.png"))
+    assert (mask == 255).sum() == (16 if white else 48) and set(mask.flat) == {0, 255}
