@@ -42,11 +42,11 @@ NEEDED  = $(addsuffix /.done,$(sort $(shell grep -oshE 'data/(scenes/[a-z]+|rand
 
 VENV ?= .venv
 ifdef PYTHON
-  PY    := $(PYTHON)
+  PY     = $(call quote,$(PYTHON))
   READY :=
   READY_DEV :=
 else
-  PY    := $(VENV)/bin/python
+  PY     = $(call quote,$(VENV)/bin/python)
   READY := $(VENV)/.installed
   READY_DEV := $(VENV)/.installed-dev
 endif
@@ -89,7 +89,7 @@ train: $(READY) $(if $(SCENES),$(SCENES)/.done) ## train a LoRA: BEFORE= AFTER= 
 	  $(call flag,--mask_dir,$(MASK)) $(call flag,--instance_data_dir,$(INSTANCE)) \
 	  --output_dir $(call quote,$(or $(OUT),$(RUN))) $(if $(SCENES),$(SCENE_FLAGS)) \
 	  $(call flag,--instance_prompt,$(PROMPT)) $(call flag,--max_train_steps,$(STEPS)) $(ARGS)
-	$(if $(SCENES),@$(MAKE) --no-print-directory evaluate RUN=$(call quote,$(or $(OUT),$(RUN))) OUT= ARGS=)
+	$(if $(SCENES),@$(MAKE) --no-print-directory evaluate RUN=$(call quote,$(or $(OUT),$(RUN))) OUT= ARGS= MASK=)
 
 evaluate: $(READY) $(if $(SCENES),$(SCENES)/.done) ## numbers on held-out pairs: RUN= BEFORE= AFTER= [MASK=]
 	$(PY) evaluate.py --lora $(call quote,$(RUN)) --out $(call quote,$(or $(OUT),$(RUN)/evaluation)) \

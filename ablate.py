@@ -38,7 +38,8 @@ import comparison
 from arms import NEEDED, Arm, judge_parser, read_arms
 from cli import Parser, report
 from config import TrainConfig
-from durable import lock, read_or_empty, refuse_file, remove, write_aside, write_json
+from durable import lock, read_or_empty, refuse_file, refuse_others, remove, write_aside, write_json
+from editing import check
 from evaluate import find_held_out
 from pairs import fingerprint
 from training.inputs import find_data
@@ -251,8 +252,8 @@ def leave(path: Path, jobs: list[Job], done: list, failed: list, out: Path) -> s
     }  # fmt: skip
     content = {"arms": arms, "seeds": seeds, "revisions": revisions, "file": str(path)}
     content["failed"] = {title(job): why for job, why in failed}
-    write_aside(out / "table.md", lambda aside: aside.write_text(text, encoding="utf-8"))
     write_json(out / "results.json", content)
+    write_aside(out / "table.md", lambda aside: aside.write_text(text, encoding="utf-8"))
     if done:
         plot, sheet = comparison.plot(summary, runs), comparison.sheet(judged, results, SHOWN)
         write_aside(out / "plot.png", lambda aside: plot.save(aside, format="PNG"))
@@ -270,10 +271,15 @@ def ablate(path: Path, seeds: list[int], out: Path, workers: int, only: list[str
             names = ", ".join(arm.name for arm in arms)
             raise ValueError(f"--only {pattern} is no arm of {path}; they are {names}")
     for arm in arms:  # what is missing, before hours of training
-        judge_parser(f"{path}:{arm.line}: evaluate.py for {arm.name}").parse_args(
-            [*NEEDED[:2], *arm.evaluate]
-        )
+        told = f"{path}:{arm.line}: evaluate.py for {arm.name}"
+        args = judge_parser(told).parse_args([*NEEDED[:2], *arm.evaluate])
+        try:
+            check(args)
+            find_held_out(args)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{told}: {error}") from error
     refuse_file(out, "--out")
+    refuse_others(out, ("table.md", "plot.png", "sheet.png"), "results.json")
     out.mkdir(parents=True, exist_ok=True)
     with lock(out, "--out") as held:  # not signed: who holds it last may be one that was started
         return work_off(path, jobs, out, workers, only, held.fileno())

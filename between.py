@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from data import MAX_ASPECT, aspect_gap, by
-from durable import refuse_others, save_image, write_aside, write_json
+from durable import read_or_empty, refuse_others, save_image, write_aside, write_json
 from editing import defaults, draws_anew
 from images import contact_sheet, load_image, to_image, to_tensor
 from measures import mse, path, perceived, psnr, structure
@@ -174,12 +174,11 @@ def morph(
 
     out, images = Path(args.out), [to_image(frame) for frame in frames]
     out.mkdir(parents=True, exist_ok=True)
+    earlier = read_or_empty(out / "morph.json").get("strengths")
     for name, image in zip(frame_names(len(images)), images):
         save_image(image, out / name)
-    for name in frame_names(1000)[len(images) :]:  # of an earlier morph, which had more
-        if not (out / name).exists():
-            break
-        (out / name).unlink()
+    for name in frame_names(min(len(earlier or ()), 1000))[len(images) :]:
+        (out / name).unlink(missing_ok=True)  # of an earlier morph, which had more
     save_gif(images, out / "morph.gif")
     titles = [f"{one:.3f}" for one in s.tolist()]
     save_image(contact_sheet([images], titles, [f"strengths, {method}"]), out / "strip.png")
@@ -233,6 +232,7 @@ def adapted(
         ("learning_rate", args.fit_steps, "--fit_steps"),
         ("lora_rank", args.fit_steps, "--fit_steps"),
         ("fit_steps", method != "blend", "another --method than blend"),
+        ("batch_size", False, "another command: frames are made one by one"),
     ):
         if not used and getattr(args, name) != usual[name]:
             said = f"--no-{name}" if usual[name] is True else f"--{name} {getattr(args, name)}"

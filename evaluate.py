@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from cli import Parser, report
 from data import PairDataset
-from durable import read_or_empty, save_image, write_aside, write_json
+from durable import read_or_empty, refuse_others, save_image, write_aside, write_json
 from editing import (
     MOST,
     add_common_flags,
@@ -75,7 +75,28 @@ class HeldOut(NamedTuple):
 
 
 def find_held_out(args: argparse.Namespace) -> HeldOut:
-    """Errors as in `find_pairs`."""
+    """Errors as in `find_pairs`; ValueError for flags that no such pairs can be judged by."""
+    if len(args.between_dirs) != len(args.between_times):
+        raise ValueError(
+            f"--between_dirs names {len(args.between_dirs)} folders, "
+            f"--between_times {len(args.between_times)} times"
+        )
+    if not distinct(args.between_times):
+        said = " ".join(f"{time:g}" for time in args.between_times)
+        raise ValueError(
+            f"--between_times must be different numbers within ±{MOST:.0f}, got {said}"
+        )
+    if not {0.0, 1.0} <= set(args.strengths):
+        raise ValueError(f"--strengths must have 0 and 1 among them, got {args.strengths}")
+    if args.samples < 1 or (args.outcome_dirs and args.samples < 2):
+        raise ValueError(f"--samples must be at least {1 + bool(args.outcome_dirs)}")
+    if args.pictures < 0:
+        raise ValueError(f"--pictures must be at least 0, got {args.pictures}")
+    folders = [(flag, getattr(args, flag[2:])) for flag in (*SIDES, "--mask_dir")]
+    folders += [("--between_dirs", folder) for folder in args.between_dirs]
+    folders += [("--outcome_dirs", folder) for folder in args.outcome_dirs]
+    folders = [(flag, folder) for flag, folder in folders if folder is not None]
+    refuse_among((Path(args.out), Path(args.out, "pictures")), folders)
 
     def found(flag: str, folder: str, mask_dir: str | None = None) -> list[Pair]:
         flags = SIDES[0], flag
@@ -92,29 +113,8 @@ def find_held_out(args: argparse.Namespace) -> HeldOut:
 
 def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
     """What evaluation.json holds, and before, predicted, after and error of every pair."""
-    if len(args.between_dirs) != len(args.between_times):
-        raise ValueError(
-            f"--between_dirs names {len(args.between_dirs)} folders, "
-            f"--between_times {len(args.between_times)} times"
-        )
-    if not distinct(args.between_times):
-        said = " ".join(f"{time:g}" for time in args.between_times)
-        raise ValueError(
-            f"--between_times must be different numbers within ±{MOST:.0f}, got {said}"
-        )
-    strengths = args.strengths
-    if not {0.0, 1.0} <= set(strengths):
-        raise ValueError(f"--strengths must have 0 and 1 among them, got {strengths}")
-    if args.samples < 1 or (args.outcome_dirs and args.samples < 2):
-        raise ValueError(f"--samples must be at least {1 + bool(args.outcome_dirs)}")
-    if args.pictures < 0:
-        raise ValueError(f"--pictures must be at least 0, got {args.pictures}")
-    folders = [(flag, getattr(args, flag[2:])) for flag in (*SIDES, "--mask_dir")]
-    folders += [("--between_dirs", folder) for folder in args.between_dirs]
-    folders += [("--outcome_dirs", folder) for folder in args.outcome_dirs]
-    folders = [(flag, folder) for flag, folder in folders if folder is not None]
-    refuse_among((Path(args.out), Path(args.out, "pictures")), folders)
     pairs, between, outcomes = held_out = find_held_out(args)
+    strengths = args.strengths
     pipe = open_pipeline(args, captioned=all(pair.caption for pair in pairs))
     objective = objective_of(args, pipe)
     warn_of_unread(args, objective)
@@ -368,10 +368,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.lora is None:
             raise ValueError("--lora is missing: a run's folder or a LoRA file")
         check(args)
-        result, pictures = evaluate(args)
         out = Path(args.out)
+        refuse_others(out, ("evaluation.md", "sheet.png", "pictures"), "evaluation.json")
+        result, pictures = evaluate(args)
         out.mkdir(parents=True, exist_ok=True)
         text = table(result)
+        write_json(out / "evaluation.json", rounded(result))
         columns = ["before", "predicted", "after", "error x 3"]
         names = [f"{row['name']}  {row['predicted']['psnr']:.1f} dB" for row in result["per_pair"]]
         for i, row in enumerate(pictures[: args.pictures]):
@@ -380,7 +382,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 save_image(image, out / "pictures" / f"{i:03d}-{kind}.png")
         save_image(contact_sheet(pictures[:32], columns, names), out / "sheet.png")
         write_aside(out / "evaluation.md", lambda aside: aside.write_text(text, encoding="utf-8"))
-        write_json(out / "evaluation.json", rounded(result))
         run = Path(args.lora)
         if out.resolve() == (run / "evaluation").resolve() and (run / "config.json").exists():
             write_report(run)  # now with these figures

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import cli
 import config
-from durable import write_aside
-from hub_card import model_card
+from durable import read_or_empty, write_aside
+from hub_card import MARK, model_card
 from model.files import hub_reason
 from model.lora_files import file_of, read_lora
 from model.lora_layouts import LAYOUTS
@@ -103,7 +103,13 @@ def publish(folder: Path, name: str, token: str, flag: str = "--hub_token") -> s
 
 
 def write_card(folder: Path, repo: str) -> list[str]:
-    """README.md in the run's folder; returns it and all else that belongs to the repository."""
+    """README.md in the run's folder; returns it and all else that belongs to the repository.
+
+    ValueError where one is there that is no card of ours.
+    """
+    there = folder / "README.md"
+    if there.exists() and MARK not in there.read_text(encoding="utf-8", errors="replace"):
+        raise ValueError(f"{there} is none that was made here, and would be replaced: move it")
     layouts = [layout for layout in LAYOUTS if (folder / file_of(layout)).is_file()]
     default = {f.name: f.default for f in dataclasses.fields(config.TrainConfig)}
     flags = {
@@ -112,7 +118,7 @@ def write_card(folder: Path, repo: str) -> list[str]:
         if key in default and value != default[key]
     }
     pictures = read(folder / "strengths" / "strengths.json", {})
-    sheets = sorted(path.name for path in (folder / "samples").glob("*.png"))[-1:]
+    sheets = sorted(path.name for path in (folder / "samples").glob("[0-9]*.png"))[-1:]
     sheets = [f"samples/{name}" for name in sheets]
     meta = read_lora(folder)[1]
     card = model_card(repo, meta, flags, layouts, pictures, sheets[0] if sheets else None)
@@ -132,6 +138,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_name(args.name, "OWNER/NAME")
         if "objective" not in read_lora(args.run, "RUN")[1]:
             raise ValueError(f"{args.run} holds no LoRA that was trained here")
+        if not (args.run / "config.json").is_file():
+            raise ValueError(f"{args.run} has no config.json: the folder of a run was wanted")
+        status = read_or_empty(args.run / "summary.json").get("status")
+        if status != "finished":  # its LoRA file, if there is one, is from before it went on
+            raise ValueError(f"{args.run} is {status or 'no whole run'}: a finished one was wanted")
         print(publish(args.run, args.name, find_token(None, None), "HF_TOKEN"))
     except (ValueError, OSError) as error:
         return cli.report("hub.py", error)

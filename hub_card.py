@@ -31,6 +31,7 @@ USES = {
     "after": "The before image is inverted to noise without the LoRA and denoised with it.",
     "dreambooth": "An image is denoised from noise by the prompt, with the LoRA.",
 }
+MARK = "tags:\n- lora\n- stable-diffusion"  # is in every card
 READERS = {
     "diffusers": "diffusers with peft, this project",
     "attn_procs": "ComfyUI, diffusers of 2023 and what reads its files",
@@ -133,7 +134,7 @@ def front_matter(meta: dict) -> str:
         lines.append("library_name: diffusers")
     made = "text-to-image" if meta["objective"] == "dreambooth" else "image-to-image"
     lines += [f"pipeline_tag: {made}", f"instance_prompt: {yaml(meta['prompt'])}"]
-    lines += ["tags:", "- lora", "- stable-diffusion", f"- {made}", "---"]
+    lines += [MARK, f"- {made}", "---"]
     return "\n".join(lines)
 
 

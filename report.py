@@ -67,7 +67,7 @@ def write_report(run: Path) -> Path:
     if "instance_prompt" not in config:  # of a network, say
         raise ValueError(f"{run / 'config.json'} is no training's; a run's folder was wanted")
     pictures = run / "strengths" / "strengths.json"
-    sheets = sorted((run / "samples").glob("*.png"))
+    sheets = sorted((run / "samples").glob("[0-9]*.png"))
     loss, judged = run / "loss.png", run / "evaluation" / "evaluation.json"
     lora = run / "pytorch_lora_weights.safetensors"
     parts = [rows(facts(config, summary))]

@@ -20,7 +20,6 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from durable import (
-    LOCK,
     damage,
     json_bytes,
     lock,
@@ -52,6 +51,7 @@ FREE = {
 # What a new run replaces
 FILES = ("config.json", "summary.json", "metrics.jsonl", "loss.png", "report.html", "README.md",
          "samples", "strengths")  # fmt: skip
+CLEARING = ".clearing"  # is there while it does
 PATTERNS = ("checkpoint-*", "pytorch_lora_weights*.safetensors")
 
 
@@ -117,8 +117,8 @@ class Run:
         return there + [path for pattern in PATTERNS for path in self.folder.glob(pattern)]
 
     def _refuse_others(self) -> None:
-        """A run that was killed while it cleared the folder leaves its lock: that one may go on."""
-        if self._new and not (self.folder / LOCK).exists() and (others := self._replaced()):
+        """A run that was killed while it cleared the folder left CLEARING: that one may go on."""
+        if self._new and not (self.folder / CLEARING).exists() and (others := self._replaced()):
             raise FileExistsError(
                 f"--output_dir {self.folder} holds no run and yet {others[0].name}, which a run "
                 "would replace: choose another folder, or replace it with --overwrite"
@@ -145,8 +145,10 @@ class Run:
         rows = self.rows() if self.checkpoint else []
         if self.checkpoint is None:
             # config.json first: without it a kill in between leaves no run, rather than half of one
+            (self.folder / CLEARING).touch()
             for old in self._replaced():
                 remove(old)
+        (self.folder / CLEARING).unlink(missing_ok=True)
         for later in self.checkpoints():  # damaged, or of another future than this one
             if _step(later) > self.resume_step:
                 aside = later.with_name(f"{later.name}.set-aside")
@@ -224,7 +226,9 @@ class Run:
         if self.checkpoint is None or not (self.folder / "revision.json").exists():
             return
         then = self._read("revision.json")
-        for key, what in (("data", "other data"), ("class_data", "other class images")):
+        kinds = {"data": "other data", "class_data": "other class images",
+                 "base_lora": "another LoRA beneath"}  # fmt: skip
+        for key, what in kinds.items():
             was, now = then.get(key), fingerprints.get(key)
             if was not in (None, now):
                 self._differs(f"{what} (sha256 {str(was)[:12]}, not {str(now)[:12]})")

@@ -217,6 +217,7 @@ def phases(
             "base": base,
             "data": fingerprint(pairs, dataset.hashes),
             "class_data": fingerprint(class_pairs) if class_pairs else None,
+            "base_lora": meta["base_lora"] and meta["base_lora"]["sha256"],
             "trained_parameters": trained.flat.numel(),
             "processes": ranks.world,
             "launch": launch(),
@@ -261,6 +262,8 @@ def phases(
     layouts = LAYOUTS if cfg.lora_format == "all" else ("diffusers", cfg.lora_format)
     for layout in dict.fromkeys(layouts):
         write_aside(run.folder / file_of(layout), partial(write, layout=layout))
+    for layout in {*LAYOUTS} - {*layouts}:  # of a run that has gone on without it
+        (run.folder / file_of(layout)).unlink(missing_ok=True)
     if shown.pairs:
         write_aside(run.folder / "strengths", partial(watch.strengths, shown))
 

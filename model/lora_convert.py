@@ -100,7 +100,10 @@ def run_concat(args: argparse.Namespace) -> None:
     first, *others = [metadata for _, metadata in read]
     agreed = {k: v for k, v in first.items() if all(o.get(k) == v for o in others)}
     step = f"{first.get('objective')}_t"  # of an objective that is used at one step, which
-    for key in ("objective", "multiplier", "base_model", "prompt", "base_lora", "background", step):
+    needed = ("objective", "multiplier", "base_model", "revision", "variant", "vae_path",
+              "tokenizer_name", "prediction_type", "prompt", "base_lora", "background", "states",
+              step)  # fmt: skip
+    for key in needed:
         if key not in agreed and any(key in metadata for _, metadata in read):
             warnings.warn(f"the LoRAs differ in {key}: the new file does not say it", stacklevel=2)
     agreed = {key: agreed[key] for key in agreed.keys() - {"rank", "alpha", "steps"}}
@@ -124,6 +127,17 @@ def merge_into(args: argparse.Namespace, folder: Path) -> str:
     m = multiplier(metadata, args.strength)
     if not math.isfinite(m):
         raise ValueError(f"--strength must be a finite number, got {args.strength}")
+    if metadata.get("objective") in ("delta", "bridge", "canvas"):
+        warnings.warn(
+            f"{args.lora} is of the objective {metadata['objective']}, whose use asks the UNet in "
+            "steps of its own (sample.py): merged, other clients make no use of it",
+            stacklevel=2,
+        )
+    if (vae := metadata.get("vae_path")) is not None:
+        warnings.warn(
+            f"{args.lora} was trained with the autoencoder {vae}, which is not merged with it",
+            stacklevel=2,
+        )
     if under := metadata.get("base_lora"):
         warnings.warn(
             f"{args.lora} was trained on top of another LoRA, {under}, which is not merged "

@@ -230,6 +230,15 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def refuse_chain(path: str | Path, metadata: dict) -> None:
+    """ValueError if what is to lie under a LoRA was itself trained on top of another one."""
+    if metadata.get("base_lora"):
+        raise ValueError(
+            f"--base_lora {path} was itself trained on top of another LoRA, which it does not "
+            "hold: one file of both was wanted (python -m model.weights concat)"
+        )
+
+
 def find_companion(
     metadata: dict, given: str | Path | None = None, strength: float | None = None
 ) -> tuple[Path, float] | None:

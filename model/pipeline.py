@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from model.cpu import quick_convs
 from model.lora import set_strength
-from model.lora_files import apply_lora, find_companion, load_lora, lora_path, multiplier, read_lora
+from model.lora_files import (
+    apply_lora,
+    find_companion,
+    load_lora,
+    lora_path,
+    multiplier,
+    read_lora,
+    refuse_chain,
+)
 from model.objectives import Predict
 from model.samplers import SAMPLERS, guided, noise_like
 from model.schedule import Schedule
@@ -295,28 +303,31 @@ def load_pipeline(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Pipeline:
-    """Base and LoRA; without `base`, the one (and the VAE and tokenizer) the LoRA was trained on.
+    """Base and LoRA; without `base`, the one the LoRA was trained on.
 
-    A LoRA that was trained on top of another one has that one under it again (`find_companion`).
+    The VAE, the tokenizer and the prediction type are the training's unless they are given. A LoRA
+    that was trained on top of another one has that one under it again (`find_companion`).
     The VAE and the text encoder stay in fp32. ValueError or FileNotFoundError name what is wrong.
     """
     meta = read_lora(lora_path(lora))[1] if lora is not None else {}
     under = find_companion(meta, base_lora, base_lora_strength)
     if under is not None:
         parts, said = read_lora(under[0], "--base_lora")
-    base_told = vae_told = False  # by the LoRA's header
+        refuse_chain(under[0], said)
+    base_told = False  # by the LoRA's header
+    vae_told = vae_path is None
+    vae_path = vae_path or meta.get("vae_path")
+    predicted = prediction_type or meta.get("prediction_type")
     if base is None:
         if "base_model" not in meta:
             said = f", and {lora} does not say what it was trained on" if lora is not None else ""
             raise ValueError(f"--model is missing{said}")
         base = meta["base_model"]
         revision, variant = revision or meta.get("revision"), variant or meta.get("variant")
-        base_told, vae_told = True, vae_path is None
-        vae_path = vae_path or meta.get("vae_path")
-        prediction_type = prediction_type or meta.get("prediction_type")
+        base_told = True
     files = {"revision": revision, "variant": variant, "device": device}
     with _named(base_told, "--model"):
-        config = load_scheduler_config(base, revision=revision, prediction_type=prediction_type)
+        config = load_scheduler_config(base, revision=revision, prediction_type=predicted)
     schedule = Schedule.from_config(config).to(device)
     tokenizer = tokenizer_name or meta.get("tokenizer_name")
     with _named(bool(tokenizer) and tokenizer_name is None, "--tokenizer_name"):

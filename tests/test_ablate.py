@@ -343,6 +343,32 @@ def test_the_programs_are_started(lab, monkeypatch, capsys):
     assert (lab.out / "table.md").exists() and not (lab.out / "sheet.png").exists()
 
 
+@pytest.mark.parametrize(
+    "flags, said",
+    [("--steps 0", "--steps must be between 1 and 1000, got 0"),
+     ("--strengths 0.5", "--strengths must have 0 and 1 among them"),
+     ("--between_dirs nowhere --between_times 0.5", "images root doesn't exist: nowhere")],
+)  # fmt: skip
+def test_what_cannot_be_judged_is_told_before_the_training(lab, capsys, flags, said):
+    assert lab.run(f"a:\na.evaluate: {flags}\n") == 2
+    err = capsys.readouterr().err
+    assert (
+        ": evaluate.py for a: " in err
+        and "arms.txt:" in err
+        and said in err
+        and err.count("\n") == 1
+    )
+    assert not (lab.out / "a").exists()
+
+
+def test_a_table_of_somebody_is_not_replaced(lab, capsys):
+    lab.out.mkdir()
+    (lab.out / "table.md").write_text("mine")
+    assert lab.run("a:\n") == 2
+    assert "table.md" in capsys.readouterr().err
+    assert (lab.out / "table.md").read_text() == "mine"
+
+
 def test_an_interrupted_program_is_no_failure(tmp_path, monkeypatch):
     ended = types.SimpleNamespace(returncode=-signal.SIGINT)
     monkeypatch.setattr(ablate.subprocess, "run", lambda *a, **k: ended)
@@ -355,8 +381,10 @@ def test_a_program_that_outlives_the_ablation_keeps_its_folder(tmp_path, monkeyp
     monkeypatch.setattr(ablate, "ROOT", tmp_path)
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "train.py").write_text("import sys; open(sys.argv[1]).read()\n")
+    at = write_pairs(tmp_path / "pairs", 1, 16)
     (tmp_path / "arms.txt").write_text(
-        "evaluate: --before_data_dir x --after_data_dir x\na: --instance_data_dir x\n"
+        f"evaluate: --before_data_dir {at}/before --after_data_dir {at}/after\n"
+        "a: --instance_data_dir x\n"
     )
     out, again = tmp_path / "out", [str(tmp_path / "arms.txt"), "--out", str(tmp_path / "out")]
     out.mkdir()
@@ -397,7 +425,7 @@ def test_figures_of_a_run(tmp_path):
     assert got["best sample"] == (18.0, 0.5) and got["statistics"][0] == pytest.approx(0.3)
     assert got["gap closed"] == (0.5, 0.01) and "inside" not in got
     assert comparison.least_distance([{}, some]) == [
-        "Statistics of one true outcome against the others: 0.10."
+        "Statistics of true outcomes against as many others: 0.10."
     ]
     plain = comparison.figures(evaluation(0.5), tmp_path)
     assert "between" not in plain and "statistics" not in plain

@@ -717,6 +717,9 @@ def lora_format(lab, patch):
             for layer, f in parts["unet"].items():
                 assert torch.equal(f.A, layers(folder)[layer].A)
         assert not list(folder.glob("checkpoint-*/*_*s_*"))
+    on = {"output_dir": str(folder), "resume_from_checkpoint": "latest", "max_train_steps": 9}
+    lab.fresh(**on, lora_format="kohya", train_text_encoder=True)  # the third would be an old LoRA
+    assert sorted(p.name for p in folder.glob("*.safetensors")) == [LORA_FILE, FURTHER["kohya"]]
     lab.fresh(output_dir=str(folder), overwrite=True)
     assert [p.name for p in folder.glob("*.safetensors")] == [LORA_FILE]
 

@@ -297,6 +297,8 @@ def test_train_by_id(repo, sd1, tmp_path):
 def test_an_upload_that_cannot_begin(name, token, said, tmp_path, monkeypatch, capsys):
     """Status 2; nothing is tried, no other try is proposed, and no flag of train.py is named."""
     monkeypatch.setattr(uploads, "read_lora", lambda *more: ({}, {"objective": "delta"}))
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "summary.json").write_text('{"status": "finished"}')
     monkeypatch.setattr(uploads, "publish", None)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
     assert uploads.main([str(tmp_path), name]) == 2
@@ -305,9 +307,31 @@ def test_an_upload_that_cannot_begin(name, token, said, tmp_path, monkeypatch, c
     assert "--hub" not in err and "again" not in err and "two words" not in err
 
 
+def test_what_is_no_finished_run_is_not_published(tmp_path, monkeypatch, capsys):
+    """Nothing is asked of the hub: a LoRA alone has no card, and a run that goes on an old LoRA."""
+    monkeypatch.setattr(uploads, "read_lora", lambda *more: ({}, {"objective": "delta"}))
+    monkeypatch.setattr(uploads, "publish", None)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: TOKEN)
+    assert uploads.main([str(tmp_path), "me/x"]) == 2
+    assert "has no config.json: the folder of a run was wanted" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "summary.json").write_text('{"status": "stopped"}')
+    assert uploads.main([str(tmp_path), "me/x"]) == 2
+    assert "is stopped: a finished one was wanted" in capsys.readouterr().err
+
+
+def test_a_readme_of_somebody_is_not_replaced(tmp_path):
+    (tmp_path / "README.md").write_text("# My notes")
+    with pytest.raises(ValueError, match=r"README\.md is none that was made here"):
+        uploads.write_card(tmp_path, "me/x")
+    assert (tmp_path / "README.md").read_text() == "# My notes"
+
+
 def test_a_token_that_the_hub_refuses(tmp_path, monkeypatch, capsys):
     """It came from HF_TOKEN, for hub.py has no flag for it."""
     monkeypatch.setattr(uploads, "read_lora", lambda *more: ({}, {"objective": "delta"}))
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "summary.json").write_text('{"status": "finished"}')
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: TOKEN)
     with Hub({}, token="hf_another") as hub:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)

@@ -258,6 +258,18 @@ def test_the_end_frames_are_the_given_images(place, tmp_path, method, ends):
         assert shown["unevenness"] == pytest.approx(np.std(gaps) / np.mean(gaps), rel=1e-4)
 
 
+def test_frames_of_others_stay(place, tmp_path):
+    """Of an earlier morph of more frames those are removed, and nothing that it did not make."""
+    (tmp_path / "005.png").write_bytes(b"mine")
+    morph(place, tmp_path, "--lora", place / "slider", "--no-respace", "--frames", "5")
+    (tmp_path / "006.png").write_bytes(b"mine")
+    morph(place, tmp_path, "--lora", place / "slider", "--no-respace", "--frames", "3")
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == [
+        "000.png", "001.png", "002.png", "005.png", "006.png", "strip.png"
+    ]  # fmt: skip
+    assert (tmp_path / "005.png").read_bytes() == b"mine"
+
+
 def test_the_method_follows_from_the_lora(place, tmp_path, sd1):
     for flags, method in ((["--lora", place / "delta"], "direct"), (["--model", sd1], "invert"),
                           (["--lora", place / "slider"], "invert")):  # fmt: skip

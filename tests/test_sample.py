@@ -18,10 +18,11 @@ import sample
 from images import load_image, to_image, to_tensor
 from model.lora import inject, lora_layers
 from model.objectives import OBJECTIVES, Knobs
-from model.pipeline import decode, exaggerated, keep_detail
+from model.pipeline import decode, exaggerated, keep_detail, load_pipeline
 from model.text import TextEncoder
 from model.unet import UNet
 from model.weights import load_text, load_unet, load_vae, save_lora
+from tests.checkpoints import make_checkpoint
 from training.watching import Apart, Watch
 
 META = {"objective": "delta", "multiplier": [1.0, 0.0], "delta_t": 599, "prompt": "a square"}
@@ -334,6 +335,19 @@ def test_what_the_header_names_and_is_gone(tmp_path, sd1, images, capsys, part, 
         assert sample.main(args + more) == 2
         said = capsys.readouterr().err
         assert (f"the LoRA's header names it: say with {flag} where it is now" in said) is told
+
+
+def test_the_base_elsewhere_is_used_as_it_was_trained_with(tmp_path, sd1):
+    """--model says where the base is now: autoencoder and prediction type are the training's."""
+    other = make_checkpoint(tmp_path / "other", "sd1", seed=5)
+    lora = write_lora(tmp_path / "run", sd1, vae_path=str(other), prediction_type="v_prediction")
+    here, there = load_pipeline(None, lora), load_pipeline(str(sd1), lora)
+    for pipe in (here, there):
+        assert pipe.schedule.prediction_type == "v_prediction"
+        assert torch.equal(pipe.vae.encoder.conv_in.weight, load_vae(other).encoder.conv_in.weight)
+    own = load_pipeline(str(sd1), lora, vae_path=str(sd1), prediction_type="epsilon")
+    assert own.schedule.prediction_type == "epsilon"
+    assert torch.equal(own.vae.encoder.conv_in.weight, load_vae(sd1).encoder.conv_in.weight)
 
 
 @pytest.mark.parametrize("said", ["-1,0,1", "-.5,1e-1", "-1e-3,-2"])

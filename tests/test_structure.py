@@ -126,7 +126,8 @@ ARROWS = {
     "comparison": ["images", "measures"],
     "arms": ["cli", "evaluate"],
     "ablate": [
-        "arms", "comparison", "cli", "config", "durable", "evaluate", "pairs", "training.inputs",
+        "arms", "comparison", "cli", "config", "durable", "editing", "evaluate", "pairs",
+        "training.inputs",
     ],
 }  # fmt: skip
 ROOTS = ("check_data", "hub", "sample", "train", "evaluate", "ablate")  # what a user starts

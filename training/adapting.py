@@ -16,7 +16,7 @@ from config import TrainConfig
 from model.draws import seeded_for
 from model.lora import inject, lora_layers
 from model.lora_algebra import start_from
-from model.lora_files import apply_lora, factors_for, multiplier, read_lora
+from model.lora_files import apply_lora, factors_for, multiplier, read_lora, refuse_chain
 from model.memory import flatten
 from model.optim import adamw, learning_rate
 from model.text import TextEncoder
@@ -42,11 +42,7 @@ def read_given(cfg: TrainConfig, *, fresh: bool) -> Given:
     under, under_at, start = {}, 1.0, {}
     if cfg.base_lora is not None:
         under, said = read_lora(cfg.base_lora, "--base_lora")
-        if said.get("base_lora"):
-            raise ValueError(
-                f"--base_lora {cfg.base_lora} was itself trained on top of another LoRA, which it "
-                "does not hold: one file of both was wanted (python -m model.weights concat)"
-            )
+        refuse_chain(cfg.base_lora, said)
         under_at = multiplier(said, cfg.base_lora_strength)
         print(f"--base_lora {cfg.base_lora} is on, frozen, at multiplier {under_at:g}")
     if cfg.init_lora is not None and fresh:

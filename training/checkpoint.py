@@ -64,13 +64,19 @@ def lora_metadata(
     base = cfg.pretrained_model_name_or_path
     slope, offset = OBJECTIVES[objective].multiplier
     said = f"0 = before, 1 = after; LoRA multiplier = {slope:g} * strength + {offset:g}"
-    kept = ("vae_path", "tokenizer_name", "revision", "variant", "resolution", "background",
+    kept = ("revision", "variant", "resolution", "background",
             "tokenizer_max_length", "text_encoder_use_attention_mask")  # fmt: skip
+
+    def found(path: str | None) -> str | None:  # from wherever it is used
+        return str(Path(path).resolve()) if path and is_local(path) else path
+
     return {
         "objective": objective,
         "multiplier": [slope, offset],
         "strength": said,
-        "base_model": str(Path(base).resolve()) if is_local(base) else base,
+        "base_model": found(base),
+        "vae_path": found(cfg.vae_path),
+        "tokenizer_name": found(cfg.tokenizer_name),
         "prompt": next(iter(prompts)) if len(prompts) == 1 else cfg.instance_prompt,
         "captions": len(prompts) > 1,  # each image had one
         "rank": cfg.lora_rank,
