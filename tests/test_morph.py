@@ -260,14 +260,15 @@ def test_the_end_frames_are_the_given_images(place, tmp_path, method, ends):
 
 def test_frames_of_others_stay(place, tmp_path):
     """Of an earlier morph of more frames those are removed, and nothing that it did not make."""
-    (tmp_path / "005.png").write_bytes(b"mine")
+    mine = Image.new("RGB", (8, 8), "red")
+    mine.save(tmp_path / "005.png")
     morph(place, tmp_path, "--lora", place / "slider", "--no-respace", "--frames", "5")
-    (tmp_path / "006.png").write_bytes(b"mine")
+    mine.save(tmp_path / "006.png")
     morph(place, tmp_path, "--lora", place / "slider", "--no-respace", "--frames", "3")
     assert sorted(p.name for p in tmp_path.glob("*.png")) == [
         "000.png", "001.png", "002.png", "005.png", "006.png", "strip.png"
     ]  # fmt: skip
-    assert (tmp_path / "005.png").read_bytes() == b"mine"
+    assert Image.open(tmp_path / "005.png").getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_the_method_follows_from_the_lora(place, tmp_path, sd1):
