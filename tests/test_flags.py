@@ -1116,7 +1116,8 @@ def channels_last(lab, patch):
         assert seen == {bool(on)}
         seen.clear()
     for name, plain in learnt[0].items():
-        assert torch.allclose(learnt[1][name], plain, atol=1e-5), name
+        # AdamW makes a step of a gradient that is all rounding
+        assert torch.allclose(learnt[1][name], plain, atol=3e-5), name
 
 
 def deterministic(lab, patch):
