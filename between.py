@@ -177,7 +177,8 @@ def morph(
     earlier = read_or_empty(out / "morph.json").get("strengths")
     for name, image in zip(frame_names(len(images)), images):
         save_image(image, out / name)
-    for name in frame_names(min(len(earlier or ()), 1000))[len(images) :]:
+    had = len(earlier) if isinstance(earlier, list) else 0
+    for name in frame_names(min(had, 1000))[len(images) :]:
         (out / name).unlink(missing_ok=True)  # of an earlier morph, which had more
     save_gif(images, out / "morph.gif")
     titles = [f"{one:.3f}" for one in s.tolist()]

@@ -60,11 +60,11 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     add("--model", help="base model: directory, hub id or one file [the LoRA's]")
     add("--revision", help="of the hub repository")
     add("--variant", help="of the weight files, such as fp16")
-    add("--vae_path", help="another autoencoder")
-    add("--tokenizer_name", help="another tokenizer")
+    add("--vae_path", help="another autoencoder [the LoRA's]")
+    add("--tokenizer_name", help="another tokenizer [the LoRA's]")
     add(
         "--prediction_type", choices=["epsilon", "v_prediction"],
-        help="what the base predicts [what it says]",
+        help="what the base predicts [what the LoRA says, else the base]",
     )  # fmt: skip
     add("--base_lora", metavar="RUN_OR_FILE", help="a LoRA under it [the one it was trained on]")
     add("--base_lora_strength", type=float, metavar="X", help="its strength, 0 = off [as trained]")

@@ -142,7 +142,6 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
     for part in batches(prompts, args.batch_size):
         items = [dataset[i] for i in range(len(pairs))[part]]
         pixels = torch.stack([item["before"] for item in items])  # (b, 3, H, W)
-
         # each picture's noise is its own, or the pairs were not independent of each other
         seeds = [[seed_for(args.seed, pair.name, k) for pair in pairs[part]]
                  for k in range(args.samples)]  # fmt: skip
