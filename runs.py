@@ -51,7 +51,7 @@ FREE = {
 # What a new run replaces
 FILES = ("config.json", "summary.json", "metrics.jsonl", "loss.png", "report.html", "README.md",
          "samples", "strengths")  # fmt: skip
-CLEARING = ".clearing"  # is there while it does
+BEGINNING = ".beginning"  # is there while it does, until it has a config.json
 PATTERNS = ("checkpoint-*", "pytorch_lora_weights*.safetensors")
 
 
@@ -117,8 +117,8 @@ class Run:
         return there + [path for pattern in PATTERNS for path in self.folder.glob(pattern)]
 
     def _refuse_others(self) -> None:
-        """A run that was killed while it cleared the folder left CLEARING: that one may go on."""
-        if self._new and not (self.folder / CLEARING).exists() and (others := self._replaced()):
+        """A run that was killed before it had a config.json left BEGINNING: that one may go on."""
+        if self._new and not (self.folder / BEGINNING).exists() and (others := self._replaced()):
             raise FileExistsError(
                 f"--output_dir {self.folder} holds no run and yet {others[0].name}, which a run "
                 "would replace: choose another folder, or replace it with --overwrite"
@@ -145,10 +145,9 @@ class Run:
         rows = self.rows() if self.checkpoint else []
         if self.checkpoint is None:
             # config.json first: without it a kill in between leaves no run, rather than half of one
-            (self.folder / CLEARING).touch()
+            (self.folder / BEGINNING).touch()
             for old in self._replaced():
                 remove(old)
-        (self.folder / CLEARING).unlink(missing_ok=True)
         for later in self.checkpoints():  # damaged, or of another future than this one
             if _step(later) > self.resume_step:
                 aside = later.with_name(f"{later.name}.set-aside")
@@ -161,6 +160,7 @@ class Run:
         write_aside(self.folder / "metrics.jsonl", lambda aside: aside.write_bytes(text))
         write_json(self.folder / "revision.json", {**revision(), **fingerprints})
         write_json(self.folder / "config.json", self._config)
+        (self.folder / BEGINNING).unlink(missing_ok=True)
         self._metrics = open(self.folder / "metrics.jsonl", "ab")  # noqa: SIM115
         self.started = time.time()
         for row in self._early if not kept else []:  # the phases of this start are there already

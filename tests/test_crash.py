@@ -313,7 +313,7 @@ def test_a_folder_of_others_is_not_cleared(config, name):
 
 
 def test_a_run_without_its_config_is_not_cleared(config, whole):
-    """Nor taken for one that was killed while it cleared the folder, which may go on."""
+    """Nor taken for one that was killed while it began, which may go on."""
     train.train(config)
     run = Path(config.output_dir)
     (run / "config.json").unlink()
@@ -321,9 +321,9 @@ def test_a_run_without_its_config_is_not_cleared(config, whole):
         with pytest.raises(FileExistsError, match="holds no run and yet "):
             train.train(replace(config, resume_from_checkpoint=resume))
     assert (run / LORA_FILE).read_bytes() == whole[LORA_FILE]
-    (run / ".clearing").touch()
+    (run / ".beginning").touch()
     train.train(replace(config, max_train_steps=1))
-    assert not (run / ".clearing").exists() and not (run / "checkpoint-3").exists()
+    assert not (run / ".beginning").exists() and not (run / "checkpoint-3").exists()
 
 
 def test_a_run_that_is_done_is_not_begun_anew_for_want_of_a_checkpoint(config, whole):
