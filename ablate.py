@@ -270,7 +270,8 @@ def ablate(path: Path, seeds: list[int], out: Path, workers: int, only: list[str
         if not any(fnmatchcase(arm.name, pattern) for arm in arms):
             names = ", ".join(arm.name for arm in arms)
             raise ValueError(f"--only {pattern} is no arm of {path}; they are {names}")
-    for arm in arms:  # what is missing, before hours of training
+    ways = {tuple(arm.evaluate): arm for arm in reversed(arms)}  # the first arm of each
+    for arm in ways.values():  # what is missing, before hours of training
         told = f"{path}:{arm.line}: evaluate.py for {arm.name}"
         args = judge_parser(told).parse_args([*NEEDED[:2], *arm.evaluate])
         try:

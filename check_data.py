@@ -177,8 +177,10 @@ def check(
         if min(after.size) < resolution:
             note("pairs smaller than", f"{name} ({by(after.size)})")
         if "mask" in images and (most := images["mask"].getextrema()[1]) < 128:
-            faint = f"{name} (at most {most} of 255)"
-            note(*(("faint masks", faint) if most else ("empty masks", name)))
+            if most == 0:
+                note("empty masks", name)
+            else:
+                note("faint masks", f"{name} (at most {most} of 255)")
         difference = ImageChops.difference(before.resize(after.size), after)
         if np.asarray(difference).mean() < NO_CHANGE:
             note("pairs without change", name)
@@ -195,11 +197,8 @@ def check(
         found[f"sets of equal {side} images"] = same
     span = " to ".join(dict.fromkeys(by(f(sizes)) for f in (min, max))) if sizes else "none read"
     report.counts.append(("pairs", f"{report.usable} of {len(names)} can be used, {span} pixels"))
-    rest = (
-        ""
-        if measured == report.usable
-        else "; the others are too small, or changed too much to tell"
-    )
+    untold = "; the others are too small, or changed too much to tell"
+    rest = untold if measured < report.usable else ""
     report.counts.append(("registration", f"measured on {measured} of them{rest}"))
 
     keep_one = "keep one of each"

@@ -264,16 +264,18 @@ def edit_pixels(
     pixels: Tensor,
     strengths: Sequence[float],
     args: argparse.Namespace,
-    **own,
+    *,
+    prompt: str | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """pixels (b, 3, H, W) with the change at each strength, each (b, 3, H, W).
 
-    Sizes the autoencoder cannot take are padded and cropped back. `own`: as of `editor`.
+    Sizes the autoencoder cannot take are padded and cropped back. prompt, seeds: as of `editor`.
     """
     height, width = pixels.shape[2:]
     pixels = padded(pipe.vae, pixels)
     z = torch.cat([encode(pipe.vae, one[None]) for one in pixels])  # its memory: one image's
-    edit = editor(pipe, objective, z, args, **own)
+    edit = editor(pipe, objective, z, args, prompt=prompt, seeds=seeds)
     fade, detail = (args.between or states_between(pipe)) == "fade", args.keep_detail
     images = at_strengths(pipe.vae, pixels, z, strengths, edit, fade=fade, detail=detail)
     return [some[..., :height, :width] for some in images]

@@ -9,11 +9,8 @@ import shlex
 from pathlib import Path
 
 from model.files import MOVED, is_local
-from model.lora_files import LORA_FILE, file_of
+from model.lora_files import LORA_FILE, PORTABLE, file_of
 
-# What the weights do when a client applies them as it applies any LoRA. The other objectives have
-# steps of their own at use, which no other client makes.
-PORTABLE = ("img2img", "slider", "anchored", "after", "dreambooth")
 USES = {
     "delta": "At one fixed noise level the UNet is asked twice, with the LoRA and without it; the "
     "difference of the two answers, added to the before image's latent, is the change.",

@@ -118,6 +118,14 @@ def _deep_grey(image: Image.Image, labels: bool) -> Image.Image:
     return Image.fromarray(grey)
 
 
+def _coloured_labels(image: Image.Image) -> bool:
+    """Whether it is of 0 and 1 in a palette that is not black and white."""
+    if image.mode != "P" or image.getextrema() != (0, 1) or image.has_transparency_data:
+        return False
+    colours = np.array(image.getpalette("RGB")[:6]).reshape(2, 3)  # (label, channel)
+    return sorted(colours.sum(1)) != [0, 765]
+
+
 def _refuse_tiff(image: Image.Image) -> None:
     """ValueError on a TIFF whose pixels Pillow would read as something else, without a word."""
     if image.format != "TIFF":
@@ -140,7 +148,8 @@ def load_image(
 ) -> Image.Image:
     """The (first) picture in a file: upright, RGB, alpha laid over the colour `background`.
 
-    `labels`: 16 and 32-bit grey of 0 and 1 is black and white.
+    `labels`: 16 and 32-bit grey of 0 and 1 is black and white, and so are they in a palette of
+    other colours.
     ValueError names a file that is broken, cut short, empty or larger than Pillow's bomb limit.
     """
     colour = ImageColor.getrgb(background)[:3]
@@ -152,6 +161,8 @@ def load_image(
         image = ImageOps.exif_transpose(opened)
         if image.mode[0] in "IF":  # I;16, I;16B, I, F
             image = _deep_grey(image, labels)
+        elif labels and _coloured_labels(image):
+            image = image.point(lambda value: 255 * (value == 1), "L")
         if not image.has_transparency_data:
             return image.convert("RGB")
         image = image.convert("RGBA")
@@ -165,12 +176,6 @@ def load_mask(path: Path | str) -> Image.Image:
 
     So are those whose palette gives the labels 0 and 1 colours, other than black and white.
     """
-    with _reading(path), _open(path) as opened:
-        labelled = opened.mode == "P" and opened.getextrema() == (0, 1)
-        if labelled and not opened.has_transparency_data:
-            colours = np.array(opened.getpalette("RGB")[:6]).reshape(2, 3)  # (label, channel)
-            if sorted(colours.sum(1)) != [0, 765]:
-                return opened.point(lambda value: 255 * (value == 1), "L")
     mask = load_image(path, background="black", labels=True).convert("L")
     # 1 of 255 can only be a label; left alone it would be a mask that masks nothing
     return mask.point(lambda value: value * 255) if mask.getextrema()[1] == 1 else mask

@@ -26,7 +26,7 @@ from durable import refuse_file, write_aside, write_json
 from model.files import is_local, lacks, locate, moved_note, read_json
 from model.lora import detach, merge
 from model.lora_algebra import concat, truncate
-from model.lora_files import apply_lora, multiplier, read_lora, write_lora
+from model.lora_files import PORTABLE, apply_lora, multiplier, read_lora, write_lora
 from model.lora_layouts import LAYOUTS, Parts
 from model.weights import load_text, load_unet
 
@@ -127,10 +127,11 @@ def merge_into(args: argparse.Namespace, folder: Path) -> str:
     m = multiplier(metadata, args.strength)
     if not math.isfinite(m):
         raise ValueError(f"--strength must be a finite number, got {args.strength}")
-    if metadata.get("objective") in ("delta", "bridge", "canvas"):
+    # of concat a model for diffusers' InstructPix2Pix pipeline is made
+    if metadata.get("objective") not in (None, "concat", *PORTABLE):
         warnings.warn(
-            f"{args.lora} is of the objective {metadata['objective']}, whose use asks the UNet in "
-            "steps of its own (sample.py): merged, other clients make no use of it",
+            f"{args.lora} is of the objective {metadata['objective']!a}, whose use has steps of "
+            "its own (sample.py): merged, other clients make no use of it",
             stacklevel=2,
         )
     if (vae := metadata.get("vae_path")) is not None:

@@ -155,6 +155,9 @@ def apply_lora(
                 raise ValueError(f"{what}: {error}") from error
 
 
+# Objectives whose weights do their work when a client applies them as it applies any LoRA. The
+# others have steps of their own at use, which no other client makes.
+PORTABLE = ("img2img", "slider", "anchored", "after", "dreambooth")
 KINDS = {
     "objective": str, "base_model": str, "prompt": str, "vae_path": str, "tokenizer_name": str,
     "revision": str, "variant": str, "resolution": int, "delta_t": int, "tokenizer_max_length": int,

@@ -21,7 +21,8 @@ ONCE = ("overwrite", "resume_from_checkpoint", "resume_changed",
 
 
 def refuse_overlap(cfg: TrainConfig) -> None:
-    """ValueError where what is written would be trained on, or would replace what is read."""
+    """ValueError where what is written would be trained on, or would replace what is read;
+    FileExistsError where a file is in a folder's place."""
     flags = ("before_data_dir", "after_data_dir", "mask_dir", "frames_dir", "instance_data_dir")
     read = [(flag, getattr(cfg, flag)) for flag in flags if getattr(cfg, flag) is not None]
     read += [("sequence_dirs", folder) for folder in cfg.sequence_dirs or ()]
