@@ -30,7 +30,7 @@ from latents import Batch, Latents, one_ahead
 from model.draws import draw
 from model.files import is_local, moved_note
 from model.frozen import freeze
-from model.graph import Replayed, compile_blocks
+from model.graph import compile_blocks
 from model.lora import cast_together, keep_strength, lora_layers
 from model.lora_files import LORA_FILE, file_of, save_lora
 from model.lora_layouts import LAYOUTS
@@ -46,7 +46,7 @@ from report import write_report
 from runs import Run
 from training.adapting import Trained, adapt, rate, read_given
 from training.checkpoint import lora_metadata, save_state
-from training.fitting import plan_step
+from training.fitting import Fitted, plan_step
 from training.inputs import (
     Items,
     Size,
@@ -334,7 +334,7 @@ def loop(
             loss = loss + cfg.prior_loss_weight * drawn.mean()
         return loss, in_and_out(error.detach(), own.mask)
 
-    def add_gradient(own: Batch, other: Batch | None) -> Tensor:
+    def add_gradient(micro: int, own: Batch, other: Batch | None) -> Tensor:
         """Of this rank's share of a step's loss, in micro-batches.
 
         (4,): loss; as `in_and_out`.
@@ -348,28 +348,13 @@ def loop(
             found += torch.cat([loss.detach()[None], places]) / cuts
         return found
 
-    compute = Replayed(add_gradient) if cfg.cuda_graph else add_gradient
+    compute = Fitted(add_gradient, flat, mine, micro, graph=cfg.cuda_graph)
     tally, logged = Tally(device, state.get("tally")), state.get("logged", 0)
     pace, trend = Pace(name, first, steps), Trend()
     stop.waits = True
     for step, own, other in one_ahead(fetch, range(first, steps), device):
-        while (found := unless_full(compute, own, other)) is None:
-            flat.grad.zero_()
-            graph = isinstance(compute, Replayed)
-            if micro > 1:
-                micro = max(cut for cut in range(1, micro // 2 + 1) if mine % cut == 0)
-                then = f"its {mine} images go through the network {micro} at a time"
-                if graph:
-                    compute.reset()
-            elif graph:
-                compute, then = add_gradient, "the step is not one CUDA graph, which takes more"
-            else:
-                raise MemoryError("one image is too much")
-            warnings.warn(
-                f"out of memory at step {step + 1}: from here on {then}; the result is the same",
-                stacklevel=1,
-            )
-
+        done = step + 1
+        found = compute(done, own, other)
         ranks.average(flat.grad, found)  # from here on all ranks do and decide the same
         scaler.unscale_(opt)
         grad_norm = torch.nn.utils.clip_grad_norm_([flat], cfg.max_grad_norm)
@@ -378,7 +363,6 @@ def loop(
         ok = found[0].isfinite() & (grad_norm.isfinite() | scaler.is_enabled())  # ()
         step_if(ok, opt, scaler)
         flat.grad.zero_()  # in place: the layers' gradients are views of it
-        done = step + 1
         tally.add(ok, found, done)
 
         # ---- from here on nothing changes a weight
@@ -424,8 +408,7 @@ def loop(
         recent = {ahead: drawn for ahead, drawn in recent.items() if ahead > done}
         # before the checkpoint: what it has seen is there when a run goes on from it
         if showing and ranks.leads and unless_full(show, done) is None:
-            if isinstance(compute, Replayed):
-                compute.reset()  # which gives back what its graph holds
+            compute.release()
             if unless_full(show, done) is None:
                 warnings.warn(f"out of memory: no picture of step {done}", stacklevel=1)
         stopping = ranks.latest(stop.asked or 0)  # read once: it may come at any moment

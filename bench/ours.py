@@ -19,14 +19,15 @@ from editing import edit_pixels
 from images import load_image, to_image, to_tensor
 from model.pipeline import DTYPES, decode, encode, generate_latents, load_pipeline
 from model.weights import load_vae
+from training import fitting
 
 NEVER = 10**6  # no line of metrics, picture or checkpoint within the measured steps
 
 
 def training(job: dict, turns: Turns) -> None:
-    """train.train() itself. It calls `unless_full` once in every step, what it draws for the next
-    one being on its way already: there it waits."""
-    unless_full = train.unless_full
+    """train.train() itself. It calls this `unless_full` once in every step, what it draws for the
+    next one being on its way already: there it waits."""
+    unless_full = fitting.unless_full
 
     def paused(*args):
         turns()
@@ -34,7 +35,7 @@ def training(job: dict, turns: Turns) -> None:
             raise MemoryError("the batch does not fit")  # cut in half it would be another unit
         return found
 
-    train.unless_full = paused
+    fitting.unless_full = paused
     data = Path(job["root"])
     with tempfile.TemporaryDirectory() as folder:
         train.train(

@@ -37,6 +37,7 @@ from model.weights import load_text, load_unet
 from pairs import find_pairs
 from tests.small import losses, rows, small
 from train import train
+from training import fitting
 from training.adapting import rate
 from training.inputs import make_dataset
 from training.tally import Tally, Trend
@@ -226,7 +227,7 @@ def test_where_a_graph_does_not_fit_the_plain_step_goes_on(config, monkeypatch):
 
     expected = losses(train(replace(config, output_dir=f"{config.output_dir}1")))
     usual = loop.loop
-    monkeypatch.setattr(loop, "Replayed", Full)
+    monkeypatch.setattr(fitting, "Replayed", Full)
     monkeypatch.setattr(
         loop, "loop", lambda cfg, *more: usual(replace(cfg, cuda_graph=True), *more)
     )

@@ -1,6 +1,13 @@
-"""--vram_gib: how a step is cut, and what it computes twice, to fit the memory there is."""
+"""A step that fits the memory there is: planned before it starts, cut smaller where it does not."""
+
+import warnings
+from collections.abc import Callable
+
+from torch import Tensor, nn
 
 from config import TrainConfig
+from model.graph import Replayed
+from model.memory import unless_full
 from model.objectives import Task
 from model.pipeline import predictor
 from model.plan import CUBLAS, Plan, frozen_bytes, plan_memory, trial
@@ -21,7 +28,10 @@ def plan_step(
     looked_at: list[Apart],
     level: str,
 ) -> Plan:
-    """Of this process' share of a step, by a trial of its loss and by what lies there beside it."""
+    """--vram_gib: how a step is cut, and what it computes twice.
+
+    Of this process' share of a step, by a trial of its loss and by what lies there beside it.
+    """
     device, latents, unet = items.latents.device, items.latents, trained.unet
     attempt = trial(
         task.objective,
@@ -59,3 +69,43 @@ def plan_step(
         budget=cfg.vram_gib,
         level=level,
     )
+
+
+class Fitted:
+    """`compute(micro, *inputs)`, which adds the gradient of a step's `mine` samples to flat.grad,
+    `micro` of them at a time; with `graph` played back as one CUDA graph.
+
+    Where memory does not suffice, it is done again with half as many at a time, in the end without
+    the graph, and goes on so: the result is the same. MemoryError where one is too much.
+    """
+
+    def __init__(
+        self, compute: Callable[..., Tensor], flat: nn.Parameter, mine: int, micro: int, graph: bool
+    ):
+        self.flat, self.mine, self.micro = flat, mine, micro
+        self.compute = lambda *inputs: compute(self.micro, *inputs)
+        self.graph = Replayed(self.compute) if graph else None
+
+    def __call__(self, done: int, *inputs: tuple | None) -> Tensor:
+        """`done`: the step's number, for the warning."""
+        while (found := unless_full(self.graph or self.compute, *inputs)) is None:
+            self.flat.grad.zero_()
+            then = f"from here on {self.smaller()}; the result is the same"
+            warnings.warn(f"out of memory at step {done}: {then}", stacklevel=2)
+        return found
+
+    def smaller(self) -> str:
+        """Take less from here on; what, in words."""
+        if self.micro > 1:
+            self.micro = max(k for k in range(1, self.micro // 2 + 1) if self.mine % k == 0)
+            self.release()
+            return f"its {self.mine} images go through the network {self.micro} at a time"
+        if self.graph:
+            self.graph = None
+            return "the step is not one CUDA graph, which takes more"
+        raise MemoryError("one image is too much")
+
+    def release(self) -> None:
+        """Give back what the graph holds; it is captured anew."""
+        if self.graph:
+            self.graph.reset()
