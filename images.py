@@ -66,6 +66,34 @@ def _open(path: Path | str) -> Image.Image:
     return Image.open(path, formats=("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF"))
 
 
+_playing: dict[tuple, Image.Image] = {}  # the animated file that was read last, still open
+
+
+@contextmanager
+def _opened(path: Path | Frame | str) -> Iterator[Image.Image]:
+    """At its frame, if it is one of several: each is decoded from the one before it, so a file
+    stays open, and all of its frames in a row are decoded once."""
+    if not (isinstance(path, Frame) and path.number):
+        with _open(path) as image:
+            yield image
+        return
+    now = os.stat(path)  # a worker process has its own: it would share the place in the file
+    key = path.path, os.getpid(), now.st_ino, now.st_size, now.st_mtime_ns
+    image = _playing.get(key)
+    if image is None or image.tell() > path.number:  # going back is not what Pillow does well
+        image = _open(path)
+    while _playing:
+        if (other := _playing.popitem()[1]) is not image:
+            other.close()
+    try:
+        image.seek(path.number)
+        yield image
+    except BaseException:
+        image.close()  # where it has stopped nobody knows
+        raise
+    _playing[key] = image
+
+
 def _png_with_exif(path: Path | str) -> bool:
     """Whether any chunk of a PNG may tell its orientation, those behind the pixels included."""
     told = (b"Raw profile type exif", b"XML:com.adobe.xmp")
@@ -153,9 +181,7 @@ def load_image(
     ValueError names a file that is broken, cut short, empty or larger than Pillow's bomb limit.
     """
     colour = ImageColor.getrgb(background)[:3]
-    with _reading(path), _open(path) as opened:
-        if isinstance(path, Frame):
-            opened.seek(path.number)
+    with _reading(path), _opened(path) as opened:
         _refuse_tiff(opened)
         opened.load()
         image = ImageOps.exif_transpose(opened)

@@ -78,6 +78,11 @@ def counted(path: Path) -> list[tuple[int, str]]:
     return [(int(part), part) if i % 2 else (0, part) for i, part in enumerate(parts)]
 
 
+def is_clip(file: Path, folder: Path | str) -> bool:
+    """Whether it is an animated file for `find_clips`: right in the folder."""
+    return file.parent == Path(folder) and file.suffix.lower() in SUFFIXES | {".gif", ".apng"}
+
+
 def find_clips(folder: Path | str, stride: int = 1, *, mask_dir: Path | str | None = None):
     """Clips in a folder, each a sub-folder of frames in the order of their names, numbers in them
     as numbers, or an animated GIF, WebP or PNG: every `stride`-th frame, the first being the
@@ -91,7 +96,7 @@ def find_clips(folder: Path | str, stride: int = 1, *, mask_dir: Path | str | No
             continue
         if entry.is_dir():
             name, frames = entry.name, sorted(find_images(entry, "--frames_dir"), key=counted)
-        elif entry.suffix.lower() in SUFFIXES | {".gif", ".apng"}:
+        elif is_clip(entry, root):
             if (count := frame_count(entry)) > MAX_FRAMES:
                 raise ValueError(
                     f"--frames_dir: {shown([entry])} has {count} frames, of {MAX_FRAMES} at most "

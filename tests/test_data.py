@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 
 import check_data
+import images
 from config import TrainConfig
 from data import Geometry, PairDataset, apply, change_mask, draw_geometry
-from images import image_size, load_image, load_mask, to_image, to_tensor
+from images import Frame, image_size, load_image, load_mask, to_image, to_tensor
 from pairs import (
     Pair,
     file_hash,
@@ -29,7 +30,7 @@ from pairs import (
 )
 from sequences import find_clips, find_sequences
 from tests.pairs import write_pairs
-from training.inputs import find_data
+from training.inputs import find_data, passed_over
 
 
 def picture(seed=0, size=(32, 32)):
@@ -44,9 +45,9 @@ def picture(seed=0, size=(32, 32)):
     return Image.fromarray((total / 3 * generator.uniform(0.6, 1, 3)).astype(np.uint8))
 
 
-def save(image, path):
+def save(image, path, **how):
     path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)
+    image.save(path, **how)
     return path
 
 
@@ -828,6 +829,60 @@ def test_clips_are_folders_and_animations_alike(tmp_path, suffix):
     frames[0].save(root / "one" / "0.png")
     with pytest.raises(ValueError, match="one has 1 frames, wanted at least 2 at --frame_stride 1"):
         find_clips(root)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
+def test_frames_in_a_row_are_decoded_once_and_in_any_order_alike(tmp_path, suffix, monkeypatch):
+    """Squares that wander over noise: every frame is the last one and what has changed."""
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    frames = []
+    for i in range(8):
+        noise[3 * i : 3 * i + 8, 2 * i : 2 * i + 8] = 30 * i
+        frames.append(Image.fromarray(noise))
+    path, how = tmp_path / f"moving.{suffix}", {"lossless": True} if suffix == "webp" else {}
+    frames[0].save(path, save_all=True, append_images=frames[1:], **how)
+    usual, opened = images._open, []
+    monkeypatch.setattr(images, "_open", lambda path: opened.append(path) or usual(path))
+    read = lambda i: load_image(Frame(path, i)).tobytes()  # noqa: E731
+    in_a_row = [read(i) for i in range(1, 8)]
+    assert len(opened) == 1
+    assert [read(i) for i in (5, 2, 7, 1)] == [in_a_row[i - 1] for i in (5, 2, 7, 1)]
+    with Image.open(path) as alone:
+        for i in range(1, 8):
+            alone.seek(i)
+            assert alone.convert("RGB").tobytes() == in_a_row[i - 1]
+    assert len({*in_a_row}) == 7
+    frames[0].save(path, save_all=True, append_images=frames[:0:-1], **how)  # another file now
+    assert read(1) != in_a_row[0]
+    path.write_bytes(path.read_bytes()[:-200])  # cut short: told of, and no other file suffers
+    with pytest.raises(ValueError, match="cannot be read as an image"):
+        [read(i) for i in range(1, 8)]
+    with pytest.raises(ValueError, match="cannot be read as an image"):
+        read(7)
+
+
+def test_what_is_not_trained_on_is_told(tmp_path):
+    """Of clips and of states at several times as of pairs."""
+    root = tmp_path / "clips"
+    for i in range(2):
+        save(picture(i), root / "a" / f"{i}.png")
+    save(picture(0), root / "b.gif", save_all=True, append_images=[picture(1)])
+    (root / "c.mp4").write_bytes(b"a film")
+    (root / "a" / "d.gif").write_bytes(b"not among the clips")
+    (root / "a" / "1.txt").write_text("a caption")
+    (said,) = passed_over(TrainConfig(frames_dir=str(root)))
+    left = f"{root / 'a' / 'd.gif'}, {root / 'c.mp4'}"
+    assert said == f"--frames_dir: 2 files that are no images are left out: {left}"
+    times = [tmp_path / name for name in ("2016", "2019", "2024")]
+    for folder, names in zip(times, ("ab", "a", "acd")):
+        for name in names:
+            save(picture(0), folder / f"{name}.png")
+    (times[1] / "b.jp2").write_bytes(b"no image")
+    cfg = TrainConfig(sequence_dirs=[str(folder) for folder in times], allow_unmatched=True)
+    assert [*passed_over(cfg)] == [
+        "--allow_unmatched: 3 places that lack a state are skipped",
+        f"--sequence_dirs: 1 files that are no images are left out: {times[1] / 'b.jp2'}",
+    ]
 
 
 def test_a_clips_mask_is_found_by_any_spelling(tmp_path):

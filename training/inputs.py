@@ -1,6 +1,7 @@
 """What a run trains on, and how long: pairs found, class images made, latents encoded."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import count, islice
 from pathlib import Path
@@ -18,9 +19,18 @@ from images import load_image, shown, to_image
 from latents import Latents, cache_latents
 from model.memory import phase, unless_full
 from model.pipeline import DTYPES, decode, generate_latents, load_pipeline, pick_dtype
-from pairs import Pair, find_images, find_pairs, find_singles, left_out, unmatched
+from pairs import (
+    SIDES,
+    Pair,
+    by_name,
+    find_images,
+    find_pairs,
+    find_singles,
+    left_out,
+    unmatched,
+)
 from progress import no_bars
-from sequences import find_clips, find_sequences
+from sequences import find_clips, find_sequences, is_clip
 
 
 class Data(NamedTuple):
@@ -94,12 +104,21 @@ def find_data(cfg: TrainConfig) -> Data:
 
 def passed_over(cfg: TrainConfig) -> Iterator[str]:
     """A line on what lies in the folders of pairs and is not trained on."""
-    folders = {f"--{side}": getattr(cfg, side) for side in ("before_data_dir", "after_data_dir")}
-    loose = cfg.allow_unmatched and all(folders.values())
-    if loose and (skipped := sum(len(names) for names in unmatched(*folders.values()))):
+    sides, times = (cfg.before_data_dir, cfg.after_data_dir), cfg.sequence_dirs or []
+    if cfg.allow_unmatched and all(sides) and (skipped := sum(map(len, unmatched(*sides)))):
         yield f"--allow_unmatched: {skipped} images without a partner are skipped"
-    for flag, folder in (folders | {"--mask_dir": cfg.mask_dir}).items():
-        if folder is not None and (others := left_out(folder, flag)):
+    if cfg.allow_unmatched and times:
+        states = Counter(name for folder in times for name in by_name(folder, "--sequence_dirs"))
+        if skipped := sum(n < len(times) for n in states.values()):
+            yield f"--allow_unmatched: {skipped} places that lack a state are skipped"
+    folders = [*zip(SIDES, sides), ("--mask_dir", cfg.mask_dir)]
+    folders += [("--sequence_dirs", folder) for folder in times]
+    folders += [("--frames_dir", cfg.frames_dir)]
+    for flag, folder in folders:
+        others = left_out(folder, flag) if folder is not None else []
+        if flag == "--frames_dir":
+            others = [file for file in others if not is_clip(file, folder)]
+        if others:
             yield f"{flag}: {len(others)} files that are no images are left out: {shown(others)}"
 
 
