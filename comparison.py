@@ -3,7 +3,6 @@
 Plain data in: `evaluation.json` of each run, and which flags differ.
 """
 
-import html
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from PIL import Image, ImageDraw
 
 import measures
 from images import contact_sheet
+from md import figure, plain
 
 # ---- figures -------------------------------------------------------------------------------------
 
@@ -100,12 +100,6 @@ def shown(value: object) -> str:
     return "-" if value is None else str(value)
 
 
-def plain(text: str) -> str:
-    """As text in Markdown: no tag, no cell's end, no line's."""
-    text = text if text.isprintable() else ascii(text)[1:-1]
-    return html.escape(text, quote=False).replace("|", "\\|")
-
-
 def table(
     title: str, flags: dict, summary: dict, runs: dict, seeds: Sequence[int], notes: Sequence[str]
 ) -> str:
@@ -118,7 +112,7 @@ def table(
     head = ["arm", *fields, *columns, "seeds"]
     lines = [f"# {plain(title)}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for name, values in summary.items():
-        cells = [cell(values.get(column), COLUMNS[column][0]) for column in columns]
+        cells = [figure(values.get(column), COLUMNS[column][0]) for column in columns]
         missing = f" of {len(seeds)}" if len(runs[name]) < len(seeds) else ""
         told = map(plain, flags[name].values())
         cells = [name, *told, *cells, f"{len(runs[name])}{missing}"]
@@ -127,13 +121,6 @@ def table(
     meaning = [f"- {name}: {COLUMNS[name][1]}" for name in columns]
     lines += ["", f"± is the standard error {seeded}over the pairs.", "", *meaning]
     return "\n".join([*lines, *(line for note in notes for line in ("", plain(note))), ""])
-
-
-def cell(value: dict | None, digits: int) -> str:
-    if value is None:
-        return "-"
-    error = "" if value["se"] is None else f" ± {value['se']:.{digits}f}"
-    return f"{round(value['mean'], digits) + 0.0:.{digits}f}{error}"  # no minus before a zero
 
 
 def plot(summary: dict, runs: dict) -> Image.Image:

@@ -45,6 +45,7 @@ from editing import (
     states_between,
     warn_of_unread,
 )
+from evaluation_table import table
 from images import contact_sheet, to_image
 from measures import best, collect, judge, mse, progress, psnr, spearman, spread, statistics
 from model.draws import seed_for
@@ -120,14 +121,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
     warn_of_unread(args, objective)
     if args.samples > 1 and not draws_anew(objective, args.start):
         warnings.warn(f"--samples {args.samples} are all the same for {objective}", stacklevel=2)
-    resolution = pipe.meta.get("resolution") if args.resolution is None else args.resolution
-    if resolution is None:
-        raise ValueError(f"--lora {args.lora} does not say its resolution: give --resolution")
-    if resolution < 1 or resolution % pipe.vae.downscale:
-        raise ValueError(
-            f"--resolution must be a positive multiple of {pipe.vae.downscale} for this "
-            f"autoencoder, got {resolution}"
-        )
+    resolution = resolution_of(args, pipe)
     background = pipe.meta.get("background", "white")
     opened = partial(PairDataset, resolution=resolution, center_crop=True, background=background)
     dataset, outcomes = opened(pairs), [opened(some) for some in outcomes]
@@ -183,17 +177,33 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
         **collect(rows, strengths),
         "per_pair": rows,
     }
-    for place, gap in result["gap_closed"].items():
-        if missing := len(pairs) - gap["n"]:
-            said = f"{missing} of {len(pairs)} pairs have no pixel {place} their mask"
-            warnings.warn(f"{said} and count there for nothing", stacklevel=2)
-        if gap["mean"] is None and gap["n"]:
-            more = "" if args.mask_dir else ": --mask_dir says where it is to be looked at"
-            warnings.warn(
-                f"{place}, the autoencoder loses more than the change is, and no gap can close"
-                + more, stacklevel=2,
-            )  # fmt: skip
+    warn_of_gaps(result, masked=args.mask_dir is not None)
     return result, pictures
+
+
+def resolution_of(args: argparse.Namespace, pipe: Pipeline) -> int:
+    """The flag's, or what the LoRA was trained at."""
+    resolution = pipe.meta.get("resolution") if args.resolution is None else args.resolution
+    if resolution is None:
+        raise ValueError(f"--lora {args.lora} does not say its resolution: give --resolution")
+    if resolution < 1 or resolution % pipe.vae.downscale:
+        raise ValueError(
+            f"--resolution must be a positive multiple of {pipe.vae.downscale} for this "
+            f"autoencoder, got {resolution}"
+        )
+    return resolution
+
+
+def warn_of_gaps(result: dict, masked: bool) -> None:
+    """Where "gap closed" is of fewer pairs than there are, or of none."""
+    for place, gap in result["gap_closed"].items():
+        if missing := result["pairs"] - gap["n"]:
+            said = f"{missing} of {result['pairs']} pairs have no pixel {place} their mask"
+            warnings.warn(f"{said} and count there for nothing", stacklevel=3)
+        if gap["mean"] is None and gap["n"]:
+            said = f"{place}, the autoencoder loses more than the change is, and no gap can close"
+            more = "" if masked else ": --mask_dir says where it is to be looked at"
+            warnings.warn(said + more, stacklevel=3)
 
 
 def compare(
@@ -245,80 +255,25 @@ def judge_samples(before: Tensor, draws: list[Tensor], seen: Tensor, truths: lis
     return row | ({"spread_of_truth": spread(truths)} if len(truths) > 1 else {})
 
 
-def code(text: str) -> str:
-    """As code in Markdown: nothing in it makes a line, a link, a tag or an end of it."""
-    text = text if text.isprintable() else ascii(text)[1:-1]
-    return f"`{text.replace('`', chr(39))}`"
-
-
-def table(result: dict) -> str:
-    """evaluation.md: what a reader wants first."""
-
-    def cell(value: dict | None, digits: int) -> str:
-        if value is None or value["mean"] is None:
-            return "-"
-        se = "" if value["se"] is None else f" ± {value['se']:.{digits}f}"
-        return f"{value['mean']:.{digits}f}{se}"
-
-    kinds = ("copy", "predicted", "ceiling")
-    titles = ("copy of the before", "predicted", "autoencoder's ceiling")
-    lines = [
-        f"# {result['objective']}, {result['pairs']} held-out pairs",
-        "",
-        f"LoRA {code(result['lora'])} on {code(result['base'])}, {result['resolution']} px. "
-        "Means ± standard errors over the pairs.",
-        "",
-        "| | " + " | ".join(titles) + " |",
-        "|---|---|---|---|",
-    ]
-    digits = {"psnr": 2, "psnr_inside": 2, "psnr_outside": 2, "ssim": 3, "cosine": 3}
-    for key, places in digits.items():
-        if key in result["copy"]:
-            cells = " | ".join(cell(result[kind][key], places) for kind in kinds)
-            lines.append(f"| {key.replace('_', ' ')} | {cells} |")
-    lines.append("")
-    for place, value in result["gap_closed"].items():
-        lines.append(f"Gap closed ({place}): **{cell(value, 3)}**")
-    if result.get("outside_over_ceiling") is not None:
-        ratio = result["outside_over_ceiling"]
-        lines.append(f"Squared error outside the mask over the ceiling's: {ratio:.2f}")
-    s = result["strengths"]
-    order = f"Spearman of strength and progress {cell(s['spearman'], 3)}"
-    if s["spearman"]["mean"] is None:
-        order = "The strengths are a fade, whose order is its own"
-    lines += [
-        "",
-        "| strength | " + " | ".join(f"{value:g}" for value in s["values"]) + " |",
-        "|---|" + "---|" * len(s["values"]),
-        "| share of the way | " + " | ".join(cell(p, 2) for p in s["progress"]) + " |",
-        "",
-        f"{order}; strength 0 against the before image {cell(s['identity_psnr'], 1)} dB",
-    ]
-    if "between" in result:
-        lines += [
-            "",
-            "| state at | predicted | fade to own prediction | before |",
-            "|---|---|---|---|",
-        ]
-        for time, values in result["between"].items():
-            lines.append(f"| {time} | " + " | ".join(cell(v, 2) for v in values.values()) + " |")
-    if "samples" in result:
-        lines += [
-            "",
-            "| samples | ours | truth | distance (in σ of the truth) | truths' to other truths |",
-            "|---|---|---|---|---|",
-        ]
-        values = result["samples"]
-        for ours, truth in (("best_psnr", "best_truth_psnr"), ("spread", "spread_of_truth")):
-            cells = cell(values[ours], 3), cell(values.get(truth), 3)
-            lines.append(f"| {ours.replace('_', ' ')} | {cells[0]} | {cells[1]} | | |")
-        for key, value in values.items():
-            if "distance" in value:
-                least = value["distance_of_truth"]
-                cells = [f"{value[name]:.3f}" for name in ("mean", "truth")]
-                cells += [f"{value['distance']:.2f}", "-" if least is None else f"{least:.2f}"]
-                lines.append(f"| {key} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+def write(out: Path, result: dict, text: str, pictures: list[list[Image.Image]], kept: int) -> None:
+    """The folder. `kept`: of how many pairs the pictures are files as well."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "evaluation.json", rounded(result))
+    columns = ["before", "predicted", "after", "error x 3"]
+    files = {
+        out / "pictures" / f"{i:03d}-{kind}.png": image
+        for i, row in enumerate(pictures[:kept])
+        for kind, image in zip(columns[:3], row)
+    }
+    for path, image in files.items():
+        path.parent.mkdir(exist_ok=True)
+        save_image(image, path)
+    for kind in columns[:3]:  # those of an earlier evaluation of more pairs
+        for old in {*out.glob(f"pictures/[0-9][0-9][0-9]-{kind}.png")} - files.keys():
+            old.unlink()
+    names = [f"{row['name']}  {row['predicted']['psnr']:.1f} dB" for row in result["per_pair"]]
+    save_image(contact_sheet(pictures[:32], columns, names), out / "sheet.png")
+    write_aside(out / "evaluation.md", lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def rounded(value):
@@ -370,17 +325,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         out = Path(args.out)
         refuse_others(out, ("evaluation.md", "sheet.png", "pictures"), "evaluation.json")
         result, pictures = evaluate(args)
-        out.mkdir(parents=True, exist_ok=True)
         text = table(result)
-        write_json(out / "evaluation.json", rounded(result))
-        columns = ["before", "predicted", "after", "error x 3"]
-        names = [f"{row['name']}  {row['predicted']['psnr']:.1f} dB" for row in result["per_pair"]]
-        for i, row in enumerate(pictures[: args.pictures]):
-            for kind, image in zip(columns[:3], row):
-                (out / "pictures").mkdir(exist_ok=True)
-                save_image(image, out / "pictures" / f"{i:03d}-{kind}.png")
-        save_image(contact_sheet(pictures[:32], columns, names), out / "sheet.png")
-        write_aside(out / "evaluation.md", lambda aside: aside.write_text(text, encoding="utf-8"))
+        write(out, result, text, pictures, args.pictures)
         run = Path(args.lora)
         if out.resolve() == (run / "evaluation").resolve() and (run / "config.json").exists():
             write_report(run)  # now with these figures

@@ -4,10 +4,10 @@ Prompts, names and paths come from anywhere: in the card they are text, never Ma
 """
 
 import json
-import re
 import shlex
 from pathlib import Path
 
+from md import escaped, fenced, printable
 from model.files import MOVED, is_local
 from model.lora_files import LORA_FILE, PORTABLE, file_of
 
@@ -39,32 +39,9 @@ PLACES = {"output_dir", "before_data_dir", "after_data_dir", "instance_data_dir"
           "validation_images", "init_lora"}  # fmt: skip
 
 
-# ---- text from anywhere --------------------------------------------------------------------------
-
-
-def printable(text: str) -> str:
-    """On one line, without what no letter is."""
-    return "".join(c if c.isprintable() else " " for c in text)
-
-
-def markdown(text: str) -> str:
-    """Text that Markdown shows as it is: a backslash before all punctuation (CommonMark 2.4)."""
-    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", " ".join(printable(text).split()))
-
-
 def yaml(text: str) -> str:
     """A double-quoted YAML scalar: JSON's, which YAML reads alike when nothing odd is in it."""
     return json.dumps(printable(text), ensure_ascii=False)
-
-
-def fenced(code: str, language: str) -> str:
-    """A block that no backticks within it can end."""
-    longest = max((len(run) for run in re.findall("`+", code)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}{language}\n{code}\n{fence}"
-
-
-# ---- the card ------------------------------------------------------------------------------------
 
 
 def model_card(
@@ -79,7 +56,7 @@ def model_card(
     title = repo.rpartition("/")[2]
     base, objective, prompt = meta["base_model"], meta["objective"], meta["prompt"]
     local = is_local(base)
-    said = markdown(Path(base).name if local else base)
+    said = escaped(Path(base).name if local else base)
     what = (
         "has learnt what images have in common"
         if objective == "dreambooth"
@@ -87,14 +64,14 @@ def model_card(
     )
     parts = [
         front_matter(meta),
-        f"# {markdown(title)}",
+        f"# {escaped(title)}",
         f"A LoRA on {said}{' (a local checkpoint)' if local else ''} that {what}. "
         "Trained with PairLoRA.",
-        f"Prompt: {markdown(prompt) or '(empty)'}",
+        f"Prompt: {escaped(prompt) or '(empty)'}",
         *([strength_table(pictures)] if pictures else []),
         *([f"![pictures at the end of the training]({sheet})"] if sheet else []),
         "## Strength",
-        f"{markdown(meta['strength'])}.",
+        f"{escaped(meta['strength'])}.",
         "Between 0 and 1 is part of the change, negative is backwards, above 1 is exaggerated. The "
         "multiplier is what other clients call the weight or the strength of a LoRA.",
         f"## Objective: {objective}",
@@ -102,7 +79,7 @@ def model_card(
     ]
     if companion := meta.get("base_lora"):
         parts.append(
-            f"It was trained on top of another LoRA ({markdown(Path(companion['path']).name)}, "
+            f"It was trained on top of another LoRA ({escaped(Path(companion['path']).name)}, "
             f"strength {companion['strength']:g}), which is not in these files."
         )
     listed = (f"| `{file_of(layout)}` | {READERS[layout]} |" for layout in layouts)
@@ -144,7 +121,7 @@ def strength_table(pictures: dict) -> str:
     for image in pictures["images"]:
         files = [image[ends[0]]] * len(ends[:1]) + image["at"] + [image[e] for e in ends[1:]]
         cells = (f"![{head}](strengths/{file})" for head, file in zip(heads, files))
-        lines.append(f"| {markdown(image['name'])} | {' | '.join(cells)} |")
+        lines.append(f"| {escaped(image['name'])} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

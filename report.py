@@ -19,6 +19,7 @@ from pathlib import Path
 
 from durable import write_aside
 from images import image_size, load_image
+from md import figure
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -176,13 +177,6 @@ def evaluation(result: dict) -> str:
         cells = "<td>".join(figure(result[kind][key], digits) for kind in kinds)
         lines.append(f"<tr><th>{escape(key.replace('_', ' '))}<td>{cells}")
     return f"{rows(found)}<table>{''.join(lines)}</table>"
-
-
-def figure(value: dict, digits: int = 3) -> str:
-    if value["mean"] is None:
-        return "-"
-    error = "" if value["se"] is None else f" ± {value['se']:.{digits}f}"
-    return f"{value['mean']:.{digits}f}{error}"
 
 
 def strengths(folder: Path, pictures: dict) -> str:

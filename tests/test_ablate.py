@@ -21,6 +21,7 @@ import ablate
 import comparison
 import durable
 import evaluate
+import md
 import runs
 import train
 from model import memory
@@ -435,7 +436,7 @@ def test_one_seed_has_the_error_of_its_pairs():
     one, two = {"PSNR": (20.0, 0.3)}, {"PSNR": (22.0, 0.3)}
     assert comparison.over_seeds([one])["PSNR"] == {"mean": 20.0, "se": 0.3, "n": 1}
     assert comparison.over_seeds([one, two])["PSNR"] == {"mean": 21.0, "se": 1.0, "n": 2}
-    assert comparison.cell({"mean": -0.001, "se": None}, 2) == "0.00"
+    assert md.figure({"mean": -0.001, "se": None}, 2) == "0.00"
 
 
 def test_the_plot_shows_where_the_arms_are():

@@ -209,6 +209,11 @@ def test_the_same_command_gives_the_same_bytes(tmp_path, sd1, scenes):
     assert [p.name for p in kept] == [f"{i:03d}-{kind}.png" for i in (0, 1) for kind in kinds]
     truth = Image.open(scenes / "solar" / "after" / "00001.png").convert("RGB")
     assert Image.open(kept[3]).tobytes() == truth.tobytes()
+    mine = kept[0].with_name("001-mine.png")
+    mine.write_bytes(b"of the user")
+    more = ("--strengths", "0,1", "--pictures", 1)
+    assert evaluate.main(flags(lora, scenes / "solar", tmp_path / "pictures", *more)) == 0
+    assert sorted((tmp_path / "pictures" / "pictures").iterdir()) == [*kept[:3], mine]
     result = json.loads(files[0]["evaluation.json"])
     assert result["pairs"] == 6 and len(result["per_pair"]) == 6
     assert result["strengths"]["identity_psnr"]["mean"] == 100.0  # delta at 0 is the identity

@@ -24,8 +24,8 @@ import cli
 import config
 from data import PairDataset
 from durable import MANIFEST, json_bytes, seal
-from evaluate import code
 from images import image_size, load_image, shown
+from md import code
 from model.files import read_json, read_tensors
 from model.lora import inject
 from model.lora_files import load_lora, save_lora

@@ -19,6 +19,7 @@ from safetensors.torch import load, save
 import ablate
 import comparison
 import durable
+import md
 import report
 from data import PairDataset
 from model.lora import inject
@@ -284,7 +285,7 @@ def test_arms_files(place, data):
         return
     for job in jobs or []:
         assert job.folder.parent.parent == place / "out" and job.arm.name not in FILES
-        assert "\n" not in comparison.plain(job.arm.name) and job.arm.evaluate
+        assert "\n" not in md.plain(job.arm.name) and job.arm.evaluate
 
 
 def test_what_an_evaluation_left(place):

@@ -23,8 +23,8 @@ import cli
 import config
 import durable
 from data import PairDataset
-from evaluate import code
 from images import contact_sheet, image_size, load_image, shown
+from md import code
 from model import lora_files
 from model.files import read_json, read_tensors
 from model.lora_files import LORA_FILE, read_lora

@@ -18,6 +18,7 @@ from PIL import Image
 
 import hub as uploads
 import hub_card
+import md
 import train
 from config import TrainConfig
 from model.lora_files import LORA_FILE
@@ -186,7 +187,7 @@ def test_text_from_anywhere_stays_text():
     said = card(prompt=NASTY, flags={"instance_prompt": NASTY}, pictures=CHANGES)
     assert front(said) == {
         "base_model": "me/base", "base_model_relation": "adapter", "library_name": "diffusers",
-        "pipeline_tag": "image-to-image", "instance_prompt": hub_card.printable(NASTY),
+        "pipeline_tag": "image-to-image", "instance_prompt": md.printable(NASTY),
         "tags": ["lora", "stable-diffusion", "image-to-image"],
     }  # fmt: skip
     assert said.count("\n---\n") == 1 and said.startswith("---\n")
@@ -201,7 +202,7 @@ def test_text_from_anywhere_stays_text():
     assert r"a\|b\]\`" in table[0]
     train_command = blocks(said, "sh")[-1][1]
     assert shlex.split(train_command.replace("\\\n", " "))[2:] == [
-        f"--instance_prompt={hub_card.printable(NASTY)}"
+        f"--instance_prompt={md.printable(NASTY)}"
     ]
 
 
