@@ -14,13 +14,22 @@ edit draws with `noise_like(z, how.generator)`, a generator for each image. A ne
 functions here and a line in OBJECTIVES.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from model.samplers import Generators, ddim, ddim_invert, noise_like, timesteps
+from model.samplers import (
+    Generators,
+    ddim,
+    ddim_invert,
+    even_in_sigma,
+    noise_like,
+    sigma,
+    timesteps,
+)
 from model.schedule import Schedule
 
 Predict = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -171,25 +180,35 @@ def path_loss(predict, schedule, a, b, s, eps, t, tau, knobs):
     return penalty(schedule.velocity(b_hat, eps_hat, t) - schedule.velocity(b, eps, t), knobs)
 
 
-def walk(predict, schedule, z, s, how, tau):
-    """From z noised at τ−1 down the path: DDIM's steps (eq. 12), whatever `how` says of the start.
+def walk(predict, schedule, z, s, how, ts, order=1):
+    """From z noised at the first of the steps `ts` down the path to 0. Multiplier s.
+
+    A step keeps b̂ and the noise ε̃ = (x_t/√ā_t − b̂)/σ_t: DDIM (eq. 12). At order 2 it is, in the
+    place of b̂, what b̂ will be in the middle of the step if it goes on changing as in the step
+    before: DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2).
 
     With η the noise ε = ε̃ − (z − b̂)/σ_τ is √(1−η²) ε + η ε′, ε′ drawn anew: of the same size, it
-    forgets what the network guessed wrong before. Multiplier s.
+    forgets what the network guessed wrong before.
     """
-    ts = torch.linspace(tau - 1, 0, min(how.steps, tau), dtype=torch.float64).round().long()
-    at = lambda t: torch.full((z.shape[0],), int(t), device=z.device)  # noqa: E731
+    tau, sigmas, before = ts[0] + 1, [sigma(schedule, t) for t in ts], None
+    h = lambda i: math.log(sigmas[i - 1] / sigmas[i])  # noqa: E731, the length of the step to i
+    at = lambda t: torch.full((z.shape[0],), t, device=z.device)  # noqa: E731
     x = schedule.add_noise(z, noise_like(z, how.generator), at(tau - 1))
-    for t, t_next in zip(ts, [*ts[1:], None]):
+    for i, t in enumerate(ts):
         pred = predict(x, at(t), s)
         b_hat, eps = schedule.x_0_hat(x, pred, at(t)), schedule.eps_hat(x, pred, at(t))
-        if t_next is None:
+        if i == len(ts) - 1:
             return b_hat
+        seen = b_hat
+        if order == 2 and before is not None and sigmas[i + 1]:
+            lean = h(i + 1) / (2 * h(i)) * (b_hat - before)
+            b_hat, eps = b_hat + lean, eps - lean / sigmas[i]  # of the same x_t
+        before = seen
         if how.eta:
             way = apart(z, b_hat, schedule, at(t), tau)
             fresh = noise_like(z, how.generator)
             eps = (1 - how.eta**2) ** 0.5 * (eps - way) + how.eta * fresh + way
-        x = schedule.add_noise(b_hat, eps, at(t_next))
+        x = schedule.add_noise(b_hat, eps, at(ts[i + 1]))
 
 
 def img2img_loss(predict, schedule, a, b, s, draws, knobs):
@@ -199,8 +218,10 @@ def img2img_loss(predict, schedule, a, b, s, draws, knobs):
 
 
 def img2img_edit(predict, schedule, z, s, how):
-    """`walk`."""
-    return walk(how.guided or predict, schedule, z, s, how, how.knobs.img2img_t)
+    """`walk` as any client does, in even steps of t."""
+    tau = how.knobs.img2img_t
+    ts = torch.linspace(tau - 1, 0, min(how.steps, tau), dtype=torch.float64).round().long()
+    return walk(how.guided or predict, schedule, z, s, how, ts.tolist())
 
 
 def beside(predict: Predict, z: Tensor) -> Predict:
@@ -216,8 +237,9 @@ def bridge_loss(predict, schedule, a, b, s, draws, knobs):
 
 
 def bridge_edit(predict, schedule, z, s, how):
-    """`walk`, with z beside x_t."""
-    return walk(beside(how.guided or predict, z), schedule, z, s, how, how.knobs.bridge_t)
+    """`walk` at order 2, with z beside x_t."""
+    ts = even_in_sigma(schedule, how.knobs.bridge_t - 1, how.steps)
+    return walk(beside(how.guided or predict, z), schedule, z, s, how, ts, order=2)
 
 
 # ---- concat: the before image as more channels ---------------------------------------------------

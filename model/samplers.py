@@ -44,6 +44,25 @@ def _alpha(schedule: Schedule, t: int) -> float:
     return 1.0 if schedule.set_alpha_to_one else schedule.alphas_cumprod[0].item()
 
 
+def sigma(schedule: Schedule, t: float) -> float:
+    """σ = √((1−ā)/ā), linear in t between the training steps."""
+    lower = min(int(t), schedule.num_steps - 1)
+    upper = min(lower + 1, schedule.num_steps - 1)
+    a = schedule.alphas_cumprod[[lower, upper]].clamp(min=2**-24).tolist()  # ā = 0 has no σ
+    low, high = (((1 - a_t) / a_t) ** 0.5 for a_t in a)
+    return low + (t - lower) * (high - low)
+
+
+def even_in_sigma(schedule: Schedule, top: int, steps: int, rho: float = 2.0) -> list[int]:
+    """At most `steps` of the steps top..0, falling from one end to the other, about evenly in
+    σ^(1/ρ): Karras et al. 2022 (arXiv 2206.00364), eq. 5."""
+    a = schedule.alphas_cumprod[: top + 1].cpu().clamp(min=2**-24)  # ā = 0 has no σ
+    roots = ((1 - a) / a) ** (0.5 / rho)  # (top + 1,)
+    wanted = torch.linspace(roots[-1], roots[0], steps, dtype=roots.dtype)
+    nearest = (roots[:, None] - wanted).abs().argmin(0)  # (steps,)
+    return sorted({top, *nearest.tolist()}, reverse=True)
+
+
 def _batch(t: float, x: Tensor) -> Tensor:
     """t for every image: int64, except where a sampler stands between two steps."""
     dtype = torch.int64 if float(t).is_integer() else torch.float64
@@ -188,7 +207,7 @@ def dpm_solver(
         raise ValueError(f"--steps must be between 1 and {most} for dpm_solver, got {steps}")
     # one step more than asked, and the last left out: the trajectory ends in σ = 0 instead
     ts = timesteps(schedule, steps if spacing == "trailing" else steps + 1, spacing)[:steps]
-    sigmas = [_sigma(schedule, t) for t in ts]
+    sigmas = [sigma(schedule, t) for t in ts]
     x, x_0_before, h_before = x_T, None, None
     for i in range(start, steps):
         alpha = 1 / (1 + sigmas[i] ** 2) ** 0.5  # x_t = α x_0 + ασ ε
@@ -218,7 +237,7 @@ def euler(
     ts = timesteps(schedule, steps, spacing)
     if spacing == "linspace":
         ts = torch.linspace(T - 1, 0, steps, dtype=torch.float64).tolist()
-    sigmas = [_sigma(schedule, t) for t in ts] + [0.0]
+    sigmas = [sigma(schedule, t) for t in ts] + [0.0]
     if start == 0 and spacing != "leading":
         x = x_T * sigmas[0]  # σ and not √(1+σ²): the habit of the published pipelines
     else:
@@ -229,15 +248,6 @@ def euler(
         eps, _ = _split_at(schedule, predict(x_t, _batch(ts[i], x)), x_t, a)
         x = x + (sigmas[i + 1] - sigmas[i]) * eps
     return x
-
-
-def _sigma(schedule: Schedule, t: float) -> float:
-    """σ = √((1−ā)/ā), linear in t between the training steps."""
-    lower = min(int(t), schedule.num_steps - 1)
-    upper = min(lower + 1, schedule.num_steps - 1)
-    a = schedule.alphas_cumprod[[lower, upper]].clamp(min=2**-24).tolist()  # ā = 0 has no σ
-    low, high = (((1 - a_t) / a_t) ** 0.5 for a_t in a)
-    return low + (t - lower) * (high - low)
 
 
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm_solver": dpm_solver, "euler": euler}

@@ -19,6 +19,7 @@ from model.objectives import (
     slider_loss,
 )
 from model.pipeline import predictor
+from model.samplers import even_in_sigma
 from model.schedule import Schedule
 from model.weights import load_unet
 from tests.parity.test_schedule import SD15, noise
@@ -306,7 +307,8 @@ def test_a_path_is_trained_on_as_its_edit_walks_it(name, knobs):
         how = How(steps=7, eta=eta, knobs=knobs, generator=torch.Generator().manual_seed(0))
         end = OBJECTIVES[name].edit(predict, sched, a, ONES, how)
         torch.testing.assert_close(end, b, rtol=0, atol=1e-9)
-        assert [int(t[0]) for _, t, _ in calls] == [399, 332, 266, 200, 133, 66, 0]
+        ts = {"bridge": even_in_sigma(sched, 399, 7), "img2img": [399, 332, 266, 200, 133, 66, 0]}
+        assert [int(t[0]) for _, t, _ in calls] == ts[name]
         rng, eps = torch.Generator().manual_seed(0), None
         for x, t, m in calls:
             seen = eps_for(x, t) - apart
@@ -319,6 +321,46 @@ def test_a_path_is_trained_on_as_its_edit_walks_it(name, knobs):
                 eps = (1 - eta**2) ** 0.5 * eps + eta * drawn
             torch.testing.assert_close(seen, eps, rtol=0, atol=1e-7)
             assert torch.equal(m, ONES)
+
+
+def test_a_path_of_bridge_is_solved_to_second_order():
+    """Where latents are N(0, c²) the network says b̂ = c²/(c² + σ²) y, and y = x_t/√ā is solved by
+    y ∝ √(c² + σ²): half as long steps are a quarter as wrong, and of a DDIM's still the half."""
+    sched, z, c, top = schedule(), noise(1), 0.5, 599
+    level = lambda t: sched.snr(torch.tensor([t])).item() ** -0.5  # noqa: E731, σ
+
+    def says(x_t, t, m):
+        signal, rest = sched.roots(t, z)
+        b_hat = c**2 / (c**2 + (rest / signal) ** 2) * x_t[:, :4] / signal
+        return (x_t[:, :4] - signal * b_hat) / rest
+
+    def wrong(name, steps):
+        how = How(steps=steps, generator=torch.Generator().manual_seed(0))
+        how = how._replace(knobs=Knobs(bridge_t=top + 1, img2img_t=top + 1))
+        eps = torch.randn(z.shape, generator=torch.Generator().manual_seed(0), dtype=z.dtype)
+        y = (z + level(top) * eps) * ((c**2 + level(0) ** 2) / (c**2 + level(top) ** 2)) ** 0.5
+        end = OBJECTIVES[name].edit(says, sched, z, ONES, how)
+        return (end - c**2 / (c**2 + level(0) ** 2) * y).abs().max().item()
+
+    assert wrong("bridge", 10) / wrong("bridge", 20) > 3.5
+    assert 1.5 < wrong("img2img", 20) / wrong("img2img", 40) < 2.5
+    assert wrong("bridge", 20) < wrong("img2img", 20) / 4
+
+
+def test_steps_of_a_path_are_even_in_the_root_of_sigma():
+    """Both ends are among them, none is twice, and where there are too many there are all."""
+    sched = schedule()
+    ts = even_in_sigma(sched, 599, 20)
+    assert ts[0] == 599 and ts[-1] == 0 and len(ts) == 20
+    roots = sched.snr(torch.tensor(ts)) ** -0.25
+    lengths = -roots.diff()
+    assert lengths.std() / lengths.mean() < 0.1
+    assert even_in_sigma(sched, 599, 1) == [599]
+    assert even_in_sigma(sched, 4, 1000) == [4, 3, 2, 1, 0]
+    assert even_in_sigma(sched, 0, 7) == [0]
+    blind = replace(sched, alphas_cumprod=sched.alphas_cumprod.clone())
+    blind.alphas_cumprod[-1] = 0  # nothing of the image is left at the last step
+    assert even_in_sigma(blind, 999, 5)[0] == 999
 
 
 def test_canvas_keeps_the_before_half_clean_and_learns_on_the_other():

@@ -188,7 +188,7 @@ def test_a_network_that_knows_x_0_ends_there(name, start):
     def oracle(x_t, t):
         lower = t.long()
         a = schedule.alphas_cumprod
-        sigma = [samplers._sigma(schedule, ti) for ti in t.tolist()]
+        sigma = [samplers.sigma(schedule, ti) for ti in t.tolist()]
         a_t = 1 / (1 + torch.tensor(sigma, dtype=torch.float64) ** 2)
         a_t = torch.where(t == lower, a[lower], a_t).view(-1, 1, 1, 1)
         return (x_t - a_t.sqrt() * x_0) / (1 - a_t).sqrt()
@@ -199,7 +199,7 @@ def test_a_network_that_knows_x_0_ends_there(name, start):
     x = schedule.add_noise(x_0, noise(7), t) if start else noise(7)
     if name == "euler":  # starts between two training steps
         t_start = torch.linspace(999, 0, 12, dtype=torch.float64)[start].item()
-        a = 1 / (1 + samplers._sigma(schedule, t_start) ** 2)
+        a = 1 / (1 + samplers.sigma(schedule, t_start) ** 2)
         x = a**0.5 * x_0 + (1 - a) ** 0.5 * noise(7) if start else noise(7)
     x = getattr(samplers, name)(oracle, x, schedule, 12, start=start)
     torch.testing.assert_close(x, x_0, rtol=1e-7, atol=1e-6)
