@@ -368,6 +368,15 @@ def test_what_is_written_lies_apart_from_what_is_read(config, pairs, tmp_path):
     for changes, said in (
         (inside, "--before_data_dir .* lies where --output_dir .* writes"),
         ({"output_dir": f"{pairs}/after/run"}, "--output_dir .* lies in --after_data_dir"),
+        (
+            {
+                "output_dir": f"{pairs}/mask/run",
+                "before_data_dir": None,
+                "after_data_dir": None,
+                "sequence_dirs": tuple(str(pairs / side) for side in ("before", "mask", "after")),
+            },
+            "--output_dir .* lies in --sequence_dirs",
+        ),
         ({"class_data_dir": f"{pairs}/after", **classes}, "--class_data_dir .* lies in --after"),
         (
             {"base_lora": config.output_dir, "overwrite": True},
@@ -512,6 +521,20 @@ def test_a_signal_that_is_ignored_stays_ignored(monkeypatch):
         signal.signal(signal.SIGINT, before)
 
 
+def test_no_signal_disturbs_the_last_words_of_one_of_several_that_ends_by_an_error():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with Stop(quiet=True):
+            pass
+        assert {number: signal.getsignal(number) for number in before} == before
+        with pytest.raises(KeyError), Stop(quiet=True):
+            raise KeyError
+        assert {signal.getsignal(number) for number in before} == {signal.SIG_IGN}
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 # ---- numbers that are none -----------------------------------------------------------------------
 
 
@@ -530,7 +553,9 @@ def no_gradient(error):
     return error + (0 * error).sqrt()  # the loss is finite, its gradient is 0 · ∞
 
 
-@pytest.mark.parametrize("bad", [lambda e: e * torch.nan, lambda e: e / 0, no_gradient])
+@pytest.mark.parametrize(
+    "bad", [lambda e: e * torch.nan, lambda e: e / 0, lambda e: e + torch.inf, no_gradient]
+)
 def test_what_is_not_finite_stops_and_names_step_t_pair_and_checkpoint(config, monkeypatch, bad):
     poison(monkeypatch, bad)
     cfg = replace(config, max_train_steps=30, seed=2)
@@ -572,6 +597,34 @@ def test_a_gradient_that_no_loss_scale_makes_finite_ends_the_run(config, monkeyp
     cfg = replace(config, max_train_steps=40, mixed_precision="fp16", checkpointing_steps=100)
     code, lines = main(cfg)
     assert code == 1 and "finite in fp16, however small the loss is made, by step 32" in lines[0]
+
+
+def test_the_loss_scale_goes_on_as_it_was(config, monkeypatch):
+    """Halved once, by a gradient that overflowed before the checkpoint gone on from."""
+    usual, calls = train.weighted_mean, []
+
+    def once(*how):
+        calls.append(1)
+        return no_gradient(usual(*how)) if len(calls) == 1 else usual(*how)
+
+    monkeypatch.setattr(train, "weighted_mean", once)
+    cfg = replace(config, max_train_steps=2, mixed_precision="fp16", checkpointing_steps=1)
+    assert main(cfg)[0] == 0
+    states = [Path(cfg.output_dir) / f"checkpoint-{step}" / "state.json" for step in (1, 2)]
+    one, two = (json.loads(path.read_text())["scaler"] for path in states)
+    assert one["scale"] == two["scale"] == 2**15 and two["_growth_tracker"] == 1
+    shutil.rmtree(states[1].parent)
+    assert main(replace(cfg, resume_from_checkpoint="latest"))[0] == 0
+    assert json.loads(states[1].read_text())["scaler"] == two
+
+
+def test_a_checkpoint_of_more_layers_is_not_gone_on_with(config):
+    """It would be a part of that run, without a word."""
+    cfg = replace(config, lora_targets="attn,ff", max_train_steps=2)
+    assert main(cfg)[0] == 0
+    fewer = replace(cfg, lora_targets="attn", max_train_steps=3)
+    code, lines = main(replace(fewer, resume_from_checkpoint="latest", resume_changed=True))
+    assert code == 2 and "adapts other layers of the unet" in lines[0]
 
 
 def test_a_checkpoint_before_the_first_good_step(config, monkeypatch):
@@ -691,6 +744,32 @@ def test_out_of_memory_says_what_needs_less(config):
         code, lines = main(config)
     assert code == 1 and len(lines) == 1 and "out of memory on cpu: --gradient_check" in lines[0]
     assert lines[0].endswith("last good checkpoint: checkpoint-2")
+
+
+def test_what_can_be_gone_on_with_is_told_of_an_error_on_the_way_not_of_a_mistake(
+    config, monkeypatch
+):
+    """Before the first step, too."""
+    assert main(replace(config, max_train_steps=2))[0] == 0
+    again = replace(config, resume_from_checkpoint="latest")
+    code, lines = main(replace(again, max_train_steps=1))
+    assert code == 2 and "checkpoint" not in lines[0]
+
+    def lost(*how, **more):
+        raise MemoryError("too little")
+
+    monkeypatch.setattr(train, "load_unet", lost)
+    code, lines = main(again)
+    assert code == 1 and lines[0].endswith("last good checkpoint: checkpoint-2")
+
+
+def test_a_summary_that_cannot_be_written_at_a_good_end_is_an_error(config, monkeypatch):
+    def full(run, status, **values):
+        raise OSError(28, "No space left on device", "summary.json")
+
+    monkeypatch.setattr(Run, "finish", full)
+    code, lines = main(replace(config, max_train_steps=1))
+    assert code == 1 and "No space left on device" in lines[0]
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(config):

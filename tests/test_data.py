@@ -505,6 +505,8 @@ def test_crops_reach_both_ends_and_never_beyond():
     draws = [draw_geometry(10, 8, 8, generator=generator) for _ in range(100)]
     assert {g.crop for g in draws} == {(k, 0, k + 8, 8) for k in range(3)}
     assert {g.resize for g in draws} == {(10, 8)}
+    draws = [draw_geometry(8, 8, 8, random_scale=1.5, generator=generator) for _ in range(100)]
+    assert len({g.crop[:2] for g in draws}) > 15  # each of the two by itself
 
 
 def test_an_image_of_the_right_size_keeps_its_pixels(tmp_path):
@@ -544,8 +546,10 @@ def test_what_is_enlarged_beyond_its_pixels_is_counted(tmp_path):
     pairs = write_pairs(tmp_path / "pairs", 2, 32)
     Image.new("RGB", (40, 40)).save(pairs / "before" / "large.png")
     Image.new("RGB", (40, 40)).save(pairs / "after" / "large.png")
+    for side in ("before", "after"):
+        Image.new("RGB", (80, 32)).save(pairs / side / "wide.png")
     found = find_pairs(pairs / "before", pairs / "after")
-    assert PairDataset(found, 32, random_scale=1.25).enlarged == 2
+    assert PairDataset(found, 32, random_scale=1.25).enlarged == 3
     assert PairDataset(found, 24, random_scale=1.25).enlarged == 0
     assert PairDataset(found, 64).enlarged == 0
 
@@ -950,4 +954,5 @@ def test_a_mask_of_the_change_is_where_the_sides_differ():
     mask = change_mask(before, after)
     assert mask.shape == (1, 32, 32) and mask[0, 10:22, 10:22].min() == 1
     assert mask[0, :5].max() == 0 and mask[0, :, 27:].max() == 0
+    assert change_mask(before, before + 0.4).min() == 1  # up to the border
     assert not change_mask(after, after).any()

@@ -80,6 +80,13 @@ def test_a_perfect_prediction_closes_the_gap(monkeypatch, tmp_path, sd1, scenes)
     assert way == pytest.approx([0, 0.25, 0.5, 0.75, 1], abs=0.02)
 
 
+def test_what_is_judged_is_at_strength_1_whatever_else_is_shown(monkeypatch, tmp_path, sd1, scenes):
+    more = ("--no-keep_detail", "--strengths", "0,1,2", "--samples", 2)
+    result = score(monkeypatch, tmp_path, sd1, scenes / "solar", fade, *more)
+    assert result["gap_closed"]["whole"]["mean"] == 1.0
+    assert result["samples"]["spread"]["mean"] == 0.0  # the first draw is at 1 as the others
+
+
 def test_copying_closes_nothing(monkeypatch, tmp_path, sd1, scenes):
     more = ("--between", "lora")
     result = score(monkeypatch, tmp_path, sd1, scenes / "solar", lambda b, *rest: b, *more)
@@ -309,6 +316,9 @@ def test_a_pairs_caption_is_its_prompt(monkeypatch, tmp_path, sd1, scenes, capsy
     assert evaluate.main(flags(lora, folder, tmp_path / "out", "--prompt", "")) == 0
     assert {prompt for prompt, _ in calls} == {""}
     assert [seed for _, some in calls for seed in some] == seeds  # whatever the batches are
+    calls.clear()
+    assert evaluate.main(flags(lora, folder, tmp_path / "out", "--seed", 1)) == 0
+    assert not {seed for _, some in calls for seed in some} & set(seeds)
     assert "with a caption for each image, and is used without" in capsys.readouterr().out
 
 
@@ -329,6 +339,26 @@ def test_no_gap_closes_where_the_autoencoder_loses_more_than_the_change():
     assert measures.gap_closed([1.0, 1.0], [9.0, 9.0], [2.0, 2.0]) == none
     some = measures.gap_closed([1.0, 9.0], [1.0, 5.0], [2.0, 2.0])  # one of the two has no room
     assert some == {"mean": pytest.approx(2 / 3), "se": None, "n": 2}
+
+
+def test_numbers_of_a_picture_by_hand():
+    assert [measures.psnr(error) for error in (0.0, 1e-12, 0.01)] == [100.0, 100.0, 20.0]
+    zeros, one = torch.zeros(3, 4, 4), torch.zeros(3, 4, 4)
+    one[0, 1:3, 1:3] = 0.24  # a red square: one channel is enough
+    found = measures.statistics(zeros, one)
+    assert found == pytest.approx(
+        {"area": 4 / 16, "red": 0.24, "green": 0.0, "blue": 0.0, "texture": 0.08}
+    )
+    assert measures.spread([zeros[:1], 8 * one[:1]]) == pytest.approx((1.92**2 / 2 / 4) ** 0.5)
+    start = zeros + 0.3  # the way is counted from here
+    assert measures.progress([start, start + one / 2], start, zeros, one) == pytest.approx([0, 0.5])
+
+
+def test_a_mean_has_the_error_of_what_is_a_number():
+    found = measures.summary([1.0, 2.0, math.nan, 6.0])
+    assert found == {"mean": 3.0, "se": pytest.approx(math.sqrt(7 / 3)), "n": 3}
+    assert measures.summary([math.nan]) == {"mean": None, "se": None, "n": 0}
+    assert measures.summary([2.0]) == {"mean": 2.0, "se": None, "n": 1}
 
 
 def test_distance_between_samples():

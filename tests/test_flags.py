@@ -620,6 +620,7 @@ def lora_rank(lab, patch):
 def lora_alpha(lab, patch):
     changes(2, lora_alpha=8.0)[1](lab, patch)
     assert {f.scale for f in layers(lab.run(lora_alpha=8.0)).values()} == {4.0}
+    assert (meta(lab.run(lora_alpha=8.0))["alpha"], meta(lab.run())["alpha"]) == (8.0, 2)
     assert {f.scale for f in layers(lab.run()).values()} == {1.0}
 
 

@@ -3,7 +3,10 @@
 import contextlib
 import os
 import signal
+import socket
 import sys
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -172,6 +175,15 @@ def test_a_killed_caching_keeps_what_it_finished(five, tmp_path, event, kept):
         assert finished.get(name, (here / name).read_bytes()) == (here / name).read_bytes()
 
 
+def test_what_another_process_is_writing_is_left_to_it(five, tmp_path):
+    mine = tmp_path / f".x.safetensors.{socket.gethostname()}.{os.getpid()}"
+    far = tmp_path / ".x.safetensors.elsewhere.1"
+    for path in (mine, far):
+        path.touch()
+    cached(five, tmp_path)
+    assert mine.exists() and far.exists()
+
+
 def test_a_shard_that_cannot_be_written_leaves_nothing_behind(five, tmp_path, monkeypatch):
     def full(source, target):
         raise OSError(28, "No space left on device", str(target))
@@ -188,6 +200,10 @@ def test_what_changes_the_latents_changes_the_shard(five, tmp_path):
     assert cached(five, tmp_path, key="vae bf16")[1] == 10
     assert cached(five, tmp_path, background="black")[1] == 10
     assert cached(five, tmp_path, random_flip=True, seed=1)[1] > 0
+    masks = [replace(pair, mask=five[0].after if i > 2 else None) for i, pair in enumerate(five)]
+    with warnings.catch_warnings(action="error"):  # of others there is no word
+        assert cached(masks, tmp_path)[1] == 10
+        assert cached(masks, tmp_path, change_masks=True)[1] == 10
     Image.open(five[4].before).rotate(90).save(five[4].before)
     changed, images = cached(five, tmp_path)
     assert images == 2  # the last shard holds one pair
@@ -196,7 +212,9 @@ def test_what_changes_the_latents_changes_the_shard(five, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["host", "disk"])
-@pytest.mark.parametrize("damage", ["empty", "cut", "garbage", "other shape", "other type", "nan"])
+@pytest.mark.parametrize(
+    "damage", ["empty", "cut", "garbage", "other shape", "no std", "other type", "nan"]
+)
 def test_a_damaged_shard_is_made_again_with_a_warning(five, tmp_path, damage, place):
     """But that values are not finite is seen where they are read, on disk in a step."""
     complete, _ = cached(five, tmp_path / "c")
@@ -205,6 +223,7 @@ def test_a_damaged_shard_is_made_again_with_a_warning(five, tmp_path, damage, pl
     good = torch.ones(2, 2, 4, 2, 2)
     wrong = {
         "other shape": {"mean": torch.ones(1, 2), "std": torch.ones(1)},
+        "no std": {"mean": good.clone()},
         "other type": {"mean": good.half(), "std": good.clone()},
         "nan": {"mean": good * torch.nan, "std": good.clone()},
     }

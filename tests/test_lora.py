@@ -75,6 +75,16 @@ def test_step_0_is_the_base_exactly_and_keys_stay(unet):
     assert torch.equal(unet(*args), before)
 
 
+def test_a_fresh_adapter_is_one_of_the_published_trainers(unet):
+    """A ~ N(0, 1/r²), B = 0; up to the largest rank that all layers can have."""
+    inject(unet, "attn", rank=32, generator=torch.Generator().manual_seed(0))
+    factors = adapter_factors(unet).values()
+    assert torch.cat([f.A.flatten() for f in factors]).std().item() == pytest.approx(
+        1 / 32, rel=0.02
+    )
+    assert not any(f.B.any() for f in factors)
+
+
 def test_only_the_lora_is_trained_in_fp32_over_any_base(sd1):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         unet = load_unet(sd1, dtype=dtype)
@@ -141,6 +151,10 @@ def test_merged_equals_unmerged_and_comes_back_to_the_bit(sd1, dtype):
         split = unet(x_t, t, ctx)
         merge(unet, 0.5)
         assert relative(unet(x_t, t, ctx), split) < (1e-9 if dtype == torch.float64 else 0.1)
+        for name, f in adapter_factors(unet).items():  # rounded once; s · α/r is 1
+            delta = torch.einsum("or,r...->o...", f.B.flatten(1), f.A)
+            whole = (weights[f"{name}.weight"] + delta).to(dtype)
+            assert torch.equal(unet.get_submodule(name).weight, whole)
         with pytest.raises(ValueError, match="merged already"):
             merge(unet)
         unmerge(unet)
@@ -169,6 +183,15 @@ def test_several_adapters_at_once(sd1, unet):
         assert relative(unet(*args), by_hand(*args)) < 1e-6  # the factors m are fp32
         merge(unet, torch.tensor([0.6, -1.5]))
         assert relative(unet(*args), by_hand(*args)) < 1e-6
+    with pytest.raises(ValueError, match="is merged; unmerge before another adapter is added"):
+        attach(unet, f_one)
+    unmerge(unet)
+    with torch.no_grad():  # a number, or one for each sample, is for all of them
+        set_strength(unet, torch.tensor([[0.7, 0.7]]))
+        both = unet(*args)
+        for same in (0.7, torch.full((3,), 0.7)):
+            set_strength(unet, same)
+            assert relative(unet(*args), both) < 1e-12
     with pytest.raises(ValueError, match="2 adapters are stacked"):
         adapter_factors(unet)
 
@@ -192,6 +215,7 @@ def test_the_strength_survives_the_recompute(unet):
             loss = loss + s * out.square().sum()
         set_strength(unet, 123.0)
         loss.backward()
+        assert unet.lora_adapters.strength.item() == 123.0  # as it was
         grads.append([p.grad.clone() for p in unet.parameters() if p.requires_grad])
         unet.zero_grad()
         set_strength(unet, 1.0)
@@ -255,6 +279,8 @@ def test_targets(unet):
         "attn2" in n for n in match_targets(unet, "attn2.to_k")
     )
     assert all(n.startswith("down_blocks") for n in match_targets(unet, "down_blocks.*.to_q"))
+    with pytest.raises(ValueError, match=r"'o_q', which matches no layer"):  # of a name, its end
+        match_targets(unet, "o_q")
     with pytest.raises(ValueError, match=r"'to_z', which matches no layer.*to_q"):
         match_targets(unet, "attn,to_z")
     with pytest.raises(
@@ -361,13 +387,14 @@ def test_bad_files_are_one_sentence(tmp_path, sd1, unet):
     good = load_file(path)
     with safe_open(path, framework="pt") as file:
         header = file.metadata()
-    key = next(iter(good))
+    key, other = (next(k for k in good if f"lora_{x}" in k) for x in "AB")
     bad = {
         "stray.weight, which": {**good, "stray.weight": good[key].clone()},
         "without": {k: v for k, v in good.items() if k != key},
         "NaN": {**good, key: good[key] * float("nan")},
         "no Linear or Conv2d": {k.replace("attn1", "attn9"): v for k, v in good.items()},
         "the layer is": {**good, key: good[key][:, :-1].contiguous()},
+        "and B": {**good, other: good[other][:-1].contiguous()},
     }
     for words, tensors in bad.items():
         save_file(tensors, path, metadata=header)

@@ -201,6 +201,7 @@ def test_perceived_and_structure_are_distances():
     for far in (measures.perceived, measures.structure):
         assert far(x, x) < 1e-7 and far(x, y) == pytest.approx(far(y, x)) and far(x, y) > 0
         assert far(x, z) <= far(x, y) + far(y, z)
+    assert measures.structure(x, y) ** 2 == pytest.approx(1 - measures.ssim(x, y))
     shifted = x + 0.1
     assert measures.perceived(x, shifted) == pytest.approx(0.1)  # at every blur
     detail = x + 0.1 * (-1.0) ** torch.arange(16).double()  # stripes: gone in the blurred copies
@@ -209,7 +210,7 @@ def test_perceived_and_structure_are_distances():
 
 
 def test_path_numbers_by_hand():
-    assert measures.path([1.0, 3.0], 2.0) == {"ppl": 2.0, "pdv": 1.0, "unevenness": 0.5}
+    assert measures.path([2.0, 6.0], 4.0) == {"ppl": 2.0, "pdv": 4.0, "unevenness": 0.5}
     assert measures.path([0.0, 0.0], 0.0) == {"ppl": None, "pdv": 0.0, "unevenness": None}
 
 

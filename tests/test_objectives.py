@@ -160,6 +160,15 @@ def test_the_network_is_told_the_t_that_made_the_noise():
     assert right < 1e-20 and wrong > 1e-5
 
 
+def test_the_weight_of_a_noise_level_is_that_of_the_t_asked_at_and_outside_the_penalty():
+    sched, (_, b, draws), knobs = schedule(), pair(), Knobs(t_min=50, snr_gamma=1.0)
+    predict, calls = recorder(lambda x_t, t, m: draws.eps + 2)
+    loss = noise_loss(predict, sched, b, ONES, draws, knobs)
+    weight = sched.loss_weight(calls[0][1], 1.0).double().view(-1, 1, 1, 1)
+    assert weight[0] < 1 == weight[1]
+    torch.testing.assert_close(loss, (4 * weight).expand_as(loss))
+
+
 class Gaussian:
     """The best possible ε for images N(μ + m·θ, σ²), m the LoRA's multiplier, θ what is learnt."""
 
@@ -211,7 +220,7 @@ def test_restore_enters_where_the_noise_level_says(start):
         return torch.zeros_like(x_t)
 
     z = noise(1)
-    for level, first in ((1.0, 0), (0.5, 5), (0.1, 9)):
+    for level, first in ((1.0, 0), (0.9, 1), (0.5, 5), (0.1, 9), (0.01, 9)):
         seen.clear()
         how = How(
             steps=10, start=start, noise_level=level, generator=torch.Generator().manual_seed(0)
@@ -220,6 +229,40 @@ def test_restore_enters_where_the_noise_level_says(start):
         falling = [901, 801, 701, 601, 501, 401, 301, 201, 101, 1][first:]
         up = [(t, -1.0) for t in reversed(falling)] if start == "invert" else []
         assert seen == up + [(t, 1.0) for t in falling]
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_the_noise_that_is_added_is_that_of_the_step_entered_at(spacing):
+    sched, z = replace(schedule(), timestep_spacing=spacing), noise(1)
+    predict, calls = recorder()
+    rng = torch.Generator().manual_seed(0)
+    how = How(steps=10, start="noise", noise_level=0.5, generator=rng)
+    OBJECTIVES["after"].edit(predict, sched, z, ONES, how)
+    (x, t, _), *_ = calls
+    torch.testing.assert_close(x, sched.add_noise(z, noise(0), t))
+
+
+@pytest.mark.parametrize("name", [n for n, one in OBJECTIVES.items() if "guidance" in one.uses])
+def test_guidance_reaches_every_objective_that_denoises(name):
+    """One guided answer a step, and none but those on the way down."""
+    guided, calls = recorder()
+    how = How(steps=4, noise_level=1.0, guided=guided)
+    OBJECTIVES[name].edit(recorder()[0], schedule(), noise(1), ONES, how)
+    assert len(calls) == 4 and all(torch.equal(m, calls[0][2]) for *_, m in calls)
+
+
+def test_an_edit_of_delta_is_at_the_step_trained_at():
+    predict, calls = recorder()
+    how = How(knobs=Knobs(delta_t=599))
+    OBJECTIVES["delta"].edit(predict, schedule(), noise(1), ONES, how)
+    assert [t.tolist() for _, t, _ in calls] == [[599, 599]] * 2
+
+
+def test_a_path_is_walked_in_no_more_steps_than_it_has():
+    predict, calls = recorder()
+    how = How(steps=50, knobs=Knobs(img2img_t=20))
+    OBJECTIVES["img2img"].edit(predict, schedule(), noise(1), ONES, how)
+    assert [int(t[0]) for _, t, _ in calls] == [*range(19, -1, -1)]
 
 
 def test_the_multiplier_saved_is_the_multiplier_used():

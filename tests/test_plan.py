@@ -228,7 +228,7 @@ def test_what_is_held(config, capsys, monkeypatch):
         loop.train(
             replace(
                 config, output_dir=f"{config.output_dir}{len(more)}", vram_gib=1,
-                train_batch_size=1, max_train_steps=1, **more,
+                train_batch_size=1, max_train_steps=1, lora_rank=32, **more,
             )
         )  # fmt: skip
         said = capsys.readouterr().out
@@ -238,14 +238,14 @@ def test_what_is_held(config, capsys, monkeypatch):
 
     plain = told()
     lora = "LoRA, its gradient, AdamW's state"
-    assert plain[lora] == pytest.approx(16 * plain["weights"], abs=0.1)
+    assert plain[lora] == pytest.approx(16 * plain["weights"], abs=0.06)
     assert plain["frozen UNet, float32"] == pytest.approx(4 * 792964 / MIB, abs=0.1)
     assert "text encoder" not in plain and "autoencoder" in plain and "latents" in plain
     fake = types.SimpleNamespace(AdamW8bit=torch.optim.AdamW)
     monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", fake)
     small = told(use_8bit_adam=True, train_text_encoder=True, base_storage="int8")
-    assert small[lora] == pytest.approx(10 * small["weights"], abs=0.1)
+    assert small[lora] == pytest.approx(10 * small["weights"], abs=0.06)
     assert small["frozen UNet, int8"] < 0.3 * plain["frozen UNet, float32"]
     assert small["weights"] > plain["weights"] and "text encoder" in small
 

@@ -40,14 +40,14 @@ def captioned(tmp_path):
 
 
 def test_contexts_are_the_same_from_every_place(sd1, tmp_path, monkeypatch):
-    """And made once ever on disk, for one encoder; 70 are three batches."""
+    """And made once ever on disk, for one encoder; 65 are three batches, the last of one."""
     text = load_text(sd1)
-    ids = text.tokenize([f"a square {i}" for i in range(70)])
+    ids = text.tokenize([f"a square {i}" for i in range(65)])
     with torch.no_grad():
         expected = text.encode(ids)
-    index = torch.tensor([69, 0, 33, 33])
+    index = torch.tensor([64, 0, 33, 33])
     assert encode_prompts(text, ids, None, CPU, "disk", tmp_path).place == "device"  # so few
-    monkeypatch.setattr(prompts, "MANY", 69)
+    monkeypatch.setattr(prompts, "MANY", 64)
     for place in ("device", "host", "disk"):
         rows = encode_prompts(text, ids, None, CPU, place, tmp_path)
         assert rows.place == place and torch.allclose(rows.take(index)["ctx"], expected[index])
@@ -58,7 +58,7 @@ def test_contexts_are_the_same_from_every_place(sd1, tmp_path, monkeypatch):
     assert asked == [1] and torch.equal(again.take(index)["ctx"], rows.take(index)["ctx"])
     next(text.model.parameters()).data.mul_(1.1)
     encode_prompts(text, ids, None, CPU, "disk", tmp_path)
-    assert asked == [1, 1, 32, 32, 6]
+    assert asked == [1, 1, 32, 32, 1]
 
 
 def test_a_run_with_its_contexts_and_latents_on_disk_is_the_same(

@@ -32,14 +32,22 @@ from model.lora_files import LORA_FILE, read_lora
 from model.memory import LEVELS, flatten
 from model.objectives import OBJECTIVES
 from model.vae import VAE
-from model.weighting import in_and_out, weighted_mean
-from model.weights import load_text, load_unet
-from pairs import find_pairs
+from model.weighting import in_and_out, listened, preservation, weighted_mean
+from model.weights import load_text, load_unet, load_vae
+from pairs import find_pairs, find_singles
 from tests.small import losses, rows, small
 from train import train
 from training import fitting
 from training.adapting import rate
-from training.inputs import make_dataset
+from training.inputs import (
+    class_images,
+    doubts,
+    encode_all,
+    find_data,
+    make_dataset,
+    size_of,
+    spread,
+)
 from training.tally import Tally, Trend
 from training.watching import Watch
 
@@ -187,10 +195,12 @@ def test_accumulation_is_the_larger_batch(config, objective):
             config, pair_objective=objective, train_batch_size=batch, max_train_steps=3,
             gradient_accumulation_steps=accum, output_dir=f"{config.output_dir}{batch}",
         )  # fmt: skip
-        results.append(losses(train(cfg)))
+        folder = train(cfg)
+        results.append([losses(folder), [row["grad_norm"] for row in rows(folder)]])
     rel = 1e-4 if objective == "anchored" else 1e-5  # the square of a difference of nearly equals
-    assert results[1] == pytest.approx(results[0], rel=rel)
-    assert results[2] == pytest.approx(results[0], rel=rel)
+    for loss, norm in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=rel)
+        assert norm == pytest.approx(results[0][1], rel=1e-2)
 
 
 def test_out_of_memory_cuts_the_step_smaller_and_the_result_is_the_same(config, monkeypatch):
@@ -213,6 +223,22 @@ def test_out_of_memory_cuts_the_step_smaller_and_the_result_is_the_same(config, 
     assert ["3 at a time" in said[0], "1 at a time" in said[1], len(said)] == [True, True, 2]
     assert losses(folder) == losses(expected)
     assert (folder / LORA_FILE).read_bytes() == (expected / LORA_FILE).read_bytes()
+
+
+def test_a_step_is_cut_into_equal_parts(config, monkeypatch):
+    """Of five images where more than two are too many each goes alone: two and two leave one."""
+    usual, sizes = OBJECTIVES["delta"], []
+
+    def small(predict, schedule, z, *more):
+        sizes.append(len(z))
+        if len(z) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return usual.loss(predict, schedule, z, *more)
+
+    monkeypatch.setitem(OBJECTIVES, "delta", usual._replace(loss=small))
+    with pytest.warns(UserWarning, match="1 at a time"):
+        train(replace(config, max_train_steps=2, train_batch_size=5))
+    assert sizes == [5] + [1] * 10
 
 
 def test_where_a_graph_does_not_fit_the_plain_step_goes_on(config, monkeypatch):
@@ -367,6 +393,14 @@ def test_gradient_checkpointing_changes_nothing(config, objective):
         assert all(torch.allclose(a[k], b[k], rtol=1e-4, atol=1e-7) for k in a)
 
 
+def test_gradient_checkpointing_computes_again_at_the_strength_of_the_forward(config, pairs):
+    """Also where the base is asked between the forward and its backward."""
+    cfg = replace(config, pair_objective="after", mask_dir=str(pairs / "mask"), preserve_weight=1.0)
+    again = replace(cfg, gradient_checkpointing=True, output_dir=f"{config.output_dir}again")
+    a, b = (load_file(train(one) / LORA) for one in (cfg, again))
+    assert all(torch.allclose(a[k], b[k], rtol=1e-4, atol=1e-7) for k in a)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
@@ -420,6 +454,61 @@ def test_a_run_that_begins_with_what_was_trained_on_another_lora(config, capsys)
     assert "was itself trained on top of another LoRA" in said
     with pytest.warns(UserWarning, match=r"--init_lora .*2 was trained on top of another LoRA"):
         train(replace(config, init_lora=str(upper), max_train_steps=1))
+
+
+def test_a_lora_beneath_may_be_of_any_objective(config, capsys):
+    """Of one with more channels, which is there once; of one whose strength is no multiplier."""
+    cfg, under = replace(config, pair_objective="bridge", max_train_steps=1), {}
+    for name in ("bridge", "slider"):
+        out = f"{config.output_dir}-{name}"
+        under[name] = str(train(replace(cfg, pair_objective=name, output_dir=out)))
+    folder = train(replace(cfg, base_lora=under["bridge"]))
+    shapes = [tuple(f.A.shape) for n, f in read_lora(folder)[0]["unet"].items() if n == "conv_in"]
+    assert shapes == [(4, 8, 3, 3)]
+    capsys.readouterr()
+    train(replace(cfg, base_lora=under["slider"], base_lora_strength=0.75, overwrite=True))
+    assert "is on, frozen, at multiplier 0.5\n" in capsys.readouterr().out
+
+
+def test_states_in_between_are_of_the_lora_in_its_header_and_in_the_pictures(config, pairs):
+    """Of two ends they are a fade."""
+    dirs = tuple(str(pairs / side) for side in ("before", "mask", "after"))
+    more = {"before_data_dir": None, "after_data_dir": None, "num_validation_images": 1}
+    for sides, states in ((dirs, 3), (dirs[::2], 2)):
+        cfg = replace(config, **more, sequence_dirs=sides, learning_rate=1e-2, delta_t=599)
+        folder = train(replace(cfg, output_dir=f"{config.output_dir}{states}"))
+        assert read_lora(folder)[1]["states"] == states
+        a, half, b = (np.asarray(Image.open(folder / "strengths" / f"0-{s}.png")).astype(float)
+                      for s in ("0", "0.5", "1"))  # fmt: skip
+        inner = (np.minimum(a, b) > 0) & (np.maximum(a, b) < 255)  # what no end of the range cuts
+        assert inner.any() and (abs(half - (a + b) / 2)[inner].max() <= 1) == (states == 2)
+
+
+def test_the_header_names_the_base_from_wherever_the_lora_is_used(config, sd1, monkeypatch):
+    monkeypatch.chdir(sd1.parent)
+    folder = train(replace(config, pretrained_model_name_or_path=sd1.name, max_train_steps=1))
+    assert read_lora(folder)[1]["base_model"] == str(sd1.resolve())
+
+
+def test_what_goes_on_needs_no_lora_that_it_began_with(config, tmp_path):
+    other = train(replace(config, output_dir=str(tmp_path / "other"), max_train_steps=1))
+    cfg = replace(config, init_lora=str(other), max_train_steps=2, checkpointing_steps=1)
+    folder = train(cfg)
+    whole = (folder / LORA).read_bytes()
+    shutil.rmtree(other)
+    shutil.rmtree(folder / "checkpoint-2")
+    train(replace(cfg, resume_from_checkpoint="latest"))
+    assert (folder / LORA).read_bytes() == whole
+
+
+def test_another_seed_begins_with_another_lora(config):
+    """And that of the text encoder is none of the UNet's."""
+    cfg, started = replace(config, max_train_steps=1, learning_rate=0.0), []
+    for seed in (0, 1):
+        one = replace(cfg, seed=seed, output_dir=f"{config.output_dir}{seed}")
+        parts, _ = read_lora(train(replace(one, train_text_encoder=True)))
+        started += [f.A.flatten()[:16] for part in parts.values() for f in [*part.values()][:1]]
+    assert len({tuple(A.tolist()) for A in started}) == 4
 
 
 def test_what_cannot_turn_out_as_asked_is_said_before_the_training(config):
@@ -510,6 +599,11 @@ def test_draws_are_a_function_of_seed_and_step():
     assert not torch.equal(seen[0], seen[1])
     other = torch.cat([drawn(4, step)[0].index % 7 for step in range(7)]).view(2, 7)
     assert not torch.equal(seen, other)  # nor in the same one with another seed
+    assert not torch.equal(drawn(3, 6)[0].eps, drawn(4, 5)[0].eps)  # no seed is another, shifted
+    assert not torch.equal(one.eps, one.vae_noise)
+    few = draw(3, 5, 200, pairs=7, views=3, shape=(4, 2, 2), num_steps=5)[0]  # of everything all
+    assert few.t.unique().tolist() == [0, 1, 2, 3, 4]
+    assert (few.index // 7).unique().tolist() == [0, 1, 2] and len(few.u.unique()) > 190
     t = torch.cat([drawn(3, step)[0].t for step in range(600)])
     assert t.min() < 20 and t.max() > 980 and abs(t.float().mean() - 499.5) < 30
 
@@ -524,6 +618,28 @@ def test_mask_weighting():
     assert weighted_mean(error, mask, 0.0).item() == pytest.approx(1.0)
     assert weighted_mean(error, mask, 0.1).item() == pytest.approx((4 + 4 * 0.1) / (4 + 12 * 0.1))
     assert weighted_mean(error, 0 * mask, 0.0).item() == 0.0  # an empty mask asks for nothing
+
+
+def test_a_mask_is_of_its_own_sample_in_both_halves_of_a_doubled_batch():
+    """[before half, after half] of two: there too a small mask counts as much as a large one."""
+    mask = torch.ones(2, 1, 4, 4)
+    mask[0, :, 1:] = 0.0  # a quarter of the first, all of the second
+    error = torch.zeros(4, 4, 4, 4)
+    error[::2, :, :1] = 1.0  # of the first, where its mask is
+    assert weighted_mean(error, mask, 0.0).item() == pytest.approx(0.5)
+    error[::2] = 1.0
+    assert in_and_out(error, mask).tolist() == pytest.approx([8 / 64, 24 / 64, 40 / 64])
+
+
+def test_preservation_is_of_the_loras_answers_outside_the_mask():
+    """Of a canvas in its right half alone; what the loss asks the base is no part of it."""
+    mask, apart = torch.zeros(1, 1, 4, 4), torch.full((1, 4, 4, 8), 7.0)
+    mask[:, :, :2] = 1.0
+    apart[:, :, :2, 4:], apart[:, :, 2:, 4:] = 5.0, 3.0  # inside, outside
+    ask, heard = listened(lambda x_t, t, m: x_t if m is None else x_t + apart)
+    for m in (None, torch.ones(1)):
+        ask(torch.randn(1, 4, 4, 8), torch.tensor([1]), m)
+    assert preservation(ask, heard, mask).item() == pytest.approx(9.0, rel=1e-5)
 
 
 def test_errors_inside_and_outside_are_means_over_all_pixels():
@@ -542,6 +658,29 @@ def test_errors_inside_and_outside_are_means_over_all_pixels():
     tally = Tally(torch.device("cpu"))
     tally.add(torch.tensor(True), torch.cat([torch.ones(1), in_and_out(error, 0 * mask)]), 1)
     assert math.isnan(tally.read()[0][1])
+
+
+def test_a_skipped_step_is_no_part_of_a_mean_and_the_first_bad_one_is_named():
+    tally = Tally(torch.device("cpu"))
+    for done, loss in enumerate((1.0, math.nan, math.inf, 3.0), start=1):
+        found = torch.tensor([loss, 0.0, 0.0, 0.0])
+        tally.add(found[0].isfinite(), found, done)
+    means, skipped, bad = tally.read()
+    assert (means[0], skipped, bad) == (2.0, 2, 2)
+    tally.clear()
+    tally.add(torch.tensor(True), torch.full((4,), 5.0), 5)
+    means, skipped, bad = tally.read()
+    assert (means[0], skipped, bad) == (5.0, 2, 0)
+
+
+def test_in_fp16_the_gradient_that_is_clipped_is_not_the_scaled_one(config):
+    cfg = replace(config, pair_objective="after", learning_rate=0.0, max_train_steps=3)
+    plain, half = (
+        [row["grad_norm"] for row in rows(train(replace(cfg, mixed_precision=kind,
+                                                        output_dir=f"{cfg.output_dir}{kind}")))]
+        for kind in ("no", "fp16")
+    )  # fmt: skip
+    assert half == pytest.approx(plain, rel=0.05)
 
 
 def test_the_one_caption_of_all_is_the_prompt(config, pairs, tmp_path):
@@ -583,7 +722,7 @@ def test_masks_and_captions_reach_the_loss(config, pairs, tmp_path):
                                   output_dir=str(tmp_path / "masked"))))  # fmt: skip
     assert masked[0] > 1.5 * plain[0]  # the change is where the mask is
     shutil.copytree(pairs, tmp_path / "told")
-    for i in range(5):
+    for i in range(1, 5):  # each its own, and the first the prompt
         (tmp_path / "told" / "after" / f"{i}.txt").write_text(f"square number {i}")
     told = losses(train(replace(config, pair_objective="after", max_train_steps=2,
                                 after_data_dir=str(tmp_path / "told" / "after"),
@@ -599,6 +738,42 @@ def test_text_encoder_lora_is_trained_and_saved(config, sd1):
     n = load_text(sd1).model.config.num_hidden_layers
     assert len(parts["text_encoder"]) == 4 * n
     assert all(f.A.shape[0] == 4 and f.B.abs().max() > 0 for f in parts["text_encoder"].values())
+
+
+def test_class_images_are_learnt_with_the_lora_on_at_draws_of_their_own(
+    config, tmp_path, monkeypatch
+):
+    cfg = replace(
+        config, pair_objective="after", with_prior_preservation=True, class_prompt="land",
+        class_data_dir=str(tmp_path / "class"), num_class_images=2, max_train_steps=2,
+        seed=7,
+    )  # fmt: skip
+    usual, seen = loop.noise_loss, []
+
+    def noted(predict, schedule, x_0, m, draws, knobs):
+        seen.append((m, draws))
+        return usual(predict, schedule, x_0, m, draws, knobs)
+
+    monkeypatch.setattr(loop, "noise_loss", noted)
+    train(cfg)
+    for step, (m, draws) in enumerate(seen):
+        _, wanted = draw(
+            cfg.seed, step, 1, pairs=5, views=1, shape=(4, 16, 16), num_steps=1000, class_images=2
+        )
+        assert m.tolist() == [1.0] and draws.t.tolist() == wanted.t.tolist()
+        assert torch.equal(draws.eps, wanted.eps)
+    assert len(seen) == 2
+    names = sorted(path.name for path in (tmp_path / "class").iterdir())
+    assert names == ["generated_000007.png", "generated_000008.png"]  # of --seed and on
+
+
+def test_a_text_encoder_that_is_trained_has_its_mask(config):
+    cfg, found = replace(config, pair_objective="after", max_train_steps=1), []
+    for trained in (False, True):
+        for masked in (False, True):
+            one = replace(cfg, train_text_encoder=trained, text_encoder_use_attention_mask=masked)
+            found += losses(train(replace(one, output_dir=f"{cfg.output_dir}{len(found)}")))
+    assert found[0] != found[1] and found[2:] == pytest.approx(found[:2], rel=1e-6)
 
 
 def test_prior_preservation(config, tmp_path):
@@ -644,6 +819,65 @@ def test_the_held_out_loss_has_the_same_noise_every_time(config, objective):
     assert summary["best_evaluation"]["loss"] == min(first["loss"], last["loss"])
 
 
+def test_the_held_out_loss_is_of_the_states_held_out_with_noise_of_the_seed(
+    config, pairs, monkeypatch
+):
+    usual, seen = OBJECTIVES["after"], []
+
+    def loss(predict, schedule, a, b, s, draws, knobs):
+        if not torch.is_grad_enabled():
+            seen.append((s.item(), draws.eps))
+        return usual.loss(predict, schedule, a, b, s, draws, knobs)
+
+    monkeypatch.setitem(OBJECTIVES, "after", usual._replace(loss=loss))
+    for seed in (0, 1):
+        train(
+            replace(
+                config, pair_objective="after", before_data_dir=None, after_data_dir=None,
+                sequence_dirs=tuple(str(pairs / side) for side in ("before", "mask", "after")),
+                validation_pairs=1, max_train_steps=1, seed=seed,
+                output_dir=f"{config.output_dir}{seed}",
+            )
+        )  # fmt: skip
+    assert [s for s, _ in seen] == [0.5, 1.0] * 20  # ten bins of t, two runs
+    assert not torch.equal(seen[0][1], seen[20][1])
+
+
+def test_a_held_out_pair_is_looked_at_with_its_own_caption(config, pairs, tmp_path):
+    found = []
+    for words in ("lake", "road"):
+        shutil.copytree(pairs, tmp_path / words)
+        (tmp_path / words / "after" / "2.txt").write_text(words)
+        dirs = {f"{side}_data_dir": str(tmp_path / words / side) for side in ("before", "after")}
+        folder = train(
+            replace(
+                config, pair_objective="after", **dirs, validation_pairs=2, learning_rate=0.1,
+                num_validation_images=2, max_train_steps=2,
+                output_dir=f"{config.output_dir}{words}",
+            )
+        )  # fmt: skip
+        picture = (folder / "samples" / "000002.png").read_bytes()
+        found.append((losses(folder), rows(folder, "eval")[0]["loss"], picture))
+    (trained, loss, picture), (again, other, drawn) = found
+    assert trained == again and loss != other and picture != drawn
+
+
+def test_the_pictures_of_a_run_are_made_as_its_lora_is_used(config, monkeypatch):
+    """The objective's own guidance, the knobs of the run, noise of its seed."""
+    usual, seen = OBJECTIVES["bridge"], set()
+
+    def edit(predict, schedule, z, s, how):
+        drawn = torch.rand(1, generator=how.generator).item()
+        seen.add((how.guided is predict, how.knobs.bridge_t, drawn))
+        return z
+
+    monkeypatch.setitem(OBJECTIVES, "bridge", usual._replace(edit=edit))
+    train(replace(config, pair_objective="bridge", bridge_t=333, seed=3, max_train_steps=1,
+                  num_validation_images=1))  # fmt: skip
+    drawn = torch.rand(1, generator=seeded_for(3, "pictures")).item()
+    assert seen == {(False, 333, drawn)}
+
+
 def test_the_folder_of_a_run(config):
     folder = train(
         replace(config, num_validation_images=2, validation_steps=3, checkpointing_steps=4)
@@ -664,6 +898,7 @@ def test_the_folder_of_a_run(config):
     assert revision["versions"]["torch"] == version("torch") and len(revision["data"]) == 64
     _, meta = read_lora(folder)
     assert meta["objective"] == "delta" and meta["multiplier"] == [1.0, 0.0] and meta["steps"] == 6
+    assert read_lora(folder / "checkpoint-4" / LORA)[1]["steps"] == 4
     # before | generated | after
     sheet = np.asarray(Image.open(folder / "samples" / "000006.png"))
     assert sheet.shape[1] == 3 * 38 + 6
@@ -691,3 +926,46 @@ def test_views_are_only_cached_where_they_differ(pairs):
     cfg = TrainConfig(resolution=32)
     assert isinstance(make_dataset(cfg, found), PairDataset) and make_dataset(cfg, found).views == 1
     assert make_dataset(replace(cfg, random_flip=True), found).views == 4
+    flipped = [make_dataset(replace(cfg, random_flip=True, seed=seed), found) for seed in (0, 1)]
+    draws = [[one.geometry(i) for i in range(len(one))] for one in flipped]
+    assert draws[0] != draws[1]
+
+
+def test_how_long_a_run_is_and_what_it_shows():
+    cfg = TrainConfig(num_train_epochs=2, validation_epochs=3, train_batch_size=2)
+    assert size_of(cfg, pairs=9, world=2) == (2, 2, 4, 2 * 3, 3 * 3)  # the last step of one begun
+    assert size_of(replace(cfg, max_train_steps=7, validation_steps=5), 9, 2)[3:] == (7, 5)
+    assert spread([1, 2, 3, 4, 5], 2) == [1, 3] and spread([1, 2], 3) == [1, 2]
+
+
+def test_a_half_of_small_images_is_not_doubted(config, tmp_path):
+    for side in ("before", "after"):
+        (tmp_path / side).mkdir()
+        for name, size in (("small", 24), ("large", 40)):
+            Image.new("RGB", (size, size)).save(tmp_path / side / f"{name}.png")
+    dataset = PairDataset(find_pairs(tmp_path / "before", tmp_path / "after"), 32)
+    assert not [*doubts(config, dataset, size_of(config, 2, 1), draws=None)]
+
+
+def test_no_pair_is_held_out_where_none_would_be_left(config):
+    with pytest.raises(ValueError, match="--validation_pairs 5 leaves none of 5 pairs to train"):
+        find_data(replace(config, validation_pairs=5))
+    assert len(find_data(replace(config, validation_pairs=4)).train) == 1
+
+
+def test_class_images_are_as_many_as_asked_for_and_have_no_change(config, pairs):
+    cfg = replace(config, class_data_dir=str(pairs / "after"), num_class_images=2)
+    assert len(class_images(cfg, torch.device("cpu"), print)) == 2
+    singles = find_singles(pairs / "after")
+    assert "mask" not in make_dataset(replace(cfg, mask_from_change=True), singles)[0]
+
+
+def test_latents_of_another_autoencoder_of_the_same_name_are_made_anew(
+    config, pairs, sd1, tmp_path
+):
+    cfg, vae = replace(config, cache_dir=str(tmp_path / "cache")), load_vae(sd1)
+    found = make_dataset(cfg, find_pairs(pairs / "before", pairs / "after"))
+    one = encode_all(cfg, vae, found, torch.device("cpu"))
+    assert torch.equal(encode_all(cfg, vae, found, torch.device("cpu")).mean, one.mean)
+    next(vae.parameters()).data *= 1.5
+    assert not torch.equal(encode_all(cfg, vae, found, torch.device("cpu")).mean, one.mean)

@@ -205,6 +205,33 @@ def test_a_network_that_knows_x_0_ends_there(name, start):
     torch.testing.assert_close(x, x_0, rtol=1e-7, atol=1e-6)
 
 
+def test_as_many_steps_as_there_are():
+    """An offset steps over no end; where two of DPM-Solver's would be one there is a sentence."""
+    schedule = Schedule.from_config(SD15)  # its offset is 1
+    ts = samplers.timesteps(schedule, 1000)
+    assert ts[:2] == [999, 999] and ts[-1] == 1
+    leading = Schedule.from_config({**SD15, "timestep_spacing": "leading"})
+    with pytest.raises(ValueError, match="between 1 and 998 for dpm_solver, got 999"):
+        samplers.dpm_solver(predict, noise(2), leading, 999)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpm_solver", "euler"])
+def test_from_noise_in_which_nothing_of_the_image_is_left(name):
+    """At zero terminal SNR ā is 0, and σ would be infinite."""
+    config = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    schedule = Schedule.from_config({**SD15, **config, "timestep_spacing": "trailing"})
+    assert schedule.alphas_cumprod[-1] == 0
+    assert getattr(samplers, name)(predict, noise(2), schedule, 7).isfinite().all()
+
+
+def test_each_image_has_a_generator_or_there_is_an_error():
+    one, two = (torch.Generator().manual_seed(seed) for seed in (0, 0))
+    x = samplers.noise_like(noise(2), [one, two])
+    assert torch.equal(x[0], x[1])
+    with pytest.raises(ValueError):
+        samplers.noise_like(noise(2), [one])
+
+
 def test_inversion_comes_back():
     schedule = Schedule.from_config(SD15)
     gentle = lambda x_t, t: 0.1 * predict(x_t, t)  # noqa: E731
