@@ -402,7 +402,7 @@ OBJECTIVES = {
     "bridge": Objective(
         bridge_loss, bridge_edit, extra=4, steps=bridge_steps, reads=("bridge_t",),
         uses=(*DENOISE, "eta"),
-        change_guidance=1.1,  # LOG.md, "A weaker guidance"
+        change_guidance=1.1,  # LOG.md, "solved too coarsely"
     ),
     "img2img": Objective(
         img2img_loss, img2img_edit, steps=img2img_steps, reads=("img2img_t",),
