@@ -525,6 +525,19 @@ def test_shrinking_averages_instead_of_picking():
     assert np.abs(np.asarray(small).astype(int) - 127).max() < 16
 
 
+def test_a_mask_is_averaged_over_what_a_pixel_covers(tmp_path):
+    """Brought to the after image's size, then to the resolution: 11 of 32 columns are 2.75 of 8."""
+    for side in ("before", "after"):
+        save(picture(0, (16, 16)), tmp_path / side / "x.png")
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (0, 0, 11, 32))
+    save(mask, tmp_path / "mask" / "x.png")
+    pairs = find_pairs(tmp_path / "before", tmp_path / "after", mask_dir=tmp_path / "mask")
+    with pytest.warns(UserWarning, match="mask is 32x32, after is 16x16"):
+        row = PairDataset(pairs, 8)[0]["mask"][0, 4]
+    assert row.tolist() == pytest.approx([1, 1, 0.75, 0, 0, 0, 0, 0], abs=0.01)
+
+
 def test_items_and_views(folders):
     before, after = folders(["a.png", "b.png"], ["a.png", "b.png"])
     (after / "b.txt").write_text("words")

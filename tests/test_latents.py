@@ -184,6 +184,14 @@ def test_what_another_process_is_writing_is_left_to_it(five, tmp_path):
     assert mine.exists() and far.exists()
 
 
+def test_a_shard_is_flushed_before_it_gets_its_name(five, tmp_path, monkeypatch):
+    seen, flush, rename = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (seen.append("flushed"), flush(file)))
+    monkeypatch.setattr(os, "replace", lambda *names: (seen.append("named"), rename(*names)))
+    cached(five, tmp_path)
+    assert seen == ["flushed", "named"] * 3
+
+
 def test_a_shard_that_cannot_be_written_leaves_nothing_behind(five, tmp_path, monkeypatch):
     def full(source, target):
         raise OSError(28, "No space left on device", str(target))
@@ -213,7 +221,7 @@ def test_what_changes_the_latents_changes_the_shard(five, tmp_path):
 
 @pytest.mark.parametrize("place", ["host", "disk"])
 @pytest.mark.parametrize(
-    "damage", ["empty", "cut", "garbage", "other shape", "no std", "other type", "nan"]
+    "damage", ["empty", "cut", "garbage", "other shape", "no std", "few rows", "other type", "nan"]
 )
 def test_a_damaged_shard_is_made_again_with_a_warning(five, tmp_path, damage, place):
     """But that values are not finite is seen where they are read, on disk in a step."""
@@ -224,6 +232,7 @@ def test_a_damaged_shard_is_made_again_with_a_warning(five, tmp_path, damage, pl
     wrong = {
         "other shape": {"mean": torch.ones(1, 2), "std": torch.ones(1)},
         "no std": {"mean": good.clone()},
+        "few rows": {"mean": good[:1].clone(), "std": good[:1].clone()},
         "other type": {"mean": good.half(), "std": good.clone()},
         "nan": {"mean": good * torch.nan, "std": good.clone()},
     }
