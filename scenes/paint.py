@@ -23,19 +23,23 @@ SNOW = np.array([238, 242, 247])
 def render(
     scene: Scene, state: dict[str, float] | None = None, *, outcome: int = 0, size: int = 64
 ) -> np.ndarray:
-    """The scene's picture, (size, size, 3) uint8. `state` is {change: time}; {} is summer, dry."""
+    """The scene's picture, (size, size, 3) uint8. `state` is {change: time}; {} is summer, dry.
+
+    Of a scene of a larger extent, so many times larger.
+    """
     time = dict.fromkeys(CHANGES, 0.0) | (state or {})
     if unknown := sorted(set(time) - set(CHANGES)):
         raise ValueError(f"unknown change {unknown[0]!r}; there are {', '.join(CHANGES)}")
     if not all(0 <= value <= 1 for value in time.values()):
         raise ValueError(f"times are in [0, 1], not {time}")
-    paint = _Paint(size)
+    side = scene.extent
+    paint = _Paint(size, side)
 
     def snowy(colour: np.ndarray, cover: float) -> np.ndarray:
         return colour + (SNOW - colour) * cover * time["snow"]
 
     hedge = np.array([104, 136, 76])  # between fields, where no polygon has the pixel
-    paint.polygon([(0, 0), (1, 0), (1, 1), (0, 1)], snowy(hedge, 0.95))
+    paint.polygon([(0, 0), (side, 0), (side, side), (0, side)], snowy(hedge, 0.95))
     for f in scene.fields:
         colour = f.colour
         if f.kind != "bare":  # greens turn to straw
@@ -44,7 +48,7 @@ def render(
         if f.kind == "crop":
             _furrows(paint, f.corners, snowy(colour - 9, 0.95))
         if f.kind == "bare" and time["solar"] > 0:
-            _panels(paint, f.corners, time["solar"], snowy(PANEL, 0.9), snowy(GRAVEL, 0.9))
+            _panels(paint, f.corners, time["solar"], snowy(PANEL, 0.9), snowy(GRAVEL, 0.9), side)
 
     if time["flood"] > 0:  # the water comes out of its bed by the same distance everywhere
         paint.blob(scene.water, scene.width + 0.13 * time["flood"], MUD)
@@ -98,7 +102,7 @@ def _furrows(paint, corners, colour) -> None:
         paint.polygon([left + top, right + top, right + bottom, left + bottom], colour)
 
 
-def _panels(paint, corners, time, panel, gravel) -> None:
+def _panels(paint, corners, time, panel, gravel, side) -> None:
     """Rows of panels on gravel over a whole field, built one after the other from the north.
 
     All of it follows from what is to be seen: rows run as the fields do, and a row's turn comes
@@ -109,7 +113,8 @@ def _panels(paint, corners, time, panel, gravel) -> None:
     north_to_south = across / depth
     for k in range(math.ceil(depth / PITCH)):
         top, bottom = k * PITCH / depth, min((k + 1) * PITCH / depth, 1.0)
-        place = (a + along / 2 + top * across - 0.5) @ north_to_south + 0.5  # 0..1 in the picture
+        # 0..1 in the picture
+        place = (a + along / 2 + top * across - side / 2) @ north_to_south / side + 0.5
         done = so_far(time, float(np.clip((place + 0.2) / 1.4, 0, 1)) * (1 - DURATION))
         for end, colour in ((bottom, gravel), (top + 0.7 * (bottom - top), panel)):
             row = [a + top * across, a + done * along + top * across,
@@ -130,11 +135,11 @@ def _draw_house(paint, house: House, done: float, roof: np.ndarray) -> None:
 
 
 class _Paint:
-    """A canvas in unit coordinates, drawn four times too large and averaged down."""
+    """A canvas of `side` units of `size` pixels, drawn four times too large and averaged down."""
 
-    def __init__(self, size: int):
-        self.size, self.scale = size, 4 * size
-        self.image = Image.new("RGB", (self.scale, self.scale))
+    def __init__(self, size: int, side: int):
+        self.size, self.scale = side * size, 4 * size
+        self.image = Image.new("RGB", (4 * self.size, 4 * self.size))
         self.draw = ImageDraw.Draw(self.image)
 
     def polygon(self, points, colour) -> None:

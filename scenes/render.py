@@ -30,6 +30,7 @@ def write_pairs(
     *,
     seed: int = 0,
     size: int = 64,
+    extent: int = 1,
     times: tuple[float, ...] = (),
     outcomes: int = 1,
     captions: bool = False,
@@ -43,7 +44,7 @@ def write_pairs(
         raise ValueError(f"unknown change {change!r}; there are {', '.join(CHANGES)}")
     for i in range(pairs):
         scene_seed = seed * 1_000_000 + i
-        scene, name = make_scene(scene_seed), f"{i:05d}.png"
+        scene, name = make_scene(scene_seed, extent), f"{i:05d}.png"
         around = surroundings(scene_seed, change)
 
         def picture(time, outcome=0, scene=scene, around=around):
@@ -82,11 +83,16 @@ def check(args: argparse.Namespace) -> None:
     """ValueError or FileExistsError naming the flag that no pairs could be drawn with."""
     # the scenes of one seed end where those of the next begin, and seed 2000's trained the base
     bounds = {
-        "pairs": (1, 1_000_000), "seed": (0, 1999), "size": (1, 2048), "outcomes": (1, 1000),
+        "pairs": (1, 1_000_000), "seed": (0, 1999), "size": (1, 2048), "extent": (1, 16),
+        "outcomes": (1, 1000),
     }  # fmt: skip
     for name, (least, most) in bounds.items():
         if not least <= (value := getattr(args, name)) <= most:
             raise ValueError(f"--{name} must be in {least}..{most}, got {value}")
+    if args.extent * args.size > 2048:
+        raise ValueError(
+            f"--extent times --size must be at most 2048, got {args.extent} times {args.size}"
+        )
     refuse_file(args.out, "--out")
 
 
@@ -101,6 +107,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--size", type=int, default=64, help="pixels")
     parser.add_argument(
+        "--extent",
+        type=int,
+        default=1,
+        help="scenes so many times larger, each way, of --size each",
+    )
+    parser.add_argument(
         "--times", type=time_list, default=(), metavar="0,0.5,1", help="states in between"
     )
     parser.add_argument("--outcomes", type=int, default=1, help="truths per scene, if random")
@@ -110,8 +122,8 @@ def main(argv: list[str] | None = None) -> int:
         check(args)
         write_pairs(
             args.out, args.change, args.pairs,
-            seed=args.seed, size=args.size, times=args.times, outcomes=args.outcomes,
-            captions=args.captions,
+            seed=args.seed, size=args.size, extent=args.extent, times=args.times,
+            outcomes=args.outcomes, captions=args.captions,
         )  # fmt: skip
     except (ValueError, OSError) as error:
         return report(parser.prog, error)

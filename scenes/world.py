@@ -1,8 +1,8 @@
 """What a scene holds and what becomes of it: fields, water, roads, trees, houses; no pixel yet.
 
-A scene lies in the unit square, fixed by its seed: fields in a rotated frame, a road, a river or a
-lake, woods, houses. `urban`, `clearing` and `craters` are random given the scene: each outcome seed
-is one truth.
+A scene lies in a square of side 1, or `extent`, fixed by its seed: fields in a rotated frame,
+roads, a river or a lake, woods, houses. `urban`, `clearing` and `craters` are random given the
+scene: each outcome seed is one truth.
 """
 
 import math
@@ -62,38 +62,42 @@ class Scene:
     roads: list[np.ndarray]  # each (2, 2)
     trees: list[Tree]
     houses: list[House]
-    light: np.ndarray  # (4, 4): brightness of the corners of a coarse grid
+    light: np.ndarray  # (4, 4), or so many times more: brightness of the corners of a coarse grid
+    extent: int = 1  # the square's side; things are of the same size in all
 
 
 # ---- the scene -----------------------------------------------------------------------------------
 
 
-def make_scene(seed: int) -> Scene:
+def make_scene(seed: int, extent: int = 1) -> Scene:
     """The scene of a seed. Each has a bare field, water, trees and a road: every change applies."""
     rng = np.random.default_rng([seed, 0])
     angle = rng.uniform(-0.5, 0.5)
     rotate = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
-    to_xy = lambda uv: (np.asarray(uv) - 0.5) @ rotate + 0.5  # noqa: E731
+    middle = extent / 2
+    to_xy = lambda uv: (np.asarray(uv) - middle) @ rotate + middle  # noqa: E731
 
-    rectangles, cuts = _split(rng, (-0.35, -0.35, 1.35, 1.35))
-    fields = _fields(rng, [to_xy([(a, b), (c, b), (c, d), (a, d)]) for a, b, c, d in rectangles])
-    roads = [to_xy(cuts[i]) for i in range(1 + int(rng.random() < 0.4))]
+    low, high = -0.35 * extent, 1.35 * extent
+    rectangles, cuts = _split(rng, (low, low, high, high))
+    quads = [to_xy([(a, b), (c, b), (c, d), (a, d)]) for a, b, c, d in rectangles]
+    fields = _fields(rng, quads, extent)
+    roads = [to_xy(cuts[i]) for i in range(extent * (1 + int(rng.random() < 0.4)))]
 
     if rng.random() < 0.6:  # a river from side to side
-        start, end = rng.uniform(0.15, 0.85, 2)
-        x = np.linspace(-0.1, 1.1, 25)
+        start, end = extent * rng.uniform(0.15, 0.85, 2)
+        x = np.linspace(-0.1, extent + 0.1, 25 * extent)
         waves, phase = rng.uniform(0.7, 1.4), rng.random()
         bend = rng.uniform(0.03, 0.09) * np.sin(2 * np.pi * (waves * x + phase))
-        water = np.stack([x, start + (end - start) * x + bend], axis=1)
+        water = np.stack([x, start + (end - start) / extent * x + bend], axis=1)
         water = water[:, ::-1] if rng.random() < 0.5 else water
         width = rng.uniform(0.03, 0.055)
     else:
-        water, width = rng.uniform(0.2, 0.8, (1, 2)), rng.uniform(0.09, 0.15)
+        water, width = extent * rng.uniform(0.2, 0.8, (1, 2)), rng.uniform(0.09, 0.15)
 
-    houses = _houses(rng, roads, water, width)
-    trees = _trees(rng, roads, water, width, houses)
-    light = np.random.default_rng([seed, 1]).uniform(0.94, 1.06, (4, 4))
-    return Scene(seed, fields, water, width, roads, trees, houses, light)
+    houses = _houses(rng, roads, water, width, extent)
+    trees = _trees(rng, roads, water, width, houses, extent)
+    light = np.random.default_rng([seed, 1]).uniform(0.94, 1.06, (4 * extent, 4 * extent))
+    return Scene(seed, fields, water, width, roads, trees, houses, light, extent)
 
 
 def _split(rng, box) -> tuple[list, list]:
@@ -116,13 +120,13 @@ def _split(rng, box) -> tuple[list, list]:
     return done, cuts
 
 
-def _fields(rng, quads) -> list[Field]:
+def _fields(rng, quads, extent: int) -> list[Field]:
     """A fifth to a half of what is visible is bare: the place where solar farms come."""
-    grid = np.stack(np.meshgrid(*[(np.arange(24) + 0.5) / 24] * 2), axis=-1).reshape(-1, 2)
-    share = np.array([_inside(grid, quad).mean() for quad in quads])
+    grid = np.stack(np.meshgrid(*[(np.arange(24 * extent) + 0.5) / 24] * 2), axis=-1).reshape(-1, 2)
+    share = np.array([extent**2 * _inside(grid, quad).mean() for quad in quads])
     bare, order = set(), rng.permutation(len(quads))
     for i in order:
-        if share[list(bare)].sum() < 0.2 and share[i] > 0.04 and share[i] < 0.5:
+        if share[list(bare)].sum() < 0.2 * extent**2 and share[i] > 0.04 and share[i] < 0.5:
             bare.add(i)
     if not bare:
         bare.add(int(share.argmax()))
@@ -152,18 +156,18 @@ def _to_line(at: np.ndarray, line: np.ndarray) -> float:
     return float(np.hypot(*(at - a - s * along)))
 
 
-def _houses(rng, roads, water, width) -> list[House]:
+def _houses(rng, roads, water, width, extent: int) -> list[House]:
     """A few along the roads."""
     houses: list[House] = []
-    wanted = rng.integers(2, 6)
-    for _ in range(60):
+    wanted = extent**2 * rng.integers(2, 6)
+    for _ in range(60 * extent**2):
         if len(houses) == wanted:
             break
         road = roads[rng.integers(len(roads))]
         along = (road[1] - road[0]) / np.hypot(*(road[1] - road[0]))
         at = road[0] + rng.random() * (road[1] - road[0])
         at = at + along[::-1] * (-1, 1) * rng.choice([-1, 1]) * rng.uniform(0.075, 0.095)
-        if _free(at, houses, [], roads, water, width):
+        if _free(at, houses, [], roads, water, width, extent):
             houses.append(_house(rng, at, math.atan2(along[1], along[0])))
     return houses
 
@@ -173,10 +177,10 @@ def _house(rng, at: np.ndarray, angle: float) -> House:
     return House(at, size, angle, ROOFS[rng.integers(len(ROOFS))] + rng.uniform(-6, 6))
 
 
-def _free(at, houses, trees, roads, water, width) -> bool:
+def _free(at, houses, trees, roads, water, width, extent) -> bool:
     return (
         at.min() > 0.05
-        and at.max() < 0.95
+        and at.max() < extent - 0.05
         and _to_water(at, water, width) > 0.075
         and all(_to_line(at, road) > 0.07 for road in roads)
         and all(np.hypot(*(h.at - at)) > 0.13 for h in houses)
@@ -184,11 +188,11 @@ def _free(at, houses, trees, roads, water, width) -> bool:
     )
 
 
-def _trees(rng, roads, water, width, houses) -> list[Tree]:
+def _trees(rng, roads, water, width, houses, extent: int) -> list[Tree]:
     """One to three woods and some trees that stand alone."""
-    places = list(rng.uniform(0.02, 0.98, (rng.integers(3, 8), 2)))
-    for _ in range(rng.integers(1, 4)):
-        centre, spread = rng.uniform(0.1, 0.9, 2), rng.uniform(0.05, 0.09)
+    places = list(rng.uniform(0.02, extent - 0.02, (extent**2 * rng.integers(3, 8), 2)))
+    for _ in range(extent**2 * rng.integers(1, 4)):
+        centre, spread = rng.uniform(0.1, extent - 0.1, 2), rng.uniform(0.05, 0.09)
         places += list(centre + spread * rng.standard_normal((rng.integers(6, 14), 2)))
     trees = []
     for at in places:
@@ -201,7 +205,7 @@ def _trees(rng, roads, water, width, houses) -> list[Tree]:
         ):
             trees.append(Tree(at, radius, (NEEDLES if evergreen else LEAVES) + shade, evergreen))
     if not trees:  # on the driest corner
-        corners = np.array([(0.08, 0.08), (0.92, 0.08), (0.08, 0.92), (0.92, 0.92)])
+        corners = extent * np.array([(0.08, 0.08), (0.92, 0.08), (0.08, 0.92), (0.92, 0.92)])
         at = max(corners, key=lambda c: _to_water(c, water, width))
         trees.append(Tree(at, 0.04, LEAVES.astype(float), False))
     return sorted(trees, key=lambda tree: tree.at[1])
@@ -213,13 +217,14 @@ def _trees(rng, roads, water, width, houses) -> list[Tree]:
 def new_houses(scene: Scene, outcome: int) -> list[tuple[float, House]]:
     """(when its building starts, house) of one outcome of `urban`."""
     rng = np.random.default_rng([scene.seed, 2, outcome])
-    wanted, houses = rng.integers(6, 13), list(scene.houses)
+    side = scene.extent
+    wanted, houses = side**2 * rng.integers(6, 13), list(scene.houses)
     angle = rng.uniform(-0.5, 0.5)
-    for _ in range(400):
+    for _ in range(400 * side**2):
         if len(houses) == len(scene.houses) + wanted:
             break
-        at = rng.uniform(0.06, 0.94, 2)
-        if _free(at, houses, scene.trees, scene.roads, scene.water, scene.width):
+        at = rng.uniform(0.06, side - 0.06, 2)
+        if _free(at, houses, scene.trees, scene.roads, scene.water, scene.width, side):
             houses.append(_house(rng, at, angle))
     new = houses[len(scene.houses) :]
     return list(zip(_starts(len(new)), new))
@@ -237,11 +242,12 @@ def felled(scene: Scene, outcome: int) -> dict[int, float]:
 def craters(scene: Scene, outcome: int) -> list[tuple[float, np.ndarray, float]]:
     """(when it appears, centre, radius) of one outcome of `craters`: anywhere on dry open land."""
     rng = np.random.default_rng([scene.seed, 6, outcome])
-    wanted, found = rng.integers(5, 11), []
-    for _ in range(400):
+    side = scene.extent
+    wanted, found = side**2 * rng.integers(5, 11), []
+    for _ in range(400 * side**2):
         if len(found) == wanted:
             break
-        at, radius = rng.uniform(0.06, 0.94, 2), rng.uniform(0.045, 0.075)
+        at, radius = rng.uniform(0.06, side - 0.06, 2), rng.uniform(0.045, 0.075)
         clear = radius + 0.02
         if (
             _to_water(at, scene.water, scene.width) > clear

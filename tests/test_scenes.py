@@ -1,5 +1,6 @@
 """The renderer: determined by its seeds, exact outside the mask, continuous in time."""
 
+import hashlib
 import re
 import shutil
 import subprocess
@@ -61,6 +62,33 @@ def test_progress_is_steady(change):
     assert all(b <= a + 0.01 * left[0] for a, b in pairwise(left))  # edges fall on whole pixels
     steps = [np.abs(b - a).mean() for a, b in pairwise(states)]
     assert max(steps) < 0.35 * left[0]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_scene_of_larger_extent_has_more_of_what_is_as_large_as_before(change):
+    small, large = ([make_scene(seed, extent) for seed in range(6)] for extent in (1, 3))
+    for scene in large:
+        before, after = render(scene), render(scene, {change: 1.0})
+        assert before.shape == (192, 192, 3)
+        where = np.argwhere(change_mask(before, after))
+        assert len(where) > 0.004 * 192**2
+        if change != "flood":  # of its one river or lake
+            assert (where.max(0) - where.min(0) > 96).all()  # not in one corner
+    for kind, sizes in (("houses", "size"), ("trees", "radius")):
+        few, many = (sum(len(getattr(s, kind)) for s in some) for some in (small, large))
+        assert 4 * few < many < 14 * few
+        mean = [np.mean([getattr(x, sizes) for s in some for x in getattr(s, kind)])
+                for some in (small, large)]  # fmt: skip
+        assert mean[1] == pytest.approx(mean[0], rel=0.1)
+
+
+def test_the_scenes_that_the_base_was_trained_on_are_as_they_were():
+    """To the bit: its card, and what is logged of it, are about these."""
+    digest = hashlib.sha256()
+    for seed in (0, 7, 2_000_000_003):
+        for change in CHANGES:
+            digest.update(render(make_scene(seed), {change: 0.7}, outcome=1).tobytes())
+    assert digest.hexdigest()[:16] == "440b53be958190a4"
 
 
 def test_seeds_decide_everything():
