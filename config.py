@@ -84,6 +84,10 @@ class TrainConfig:
     random_scale: float = knob(
         1.0, "enlarge by a random factor up to this before cropping", least=1, most=100
     )
+    native_scale: bool = knob(
+        False,
+        "crop --resolution from the images as they are; else their short side is resized to it",
+    )
     views: int = knob(4, "crops cached per image where cropping is random", least=1)
     background: str = knob("white", "colour behind transparent pixels")
     cache_dir: str | None = knob(None, "folder that keeps encoded latents for the next run")

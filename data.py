@@ -34,8 +34,8 @@ class Geometry:
     flip: bool
 
 
-def _resized(width: int, height: int, short: int) -> tuple[int, int]:
-    """The size whose short side is `short`."""
+def with_short_side(short: int, width: int, height: int) -> tuple[int, int]:
+    """The size, (width, height), whose short side is `short`."""
     if width <= height:
         return short, max(short, round(height * short / width))
     return max(short, round(width * short / height)), short
@@ -49,13 +49,18 @@ def draw_geometry(
     center_crop: bool = False,
     random_flip: bool = False,
     random_scale: float = 1.0,
+    native_scale: bool = False,
     generator: torch.Generator,
 ) -> Geometry:
-    """Short side to resolution × U[1, random_scale], crop resolution², flip half the time."""
+    """Short side to resolution × U[1, random_scale], crop resolution², flip half the time.
+
+    native_scale: the short side as it is, × U[1, random_scale].
+    """
     # always four numbers, so that switching one augmentation on leaves the others' draws alone
     u_scale, u_left, u_top, u_flip = torch.rand(4, generator=generator).tolist()
-    short = round(resolution * (1 + (random_scale - 1) * u_scale))
-    resize = _resized(width, height, short)
+    base = min(width, height) if native_scale else resolution
+    short = round(base * (1 + (random_scale - 1) * u_scale))
+    resize = with_short_side(short, width, height)
     spare_x, spare_y = resize[0] - resolution, resize[1] - resolution
     if center_crop:
         left, top = spare_x // 2, spare_y // 2
@@ -116,6 +121,7 @@ class PairDataset(torch.utils.data.Dataset):
         center_crop: bool = False,
         random_flip: bool = False,
         random_scale: float = 1.0,
+        native_scale: bool = False,
         views: int = 1,
         seed: int = 0,
         background: str = "white",
@@ -138,13 +144,21 @@ class PairDataset(torch.utils.data.Dataset):
             ) from None
         self.pairs, self.resolution, self.views, self.seed = list(pairs), resolution, views, seed
         self.center_crop, self.random_flip = center_crop, random_flip
-        self.random_scale, self.background = random_scale, background
+        self.random_scale, self.native_scale = random_scale, native_scale
+        self.background = background
+        self._opened: tuple[int, dict[str, Image.Image]] = -1, {}  # the last pair's images
         self.change_masks = change_masks  # for pairs that have none of their own
         self.sizes, unequal = [], []
         for pair in self.pairs:
             sizes = {side: image_size(path) for side, path in pair.files.items()}
             self.sizes.append(sizes["after"])
-            width, height = _resized(*sizes["after"], round(resolution * random_scale))
+            if native_scale and min(sizes["after"]) < resolution:
+                raise ValueError(
+                    f"{shown([pair.name])} is {by(sizes['after'])}; crops of --resolution "
+                    f"{resolution} cannot be had from it at --native_scale"
+                )
+            base = min(sizes["after"]) if native_scale else resolution
+            width, height = with_short_side(round(base * random_scale), *sizes["after"])
             if width * height > (
                 Image.MAX_IMAGE_PIXELS or math.inf
             ):  # a strip of one pixel's width
@@ -175,6 +189,8 @@ class PairDataset(torch.utils.data.Dataset):
         """How many pairs --random_scale shows in more pixels than they have."""
         if self.random_scale == 1:
             return 0
+        if self.native_scale:
+            return len(self.pairs)
         return self.smaller_than(int(self.resolution * self.random_scale))
 
     def smaller_than(self, side: int) -> int:
@@ -184,11 +200,19 @@ class PairDataset(torch.utils.data.Dataset):
     @property
     def deterministic(self) -> bool:
         """Whether every view of a pair is the same, so that `views=1` says it all."""
+        crop = self.resolution, self.resolution
         fits = all(
-            _resized(*size, self.resolution) == (self.resolution, self.resolution)
+            (size if self.native_scale else with_short_side(self.resolution, *size)) == crop
             for size in self.sizes
         )
         return (self.center_crop or fits) and not self.random_flip and self.random_scale == 1
+
+    @property
+    def coverage(self) -> float:
+        """Pixels of all crops over those of all images; --random_scale apart."""
+        if not self.native_scale:
+            return 1.0
+        return len(self) * self.resolution**2 / sum(w * h for w, h in self.sizes)
 
     @cached_property
     def hashes(self) -> list[dict[str, str]]:
@@ -204,6 +228,7 @@ class PairDataset(torch.utils.data.Dataset):
             center_crop=self.center_crop,
             random_flip=self.random_flip,
             random_scale=self.random_scale,
+            native_scale=self.native_scale,
             generator=torch.Generator().manual_seed(int.from_bytes(digest[:4])),
         )
 
@@ -211,21 +236,29 @@ class PairDataset(torch.utils.data.Dataset):
         if not 0 <= index < len(self):
             raise IndexError(f"item {index} of {len(self)}")
         pair, geometry = self.pairs[index % len(self.pairs)], self.geometry(index)
-        after = load_image(pair.after, self.background)
-        item = {"name": pair.name, "caption": pair.caption or "", "after": after}
-        if pair.before is not None:
-            item["before"] = load_image(pair.before, self.background)
-            if item["before"].size != after.size:
-                item["before"] = item["before"].resize(after.size, Image.Resampling.BILINEAR)
-        for side in ("before", "after"):
-            if side in item:
-                item[side] = to_tensor(apply(item[side], geometry))  # (3, R, R)
-        if pair.mask is not None:
-            mask = load_mask(pair.mask)
-            if mask.size != after.size:
-                mask = mask.resize(after.size, Image.Resampling.BOX)
-            mask = np.array(apply(mask, geometry, Image.Resampling.BOX))
-            item["mask"] = torch.from_numpy(mask)[None].float() / 255  # (1, R, R)
-        elif self.change_masks:
+        item = {"name": pair.name, "caption": pair.caption or ""}
+        for side, image in self.images(index % len(self.pairs)).items():
+            if side == "mask":
+                mask = np.array(apply(image, geometry, Image.Resampling.BOX))
+                item[side] = torch.from_numpy(mask)[None].float() / 255  # (1, R, R)
+            else:
+                item[side] = to_tensor(apply(image, geometry))  # (3, R, R)
+        if pair.mask is None and self.change_masks:
             item["mask"] = change_mask(item["before"], item["after"])
         return item
+
+    def images(self, k: int) -> dict[str, Image.Image]:
+        """Those of pair k, as large as its after image. The last one's are kept: views of one large
+        pair, which follow each other, read it once."""
+        if self._opened[0] != k:
+            pair, images = self.pairs[k], {}
+            for side, path in pair.files.items():
+                mask = side == "mask"
+                images[side] = load_mask(path) if mask else load_image(path, self.background)
+            size = images["after"].size
+            for side, image in images.items():
+                if image.size != size:
+                    smooth = Image.Resampling.BOX if side == "mask" else Image.Resampling.BILINEAR
+                    images[side] = image.resize(size, smooth)
+            self._opened = k, images
+        return self._opened[1]

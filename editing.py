@@ -14,18 +14,23 @@ import torch
 from torch import Tensor
 
 from durable import refuse_file, refuse_read_only
+from framing import Frame, frame_of, smaller
 from model.files import is_local, moved_note
+from model.memory import unless_full
 from model.objectives import OBJECTIVES, How, Knobs
 from model.pipeline import (
     Pipeline,
     at_strengths,
+    decode,
     encode,
     exaggerated,
     load_pipeline,
     padded,
     pick_device,
     pick_dtype,
+    resized,
 )
+from model.tiles import Tiles, windowed
 
 # ---- flags ---------------------------------------------------------------------------------------
 
@@ -104,6 +109,16 @@ def add_edit_flags(parser: argparse.ArgumentParser) -> None:
         "[lora where it was trained on states in between, else fade]",
     )  # fmt: skip
     add(
+        "--resolution", type=int, metavar="PIXELS",
+        help="short side at which an image is edited; the change is given back in its own size "
+        "[what the LoRA was trained at, or with --native_scale the image's]",
+    )  # fmt: skip
+    add(
+        "--tile", type=int, metavar="PIXELS",
+        help="side of the windows in which a large image is edited, to need no more memory than "
+        "they do [as a whole, or in the largest windows that fit]",
+    )  # fmt: skip
+    add(
         "--keep_detail", action=argparse.BooleanOptionalAction, default=True,
         help="give back what the autoencoder loses of the image where nothing changes [on]",
     )  # fmt: skip
@@ -121,6 +136,8 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} must be in -{MOST:.0f}..{MOST:.0f}, got {value}")
     if not 1 <= args.steps <= 1000:
         raise ValueError(f"--steps must be between 1 and 1000, got {args.steps}")
+    if (resolution := getattr(args, "resolution", None)) is not None and resolution < 8:
+        raise ValueError(f"--resolution must be at least 8, got {resolution}")
     if args.batch_size < 1:
         raise ValueError(f"--batch_size must be at least 1, got {args.batch_size}")
     if not 0 <= args.seed < 2**31:
@@ -195,8 +212,9 @@ def editor(
     *,
     prompt: str | None = None,
     seeds: Sequence[int] | None = None,
+    tiles: Tiles | None = None,
 ) -> Callable[[float], Tensor]:
-    """`edit(s)`: the latents of z (b, 4, h, w) at strength s.
+    """`edit(s)`: the latents of z (b, 4, h, w) at strength s, in windows if there are `tiles`.
 
     `prompt` stands for the flag or the LoRA's; `seeds`, one an image, for --seed.
     """
@@ -205,7 +223,8 @@ def editor(
     use = OBJECTIVES[objective]
     scale = use.change_guidance if args.change_guidance is None else args.change_guidance
     alone, with_guidance = pipe.predictors(prompt, args.guidance)
-    with_guidance = exaggerated(with_guidance, scale)
+    alone = windowed(alone, tiles)
+    with_guidance = windowed(exaggerated(with_guidance, scale), tiles)
 
     @torch.no_grad()
     def edit(s: float) -> Tensor:
@@ -270,15 +289,39 @@ def edit_pixels(
 ) -> list[Tensor]:
     """pixels (b, 3, H, W) with the change at each strength, each (b, 3, H, W).
 
-    Sizes the autoencoder cannot take are padded and cropped back. prompt, seeds: as of `editor`.
+    The networks see them as `frame_of` says; where memory does not suffice, fewer at a time, then
+    windows. prompt, seeds: as of `editor`.
     """
-    height, width = pixels.shape[2:]
-    pixels = padded(pipe.vae, pixels)
-    z = torch.cat([encode(pipe.vae, one[None]) for one in pixels])  # its memory: one image's
-    edit = editor(pipe, objective, z, args, prompt=prompt, seeds=seeds)
-    fade, detail = (args.between or states_between(pipe)) == "fade", args.keep_detail
-    images = at_strengths(pipe.vae, pixels, z, strengths, edit, fade=fade, detail=detail)
-    return [some[..., :height, :width] for some in images]
+    seeds = [args.seed] * len(pixels) if seeds is None else seeds
+    fade = (args.between or states_between(pipe)) == "fade"
+
+    def edited(frame: Frame) -> list[Tensor]:
+        (height, width), tiles = frame
+        seen = padded(pipe.vae, resized(pixels, frame.size))
+        # its memory: one image's
+        z = torch.cat([encode(pipe.vae, one[None], tiles) for one in seen])
+        edit = editor(pipe, objective, z, args, prompt=prompt, seeds=seeds, tiles=tiles)
+
+        def picture(z: Tensor) -> Tensor:
+            small = decode(pipe.vae, z, tiles)[..., :height, :width]
+            return resized(small, pixels.shape[2:], "bicubic")
+
+        # what shrinking takes of an image is kept as what the autoencoder loses is
+        detail = args.keep_detail
+        return at_strengths(picture, pixels, z, strengths, edit, fade=fade, detail=detail)
+
+    frame = frame_of(args, pipe, objective, pixels.shape[2:])
+    while (found := unless_full(edited, frame)) is None:
+        if (n := len(pixels)) > 1:
+            parts = [
+                edit_pixels(
+                    pipe, objective, pixels[half], strengths, args, prompt=prompt, seeds=seeds[half]
+                )
+                for half in (slice(n // 2), slice(n // 2, n))
+            ]
+            return [torch.cat(some) for some in zip(*parts)]
+        frame = smaller(frame, pipe, objective)
+    return found
 
 
 def batches(kinds: Sequence, most: int) -> Iterator[slice]:

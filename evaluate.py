@@ -46,12 +46,14 @@ from editing import (
     warn_of_unread,
 )
 from evaluation_table import table
+from framing import frame_of
 from images import contact_sheet, to_image
 from measures import best, collect, judge, mse, progress, psnr, spearman, spread, statistics
 from model.draws import seed_for
 from model.files import first_line
 from model.memory import out_of_memory
 from model.pipeline import Pipeline, decode, encode
+from model.tiles import Tiles
 from pairs import SIDES, Pair, find_pairs, fingerprint, refuse_among
 from progress import no_bars
 from report import write_report
@@ -122,8 +124,12 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
     if args.samples > 1 and not draws_anew(objective, args.start):
         warnings.warn(f"--samples {args.samples} are all the same for {objective}", stacklevel=2)
     resolution = resolution_of(args, pipe)
+    tiles = frame_of(args, pipe, objective, (resolution, resolution)).tiles
     background = pipe.meta.get("background", "white")
-    opened = partial(PairDataset, resolution=resolution, center_crop=True, background=background)
+    opened = partial(
+        PairDataset, resolution=resolution, center_crop=True, background=background,
+        native_scale=pipe.meta.get("native_scale", False),
+    )  # fmt: skip
     dataset, outcomes = opened(pairs), [opened(some) for some in outcomes]
     between = {time: opened(some) for time, some in zip(args.between_times, between)}
     wanted = sorted({*strengths, *between})
@@ -146,14 +152,14 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
         for k, item in enumerate(items):
             at = {s: eight_bit(some[k]) for s, some in zip(wanted, edited)}
             i = len(rows)
-            seen = {side: round_trip(pipe, item[side]) for side in ("before", "after")}
+            seen = {side: round_trip(pipe, item[side], tiles) for side in ("before", "after")}
             row, shown = compare(item, seen, at, strengths, args.keep_detail)
             row["spearman"] = math.nan if fades else spearman(strengths, row["progress"])
             if between:
                 truths = {time: eight_bit(others[i]["after"]) for time, others in between.items()}
                 row["between"] = compare_between(at, truths, eight_bit(item["before"]))
             if len(drawn) > 1:
-                truths = [round_trip(pipe, others[i]["after"]) for others in outcomes]
+                truths = [round_trip(pipe, others[i]["after"], tiles) for others in outcomes]
                 draws = [eight_bit(some[k]) for some in drawn]
                 same = eight_bit(item["before"]) if args.keep_detail else seen["before"]
                 row["samples"] = judge_samples(
@@ -186,10 +192,10 @@ def resolution_of(args: argparse.Namespace, pipe: Pipeline) -> int:
     resolution = pipe.meta.get("resolution") if args.resolution is None else args.resolution
     if resolution is None:
         raise ValueError(f"--lora {args.lora} does not say its resolution: give --resolution")
-    if resolution < 1 or resolution % pipe.vae.downscale:
+    if resolution % pipe.vae.downscale:
         raise ValueError(
-            f"--resolution must be a positive multiple of {pipe.vae.downscale} for this "
-            f"autoencoder, got {resolution}"
+            f"--resolution must be a multiple of {pipe.vae.downscale} for this autoencoder, "
+            f"got {resolution}"
         )
     return resolution
 
@@ -234,9 +240,9 @@ def compare_between(
     return found
 
 
-def round_trip(pipe: Pipeline, pixels: Tensor) -> Tensor:
+def round_trip(pipe: Pipeline, pixels: Tensor, tiles: Tiles | None) -> Tensor:
     """What the autoencoder makes of an image: the best that any prediction can show."""
-    return eight_bit(decode(pipe.vae, encode(pipe.vae, pixels[None]))[0])
+    return eight_bit(decode(pipe.vae, encode(pipe.vae, pixels[None], tiles), tiles)[0])
 
 
 def judge_samples(before: Tensor, draws: list[Tensor], seen: Tensor, truths: list[Tensor]) -> dict:
@@ -294,7 +300,6 @@ def make_parser() -> Parser:
     parser.add_argument("--before_data_dir", required=True, metavar="DIR", help="held-out befores")
     parser.add_argument("--after_data_dir", required=True, metavar="DIR", help="their true afters")
     parser.add_argument("--mask_dir", metavar="DIR", help="where the change is, white")
-    parser.add_argument("--resolution", type=int, help="pixels [what the LoRA was trained at]")
     parser.add_argument(
         "--strengths", type=numbers, default=[0.0, 0.25, 0.5, 0.75, 1.0], metavar="0,0.5,1",
         help="[0,0.25,0.5,0.75,1]",

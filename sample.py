@@ -36,6 +36,7 @@ from editing import (
     prompt_of,
     warn_of_unread,
 )
+from framing import frame_of
 from images import contact_sheet, load_image, shown, to_image, to_tensor
 from model.files import first_line
 from model.memory import out_of_memory
@@ -133,6 +134,8 @@ def edit(args: argparse.Namespace) -> None:
     pipe = open_pipeline(args)
     objective = objective_of(args, pipe)
     warn_of_unread(args, objective)
+    for width, height in set(sizes):
+        frame_of(args, pipe, objective, (height, width))
     background = pipe.meta.get("background", "white")
     columns = ["before", *(f"strength {s:g}" for s in strengths)]
     rows, names, differs = [], [], False  # rows of the sheet

@@ -184,7 +184,9 @@ def phases(
         print(f"latents       {latents.rows}")
         class_latents = None
         if class_pairs:
-            class_latents = encoded(make_dataset(cfg, class_pairs), *how)
+            # drawn by the base at --resolution, most of them
+            whole = replace(cfg, native_scale=False)
+            class_latents = encoded(make_dataset(whole, class_pairs), *how)
         items = Items(pairs, dataset.views, latents, class_latents)
         shown, held_out = apart(shown, told, seen=True), apart(held_out, kept, seen=False)
         vae.to("cpu")

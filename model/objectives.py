@@ -393,6 +393,7 @@ class Objective(NamedTuple):
     reads: tuple[str, ...] = NOISE
     uses: tuple[str, ...] = RESTORE
     change_guidance: float = 1.0  # how it is used unless told otherwise
+    windows: bool = True  # whether its edit may ask for a large image window by window
 
 
 OBJECTIVES = {
@@ -412,7 +413,7 @@ OBJECTIVES = {
         concat_loss, concat_edit, extra=4, reads=(*NOISE, "image_dropout"),
         uses=(*RESTORE, "image_guidance"),
     ),
-    "canvas": Objective(canvas_loss, canvas_edit),
+    "canvas": Objective(canvas_loss, canvas_edit, windows=False),
     "slider": Objective(slider_loss, slider_edit, (2.0, -1.0)),
     "anchored": Objective(anchored_loss, after_edit, steps=anchored_steps, reads=("t_min",)),
     "after": Objective(after_loss, after_edit),

@@ -27,6 +27,7 @@ from model.objectives import Predict
 from model.samplers import SAMPLERS, guided, noise_like
 from model.schedule import Schedule
 from model.text import TextEncoder
+from model.tiles import Tiles, through
 from model.unet import UNet
 from model.vae import VAE
 from model.weights import load_scheduler_config, load_text, load_unet, load_vae
@@ -157,20 +158,39 @@ def padded(vae: VAE, pixels: Tensor) -> Tensor:
     return F.pad(pixels, (0, -width % f, 0, -height % f), mode="replicate")
 
 
+def resized(pixels: Tensor, size: Sequence[int], mode: str = "bilinear") -> Tensor:
+    """pixels (b, 3, H, W) at another size; shrunk without aliasing, as training images are."""
+    if pixels.shape[2:] == torch.Size(size):
+        return pixels
+    return F.interpolate(pixels, tuple(size), mode=mode, antialias=True)
+
+
 @torch.no_grad()
-def encode(vae: VAE, pixels: Tensor) -> Tensor:
+def encode(vae: VAE, pixels: Tensor, tiles: Tiles | None = None) -> Tensor:
     """pixels (b, 3, H, W) in [-1, 1] -> scaled posterior mean (b, 4, h, w) fp32."""
     weight = vae.encoder.conv_in.weight
-    mean, _ = vae.encode(pixels.to(weight.device, weight.dtype))
-    return mean.float() * vae.scaling_factor
+
+    def mean(x: Tensor) -> Tensor:
+        return vae.encode(x.to(weight.device, weight.dtype))[0].float() * vae.scaling_factor
+
+    if tiles is None:
+        return mean(pixels)
+    return through(mean, pixels, tiles._replace(batch=1), takes=vae.downscale)
 
 
 @torch.no_grad()
-def decode(vae: VAE, z: Tensor) -> Tensor:
+def decode(vae: VAE, z: Tensor, tiles: Tiles | None = None) -> Tensor:
     """Scaled latents (b, 4, h, w) -> pixels (b, 3, H, W) fp32 on the CPU; one at a time."""
     weight = vae.encoder.conv_in.weight
-    z = (z / vae.scaling_factor).to(weight.device, weight.dtype)
-    return torch.cat([vae.decode(one[None]).float().cpu() for one in z])
+
+    def picture(one: Tensor) -> Tensor:
+        one = (one / vae.scaling_factor).to(weight.device, weight.dtype)
+        return vae.decode(one).float().cpu()
+
+    if tiles is None:
+        return torch.cat([picture(one) for one in z.split(1)])
+    alone = tiles._replace(batch=1)
+    return torch.cat([through(picture, one, alone, gives=vae.downscale) for one in z.split(1)])
 
 
 def keep_detail(before: Tensor, seen: Tensor, changed: Tensor, reach: float = 0.2) -> Tensor:
@@ -186,7 +206,7 @@ def keep_detail(before: Tensor, seen: Tensor, changed: Tensor, reach: float = 0.
 
 
 def at_strengths(
-    vae: VAE,
+    decode: Callable[[Tensor], Tensor],
     pixels: Tensor,
     z: Tensor,
     strengths: Sequence[float],
@@ -197,15 +217,16 @@ def at_strengths(
 ) -> list[Tensor]:
     """pixels (b, 3, H, W), of latents z, with the change at each strength, each (b, 3, H, W).
 
-    `edit(s)` gives the latents at strength s. With `fade`, what lies in [0, 1] is a cross-fade of
-    the image and its edit at 1, for a LoRA that knows the two ends alone: what came first cannot be
-    learnt from them, and at other multipliers it was never trained.
+    `edit(s)` gives the latents at strength s, `decode` an image of latents. With `fade`, what lies
+    in [0, 1] is a cross-fade of the image and its edit at 1, for a LoRA that knows the two ends
+    alone: what came first cannot be learnt from them, and at other multipliers it was never
+    trained.
     """
-    seen = decode(vae, z)  # (b, 3, H, W)
+    seen = decode(z)  # (b, 3, H, W)
     before = pixels if detail else seen
 
     def edited(s: float) -> Tensor:
-        changed = decode(vae, edit(s))
+        changed = decode(edit(s))
         return keep_detail(pixels, seen, changed) if detail else changed
 
     whole = edited(1.0) if fade and any(0 < s <= 1 for s in strengths) else before

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import check_data
+import data
 import images
 from config import TrainConfig
 from data import Geometry, PairDataset, apply, change_mask, draw_geometry
@@ -498,6 +499,51 @@ def test_one_augmentation_leaves_the_draws_of_the_others_alone():
     assert [g.crop for g in plain] == [g.crop for g in flipped]
     assert not any(g.flip for g in plain) and any(g.flip for g in flipped)
     assert {g.crop for g in draw(center_crop=True)} == {(13, 0, 77, 64)}
+
+
+def test_at_native_scale_crops_are_the_images_own_pixels(coordinates):
+    dataset = PairDataset(coordinates, 48, native_scale=True, views=40)
+    corners = set()
+    for i in range(len(dataset)):
+        item, (left, top, *_) = dataset[i], dataset.geometry(i).crop
+        own = [torch.arange(48.0) + start for start in (left, top)]
+        for seen in (levels(item["before"]).round(), levels(item["after"]).round()):
+            assert torch.equal(seen[0], own[0].expand(48, 48))
+            assert torch.equal(seen[1], own[1][:, None].expand(48, 48))
+        assert torch.equal((item["mask"][0] * 255).round(), own[0].expand(48, 48))
+        corners.add((left, top))
+    assert len(corners) == 40  # of 153 x 73 places
+    assert dataset.coverage == pytest.approx(40 * 48**2 / (200 * 120))
+    assert PairDataset(coordinates, 48).coverage == 1
+    assert (
+        not dataset.enlarged
+        and PairDataset(coordinates, 48, native_scale=True, random_scale=1.5).enlarged
+    )
+
+
+def test_native_scale_needs_images_as_large_as_the_crops(coordinates):
+    said = "xy is 200x120; crops of --resolution 128 cannot be had from it at --native_scale"
+    with pytest.raises(ValueError, match=said):
+        PairDataset(coordinates, 128, native_scale=True)
+    whole = PairDataset(coordinates, 120, native_scale=True, center_crop=True)
+    assert whole.deterministic and whole.geometry(0).crop == (40, 0, 160, 120)
+    assert not PairDataset(coordinates, 120, native_scale=True).deterministic
+
+
+def test_views_of_one_pair_read_its_files_once(coordinates, monkeypatch):
+    dataset, read = PairDataset(coordinates, 48, native_scale=True, views=5), []
+    for name in ("load_image", "load_mask"):
+        original = getattr(data, name)
+        monkeypatch.setattr(
+            data, name, lambda path, *rest, f=original: read.append(path) or f(path, *rest)
+        )
+    for i in range(5):
+        dataset[i]
+    assert len(read) == 3
+    two = PairDataset([*coordinates, *coordinates], 48, views=2)
+    for i in range(4):
+        two[i]
+    assert len(read) == 3 + 4 * 3  # of several by turns none is kept: memory is for one
 
 
 def test_crops_reach_both_ends_and_never_beyond():

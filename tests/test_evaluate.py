@@ -53,7 +53,9 @@ def score(monkeypatch, tmp_path, sd1, folder, predict, *more, lost=0.02, kept=Fa
         return [torch.stack([one(*each, s) + seen for each in both]) for s in strengths]
 
     monkeypatch.setattr(evaluate, "edit_pixels", edit)
-    monkeypatch.setattr(evaluate, "round_trip", lambda pipe, x: evaluate.eight_bit(x + noise))
+    monkeypatch.setattr(
+        evaluate, "round_trip", lambda pipe, x, tiles: evaluate.eight_bit(x + noise)
+    )
     out = tmp_path / "out"
     assert evaluate.main(flags(lora, folder, out, *more)) == 0
     return json.loads((out / "evaluation.json").read_text())
@@ -387,8 +389,8 @@ def test_distance_between_samples():
         (["--between_dirs", "{root}/after", "{root}/time-0.50", "--between_times", "0.5", "0.5"],
          "--between_times must be different numbers within ±1000000, got 0.5 0.5"),
         (["--strengths", "0,1,1e39"], "different ones within ±1000000"),
-        (["--resolution", "63"], "--resolution must be a positive multiple of 2 for this auto"),
-        (["--resolution", "0"], "--resolution must be a positive multiple of 2 for this auto"),
+        (["--resolution", "63"], "--resolution must be a multiple of 2 for this autoencoder"),
+        (["--resolution", "0"], "--resolution must be at least 8, got 0"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_sentence(tmp_path, sd1, scenes, capsys, more, said):

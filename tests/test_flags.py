@@ -433,6 +433,13 @@ def center_crop(lab, patch):
     assert "x 1 views" in lab.said[lab.run(**dirs, center_crop=True)]
 
 
+def native_scale(lab, patch):
+    """Of images of 32 pixels at --resolution 16: other crops, and the LoRA says so."""
+    changes(native_scale=True)[1](lab, patch)
+    assert meta(lab.run(native_scale=True))["native_scale"]
+    assert not meta(lab.run())["native_scale"]
+
+
 def views(lab, patch):
     changes(beside=lab.oblong(), views=3)[1](lab, patch)
     assert "x 3 views" in lab.said[lab.run(**lab.oblong(), views=3)]
@@ -1199,6 +1206,7 @@ FLAGS = {
     "center_crop": effect(center_crop),
     "random_flip": changes(beside={"seed": 2}, random_flip=True),
     "random_scale": changes(random_scale=2.0),
+    "native_scale": effect(native_scale),
     "views": effect(views),
     "background": effect(background),
     "cache_dir": effect(cache_dir),

@@ -74,9 +74,10 @@ ARROWS = {
     "model.samplers": ["model.schedule"],
     "model.objectives": ["model.samplers", "model.schedule"],
     "model.weighting": ["model.objectives"],
+    "model.tiles": ["model.objectives"],
     "model.pipeline": [
         "model.cpu", "model.lora", "model.lora_files", "model.objectives", "model.samplers",
-        "model.schedule", "model.text", "model.unet", "model.vae", "model.weights",
+        "model.schedule", "model.text", "model.tiles", "model.unet", "model.vae", "model.weights",
     ],
     "model.plan": [
         "model.lora", "model.memory", "model.objectives", "model.schedule", "model.weighting",
@@ -89,7 +90,11 @@ ARROWS = {
         "config", "data", "durable", "images", "latents", "pairs", "progress", "sequences",
         "model.memory", "model.pipeline",
     ],
-    "editing": ["durable", "model.files", "model.objectives", "model.pipeline"],
+    "framing": ["data", "model.objectives", "model.pipeline", "model.tiles"],
+    "editing": [
+        "durable", "framing", "model.files", "model.memory", "model.objectives", "model.pipeline",
+        "model.tiles",
+    ],
     "between": [
         "data", "durable", "editing", "images", "measures", "model.lora_files", "model.morph",
         "model.objectives", "model.pipeline",

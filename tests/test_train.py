@@ -35,6 +35,7 @@ from model.vae import VAE
 from model.weighting import in_and_out, listened, preservation, weighted_mean
 from model.weights import load_text, load_unet, load_vae
 from pairs import find_pairs, find_singles
+from tests.pairs import write_pairs
 from tests.small import losses, rows, small
 from train import train
 from training import fitting
@@ -519,6 +520,20 @@ def test_what_cannot_turn_out_as_asked_is_said_before_the_training(config):
     said = "--lr_warmup_steps 1 do not end within 1 steps: --learning_rate 0.001 is never reached"
     with pytest.warns(UserWarning, match=said):
         train(replace(cfg, lr_scheduler="linear", lr_warmup_steps=1, overwrite=True))
+
+
+def test_few_crops_of_large_images_are_warned_of(config, tmp_path):
+    """4 of 32 pixels out of 128 are a quarter."""
+    large = write_pairs(tmp_path / "large", 3, 128)
+    dirs = {f"{side}_data_dir": str(large / side) for side in ("before", "after")}
+    one = replace(config, **dirs, max_train_steps=1, native_scale=True, resolution=32)
+    said = "4 crops of each image have 25% of the images' pixels: --views 16 would have as many"
+    with pytest.warns(UserWarning, match=said):
+        folder = train(one)
+    assert read_lora(folder)[1]["native_scale"]
+    with warnings.catch_warnings(record=True) as caught:
+        train(replace(one, views=16, overwrite=True))
+    assert not [w for w in caught if "crops of each" in str(w.message)]
 
 
 def test_what_draws_is_not_to_learn_from_enlarged_images_unwarned(config):

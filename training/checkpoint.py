@@ -64,7 +64,7 @@ def lora_metadata(
     base = cfg.pretrained_model_name_or_path
     slope, offset = OBJECTIVES[objective].multiplier
     said = f"0 = before, 1 = after; LoRA multiplier = {slope:g} * strength + {offset:g}"
-    kept = ("revision", "variant", "resolution", "background",
+    kept = ("revision", "variant", "resolution", "native_scale", "background",
             "tokenizer_max_length", "text_encoder_use_attention_mask")  # fmt: skip
 
     def found(path: str | None) -> str | None:  # from wherever it is used

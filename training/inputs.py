@@ -134,6 +134,7 @@ def make_dataset(cfg: TrainConfig, pairs: list[Pair]) -> PairDataset:
         "center_crop": cfg.center_crop,
         "random_flip": cfg.random_flip,
         "random_scale": cfg.random_scale,
+        "native_scale": cfg.native_scale,
         "seed": cfg.seed,
         "background": cfg.background,
         "change_masks": cfg.mask_from_change and pairs[0].before is not None,
@@ -160,6 +161,12 @@ def doubts(
             f"--random_scale {cfg.random_scale:g} enlarges {dataset.enlarged} of {n} images beyond "
             f"their own pixels: what {draws} draws will be as soft as they are then"
         )
+    if dataset.coverage < 1:
+        enough = math.ceil(dataset.views / dataset.coverage)
+        yield (
+            f"{dataset.views} crops of each image have {dataset.coverage:.0%} of the images' "
+            f"pixels: --views {enough} would have as many as there are"
+        )
     if cfg.lr_scheduler != "constant" and cfg.lr_warmup_steps >= size.steps:
         yield (
             f"--lr_warmup_steps {cfg.lr_warmup_steps} do not end within {size.steps} steps: "
@@ -171,7 +178,13 @@ def make_gallery(cfg: TrainConfig, shown: list[Pair]) -> PairDataset | None:
     """What is shown, centre-cropped."""
     if not shown:
         return None
-    return PairDataset(shown, cfg.resolution, center_crop=True, background=cfg.background)
+    return PairDataset(
+        shown,
+        cfg.resolution,
+        center_crop=True,
+        native_scale=cfg.native_scale,
+        background=cfg.background,
+    )
 
 
 def class_images(cfg: TrainConfig, device: torch.device, log: Callable) -> list[Pair]:

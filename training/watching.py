@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -63,7 +64,7 @@ class Watch:
             return self.objective.edit(predict, self.schedule, z, s, how)
 
         pixels = ends(shown, i)[0][None]
-        images = at_strengths(self.vae, pixels, z, strengths, edit, fade=self.fade)
+        images = at_strengths(partial(decode, self.vae), pixels, z, strengths, edit, fade=self.fade)
         return [to_image(one) for (one,) in images]
 
     # other shapes than the loop's, in here: not worth compiling

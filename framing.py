@@ -1,0 +1,76 @@
+"""How the networks look at an image of any size: as large as in training, as a whole or in windows.
+
+frame_of    what the flags and the LoRA's header ask for
+smaller     what is tried where that takes too much memory
+"""
+
+import argparse
+import math
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from PIL import Image
+
+from data import by, with_short_side
+from model.objectives import OBJECTIVES
+from model.pipeline import Pipeline
+from model.tiles import Tiles
+
+LEAST = 8  # latents, a window's side
+
+
+class Frame(NamedTuple):
+    """How the networks look at an image."""
+
+    size: tuple[int, int]  # height, width
+    tiles: Tiles | None  # None: as a whole
+
+
+def frame_of(
+    args: argparse.Namespace, pipe: Pipeline, objective: str, size: Sequence[int]
+) -> Frame:
+    """Of an image of `size` (height, width): as large as it would be in training, if that cut it
+    from a resized one. ValueError names the flag that makes none."""
+    kept = pipe.meta.get("native_scale")  # objects have the size in pixels that they had there
+    short = args.resolution or (None if kept else pipe.meta.get("resolution"))
+    height, width = size
+    if short is not None:
+        width, height = with_short_side(short, width, height)
+    if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise ValueError(
+            f"an image is {by((size[1], size[0]))}, which would be {by((width, height))} at "
+            f"--resolution {short}"
+        )
+    side, f = args.tile or 0, pipe.vae.downscale
+    if side % f or (side and side < LEAST * f):
+        raise ValueError(
+            f"--tile must be 0, or a multiple of {f} from {LEAST * f} on for this autoencoder, "
+            f"got {side}"
+        )
+    if side and not OBJECTIVES[objective].windows:
+        raise ValueError(f"--tile is not for {objective}, which looks at two images as one")
+    if not 0 < side < max(width, height):
+        return Frame((height, width), None)
+    return Frame((height, width), windows(side // f, args.batch_size))
+
+
+def windows(side: int, batch: int) -> Tiles:
+    """Of `side` latents; neighbours share a quarter: LOG.md, "Large images"."""
+    return Tiles(side, side // 4, batch)
+
+
+def smaller(frame: Frame, pipe: Pipeline, objective: str) -> Frame:
+    """With windows of half the side, which are no smaller than the training's images.
+
+    MemoryError where there are none.
+    """
+    f, (height, width) = pipe.vae.downscale, frame.size
+    side = frame.tiles.side if frame.tiles else -(-max(height, width) // f)
+    least = max((pipe.meta.get("resolution") or 512) // f, LEAST)
+    if side <= least or not OBJECTIVES[objective].windows:
+        raise MemoryError(f"{by((width, height))} pixels are too many at once: --resolution")
+    side = max(math.ceil(side / 2), least)
+    said = f"images of {by((width, height))} are edited in windows of {side * f} pixels"
+    warnings.warn(f"out of memory: {said}", stacklevel=3)
+    return frame._replace(tiles=windows(side, batch=1))
