@@ -143,6 +143,14 @@ def morph(
     pixels = torch.stack([to_tensor(image) for image in ends])  # (2, 3, H, W)
     z = encode(pipe.vae, padded(pipe.vae, pixels))  # (2, 4, h, w)
     pipe, method = adapted(pipe, prompt, z, args)
+    side = min(pixels.shape[2:])
+    trained = pipe.meta.get("resolution") if pipe.meta.get("resized") else None
+    if method == "direct" and trained and not trained / 2 <= side <= 2 * trained:
+        warnings.warn(
+            f"frames have a short side of {side} pixels, --lora {args.lora} was trained at "
+            f"{trained}, where things are of another size: --resolution {trained} makes such",
+            stacklevel=2,
+        )
 
     def multiplier(s: Tensor) -> Tensor:
         two = pipe.meta.get("adapters") == 2

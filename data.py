@@ -208,6 +208,11 @@ class PairDataset(torch.utils.data.Dataset):
         return (self.center_crop or fits) and not self.random_flip and self.random_scale == 1
 
     @property
+    def resized(self) -> bool:
+        """Whether an image is shown at another scale than its own, --random_scale apart."""
+        return not self.native_scale and any(min(size) != self.resolution for size in self.sizes)
+
+    @property
     def coverage(self) -> float:
         """Pixels of all crops over those of all images; --random_scale apart."""
         if not self.native_scale:

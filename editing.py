@@ -111,7 +111,7 @@ def add_edit_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--resolution", type=int, metavar="PIXELS",
         help="short side at which an image is edited; the change is given back in its own size "
-        "[what the LoRA was trained at, or with --native_scale the image's]",
+        "[what the LoRA was trained at, if its images were brought to that; else the image's]",
     )  # fmt: skip
     add(
         "--tile", type=int, metavar="PIXELS",

@@ -30,10 +30,10 @@ class Frame(NamedTuple):
 def frame_of(
     args: argparse.Namespace, pipe: Pipeline, objective: str, size: Sequence[int]
 ) -> Frame:
-    """Of an image of `size` (height, width): as large as it would be in training, if that cut it
-    from a resized one. ValueError names the flag that makes none."""
-    kept = pipe.meta.get("native_scale")  # objects have the size in pixels that they had there
-    short = args.resolution or (None if kept else pipe.meta.get("resolution"))
+    """Of an image of `size` (height, width): brought to the training's resolution if the training's
+    images were. ValueError names the flag that makes none."""
+    trained = pipe.meta.get("resolution") if pipe.meta.get("resized") else None
+    short = args.resolution or trained
     height, width = size
     if short is not None:
         width, height = with_short_side(short, width, height)

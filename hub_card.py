@@ -68,6 +68,7 @@ def model_card(
         f"A LoRA on {said}{' (a local checkpoint)' if local else ''} that {what}. "
         "Trained with PairLoRA.",
         f"Prompt: {escaped(prompt) or '(empty)'}",
+        *([size_told(meta)] if objective != "dreambooth" else []),
         *([strength_table(pictures)] if pictures else []),
         *([f"![pictures at the end of the training]({sheet})"] if sheet else []),
         "## Strength",
@@ -110,6 +111,20 @@ def front_matter(meta: dict) -> str:
     lines += [f"pipeline_tag: {made}", f"instance_prompt: {yaml(meta['prompt'])}"]
     lines += [MARK, f"- {made}", "---"]
     return "\n".join(lines)
+
+
+def size_told(meta: dict) -> str:
+    """How large things are in the images that it knows."""
+    side = meta["resolution"]
+    if not meta.get("resized"):
+        return (
+            f"Images: it saw {side} x {side} pixels of them, at full size. Show it images in which "
+            "things are as many pixels large."
+        )
+    return (
+        f"Images: it saw them with a short side of {side} pixels. So does sample.py show it any "
+        "image, and gives the change back in that image's size; in other clients that is up to you."
+    )
 
 
 def strength_table(pictures: dict) -> str:

@@ -213,7 +213,8 @@ def phases(
         if cfg.compile:
             compile_blocks(unet)
     states = 1 + len({pair.strength for pair in pairs})
-    meta = lora_metadata(cfg, name, knobs, schedule, prompts={*own}, states=states)
+    about = {"prompts": {*own}, "states": states, "resized": dataset.resized}
+    meta = lora_metadata(cfg, name, knobs, schedule, **about)
     run.start(
         {
             "base": base,

@@ -162,7 +162,7 @@ KINDS = {
     "objective": str, "base_model": str, "prompt": str, "vae_path": str, "tokenizer_name": str,
     "revision": str, "variant": str, "resolution": int, "delta_t": int, "tokenizer_max_length": int,
     "text_encoder_use_attention_mask": bool, "prediction_type": str, "states": int,
-    "captions": bool, "native_scale": bool,
+    "captions": bool, "native_scale": bool, "resized": bool,
     "bridge_t": int, "img2img_t": int, "background": str, "image_dropout": float, "t_min": int,
     "snr_gamma": float, "loss": str, "huber_c": float,
 }  # fmt: skip

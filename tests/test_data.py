@@ -514,6 +514,8 @@ def test_at_native_scale_crops_are_the_images_own_pixels(coordinates):
         corners.add((left, top))
     assert len(corners) == 40  # of 153 x 73 places
     assert dataset.coverage == pytest.approx(40 * 48**2 / (200 * 120))
+    assert not dataset.resized and PairDataset(coordinates, 48).resized
+    assert not PairDataset(coordinates, 120).resized
     assert PairDataset(coordinates, 48).coverage == 1
     assert (
         not dataset.enlarged

@@ -15,7 +15,7 @@ from model.unet import UNet
 from model.vae import VAE
 from tests.test_sample import write_lora
 
-NATIVE = {"resolution": 16, "native_scale": True}  # of tiny networks, 2 pixels a latent
+NATIVE = {"resolution": 16, "resized": False}  # of tiny networks, 2 pixels a latent
 
 
 def picture(path, width, height):
@@ -61,7 +61,7 @@ def edited(seen, *argv, pixels, objective=None):
 
 def test_an_image_is_edited_at_the_training_s_size_and_given_back_in_its_own(tmp_path, sd1):
     """ẑ at the small size; what shrinking and the autoencoder lose of the image is kept."""
-    lora = write_lora(tmp_path / "run", sd1, resolution=16)
+    lora = write_lora(tmp_path / "run", sd1, resolution=16, resized=True)
     x = to_tensor(load_image(picture(tmp_path / "x.png", 48, 40)))[None]
     args = flags("--lora", lora)
     pipe = open_pipeline(args)
@@ -85,11 +85,12 @@ def test_an_image_is_edited_at_the_training_s_size_and_given_back_in_its_own(tmp
 @pytest.mark.parametrize(
     ("meta", "argv", "side"),
     [
-        ({"resolution": 16}, (), 8),
-        ({"resolution": 16}, ("--resolution", 24), 12),
+        ({"resolution": 16, "resized": True}, (), 8),
+        ({"resolution": 16, "resized": True}, ("--resolution", 24), 12),
         (NATIVE, (), 20),
         (NATIVE, ("--resolution", 16), 8),
-        ({}, (), 20),  # a LoRA that does not say
+        ({"resolution": 16}, (), 20),  # a LoRA that does not say
+        ({}, (), 20),
     ],
 )
 def test_the_size_that_is_looked_at(tmp_path, sd1, seen, meta, argv, side):

@@ -34,6 +34,7 @@ CHANGES = {"strengths": [0.0, 1.0], "images": [
 META = {
     "objective": "slider", "multiplier": [2.0, -1.0], "base_model": "me/base", "prompt": "a field",
     "strength": "0 = before, 1 = after; LoRA multiplier = 2 * strength + -1", "base_lora": None,
+    "resolution": 512,
 }  # fmt: skip
 
 
@@ -219,6 +220,12 @@ def test_each_objective_says_how_it_is_used(objective):
     straight = "DDIMScheduler.from_config" in said and "denoising strength 0.25, CFG 1" in said
     assert straight == ("strength=0.25, g" in said) == (objective == "img2img")
     assert objective in train.OBJECTIVES and {*hub_card.PORTABLE} <= train.OBJECTIVES.keys()
+
+
+def test_the_card_says_how_large_things_are():
+    assert "with a short side of 512 pixels" in card(resolution=512, resized=True)
+    assert "256 x 256 pixels of them, at full size" in card(resolution=256, resized=False)
+    assert "pixels" not in card(objective="dreambooth").split("## Strength")[0]
 
 
 def test_each_client_gets_its_file():

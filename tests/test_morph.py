@@ -376,6 +376,27 @@ def test_the_ends_stand_before_the_background_of_the_training(place, tmp_path, s
     assert not frames[0].any()
 
 
+@pytest.mark.parametrize(
+    ("meta", "flags", "warned"),
+    [
+        ({"resolution": 8}, [], True),
+        ({"resolution": 80}, [], True),
+        ({"resolution": 16}, [], False),  # twice as large: about what it knows
+        ({"resolution": 8}, ["--resolution", 8], False),
+        ({"resolution": 8}, ["--method", "blend"], False),
+        ({"resolution": 8, "resized": False}, [], False),
+    ],
+)
+def test_frames_of_a_scale_that_the_lora_does_not_know(
+    place, tmp_path, sd1, monkeypatch, capsys, meta, flags, warned
+):
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    lora = write_lora(tmp_path / "run", sd1, **{"resized": True, **meta})
+    morph(place, tmp_path / "out", "--lora", lora, "--no-respace", *flags)
+    said = f"was trained at {meta['resolution']}, where things are of another size"
+    assert (said in capsys.readouterr().out) == warned
+
+
 def test_flags_of_another_method_are_said_to_do_nothing(place, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
     more = ["--no-adain", "--no-attention", "--noise_level", "0.5", "--lora_rank", "3"]

@@ -530,7 +530,10 @@ def test_few_crops_of_large_images_are_warned_of(config, tmp_path):
     said = "4 crops of each image have 25% of the images' pixels: --views 16 would have as many"
     with pytest.warns(UserWarning, match=said):
         folder = train(one)
-    assert read_lora(folder)[1]["native_scale"]
+    said = read_lora(folder)[1]
+    assert said["native_scale"] and not said["resized"]
+    smaller = replace(one, native_scale=False, overwrite=True)
+    assert read_lora(train(smaller))[1]["resized"]
     with warnings.catch_warnings(record=True) as caught:
         train(replace(one, views=16, overwrite=True))
     assert not [w for w in caught if "crops of each" in str(w.message)]

@@ -59,8 +59,12 @@ def lora_metadata(
     *,
     prompts: set[str],
     states: int,
+    resized: bool,
 ) -> dict:
-    """What whoever uses the LoRA must know. prompts: what it was trained at."""
+    """What whoever uses the LoRA must know.
+
+    prompts: what it was trained at. resized: whether its images were brought to --resolution.
+    """
     base = cfg.pretrained_model_name_or_path
     slope, offset = OBJECTIVES[objective].multiplier
     said = f"0 = before, 1 = after; LoRA multiplier = {slope:g} * strength + {offset:g}"
@@ -87,4 +91,5 @@ def lora_metadata(
         **{key: getattr(cfg, key) for key in kept},
         **knobs._asdict(),
         "states": states,  # 2: it knows the ends alone
+        "resized": resized,
     }
