@@ -1,13 +1,14 @@
 """How the networks look at an image of any size: as large as in training, as a whole or in windows.
 
-frame_of    what the flags and the LoRA's header ask for
-smaller     what is tried where that takes too much memory
+frame_of          what the flags and the LoRA's header ask for
+smaller           what is tried where that takes too much memory
+scale_in_doubt    what neither says
 """
 
 import argparse
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from PIL import Image
@@ -53,6 +54,22 @@ def frame_of(
     if not 0 < side < max(width, height):
         return Frame((height, width), None)
     return Frame((height, width), windows(side // f, args.batch_size))
+
+
+def scale_in_doubt(
+    args: argparse.Namespace, pipe: Pipeline, sizes: Sequence[tuple[int, int]]
+) -> Iterator[str]:
+    """A sentence, where images are so large that they may be of another scale than the training's,
+    which no flag said."""
+    trained, told = pipe.meta.get("resolution"), pipe.meta.get("native_scale")
+    if not trained or told or pipe.meta.get("resized") or args.resolution:
+        return
+    if large := sum(min(size) > 2 * trained for size in sizes):
+        yield (
+            f"{large} of {len(sizes)} images are over twice as large as the {trained} pixels that "
+            f"--lora {args.lora} was trained on, and edited as they are: where things are larger "
+            f"too, and not more, --resolution {trained} brings them to what it knows"
+        )
 
 
 def windows(side: int, batch: int) -> Tiles:

@@ -36,7 +36,7 @@ from editing import (
     prompt_of,
     warn_of_unread,
 )
-from framing import frame_of
+from framing import frame_of, scale_in_doubt
 from images import contact_sheet, load_image, shown, to_image, to_tensor
 from model.files import first_line
 from model.memory import out_of_memory
@@ -136,6 +136,8 @@ def edit(args: argparse.Namespace) -> None:
     warn_of_unread(args, objective)
     for width, height in set(sizes):
         frame_of(args, pipe, objective, (height, width))
+    for sentence in scale_in_doubt(args, pipe, sizes):
+        warnings.warn(sentence, stacklevel=2)
     background = pipe.meta.get("background", "white")
     columns = ["before", *(f"strength {s:g}" for s in strengths)]
     rows, names, differs = [], [], False  # rows of the sheet

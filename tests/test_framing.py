@@ -1,5 +1,7 @@
 """Images of any size at use: seen as in training, given back as they were, in windows or whole."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -186,3 +188,27 @@ def test_from_the_command_line(tmp_path, sd1, seen):
     result = load_image(tmp_path / "out" / "x.png")
     assert result.size == (51, 41) and result != load_image(image)
     assert to_image(to_tensor(result)) == result
+
+
+@pytest.mark.parametrize(
+    ("meta", "argv", "warned"),
+    [
+        ({"resolution": 16, "resized": False}, (), True),
+        ({"resolution": 16}, (), True),
+        ({"resolution": 16, "resized": False, "native_scale": True}, (), False),
+        ({"resolution": 16, "resized": True}, (), False),
+        ({"resolution": 16, "resized": False}, ("--resolution", 16), False),
+        ({"resolution": 20, "resized": False}, (), False),  # not over twice as large
+        ({}, (), False),
+    ],
+)
+def test_a_scale_that_nobody_said_is_told(tmp_path, sd1, capsys, monkeypatch, meta, argv, warned):
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    lora = write_lora(tmp_path / "run", sd1, **meta)
+    (tmp_path / "new").mkdir()
+    for name, side in (("a", 36), ("b", 16)):
+        picture(tmp_path / "new" / f"{name}.png", 40, side)
+    args = ["edit", "--lora", lora, "--input", tmp_path / "new", "--out", tmp_path / "out", *argv]
+    assert sample.main([str(arg) for arg in args]) == 0
+    said = "warning: 1 of 2 images are over twice as large as the 16 pixels that --lora"
+    assert (said in capsys.readouterr().out) == warned
