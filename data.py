@@ -209,8 +209,9 @@ class PairDataset(torch.utils.data.Dataset):
 
     @property
     def resized(self) -> bool:
-        """Whether an image is shown at another scale than its own, --random_scale apart."""
-        return not self.native_scale and any(min(size) != self.resolution for size in self.sizes)
+        """Whether most images are shown at another scale than their own, --random_scale apart."""
+        brought = sum(min(size) != self.resolution for size in self.sizes)
+        return not self.native_scale and 2 * brought > len(self.sizes)
 
     @property
     def coverage(self) -> float:

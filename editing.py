@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from durable import refuse_file, refuse_read_only
-from framing import Frame, frame_of, smaller
+from framing import Framing, frame_of, smaller
 from model.files import is_local, moved_note
 from model.memory import unless_full
 from model.objectives import OBJECTIVES, How, Knobs
@@ -295,7 +295,7 @@ def edit_pixels(
     seeds = [args.seed] * len(pixels) if seeds is None else seeds
     fade = (args.between or states_between(pipe)) == "fade"
 
-    def edited(frame: Frame) -> list[Tensor]:
+    def edited(frame: Framing) -> list[Tensor]:
         (height, width), tiles = frame
         seen = padded(pipe.vae, resized(pixels, frame.size))
         # its memory: one image's

@@ -58,6 +58,8 @@ from pairs import SIDES, Pair, find_pairs, fingerprint, refuse_among
 from progress import no_bars
 from report import write_report
 
+SHEET = 32  # pairs in the contact sheet
+
 # ---- the run -------------------------------------------------------------------------------------
 
 
@@ -115,7 +117,7 @@ def find_held_out(args: argparse.Namespace) -> HeldOut:
 
 
 def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
-    """What evaluation.json holds, and before, predicted, after and error of every pair."""
+    """What evaluation.json holds, and before, predicted, after and error of the first pairs."""
     pairs, between, outcomes = held_out = find_held_out(args)
     strengths = args.strengths
     pipe = open_pipeline(args, captioned=all(pair.caption for pair in pairs))
@@ -166,7 +168,8 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
                     same, draws, seen["before"], [seen["after"], *truths]
                 )
             rows.append({"name": pairs[i].name, **row})
-            pictures.append([to_image(2 * x - 1) for x in shown])
+            if i < max(SHEET, args.pictures):
+                pictures.append([to_image(2 * x - 1) for x in shown])
             bar.update()
     bar.close()
 
@@ -278,7 +281,7 @@ def write(out: Path, result: dict, text: str, pictures: list[list[Image.Image]],
         for old in {*out.glob(f"pictures/[0-9][0-9][0-9]-{kind}.png")} - files.keys():
             old.unlink()
     names = [f"{row['name']}  {row['predicted']['psnr']:.1f} dB" for row in result["per_pair"]]
-    save_image(contact_sheet(pictures[:32], columns, names), out / "sheet.png")
+    save_image(contact_sheet(pictures[:SHEET], columns, names), out / "sheet.png")
     write_aside(out / "evaluation.md", lambda aside: aside.write_text(text, encoding="utf-8"))
 
 

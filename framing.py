@@ -21,7 +21,7 @@ from model.tiles import Tiles
 LEAST = 8  # latents, a window's side
 
 
-class Frame(NamedTuple):
+class Framing(NamedTuple):
     """How the networks look at an image."""
 
     size: tuple[int, int]  # height, width
@@ -30,7 +30,7 @@ class Frame(NamedTuple):
 
 def frame_of(
     args: argparse.Namespace, pipe: Pipeline, objective: str, size: Sequence[int]
-) -> Frame:
+) -> Framing:
     """Of an image of `size` (height, width): brought to the training's resolution if the training's
     images were. ValueError names the flag that makes none."""
     trained = pipe.meta.get("resolution") if pipe.meta.get("resized") else None
@@ -52,8 +52,8 @@ def frame_of(
     if side and not OBJECTIVES[objective].windows:
         raise ValueError(f"--tile is not for {objective}, which looks at two images as one")
     if not 0 < side < max(width, height):
-        return Frame((height, width), None)
-    return Frame((height, width), windows(side // f, args.batch_size))
+        return Framing((height, width), None)
+    return Framing((height, width), windows(side // f, args.batch_size))
 
 
 def scale_in_doubt(
@@ -77,16 +77,19 @@ def windows(side: int, batch: int) -> Tiles:
     return Tiles(side, side // 4, batch)
 
 
-def smaller(frame: Frame, pipe: Pipeline, objective: str) -> Frame:
-    """With windows of half the side, which are no smaller than the training's images.
+def smaller(frame: Framing, pipe: Pipeline, objective: str) -> Framing:
+    """One window at a time, then windows of half the side, down to the training's images'.
 
-    MemoryError where there are none.
+    MemoryError where there is nothing smaller.
     """
     f, (height, width) = pipe.vae.downscale, frame.size
+    if frame.tiles and frame.tiles.batch > 1:
+        return frame._replace(tiles=frame.tiles._replace(batch=1))
     side = frame.tiles.side if frame.tiles else -(-max(height, width) // f)
     least = max((pipe.meta.get("resolution") or 512) // f, LEAST)
     if side <= least or not OBJECTIVES[objective].windows:
-        raise MemoryError(f"{by((width, height))} pixels are too many at once: --resolution")
+        said = f"{by((width, height))} pixels are too many"
+        raise MemoryError(f"{said}: a lower --resolution takes less memory")
     side = max(math.ceil(side / 2), least)
     said = f"images of {by((width, height))} are edited in windows of {side * f} pixels"
     warnings.warn(f"out of memory: {said}", stacklevel=3)

@@ -68,7 +68,7 @@ def model_card(
         f"A LoRA on {said}{' (a local checkpoint)' if local else ''} that {what}. "
         "Trained with PairLoRA.",
         f"Prompt: {escaped(prompt) or '(empty)'}",
-        *([size_told(meta)] if objective != "dreambooth" else []),
+        *([size_told(meta)] if objective != "dreambooth" and "resized" in meta else []),
         *([strength_table(pictures)] if pictures else []),
         *([f"![pictures at the end of the training]({sheet})"] if sheet else []),
         "## Strength",
@@ -116,7 +116,7 @@ def front_matter(meta: dict) -> str:
 def size_told(meta: dict) -> str:
     """How large things are in the images that it knows."""
     side = meta["resolution"]
-    if not meta.get("resized"):
+    if not meta["resized"]:
         return (
             f"Images: it saw {side} x {side} pixels of them, at full size. Show it images in which "
             "things are as many pixels large."

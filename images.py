@@ -219,11 +219,19 @@ def to_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(levels.round().byte().permute(1, 2, 0).cpu().numpy())
 
 
+LARGEST = 384  # pixels of an image in a contact sheet
+
+
+def thumbnail(image: Image.Image) -> Image.Image:
+    """As large as a contact sheet shows it, for one that is made later; small ones as they are."""
+    return image if max(image.size) <= LARGEST else ImageOps.contain(image, (LARGEST, LARGEST))
+
+
 def contact_sheet(
     rows: Sequence[Sequence[Image.Image]],
     columns: Sequence[str],
     names: Sequence[str],
-    largest: int = 384,
+    largest: int = LARGEST,
 ) -> Image.Image:
     """A grid: the columns' titles above, each row's name under it; images keep their aspect.
 

@@ -37,7 +37,7 @@ from editing import (
     warn_of_unread,
 )
 from framing import frame_of, scale_in_doubt
-from images import contact_sheet, load_image, shown, to_image, to_tensor
+from images import contact_sheet, load_image, shown, thumbnail, to_image, to_tensor
 from model.files import first_line
 from model.memory import out_of_memory
 from model.pipeline import Pipeline, decode, generate_latents
@@ -161,7 +161,7 @@ def edit(args: argparse.Namespace) -> None:
                     strip = contact_sheet([results], columns[1:], [str(stem)])
                     save_image(strip, out / f"{stem}_strip.png")
                 if len(rows) < 64:
-                    rows.append([image, *results])
+                    rows.append([thumbnail(one) for one in (image, *results)])
                     names.append(f"{stem} {label}".strip())
             bar.update()
     bar.close()

@@ -201,6 +201,16 @@ def test_draws_and_truths_are_judged_in_equal_numbers():
     assert ours == pytest.approx(truths, abs=0.01) and ours == pytest.approx(4 / 5, abs=0.01)
 
 
+def test_no_more_pictures_are_held_than_are_shown(tmp_path, sd1, scenes, monkeypatch):
+    """However many pairs there are."""
+    lora = write_lora(tmp_path / "lora", sd1)
+    monkeypatch.setattr(evaluate, "SHEET", 1)
+    for more, held in (((), 1), (("--pictures", 3), 3)):
+        asked = flags(lora, scenes / "solar", tmp_path / "out", "--strengths", "0,1", *more)
+        result, pictures = evaluate.evaluate(evaluate.make_parser().parse_args(asked))
+        assert (result["pairs"], len(pictures)) == (6, held)
+
+
 def test_the_same_command_gives_the_same_bytes(tmp_path, sd1, scenes):
     """With a real LoRA and autoencoder, from the command line's entry."""
     lora, files = write_lora(tmp_path / "lora", sd1), []

@@ -133,7 +133,7 @@ def test_where_memory_does_not_suffice_windows_are_halved_down_to_the_training_s
     seen["full"] = 7  # and 8
     with (
         pytest.warns(match="are edited in windows"),
-        pytest.raises(MemoryError, match="40x50 pixels are too many at once: --resolution"),
+        pytest.raises(MemoryError, match="40x50 pixels are too many: a lower"),
     ):
         edited(seen, "--lora", lora, pixels=x)
 

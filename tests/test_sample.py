@@ -248,6 +248,22 @@ def test_edit_writes_one_png_per_input_of_its_size(tmp_path, sd1, images, object
         assert Image.open(tmp_path / "out" / name).size == Image.open(source).size
 
 
+def test_a_sheet_holds_no_image_larger_than_it_shows(tmp_path, sd1, monkeypatch):
+    """And shows it as it would the large one."""
+    lora, held = write_lora(tmp_path / "run", sd1, resolution=16, resized=True), []
+    Image.new("RGB", (800, 500), "#c08040").save(tmp_path / "large.png")
+    original = sample.contact_sheet
+    monkeypatch.setattr(
+        sample, "contact_sheet", lambda rows, *rest: held.extend(rows) or original(rows, *rest)
+    )
+    run("edit", "--lora", lora, "--input", tmp_path / "large.png", "--out", tmp_path / "out")
+    assert [image.size for image in held[0]] == [(384, 240)] * 2
+    full = [Image.open(tmp_path / name).convert("RGB") for name in ("large.png", "out/large.png")]
+    assert full[1].size == (800, 500)
+    sheet = Image.open(tmp_path / "out" / "sheet.png").tobytes()
+    assert sheet == original([full], ["before", "strength 1"], ["large"]).tobytes()
+
+
 @pytest.mark.parametrize("keep", [True, False])
 def test_strengths(tmp_path, sd1, images, keep):
     """0 is the image itself, or without its detail the autoencoder's round trip; the change grows
