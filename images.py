@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageColor, ImageDraw, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 
@@ -195,6 +195,24 @@ def load_image(
         flat = Image.new("RGB", image.size, colour)
         flat.paste(image, mask=image.getchannel("A"))
         return flat
+
+
+# What says where a TIFF lies on the map, and the type of each: GeoTIFF 1.1 (OGC 19-008), section 7
+GEO_TAGS = {33550: 12, 33922: 12, 34264: 12, 34735: 3, 34736: 12, 34737: 2}
+
+
+def place_on_map(path: Path | str) -> TiffImagePlugin.ImageFileDirectory_v2:
+    """The GeoTIFF tags of a file, for one of as many pixels; empty where it has none.
+
+    Of one whose pixels `load_image` turns round they would be wrong, and are left out.
+    """
+    found = TiffImagePlugin.ImageFileDirectory_v2()
+    with _reading(path), _open(path) as image:
+        tags = image.tag_v2 if image.format == "TIFF" and image.tag_v2.get(274, 1) == 1 else {}
+        for tag, kind in GEO_TAGS.items():
+            if tag in tags and tags.tagtype[tag] == kind:
+                found.tagtype[tag], found[tag] = kind, tags[tag]
+    return found
 
 
 def load_mask(path: Path | str) -> Image.Image:

@@ -37,7 +37,15 @@ from editing import (
     warn_of_unread,
 )
 from framing import frame_of, scale_in_doubt
-from images import contact_sheet, load_image, shown, thumbnail, to_image, to_tensor
+from images import (
+    contact_sheet,
+    load_image,
+    place_on_map,
+    shown,
+    thumbnail,
+    to_image,
+    to_tensor,
+)
 from model.files import first_line
 from model.memory import out_of_memory
 from model.pipeline import Pipeline, decode, generate_latents
@@ -86,7 +94,7 @@ def generate(args: argparse.Namespace) -> None:
 
 
 def edit(args: argparse.Namespace) -> None:
-    """One PNG per input and strength with the input's stem, and a contact sheet.
+    """One image per input and strength with the input's stem, and a contact sheet.
 
     Several --strengths also make a GIF and a strip of each input. Each value of --sweep is a row of
     the sheet.
@@ -115,14 +123,17 @@ def edit(args: argparse.Namespace) -> None:
     for _, _, how in settings:
         check(how)
     endings = [  # of the files of an input: for each setting those of its strengths
-        [f"{tag}{f'_s{s:g}' if tag or args.strengths is not None else ''}.png" for s in strengths]
+        [
+            f"{tag}{f'_s{s:g}' if tag or args.strengths is not None else ''}.{args.format}"
+            for s in strengths
+        ]
         for _, tag, _ in settings
     ]
     tails = [*chain(*endings), *([".gif", "_strip.png"] if len(strengths) > 1 else [])]
     sizes = []
     for file, stem in zip(files, stems):  # all of them before anything is written
         sizes.append(load_image(file).size)
-        if args.command == "edit" and args.strengths is None and str(stem).lower() == "sheet":
+        if f"{stem}{endings[0][0]}".lower() == "sheet.png":
             raise ValueError(
                 f"--input {shown([file])} has the name of the contact sheet, which would replace "
                 "its result; another name was wanted"
@@ -146,8 +157,8 @@ def edit(args: argparse.Namespace) -> None:
         images = [load_image(file, background) for file in files[part]]
         pixels = torch.stack([to_tensor(image) for image in images])  # (b, 3, H, W)
         edited = [edit_pixels(pipe, objective, pixels, strengths, how) for _, _, how in settings]
-        for k, (stem, image) in enumerate(zip(stems[part], images)):
-            first = None
+        for k, (file, stem, image) in enumerate(zip(files[part], stems[part], images)):
+            first, tags = None, place_on_map(file) if args.format == "tif" else None
             for (label, tag, _), ends, at in zip(settings, endings, edited):
                 results = [to_image(some[k]) for some in at]
                 first = first or results
@@ -155,7 +166,7 @@ def edit(args: argparse.Namespace) -> None:
                 for ending, result in zip(ends, results):
                     path = out / f"{stem}{ending}"
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    save_image(result, path)
+                    save_image(result, path, tags)
                 if len(strengths) > 1 and not tag:
                     between.save_gif(results, out / f"{stem}.gif")
                     strip = contact_sheet([results], columns[1:], [str(stem)])
@@ -254,6 +265,10 @@ def make_parser() -> Parser:
     grid = commands.add_parser("sweep", parents=[common], help="edit: strengths x another knob")
     for sub in (change, grid):
         add_edit_flags(sub)
+        sub.add_argument(
+            "--format", choices=["png", "tif"], default="png",
+            help="of the results; tif keeps a GeoTIFF's place on the map [png]",
+        )  # fmt: skip
         sub.add_argument("--input", required=True, metavar="IMAGE_OR_DIR", help="before images")
         sub.add_argument(
             "--strengths", type=numbers, metavar="0,0.5,1", help="several, instead of --strength"

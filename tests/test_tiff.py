@@ -5,9 +5,11 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
-from images import load_image, load_mask
+import sample
+from images import GEO_TAGS, load_image, load_mask, place_on_map
+from tests.test_sample import write_lora
 
 DEFLATE, RAW = 8, 1
 
@@ -114,3 +116,54 @@ def test_a_palette_of_black_and_white_is_a_picture(tmp_path, white):
     labels.save(tmp_path / "mask.png")
     mask = np.asarray(load_mask(tmp_path / "mask.png"))
     assert (mask == 255).sum() == (16 if white else 48) and set(mask.flat) == {0, 255}
+
+
+GEO = {  # a Sentinel-2 tile's: 10 m a pixel, UTM 33 north
+    33550: (10.0, 10.0, 0.0),
+    33922: (0.0, 0.0, 0.0, 499980.0, 5500020.0, 0.0),
+    34735: (1, 1, 0, 3, 1024, 0, 1, 1, 1025, 0, 1, 1, 3072, 0, 1, 32633),
+    34736: (298.257223563, 6378137.0),
+    34737: "WGS 84 / UTM zone 33N|",
+}
+
+
+def write_geotiff(path, image, geo, **tags):
+    ifd = TiffImagePlugin.ImageFileDirectory_v2()
+    for tag, value in geo.items():
+        ifd.tagtype[tag], ifd[tag] = GEO_TAGS.get(tag, 3), value
+    image.save(path, tiffinfo=ifd, **tags)
+    return path
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+def test_an_edit_of_a_geotiff_lies_where_it_lay(tmp_path, sd1, picture, compression):
+    """The result too has as many pixels; GDAL reads the same place and projection from it."""
+    image = Image.fromarray(picture[..., :3]).resize((40, 24))
+    source = write_geotiff(tmp_path / "a.tiff", image, GEO, compression=compression)
+    lora = write_lora(tmp_path / "run", sd1, resolution=16, resized=True)
+    args = ["edit", "--lora", lora, "--input", source, "--out", tmp_path / "out", "--format", "tif"]
+    assert sample.main([*map(str, args), "--strengths", "0,1"]) == 0
+    made = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert made == ["a.gif", "a_s0.tif", "a_s1.tif", "a_strip.png", "sheet.png"]
+    for name in ("a_s0.tif", "a_s1.tif"):
+        with Image.open(tmp_path / "out" / name) as result:
+            assert (result.format, result.mode, result.size) == ("TIFF", "RGB", (40, 24))
+            assert {tag: result.tag_v2[tag] for tag in GEO} == GEO
+    edited = [load_image(tmp_path / "out" / f"a_s{s}.tif").tobytes() for s in (0, 1)]
+    assert edited[0] == image.tobytes() != edited[1]
+
+
+def test_what_is_no_geotiff_or_turned_has_no_place(tmp_path, picture):
+    image = Image.fromarray(picture[..., :3])
+    image.save(tmp_path / "a.png")
+    assert not place_on_map(tmp_path / "a.png")
+    assert not place_on_map(write_geotiff(tmp_path / "plain.tif", image, {}))
+    assert not place_on_map(write_geotiff(tmp_path / "turned.tif", image, {**GEO, 274: 6}))
+    strange = tmp_path / "strange.tif"
+    ifd = TiffImagePlugin.ImageFileDirectory_v2()
+    ifd.tagtype[33550], ifd[33550] = 2, "ten metres"
+    image.save(strange, tiffinfo=ifd)
+    assert not place_on_map(strange)
+    (tmp_path / "broken.tif").write_bytes(b"II*\0")
+    with pytest.raises(ValueError, match=r"broken\.tif"):
+        place_on_map(tmp_path / "broken.tif")
