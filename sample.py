@@ -130,9 +130,10 @@ def edit(args: argparse.Namespace) -> None:
         for _, tag, _ in settings
     ]
     tails = [*chain(*endings), *([".gif", "_strip.png"] if len(strengths) > 1 else [])]
-    sizes = []
+    sizes, places = [], []
     for file, stem in zip(files, stems):  # all of them before anything is written
         sizes.append(load_image(file).size)
+        places.append(place_on_map(file) if args.format == "tif" else None)
         if f"{stem}{endings[0][0]}".lower() == "sheet.png":
             raise ValueError(
                 f"--input {shown([file])} has the name of the contact sheet, which would replace "
@@ -157,8 +158,8 @@ def edit(args: argparse.Namespace) -> None:
         images = [load_image(file, background) for file in files[part]]
         pixels = torch.stack([to_tensor(image) for image in images])  # (b, 3, H, W)
         edited = [edit_pixels(pipe, objective, pixels, strengths, how) for _, _, how in settings]
-        for k, (file, stem, image) in enumerate(zip(files[part], stems[part], images)):
-            first, tags = None, place_on_map(file) if args.format == "tif" else None
+        for k, (stem, place, image) in enumerate(zip(stems[part], places[part], images)):
+            first = None
             for (label, tag, _), ends, at in zip(settings, endings, edited):
                 results = [to_image(some[k]) for some in at]
                 first = first or results
@@ -166,7 +167,7 @@ def edit(args: argparse.Namespace) -> None:
                 for ending, result in zip(ends, results):
                     path = out / f"{stem}{ending}"
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    save_image(result, path, tags)
+                    save_image(result, path, place)
                 if len(strengths) > 1 and not tag:
                     between.save_gif(results, out / f"{stem}.gif")
                     strip = contact_sheet([results], columns[1:], [str(stem)])

@@ -23,8 +23,8 @@ from safetensors.torch import save
 import cli
 import config
 from data import PairDataset
-from durable import MANIFEST, json_bytes, seal
-from images import image_size, load_image, shown
+from durable import MANIFEST, json_bytes, save_image, seal
+from images import image_size, load_image, place_on_map, shown
 from md import code
 from model.files import read_json, read_tensors
 from model.lora import inject
@@ -35,6 +35,7 @@ from pairs import find_singles
 from rows import Rows, load_shard, open_shard
 from runs import Run
 from tests.fuzzing import FUZZ, bounded, changed, fuzzed, mutated, seen, tried, values, write
+from tests.test_tiff import GEO, geo_tags
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of shards that are made again
 
@@ -187,6 +188,8 @@ def image_bytes(kind: str) -> bytes:
     out, more = io.BytesIO(), {}
     if kind in ("GIF", "PNG", "TIFF", "WEBP"):
         more = {"save_all": True, "append_images": [image.rotate(90)]}
+    if kind == "TIFF":
+        more |= {"tiffinfo": geo_tags(GEO)}
     if kind == "PNG":
         image = image.convert("P")
         more = {"transparency": 3}
@@ -216,6 +219,11 @@ def test_images(place, kind, monkeypatch):
         image = tried(kind, lambda: load_image(path))
         size = tried(f"{kind} size", lambda: image_size(path))
         assert image is None or (image.mode, image.size) == ("RGB", size)
+        where = tried(f"{kind} map", lambda: place_on_map(path))
+        if image is not None and where:  # what is written of it can be read again
+            save_image(image, folder / "a.tif", where)
+            assert load_image(folder / "a.tif").tobytes() == image.tobytes()
+            (folder / "a.tif").unlink()
         tried(f"{kind} item", lambda: PairDataset(find_singles(folder), 16)[0])
 
     check()

@@ -127,11 +127,15 @@ GEO = {  # a Sentinel-2 tile's: 10 m a pixel, UTM 33 north
 }
 
 
-def write_geotiff(path, image, geo, **tags):
+def geo_tags(geo):
     ifd = TiffImagePlugin.ImageFileDirectory_v2()
     for tag, value in geo.items():
         ifd.tagtype[tag], ifd[tag] = GEO_TAGS.get(tag, 3), value
-    image.save(path, tiffinfo=ifd, **tags)
+    return ifd
+
+
+def write_geotiff(path, image, geo, **how):
+    image.save(path, tiffinfo=geo_tags(geo), **how)
     return path
 
 
