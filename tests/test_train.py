@@ -522,6 +522,21 @@ def test_what_cannot_turn_out_as_asked_is_said_before_the_training(config):
         train(replace(cfg, lr_scheduler="linear", lr_warmup_steps=1, overwrite=True))
 
 
+def test_native_scale_is_for_what_is_trained_on_not_for_class_images(config, tmp_path):
+    """Which are drawn by the base at --resolution; others are brought to it."""
+    large, small_ones = (
+        write_pairs(tmp_path / "large", 3, 64),
+        write_pairs(tmp_path / "small", 2, 16),
+    )
+    prior = {"with_prior_preservation": True, "class_prompt": "x", "num_class_images": 2}
+    dirs = {f"{side}_data_dir": str(large / side) for side in ("before", "after")}
+    folder = train(
+        replace(config, **dirs, **prior, class_data_dir=str(small_ones / "after"),
+                max_train_steps=1, native_scale=True, resolution=32, views=16)
+    )  # fmt: skip
+    assert len(losses(folder)) == 1
+
+
 def test_few_crops_of_large_images_are_warned_of(config, tmp_path):
     """4 of 32 pixels out of 128 are a quarter."""
     large = write_pairs(tmp_path / "large", 3, 128)
