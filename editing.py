@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from durable import refuse_file, refuse_read_only
-from framing import Framing, frame_of, smaller
+from framing import Framing, frame_of, within_memory
 from model.files import is_local, moved_note
 from model.memory import unless_full
 from model.objectives import OBJECTIVES, How, Knobs
@@ -296,7 +296,7 @@ def edit_pixels(
     fade = (args.between or states_between(pipe)) == "fade"
 
     def edited(frame: Framing) -> list[Tensor]:
-        (height, width), tiles = frame
+        (height, width), tiles = frame.size, frame.tiles
         seen = padded(pipe.vae, resized(pixels, frame.size))
         # its memory: one image's
         z = torch.cat([encode(pipe.vae, one[None], tiles) for one in seen])
@@ -311,17 +311,17 @@ def edit_pixels(
         return at_strengths(picture, pixels, z, strengths, edit, fade=fade, detail=detail)
 
     frame = frame_of(args, pipe, objective, pixels.shape[2:])
-    while (found := unless_full(edited, frame)) is None:
-        if (n := len(pixels)) > 1:
-            parts = [
-                edit_pixels(
-                    pipe, objective, pixels[half], strengths, args, prompt=prompt, seeds=seeds[half]
-                )
-                for half in (slice(n // 2), slice(n // 2, n))
-            ]
-            return [torch.cat(some) for some in zip(*parts)]
-        frame = smaller(frame, pipe, objective)
-    return found
+    if (n := len(pixels)) == 1:
+        return within_memory(edited, frame)
+    if (found := unless_full(edited, frame)) is not None:
+        return found
+    parts = [
+        edit_pixels(
+            pipe, objective, pixels[half], strengths, args, prompt=prompt, seeds=seeds[half]
+        )
+        for half in (slice(n // 2), slice(n // 2, n))
+    ]
+    return [torch.cat(some) for some in zip(*parts)]
 
 
 def batches(kinds: Sequence, most: int) -> Iterator[slice]:

@@ -46,14 +46,13 @@ from editing import (
     warn_of_unread,
 )
 from evaluation_table import table
-from framing import frame_of
+from framing import Framing, frame_of, within_memory
 from images import contact_sheet, to_image
 from measures import best, collect, judge, mse, progress, psnr, spearman, spread, statistics
 from model.draws import seed_for
 from model.files import first_line
 from model.memory import out_of_memory
 from model.pipeline import Pipeline, decode, encode
-from model.tiles import Tiles
 from pairs import SIDES, Pair, find_pairs, fingerprint, refuse_among
 from progress import no_bars
 from report import write_report
@@ -126,7 +125,8 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
     if args.samples > 1 and not draws_anew(objective, args.start):
         warnings.warn(f"--samples {args.samples} are all the same for {objective}", stacklevel=2)
     resolution = resolution_of(args, pipe)
-    tiles = frame_of(args, pipe, objective, (resolution, resolution)).tiles
+    # the ceiling is the same for every --tile
+    whole = frame_of(args, pipe, objective, (resolution, resolution))._replace(tiles=None)
     background = pipe.meta.get("background", "white")
     opened = partial(
         PairDataset, resolution=resolution, center_crop=True, background=background,
@@ -154,14 +154,14 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
         for k, item in enumerate(items):
             at = {s: eight_bit(some[k]) for s, some in zip(wanted, edited)}
             i = len(rows)
-            seen = {side: round_trip(pipe, item[side], tiles) for side in ("before", "after")}
+            seen = {side: round_trip(pipe, item[side], whole) for side in ("before", "after")}
             row, shown = compare(item, seen, at, strengths, args.keep_detail)
             row["spearman"] = math.nan if fades else spearman(strengths, row["progress"])
             if between:
                 truths = {time: eight_bit(others[i]["after"]) for time, others in between.items()}
                 row["between"] = compare_between(at, truths, eight_bit(item["before"]))
             if len(drawn) > 1:
-                truths = [round_trip(pipe, others[i]["after"], tiles) for others in outcomes]
+                truths = [round_trip(pipe, others[i]["after"], whole) for others in outcomes]
                 draws = [eight_bit(some[k]) for some in drawn]
                 same = eight_bit(item["before"]) if args.keep_detail else seen["before"]
                 row["samples"] = judge_samples(
@@ -243,9 +243,13 @@ def compare_between(
     return found
 
 
-def round_trip(pipe: Pipeline, pixels: Tensor, tiles: Tiles | None) -> Tensor:
+def round_trip(pipe: Pipeline, pixels: Tensor, frame: Framing) -> Tensor:
     """What the autoencoder makes of an image: the best that any prediction can show."""
-    return eight_bit(decode(pipe.vae, encode(pipe.vae, pixels[None], tiles), tiles)[0])
+
+    def again(frame: Framing) -> Tensor:
+        return decode(pipe.vae, encode(pipe.vae, pixels[None], frame.tiles), frame.tiles)[0]
+
+    return eight_bit(within_memory(again, frame))
 
 
 def judge_samples(before: Tensor, draws: list[Tensor], seen: Tensor, truths: list[Tensor]) -> dict:

@@ -1,24 +1,26 @@
 """How the networks look at an image of any size: as large as in training, as a whole or in windows.
 
 frame_of          what the flags and the LoRA's header ask for
-smaller           what is tried where that takes too much memory
+within_memory     that, or windows where it takes too much memory
 scale_in_doubt    what neither says
 """
 
 import argparse
 import math
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 from PIL import Image
 
 from data import by, with_short_side
+from model.memory import unless_full
 from model.objectives import OBJECTIVES
 from model.pipeline import Pipeline
 from model.tiles import Tiles
 
 LEAST = 8  # latents, a window's side
+Result = TypeVar("Result")
 
 
 class Framing(NamedTuple):
@@ -26,6 +28,8 @@ class Framing(NamedTuple):
 
     size: tuple[int, int]  # height, width
     tiles: Tiles | None  # None: as a whole
+    least: float  # a window's side at the least where memory does not suffice, latents
+    unit: int  # pixels a latent
 
 
 def frame_of(
@@ -49,11 +53,12 @@ def frame_of(
             f"--tile must be 0, or a multiple of {f} from {LEAST * f} on for this autoencoder, "
             f"got {side}"
         )
-    if side and not OBJECTIVES[objective].windows:
+    cut = OBJECTIVES[objective].windows
+    if side and not cut:
         raise ValueError(f"--tile is not for {objective}, which looks at two images as one")
-    if not 0 < side < max(width, height):
-        return Framing((height, width), None)
-    return Framing((height, width), windows(side // f, args.batch_size))
+    tiles = windows(side // f, args.batch_size) if 0 < side < max(width, height) else None
+    least = max((pipe.meta.get("resolution") or 512) // f, LEAST)  # the training's images'
+    return Framing((height, width), tiles, least if cut else math.inf, f)
 
 
 def scale_in_doubt(
@@ -77,20 +82,26 @@ def windows(side: int, batch: int) -> Tiles:
     return Tiles(side, side // 4, batch)
 
 
-def smaller(frame: Framing, pipe: Pipeline, objective: str) -> Framing:
-    """One window at a time, then windows of half the side, down to the training's images'.
+def within_memory(compute: Callable[[Framing], Result], frame: Framing) -> Result:
+    """`compute(frame)`, or of the largest windows for which memory suffices.
 
-    MemoryError where there is nothing smaller.
+    MemoryError where it does for none.
     """
-    f, (height, width) = pipe.vae.downscale, frame.size
-    if frame.tiles and frame.tiles.batch > 1:
-        return frame._replace(tiles=frame.tiles._replace(batch=1))
-    side = frame.tiles.side if frame.tiles else -(-max(height, width) // f)
-    least = max((pipe.meta.get("resolution") or 512) // f, LEAST)
-    if side <= least or not OBJECTIVES[objective].windows:
+    while (found := unless_full(compute, frame)) is None:
+        frame = smaller(frame)
+    return found
+
+
+def smaller(frame: Framing) -> Framing:
+    """One window at a time; then windows of half the side."""
+    (height, width), tiles, least, unit = frame
+    if tiles and tiles.batch > 1:
+        return frame._replace(tiles=tiles._replace(batch=1))
+    side = tiles.side if tiles else math.ceil(max(height, width) / unit)
+    if side <= least:
         said = f"{by((width, height))} pixels are too many"
         raise MemoryError(f"{said}: a lower --resolution takes less memory")
     side = max(math.ceil(side / 2), least)
-    said = f"images of {by((width, height))} are edited in windows of {side * f} pixels"
+    said = f"images of {by((width, height))} are looked at in windows of {side * unit} pixels"
     warnings.warn(f"out of memory: {said}", stacklevel=3)
     return frame._replace(tiles=windows(side, batch=1))

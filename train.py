@@ -446,7 +446,8 @@ def main(argv: list[str] | None = None) -> int:
         cfg = ranks.same(lambda: cli.parse(argv))
         folder = train(cfg, ranks)
         print(f"LoRA      {folder / LORA_FILE}")
-        print(f"pictures  {folder / 'samples'}")
+        if any((folder / "samples").iterdir()):  # not so with --num_validation_images 0
+            print(f"pictures  {folder / 'samples'}")
         print(f"report    {folder / 'report.html'}", flush=True)
         ranks.leave()
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:

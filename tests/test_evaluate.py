@@ -54,7 +54,7 @@ def score(monkeypatch, tmp_path, sd1, folder, predict, *more, lost=0.02, kept=Fa
 
     monkeypatch.setattr(evaluate, "edit_pixels", edit)
     monkeypatch.setattr(
-        evaluate, "round_trip", lambda pipe, x, tiles: evaluate.eight_bit(x + noise)
+        evaluate, "round_trip", lambda pipe, x, frame: evaluate.eight_bit(x + noise)
     )
     out = tmp_path / "out"
     assert evaluate.main(flags(lora, folder, out, *more)) == 0

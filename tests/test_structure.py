@@ -90,7 +90,7 @@ ARROWS = {
         "config", "data", "durable", "images", "latents", "pairs", "progress", "sequences",
         "model.memory", "model.pipeline",
     ],
-    "framing": ["data", "model.objectives", "model.pipeline", "model.tiles"],
+    "framing": ["data", "model.memory", "model.objectives", "model.pipeline", "model.tiles"],
     "editing": [
         "durable", "framing", "model.files", "model.memory", "model.objectives", "model.pipeline",
         "model.tiles",
