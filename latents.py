@@ -221,7 +221,9 @@ def _encoded(
 ) -> Iterator[dict[str, Tensor]]:
     """For each part mean and std (n, f, c, h, w), and mask (n, 1, h, w) if any pair has one."""
     states = ("after",) if dataset.pairs[0].before is None else ("before", "after")
-    cut = [[part[i : i + batch_size] for i in range(0, len(part), batch_size)] for part in parts]
+    # the views of a pair follow each other, so that it is read once a part
+    orders = [sorted(part, key=lambda i: i % len(dataset.pairs)) for part in parts]
+    cut = [[one[i : i + batch_size] for i in range(0, len(one), batch_size)] for one in orders]
     every = [batch for batches in cut for batch in batches]
     workers = min(workers, len(every))
     loader = DataLoader(  # one for all parts: starting its processes takes seconds
@@ -232,7 +234,7 @@ def _encoded(
         multiprocessing_context="spawn" if workers else None,
     )
     loaded = iter(loader)
-    for batches in cut:
+    for order, batches in zip(orders, cut):
         done: dict[str, list[Tensor]] = {"mean": [], "std": []} | ({"mask": []} if masked else {})
         for batch in islice(loaded, len(batches)):
             for item in batch:
@@ -256,4 +258,5 @@ def _encoded(
                 mask = torch.stack([item.get("mask", whole) for item in batch])  # (b, 1, R, R)
                 done["mask"].append(F.avg_pool2d(mask, dataset.resolution // mean.shape[-1]))
             tick(len(batch))
-        yield {name: torch.cat(tensors) for name, tensors in done.items()}
+        place = torch.tensor(order).argsort()
+        yield {name: torch.cat(tensors)[place] for name, tensors in done.items()}

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+import data
 import rows as row_tables
 from data import PairDataset
 from latents import Latents, cache_latents, one_ahead
@@ -90,6 +91,24 @@ def test_latents_are_the_posterior_of_each_side(five):
     singles = [Pair(p.name, None, p.after) for p in five]
     alone = cached(singles, None)[0].mean
     assert torch.equal(alone[:, 0], latents.mean[:, 1]) and alone.shape[1] == 1
+
+
+@pytest.mark.parametrize("cached_on_disk", [False, True])
+def test_views_of_a_pair_read_it_once_and_stand_in_their_places(
+    five, tmp_path, monkeypatch, cached_on_disk
+):
+    read, load = [], data.load_image
+    monkeypatch.setattr(data, "load_image", lambda path, *rest: read.append(path) or load(path))
+    views = {"views": 4, "random_scale": 2.0, "random_flip": True}
+    folder = tmp_path / "cache" if cached_on_disk else None
+    latents = cache_latents(
+        PairDataset(five, 16, **views), Encoder(), cache_dir=folder, key="x", batch_size=3,
+        shard_size=12, progress=False,
+    )  # fmt: skip
+    assert len(read) == 2 * 5 * 2  # both sides of five pairs in each of two shards
+    items, mean = PairDataset(five, 16, **views), whole(latents)["mean"]
+    for i in range(20):
+        assert torch.equal(mean[i, 1], Encoder()(items[i]["after"][None])[0][0])
 
 
 def test_both_sides_of_an_item_get_the_same_noise():
