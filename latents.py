@@ -221,8 +221,9 @@ def _encoded(
 ) -> Iterator[dict[str, Tensor]]:
     """For each part mean and std (n, f, c, h, w), and mask (n, 1, h, w) if any pair has one."""
     states = ("after",) if dataset.pairs[0].before is None else ("before", "after")
-    # the views of a pair follow each other, so that it is read once a part
-    orders = [sorted(part, key=lambda i: i % len(dataset.pairs)) for part in parts]
+    orders, n = parts, len(dataset.pairs)
+    if len(dataset) > n:  # the views of a pair follow each other, so that it is read once a part
+        orders = [sorted(part, key=lambda i: i % n) for part in parts]
     cut = [[one[i : i + batch_size] for i in range(0, len(one), batch_size)] for one in orders]
     every = [batch for batches in cut for batch in batches]
     workers = min(workers, len(every))
