@@ -18,6 +18,7 @@ from torch import Tensor
 from data import MAX_ASPECT, aspect_gap, by
 from durable import read_or_empty, refuse_others, save_image, write_aside, write_json
 from editing import defaults, draws_anew
+from framing import brought_to
 from images import contact_sheet, load_image, to_image, to_tensor
 from measures import mse, path, perceived, psnr, structure
 from model.lora_files import load_lora, lora_path
@@ -144,7 +145,7 @@ def morph(
     z = encode(pipe.vae, padded(pipe.vae, pixels))  # (2, 4, h, w)
     pipe, method = adapted(pipe, prompt, z, args)
     side = min(pixels.shape[2:])
-    trained = pipe.meta.get("resolution") if pipe.meta.get("resized") else None
+    trained = brought_to(pipe)
     if method == "direct" and trained and not trained / 2 <= side <= 2 * trained:
         warnings.warn(
             f"frames have a short side of {side} pixels, --lora {args.lora} was trained at "

@@ -159,9 +159,9 @@ class PairDataset(torch.utils.data.Dataset):
                 )
             base = min(sizes["after"]) if native_scale else resolution
             width, height = with_short_side(round(base * random_scale), *sizes["after"])
-            if width * height > (
-                Image.MAX_IMAGE_PIXELS or math.inf
-            ):  # a strip of one pixel's width
+            # a strip of one pixel's width; of its own size an image may be what Pillow reads
+            most = max(math.prod(sizes["after"]), Image.MAX_IMAGE_PIXELS or math.inf)
+            if width * height > most:
                 raise ValueError(
                     f"pair {shown([pair.name])}: after is {by(sizes['after'])}, which would be "
                     f"{by((width, height))} when its short side is {min(width, height)}"

@@ -32,21 +32,26 @@ class Framing(NamedTuple):
     unit: int  # pixels a latent
 
 
+def brought_to(pipe: Pipeline) -> int | None:
+    """The short side that the training's images were brought to; None where they were not, or where
+    the LoRA does not say."""
+    return pipe.meta.get("resolution") if pipe.meta.get("resized") else None
+
+
 def frame_of(
     args: argparse.Namespace, pipe: Pipeline, objective: str, size: Sequence[int]
 ) -> Framing:
     """Of an image of `size` (height, width): brought to the training's resolution if the training's
     images were. ValueError names the flag that makes none."""
-    trained = pipe.meta.get("resolution") if pipe.meta.get("resized") else None
-    short = args.resolution or trained
+    short = args.resolution or brought_to(pipe)
     height, width = size
     if short is not None:
         width, height = with_short_side(short, width, height)
-    if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
-        raise ValueError(
-            f"an image is {by((size[1], size[0]))}, which would be {by((width, height))} at "
-            f"--resolution {short}"
-        )
+        if width * height > max(math.prod(size), Image.MAX_IMAGE_PIXELS or math.inf):
+            raise ValueError(
+                f"an image is {by((size[1], size[0]))}, which would be {by((width, height))} at "
+                f"--resolution {short}"
+            )
     side, f = args.tile or 0, pipe.vae.downscale
     if side % f or (side and side < LEAST * f):
         raise ValueError(

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import sample
+from data import PairDataset
 from editing import edit_pixels, open_pipeline
 from framing import frame_of
 from images import load_image, to_image, to_tensor
@@ -15,6 +16,7 @@ from model.objectives import Knobs, delta
 from model.pipeline import decode, encode, keep_detail, resized
 from model.unet import UNet
 from model.vae import VAE
+from pairs import Pair
 from tests.test_sample import write_lora
 
 NATIVE = {"resolution": 16, "resized": False}  # of tiny networks, 2 pixels a latent
@@ -177,6 +179,21 @@ def test_what_makes_no_frame_stops_before_anything_is_written(tmp_path, sd1, cap
     assert sample.main([str(arg) for arg in args]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_large_image_may_be_of_its_own_size(tmp_path, sd1, monkeypatch):
+    """Pillow warns above a number of pixels, and reads up to twice as many: all but enlarged."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    pipe = open_pipeline(flags("--lora", write_lora(tmp_path / "run", sd1, **NATIVE)))
+    for argv, size in (((), (40, 40)), (("--resolution", 40), (40, 40))):
+        assert frame_of(flags(*argv), pipe, "delta", (40, 40)).size == size
+    with pytest.raises(ValueError, match="which would be 48x48 at --resolution 48"):
+        frame_of(flags("--resolution", 48), pipe, "delta", (40, 40))
+    file = picture(tmp_path / "x.png", 40, 40)
+    pairs = [Pair("x", file, file)]
+    assert PairDataset(pairs, 16, native_scale=True)[0]["after"].shape == (3, 16, 16)
+    with pytest.raises(ValueError, match="which would be 60x60 when its short side is 60"):
+        PairDataset(pairs, 16, native_scale=True, random_scale=1.5)
 
 
 def test_from_the_command_line(tmp_path, sd1, seen):

@@ -96,7 +96,8 @@ ARROWS = {
         "model.tiles",
     ],
     "between": [
-        "data", "durable", "editing", "images", "measures", "model.lora_files", "model.morph",
+        "data", "durable", "editing", "framing", "images", "measures", "model.lora_files",
+        "model.morph",
         "model.objectives", "model.pipeline",
     ],
     "training.checkpoint": [
