@@ -268,3 +268,7 @@ class PairDataset(torch.utils.data.Dataset):
                     images[side] = image.resize(size, smooth)
             self._opened = k, images
         return self._opened[1]
+
+    def forget(self) -> None:
+        """Give the last pair's images back: a training needs no more than their latents."""
+        self._opened = -1, {}

@@ -194,6 +194,7 @@ def cache_latents(
             wait=wait,
             tick=bar.update,
         )
+    dataset.forget()
     return Latents(rows, device)
 
 

@@ -101,10 +101,11 @@ def test_views_of_a_pair_read_it_once_and_stand_in_their_places(
     monkeypatch.setattr(data, "load_image", lambda path, *rest: read.append(path) or load(path))
     views = {"views": 4, "random_scale": 2.0, "random_flip": True}
     folder = tmp_path / "cache" if cached_on_disk else None
+    dataset = PairDataset(five, 16, **views)
     latents = cache_latents(
-        PairDataset(five, 16, **views), Encoder(), cache_dir=folder, key="x", batch_size=3,
-        shard_size=12, progress=False,
-    )  # fmt: skip
+        dataset, Encoder(), cache_dir=folder, key="x", batch_size=3, shard_size=12, progress=False
+    )
+    assert not dataset._opened[1]  # the last one's images are not held while training
     assert len(read) == 2 * 5 * 2  # both sides of five pairs in each of two shards
     items, mean = PairDataset(five, 16, **views), whole(latents)["mean"]
     for i in range(20):
