@@ -96,6 +96,17 @@ class Lab:
 # ---- the file ------------------------------------------------------------------------------------
 
 
+def test_the_guides_file_is_one(tmp_path):
+    """docs/ablations.md has a file of arms that ablate.py reads as the page says."""
+    text = (ROOT / "docs" / "ablations.md").read_text(encoding="utf-8")
+    block = re.search(r"^    # few\.txt\n(?:(?:    .*)?\n)+", text, re.M)[0]
+    (tmp_path / "few.txt").write_text(re.sub(r"^    ", "", block, flags=re.M))
+    arms = ablate.read_arms(tmp_path / "few.txt")
+    assert [arm.name for arm in arms] == ["all", "half", "few", "few-bridge"]
+    assert all(arm.train[:1] == ["--pretrained_model_name_or_path"] for arm in arms)
+    assert arms[2].train[-2:] == ["--max_pairs", "8"] and arms[3].own_evaluate == ["--steps", "24"]
+
+
 def test_lines_of_an_arms_file(tmp_path):
     file = tmp_path / "arms.txt"
     file.write_text(

@@ -1503,14 +1503,14 @@ DOCUMENTED = {
 
 
 def documented() -> dict[str, list[str]]:
-    """{output_dir: flags} of the README's commands for a base model by name."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    """{output_dir: flags} of the commands of the script before this one."""
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8").replace("\\\n", " ")
     found = [shlex.split(line) for line in re.findall(r"^    (python train\.py --.+)$", text, re.M)]
     return {cli.parse(argv[2:]).output_dir: argv[2:] for argv in found}
 
 
 def test_the_documented_commands_say_what_they_did():
-    """The README's two commands mean the ancestor's flags, value by value."""
+    """The two documented commands mean the ancestor's flags, value by value."""
     commands = documented()
     assert commands.keys() == DOCUMENTED.keys()
     for where, argv in commands.items():
