@@ -38,7 +38,16 @@ import comparison
 from arms import NEEDED, Arm, judge_parser, read_arms
 from cli import Parser, report
 from config import TrainConfig
-from durable import lock, read_or_empty, refuse_file, refuse_others, remove, write_aside, write_json
+from durable import (
+    lock,
+    read_or_empty,
+    refuse_file,
+    refuse_others,
+    remove,
+    save_image,
+    write_json,
+    write_text,
+)
 from editing import check
 from evaluate import find_held_out
 from pairs import fingerprint
@@ -253,11 +262,10 @@ def leave(path: Path, jobs: list[Job], done: list, failed: list, out: Path) -> s
     content = {"arms": arms, "seeds": seeds, "revisions": revisions, "file": str(path)}
     content["failed"] = {title(job): why for job, why in failed}
     write_json(out / "results.json", content)
-    write_aside(out / "table.md", lambda aside: aside.write_text(text, encoding="utf-8"))
+    write_text(out / "table.md", text)
     if done:
-        plot, sheet = comparison.plot(summary, runs), comparison.sheet(judged, results, SHOWN)
-        write_aside(out / "plot.png", lambda aside: plot.save(aside, format="PNG"))
-        write_aside(out / "sheet.png", lambda aside: sheet.save(aside, format="PNG"))
+        save_image(comparison.plot(summary, runs), out / "plot.png")
+        save_image(comparison.sheet(judged, results, SHOWN), out / "sheet.png")
     return text
 
 

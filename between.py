@@ -17,9 +17,9 @@ from torch import Tensor
 
 from data import MAX_ASPECT, aspect_gap, by
 from durable import read_or_empty, refuse_others, save_image, write_aside, write_json
-from editing import defaults, draws_anew
+from editing import defaults, draws_anew, editor, objective_of, open_pipeline, prompt_of
 from framing import brought_to
-from images import contact_sheet, load_image, to_image, to_tensor
+from images import contact_sheet, eight_bit, load_image, to_image, to_tensor
 from measures import mse, path, perceived, psnr, structure
 from model.lora_files import load_lora, lora_path
 from model.morph import States, blended, fit, inverted, renderer, respaced, steps_between
@@ -175,7 +175,7 @@ def morph(
         )
 
     render, own = renderer(pipe, states(), z, pixels, args.correct)
-    distance = lambda x, y: perceived(seen(x), seen(y))  # noqa: E731
+    distance = lambda x, y: perceived(eight_bit(x), eight_bit(y))  # noqa: E731
     rounds = 5 if args.respace else 0
     s, frames = respaced(lambda s: render(s.to(z.device)), args.frames, distance, rounds=rounds)
     plain, _ = renderer(pipe, blended(z), z, pixels, correct=False)
@@ -208,13 +208,34 @@ def morph(
         "distances": {"perceived": {}, "structure": {}},
     }  # fmt: skip
     for name, shown in (("morph", frames), ("blend", blend)):
-        shown = [seen(x) for x in shown]
+        shown = [eight_bit(x) for x in shown]
         for kind, far in (("perceived", perceived), ("structure", structure)):
             gaps = steps_between(shown, far)
             even = path(gaps, far(shown[0], shown[-1]))
             numbers["distances"][kind][name] = {**even, "steps": gaps}
     write_json(out / "morph.json", numbers)
     return numbers
+
+
+def run(args: argparse.Namespace) -> None:
+    """`sample.py morph`: numbered frames from --before to --after, and what shows them."""
+    check(args)
+    size = size_of_frames(args)
+    pipe = open_pipeline(args)
+    ends = load_ends(args, size, pipe.meta.get("background", "white"))
+
+    def edit(pipe: Pipeline, z: Tensor, s: Tensor) -> Tensor:
+        at = editor(pipe, objective_of(args, pipe), z, args)
+        return torch.cat([at(one) for one in s.tolist()])
+
+    numbers = morph(pipe, prompt_of(args, pipe), ends, edit, args)
+    psnr, even = numbers["psnr"], numbers["distances"]["perceived"]
+    print(
+        f"{args.frames} frames by {numbers['method']} in {args.out}: the ends at "
+        f"{psnr['before']:.1f} and {psnr['after']:.1f} dB, unevenness of the steps "
+        f"{even['morph']['unevenness'] or 0:.3f}, of a plain latent interpolation "
+        f"{even['blend']['unevenness'] or 0:.3f}"
+    )
 
 
 def adapted(
@@ -259,15 +280,10 @@ def adapted(
     return pipe, method
 
 
-def seen(pixels: Tensor) -> Tensor:
-    """(3, H, W) in [-1, 1] -> what the saved picture holds, in [0, 1] float64."""
-    return (to_tensor(to_image(pixels)).double() + 1) / 2
-
-
 def end_psnr(frames: Tensor, pixels: Tensor) -> dict[str, float]:
     """Of the first and the last frame against the given ends (2, 3, H, W)."""
     pairs = zip(("before", "after"), (frames[0], frames[-1]), pixels)
-    return {name: psnr(mse(seen(frame), seen(given))) for name, frame, given in pairs}
+    return {name: psnr(mse(eight_bit(frame), eight_bit(given))) for name, frame, given in pairs}
 
 
 def save_gif(images: Sequence[Image.Image], file: Path) -> None:

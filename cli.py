@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import errno
 import json
+import math
 import os
 import re
 import sys
@@ -40,6 +41,14 @@ class Parser(argparse.ArgumentParser):
 
 # What a machine does to a run; any other error of the system is about a path that was given.
 NO_MISTAKE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE, errno.ENOMEM}
+
+
+def floats(text: str) -> list[float]:
+    """ "0,0.5,1" -> [0.0, 0.5, 1.0]; [nan] for what is not numbers."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        return [math.nan]
 
 
 def report(prog: str, error, *, aloud: bool = True) -> int:

@@ -99,17 +99,23 @@ def write_json(path: Path, content: dict) -> None:
     write_aside(path, lambda aside: aside.write_bytes(json_bytes(content, indent=2)))
 
 
+def write_text(path: Path, text: str) -> None:
+    """UTF-8; the bytes of a file name that are not text become escapes."""
+    write_aside(path, lambda aside: aside.write_bytes(text.encode("utf-8", "backslashreplace")))
+
+
 # ---- damage --------------------------------------------------------------------------------------
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Of its bytes, hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def seal(folder: Path) -> None:
     """manifest.json: the sha256 of every file in the folder, which has no folders in it."""
-    sums = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+    sums = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
     (folder / MANIFEST).write_bytes(json_bytes({"sha256": sums}, indent=2))
 
 
@@ -126,7 +132,7 @@ def damage(folder: Path) -> str | None:
         if name not in there:
             return f"{name} is missing"
         try:
-            if _sha256(there[name]) != wanted:
+            if file_sha256(there[name]) != wanted:
                 return f"{name} has changed"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"

@@ -5,6 +5,7 @@ What sample.py and evaluate.py share.
 
 import argparse
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
@@ -13,10 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cli import floats, report
 from durable import refuse_file, refuse_read_only
 from framing import Framing, frame_of, within_memory
-from model.files import is_local, moved_note
-from model.memory import unless_full
+from model.files import first_line, is_local, moved_note
+from model.memory import out_of_memory, unless_full
 from model.objectives import OBJECTIVES, How, Knobs
 from model.pipeline import (
     Pipeline,
@@ -45,16 +47,28 @@ def distinct(values: Sequence[float]) -> bool:
 
 def numbers(text: str) -> list[float]:
     """ "0,0.5,1" -> [0.0, 0.5, 1.0]"""
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
-        values = [math.nan]
-    if not distinct(values):
+    if not distinct(values := floats(text)):
         raise argparse.ArgumentTypeError(
             f"numbers with commas between them were wanted, different ones within ±{MOST:.0f}, "
             f"such as 0,0.5,1, got {text!r}"
         )
     return values
+
+
+def exit_status(prog: str, work: Callable[[], None]) -> int:
+    """Do it; 0, or after one sentence about what went wrong 1 (trouble) or 2 (a mistake)."""
+    try:
+        work()
+        sys.stdout.flush()  # a reader that has gone is found here, not at the end of Python
+    except (ValueError, OSError, MemoryError) as error:
+        return report(prog, error)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        return report(prog, MemoryError(f"out of memory: {first_line(error)}"))
+    except KeyboardInterrupt:
+        return 130
+    return 0
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:

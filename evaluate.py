@@ -26,9 +26,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from cli import Parser, report
+from cli import Parser
 from data import PairDataset
-from durable import read_or_empty, refuse_others, save_image, write_aside, write_json
+from durable import read_or_empty, refuse_others, save_image, write_json, write_text
 from editing import (
     MOST,
     add_common_flags,
@@ -38,6 +38,7 @@ from editing import (
     distinct,
     draws_anew,
     edit_pixels,
+    exit_status,
     numbers,
     objective_of,
     open_pipeline,
@@ -47,11 +48,9 @@ from editing import (
 )
 from evaluation_table import table
 from framing import Framing, frame_of, within_memory
-from images import contact_sheet, to_image
+from images import contact_sheet, eight_bit, to_image
 from measures import best, collect, judge, mse, progress, psnr, spearman, spread, statistics
 from model.draws import seed_for
-from model.files import first_line
-from model.memory import out_of_memory
 from model.pipeline import Pipeline, decode, encode
 from pairs import SIDES, Pair, find_pairs, fingerprint, refuse_among
 from progress import no_bars
@@ -60,11 +59,6 @@ from report import write_report
 SHEET = 32  # pairs in the contact sheet
 
 # ---- the run -------------------------------------------------------------------------------------
-
-
-def eight_bit(pixels: Tensor) -> Tensor:
-    """(3, H, W) in [-1, 1] -> what a saved picture holds, in [0, 1] float64."""
-    return torch.from_numpy(np.array(to_image(pixels))).permute(2, 0, 1).double() / 255
 
 
 class HeldOut(NamedTuple):
@@ -286,7 +280,7 @@ def write(out: Path, result: dict, text: str, pictures: list[list[Image.Image]],
             old.unlink()
     names = [f"{row['name']}  {row['predicted']['psnr']:.1f} dB" for row in result["per_pair"]]
     save_image(contact_sheet(pictures[:SHEET], columns, names), out / "sheet.png")
-    write_aside(out / "evaluation.md", lambda aside: aside.write_text(text, encoding="utf-8"))
+    write_text(out / "evaluation.md", text)
 
 
 def rounded(value):
@@ -327,33 +321,27 @@ def make_parser() -> Parser:
     return parser
 
 
+def run(args: argparse.Namespace) -> None:
+    """Judge, write it down, and say it."""
+    if args.lora is None:
+        raise ValueError("--lora is missing: a run's folder or a LoRA file")
+    check(args)
+    out, trained = Path(args.out), Path(args.lora)
+    refuse_others(out, ("evaluation.md", "sheet.png", "pictures"), "evaluation.json")
+    result, pictures = evaluate(args)
+    text = table(result)
+    write(out, result, text, pictures, args.pictures)
+    if out.resolve() == (trained / "evaluation").resolve() and (trained / "config.json").exists():
+        write_report(trained)  # now with these figures
+    print(text)
+    print(f"pictures  {out / 'sheet.png'}")
+    print(f"numbers   {out / 'evaluation.json'}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     warnings.showwarning = lambda message, *rest: print(f"warning: {message}")
-    try:
-        if args.lora is None:
-            raise ValueError("--lora is missing: a run's folder or a LoRA file")
-        check(args)
-        out = Path(args.out)
-        refuse_others(out, ("evaluation.md", "sheet.png", "pictures"), "evaluation.json")
-        result, pictures = evaluate(args)
-        text = table(result)
-        write(out, result, text, pictures, args.pictures)
-        run = Path(args.lora)
-        if out.resolve() == (run / "evaluation").resolve() and (run / "config.json").exists():
-            write_report(run)  # now with these figures
-        print(text)
-        print(f"pictures  {out / 'sheet.png'}")
-        print(f"numbers   {out / 'evaluation.json'}", flush=True)
-    except (ValueError, OSError, MemoryError) as error:
-        return report("evaluate.py", error)
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        return report("evaluate.py", MemoryError(f"out of memory: {first_line(error)}"))
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return exit_status("evaluate.py", partial(run, args))
 
 
 if __name__ == "__main__":

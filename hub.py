@@ -14,7 +14,7 @@ from pathlib import Path
 
 import cli
 import config
-from durable import read_or_empty, write_aside
+from durable import read_or_empty, write_text
 from hub_card import MARK, model_card
 from model.files import hub_reason
 from model.lora_files import file_of, read_lora
@@ -122,7 +122,7 @@ def write_card(folder: Path, repo: str) -> list[str]:
     sheets = [f"samples/{name}" for name in sheets]
     meta = read_lora(folder)[1]
     card = model_card(repo, meta, flags, layouts, pictures, sheets[0] if sheets else None)
-    write_aside(folder / "README.md", lambda aside: aside.write_text(card, encoding="utf-8"))
+    write_text(folder / "README.md", card)
     shown = sorted(path.name for path in (folder / "strengths").glob("*.png"))
     return ["README.md", *map(file_of, layouts), *sheets, *(f"strengths/{name}" for name in shown)]
 

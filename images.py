@@ -237,6 +237,11 @@ def to_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(levels.round().byte().permute(1, 2, 0).cpu().numpy())
 
 
+def eight_bit(pixels: Tensor) -> Tensor:
+    """(3, H, W) in [-1, 1] -> what a saved picture holds, in [0, 1] float64."""
+    return torch.from_numpy(np.array(to_image(pixels))).permute(2, 0, 1).double() / 255
+
+
 LARGEST = 384  # pixels of an image in a contact sheet
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from durable import file_sha256
 from images import Frame, shown
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
@@ -272,20 +273,15 @@ def find_singles(
 def file_hash(path: Path | Frame) -> str:
     """sha256 of the file's bytes, hex; of a frame, with its number."""
     if not isinstance(path, Frame):
-        return _sha256(path)
+        return file_sha256(path)
     now = os.stat(path)
     return f"{_of_frames(path.path, now.st_mtime_ns, now.st_size)} {path.number}"
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @lru_cache(maxsize=1)
 def _of_frames(path: Path, changed: int, size: int) -> str:
     """Once for all frames of a file, which are asked for one after the other."""
-    return _sha256(path)
+    return file_sha256(path)
 
 
 def fingerprint(pairs: Sequence[Pair], hashes: Sequence[dict[str, str]] | None = None) -> str:

@@ -7,17 +7,16 @@ nothing is blended. Every text that comes from a file is escaped, and the page's
 the browser to load anything.
 """
 
-import argparse
 import base64
 import io
 import json
 import os
-import sys
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 
-from durable import write_aside
+import cli
+from durable import write_text
 from images import image_size, load_image
 from md import figure
 
@@ -97,9 +96,7 @@ def write_report(run: Path) -> Path:
         body="\n".join(parts),
     )
     path = run / "report.html"
-    # bytes of a name that are no text become escapes
-    content = page.encode("utf-8", "backslashreplace")
-    write_aside(path, lambda aside: aside.write_bytes(content))
+    write_text(path, page)
     return path
 
 
@@ -243,18 +240,13 @@ def picture(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="report.py", description=__doc__.split("\n")[0], allow_abbrev=False
-    )
+    parser = cli.Parser(prog="report.py", description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="a run's folder")
     args = parser.parse_args(argv)
-    if hasattr(sys.stdout, "reconfigure"):  # a path may hold bytes that are no text
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         print(write_report(args.run))
     except (ValueError, OSError) as error:
-        print(f"report.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return cli.report("report.py", error)
     return 0
 
 

@@ -10,18 +10,17 @@ Strength is one number everywhere: 0 = before, 1 = after, 0.5 = half way, negati
 
 import argparse
 import os
-import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import between
-from cli import Parser, report
+from cli import Parser
 from durable import refuse_others, save_image
 from editing import (
     add_common_flags,
@@ -29,7 +28,7 @@ from editing import (
     batches,
     check,
     edit_pixels,
-    editor,
+    exit_status,
     numbers,
     objective_of,
     open_pipeline,
@@ -46,9 +45,7 @@ from images import (
     to_image,
     to_tensor,
 )
-from model.files import first_line
-from model.memory import out_of_memory
-from model.pipeline import Pipeline, decode, generate_latents
+from model.pipeline import decode, generate_latents
 from model.samplers import SAMPLERS
 from pairs import find_images, left_out, real_folders, refuse_among
 from progress import no_bars
@@ -199,27 +196,6 @@ def variants(args: argparse.Namespace) -> list[tuple[str, str, argparse.Namespac
     ]
 
 
-def morph(args: argparse.Namespace) -> None:
-    """Numbered frames from --before to --after, morph.gif, strip.png, and morph.json."""
-    between.check(args)
-    size = between.size_of_frames(args)
-    pipe = open_pipeline(args)
-    ends = between.load_ends(args, size, pipe.meta.get("background", "white"))
-
-    def edit(pipe: Pipeline, z: Tensor, s: Tensor) -> Tensor:
-        at = editor(pipe, objective_of(args, pipe), z, args)
-        return torch.cat([at(one) for one in s.tolist()])
-
-    numbers = between.morph(pipe, prompt_of(args, pipe), ends, edit, args)
-    psnr, even = numbers["psnr"], numbers["distances"]["perceived"]
-    print(
-        f"{args.frames} frames by {numbers['method']} in {args.out}: the ends at "
-        f"{psnr['before']:.1f} and {psnr['after']:.1f} dB, unevenness of the steps "
-        f"{even['morph']['unevenness'] or 0:.3f}, of a plain latent interpolation "
-        f"{even['blend']['unevenness'] or 0:.3f}"
-    )
-
-
 SWEPT = {
     "guidance": float, "image_guidance": float, "change_guidance": float, "noise_level": float,
     "eta": float, "start": str, "steps": int, "seed": int, "prompt": str,
@@ -243,7 +219,7 @@ def sweeping(text: str) -> tuple[str, list]:
     return name, made
 
 
-COMMANDS = {"generate": generate, "edit": edit, "sweep": edit, "morph": morph}
+COMMANDS = {"generate": generate, "edit": edit, "sweep": edit, "morph": between.run}
 
 
 def make_parser() -> Parser:
@@ -287,24 +263,17 @@ def make_parser() -> Parser:
     return parser
 
 
+def run(args: argparse.Namespace) -> None:
+    if args.command in ("edit", "sweep") and args.lora is None:
+        raise ValueError(f"{args.command} needs --lora: a run's folder or a LoRA file")
+    check(args)
+    COMMANDS[args.command](args)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     warnings.showwarning = lambda message, *rest: print(f"warning: {message}")
-    try:
-        if args.command in ("edit", "sweep") and args.lora is None:
-            raise ValueError(f"{args.command} needs --lora: a run's folder or a LoRA file")
-        check(args)
-        COMMANDS[args.command](args)
-        sys.stdout.flush()  # a reader that went is found out here, not at the end of Python
-    except (ValueError, OSError, MemoryError) as error:
-        return report("sample.py", error)
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        return report("sample.py", MemoryError(f"out of memory: {first_line(error)}"))
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return exit_status("sample.py", partial(run, args))
 
 
 if __name__ == "__main__":

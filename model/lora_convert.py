@@ -9,9 +9,7 @@ OUT must not be there yet.
 """
 
 import argparse
-import errno
 import math
-import re
 import shutil
 import sys
 import warnings
@@ -22,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from cli import Parser, floats, report
 from durable import refuse_file, write_aside, write_json
 from model.files import is_local, lacks, locate, moved_note, read_json
 from model.lora import detach, merge
@@ -230,31 +229,15 @@ def run_merge(args: argparse.Namespace) -> None:
 # ---- the command line ----------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    def __init__(self, **keywords):
-        super().__init__(allow_abbrev=False, **keywords)
-        # or -1,0.5 and -1e-3 are taken for flags
-        self._negative_number_matcher = re.compile(r"^-\.?\d[\d.,eE+-]*$")
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def numbers(text: str) -> list[float]:
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
-        values = [math.nan]
-    if not all(map(math.isfinite, values)):
+    if not all(map(math.isfinite, values := floats(text))):
         raise argparse.ArgumentTypeError(f"numbers such as 1,0.5 were wanted, got {text!r}")
     return values
 
 
 def make_parser() -> Parser:
     parser = Parser(prog="model.weights", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(
-        dest="command", required=True, metavar="convert|concat|merge", parser_class=Parser
-    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="convert|concat|merge")
 
     def command(name: str, run, help: str) -> Parser:
         one = commands.add_parser(name, help=help, description=help)
@@ -297,9 +280,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.run(args)
     except (ValueError, OSError, SafetensorError) as error:
-        print(f"model.weights {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-        return 1 if full or isinstance(error, SafetensorError) else 2  # it could not be written
+        status = report(f"model.weights {args.command}", error)
+        return 1 if isinstance(error, SafetensorError) else status  # it could not be written
     return 0
 
 

@@ -4,7 +4,6 @@ What this project adds to a file stands in the header entry `pairlora`, in every
 wrong with a file is one ValueError or FileNotFoundError with its name and the key.
 """
 
-import hashlib
 import json
 import warnings
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
 
+from durable import file_sha256
 from model.files import read_tensors
 from model.lora import Factors, adapter_factors, attach, fix
 from model.lora_layouts import Parts, pack, strange_to_kohya, unpack
@@ -225,12 +225,7 @@ def multiplier(metadata: dict, strength: float) -> float:
 def companion_entry(run_or_file: str | Path, strength: float) -> dict:
     """What the metadata of a LoRA trained on top of this one keeps of it."""
     path = lora_path(run_or_file, "--base_lora")
-    return {"path": str(path.resolve()), "strength": strength, "sha256": _sha256(path)}
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {"path": str(path.resolve()), "strength": strength, "sha256": file_sha256(path)}
 
 
 def refuse_chain(path: str | Path, metadata: dict) -> None:
@@ -264,6 +259,6 @@ def find_companion(
             f"the LoRA was trained on top of {path}, which is not there: say with --base_lora "
             "where it is, or leave it out with --base_lora_strength 0"
         )
-    if entry and _sha256(path) != entry["sha256"]:
+    if entry and file_sha256(path) != entry["sha256"]:
         warnings.warn(f"{path} is not the base LoRA of the training any more", stacklevel=2)
     return path, strength

@@ -9,13 +9,12 @@ others follow from what the before image shows.
 """
 
 import argparse
-import math
 import sys
 from pathlib import Path
 
 from PIL import Image
 
-from cli import Parser, report
+from cli import Parser, floats, report
 from durable import refuse_file
 from scenes.paint import change_mask, render
 from scenes.world import CHANGES, caption, make_scene, surroundings
@@ -66,10 +65,7 @@ def write_pairs(
 
 def time_list(text: str) -> tuple[float, ...]:
     """ "0,0.5,1" -> (0.0, 0.5, 1.0); each has a folder of its own"""
-    try:
-        times = [float(part) for part in text.split(",")] if text else []
-    except ValueError:
-        times = [math.nan]
+    times = floats(text) if text else []
     if not all(0 <= time <= 1 for time in times):
         raise argparse.ArgumentTypeError(
             f"numbers in 0..1 with commas between them were wanted, such as 0,0.5,1, got {text!r}"

@@ -1,6 +1,7 @@
 """What one looks at while a run goes on: pictures, and the loss on pairs it never trains on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -52,6 +53,16 @@ class Watch:
     seed: int
     fade: bool  # how states in between are shown: see `at_strengths`
 
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """The VAE on the device; nothing compiled, as the shapes are not the loop's."""
+        self.vae.to(self.schedule.alphas_cumprod.device)
+        try:
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                yield
+        finally:  # out of memory, too
+            self.vae.to("cpu")
+
     def edited(self, shown: Apart, i: int, strengths: list[float]) -> list[Image.Image]:
         """The i-th of what is shown, with the change."""
         z = shown.z[i : i + 1, 0]  # (1, 4, h, w)
@@ -67,48 +78,38 @@ class Watch:
         images = at_strengths(partial(decode, self.vae), pixels, z, strengths, edit, fade=self.fade)
         return [to_image(one) for (one,) in images]
 
-    # other shapes than the loop's, in here: not worth compiling
-    @torch.no_grad()
-    @torch.compiler.set_stance("force_eager")
     def sheet(self, shown: Apart, column: str) -> Image.Image:
         """before | generated | after."""
-        self.vae.to(self.schedule.alphas_cumprod.device)
         rows = []
-        for i in range(len(shown.pairs)):
-            first, *rest = map(to_image, ends(shown, i))
-            rows.append([first, *self.edited(shown, i, [1.0]), *rest])
-        self.vae.to("cpu")
+        with self.drawing():
+            for i in range(len(shown.pairs)):
+                first, *rest = map(to_image, ends(shown, i))
+                rows.append([first, *self.edited(shown, i, [1.0]), *rest])
         names = [pair.name for pair in shown.pairs]
         return contact_sheet(rows, ["before", column, "after"], names)
 
-    @torch.no_grad()
-    @torch.compiler.set_stance("force_eager")
     def drawn(self, prompt: str, shape: tuple, count: int, label: str) -> Image.Image:
         """Images from the prompt, where there are no pairs to show. shape: (4, h, w)."""
-        self.vae.to(self.schedule.alphas_cumprod.device)
-        predict = guided_predictor(self.unet, self.context_of(prompt), self.context_of(""), 7.5)
         seeds = range(self.seed, self.seed + count)
-        z = [generate_latents(predict, self.schedule, shape, [seed]) for seed in seeds]
-        images = [to_image(decode(self.vae, one)[0]) for one in z]
-        self.vae.to("cpu")
+        with self.drawing():
+            predict = guided_predictor(self.unet, self.context_of(prompt), self.context_of(""), 7.5)
+            z = [generate_latents(predict, self.schedule, shape, [seed]) for seed in seeds]
+            images = [to_image(decode(self.vae, one)[0]) for one in z]
         return contact_sheet([images], [str(seed) for seed in seeds], [f"{prompt}, {label}"])
 
-    @torch.no_grad()
-    @torch.compiler.set_stance("force_eager")
     def strengths(self, shown: Apart, folder: Path) -> None:
         """strengths/: the first three at several strengths, for report.html."""
         folder.mkdir()
-        self.vae.to(self.schedule.alphas_cumprod.device)
         images = []
         for i, pair in enumerate(shown.pairs[:3]):
             files = dict(zip(("before", "after"), map(to_image, ends(shown, i))))
-            at = self.edited(shown, i, STRENGTHS)
+            with self.drawing():
+                at = self.edited(shown, i, STRENGTHS)
             files |= {f"{s:g}": image for s, image in zip(STRENGTHS, at)}
             for name, image in files.items():
                 image.save(folder / f"{i}-{name}.png")
             sides = {name: f"{i}-{name}.png" for name in ("before", "after") if name in files}
             images.append({"name": pair.name, "at": [f"{i}-{s:g}.png" for s in STRENGTHS], **sides})
-        self.vae.to("cpu")
         write_json(folder / "strengths.json", {"strengths": STRENGTHS, "images": images})
 
     @torch.no_grad()
@@ -123,11 +124,8 @@ class Watch:
                 z = z[:, None]  # (f, 1, 4, h, w)
                 eps = torch.randn(z[0].shape, generator=rng).to(z.device)
                 t = torch.randint(low, high, (1,), generator=rng).to(z.device)
-                predict, s = (
-                    predictor(self.unet, self.context_of(said)),
-                    z.new_tensor([pair.strength]),
-                )
-                draws = Draws(eps, t)
+                predict = predictor(self.unet, self.context_of(said))
+                s, draws = z.new_tensor([pair.strength]), Draws(eps, t)
                 error = self.objective.loss(
                     predict, self.schedule, z[0], z[-1], s, draws, self.knobs
                 )
