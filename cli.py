@@ -75,10 +75,10 @@ def report(prog: str, error, *, aloud: bool = True) -> int:
     return 1 if trouble or getattr(error, "errno", None) in NO_MISTAKE else 2
 
 
-def add_fields(parser: Parser, cls: type = TrainConfig) -> None:
-    """A flag for every field, in groups. Booleans have --x and --no-x."""
-    hints, group = typing.get_type_hints(cls), parser
-    for f in dataclasses.fields(cls):
+def add_fields(parser: Parser) -> None:
+    """A flag for every field of the config, in groups. Booleans have --x and --no-x."""
+    hints, group = typing.get_type_hints(TrainConfig), parser
+    for f in dataclasses.fields(TrainConfig):
         kind = hints[f.name]
         if isinstance(kind, types.UnionType):
             kind = next(k for k in typing.get_args(kind) if k is not type(None))

@@ -4,12 +4,12 @@ import math
 
 from PIL import Image, ImageDraw
 
+SIZE = 720, 360
 
-def curve(
-    points: list[tuple[float, float]], name: str, width: int = 720, height: int = 360
-) -> Image.Image:
+
+def curve(points: list[tuple[float, float]], name: str) -> Image.Image:
     """A curve over steps with a running mean; logarithmic where all values are positive."""
-    left, right, top, bottom = 64, width - 16, 24, height - 32
+    left, right, top, bottom = 64, SIZE[0] - 16, 24, SIZE[1] - 32
     xs, ys = [x for x, _ in points], [y for _, y in points]
     finite = [y for y in ys if math.isfinite(y)] or [1.0]
     log = min(finite) > 0
@@ -18,11 +18,10 @@ def curve(
     span_x, span_y = max(xs[-1] - xs[0], 1), (high - low) or 1.0
 
     def at(x: float, y: float) -> tuple[float, float]:
-        return left + (x - xs[0]) / span_x * (right - left), bottom - (scale(y) - low) / span_y * (
-            bottom - top
-        )
+        along, up = (x - xs[0]) / span_x, (scale(y) - low) / span_y
+        return left + along * (right - left), bottom - up * (bottom - top)
 
-    image = Image.new("RGB", (width, height), "white")
+    image = Image.new("RGB", SIZE, "white")
     draw = ImageDraw.Draw(image)
     for i in range(5):
         level = low + i / 4 * span_y

@@ -93,15 +93,15 @@ def by(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-def change_mask(before: Tensor, after: Tensor, low: float = 0.1, high: float = 0.3) -> Tensor:
-    """Where two images (3, H, W) in [-1, 1] differ: (1, H, W), 0 below `low`, 1 above `high`.
+def change_mask(before: Tensor, after: Tensor) -> Tensor:
+    """Where two images (3, H, W) in [-1, 1] differ: (1, H, W), 0 below 0.1, 1 above 0.3.
 
     The largest difference of the three channels, averaged over 5 × 5 pixels: noise and edges that
     are a pixel off count little.
     """
     apart = (after - before).abs().amax(0, keepdim=True)  # (1, H, W) in [0, 2]
     smooth = F.avg_pool2d(apart, 5, stride=1, padding=2, count_include_pad=False)
-    return ((smooth - low) / (high - low)).clamp(0, 1)
+    return ((smooth - 0.1) / (0.3 - 0.1)).clamp(0, 1)
 
 
 class PairDataset(torch.utils.data.Dataset):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from md import escaped, fenced, printable
 from model.files import MOVED, is_local
-from model.lora_files import LORA_FILE, PORTABLE, file_of
+from model.lora_files import LORA_FILE, file_of
+from model.objectives import PORTABLE
 
 USES = {
     "delta": "At one fixed noise level the UNet is asked twice, with the LoRA and without it; the "

@@ -50,12 +50,9 @@ def _reading(path: Path | str) -> Iterator[None]:
     except FileNotFoundError:
         raise FileNotFoundError(f"image file doesn't exist: {shown([path])}") from None
     except Exception as error:  # Pillow's readers raise nearly every type there is
-        known = not isinstance(error, UnidentifiedImageError)
-        reason = (
-            f"{error}" or type(error).__name__
-            if known
-            else "no format Pillow knows, or a broken header"
-        )
+        reason = f"{error}" or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = "no format Pillow knows, or a broken header"
         raise ValueError(
             f"{shown([path])} cannot be read as an image: {' '.join(reason.split())}"
         ) from error

@@ -149,7 +149,6 @@ def cache_latents(
     batch_size: int = 8,
     shard_size: int = 256,
     workers: int = 0,
-    progress: bool | None = None,
     share: tuple[int, int] = (0, 1),
     wait: Callable[[], None] = lambda: None,
 ) -> Latents:
@@ -160,7 +159,7 @@ def cache_latents(
     made of: file bytes, the geometry drawn, background. So changed files are encoded anew,
     an interrupted run goes on where it was, and a new seed costs nothing where nothing is random.
     `place`, `device`, `share` and `wait` are `make_rows`'s. `workers` processes read the images
-    meanwhile; progress None: a bar on a terminal.
+    meanwhile.
     """
     n, device = len(dataset), torch.device(device)
     states = 1 if dataset.pairs[0].before is None else 2
@@ -178,8 +177,7 @@ def cache_latents(
         wanted = {"mean": mean, "std": mean} | ({"mask": (1, *mean[-2:])} if masked else {})
         return shapes == wanted and len(mean) == 4 and mean[0] == states
 
-    disable = no_bars() if progress is None else not progress
-    with tqdm(total=n, desc="latents", disable=disable) as bar:
+    with tqdm(total=n, desc="latents", disable=no_bars()) as bar:
         rows = make_rows(
             n,
             lambda parts: _encoded(dataset, encode, parts, masked, batch_size, workers, bar.update),

@@ -205,9 +205,9 @@ def beside(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def sheet_slider(sheets: Sequence[Path], most: int = 8) -> str:
-    """The validation sheets, by step: the last, and some before it, evenly spaced."""
-    k = min(most, len(sheets))
+def sheet_slider(sheets: Sequence[Path]) -> str:
+    """The validation sheets, by step: the last, and up to seven before it, evenly spaced."""
+    k = min(8, len(sheets))
     sheets = [sheets[(i + 1) * len(sheets) // k - 1] for i in range(k)]
     images = [
         picture(path, 768, alt=f"step {path.stem.lstrip('0')}", at=i, hidden=i != k - 1)

@@ -3,7 +3,7 @@
 The work calls `turns()` before each of its units (a training step, an image). The runner writes a
 line on the standard input and reads one of JSON from the standard output:
 
-    run K   K units, timed as one: {"seconds": of one unit, "peak_mib", "rss_mib", ...}
+    run K   K units, timed as one: {"seconds": of one unit, "peak_mib", ...}
     flops   one unit, counted: {"flops": ...}
     profile K   K units, watched: {"kernels": [[name, times, ms], ...]} of one of them, the longest
             first; on a CPU torch's operators are what has times

@@ -172,9 +172,8 @@ class SpatialTransformer(nn.Module):
 
     def __init__(self, dim: int, heads: int, ctx_dim: int, depth: int, groups: int, linear: bool):
         super().__init__()
-        self.linear = (
-            linear  # SD2 projects tokens, SD1 projects pixels: same arithmetic, other shapes
-        )
+        # SD2 projects tokens, SD1 projects pixels: same arithmetic, other shapes
+        self.linear = linear
         project = nn.Linear if linear else lambda i, o: nn.Conv2d(i, o, 1)
         self.norm = GroupNorm(groups, dim, eps=1e-6)
         self.proj_in = project(dim, dim)

@@ -137,12 +137,8 @@ def match_targets(model: nn.Module, targets: str) -> list[str]:
             n for n in names for p in patterns if n == p or n.endswith("." + p) or fnmatchcase(n, p)
         }
         if not hits:
-            ends = sorted(
-                {
-                    ".".join(n.split(".")[-2:]) if n[-1].isdigit() else n.split(".")[-1]
-                    for n in names
-                }
-            )
+            last = lambda n: ".".join(n.split(".")[-2 if n[-1].isdigit() else -1 :])  # noqa: E731
+            ends = sorted({last(n) for n in names})
             raise ValueError(
                 f"--lora_targets has {target!r}, which matches no layer; groups are "
                 f"{', '.join(GROUPS)}; layers end in {', '.join(ends)}"

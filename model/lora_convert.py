@@ -25,8 +25,9 @@ from durable import refuse_file, write_aside, write_json
 from model.files import is_local, lacks, locate, moved_note, read_json
 from model.lora import detach, merge
 from model.lora_algebra import concat, truncate
-from model.lora_files import PORTABLE, apply_lora, multiplier, read_lora, write_lora
+from model.lora_files import apply_lora, multiplier, read_lora, write_lora
 from model.lora_layouts import LAYOUTS, Parts
+from model.objectives import PORTABLE
 from model.weights import load_text, load_unet
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -7,6 +7,7 @@ wrong with a file is one ValueError or FileNotFoundError with its name and the k
 import json
 import warnings
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import torch
 from safetensors import safe_open
@@ -17,6 +18,7 @@ from durable import file_sha256
 from model.files import read_tensors
 from model.lora import Factors, adapter_factors, attach, fix
 from model.lora_layouts import Parts, pack, strange_to_kohya, unpack
+from model.objectives import Knobs
 from model.text import TextEncoder
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers takes the one that ends so by itself
@@ -155,18 +157,14 @@ def apply_lora(
                 raise ValueError(f"{what}: {error}") from error
 
 
-# Objectives whose weights do their work when a client applies them as it applies any LoRA. The
-# others have steps of their own at use, which no other client makes.
-PORTABLE = ("img2img", "slider", "anchored", "after", "dreambooth")
 KINDS = {
     "objective": str, "base_model": str, "prompt": str, "vae_path": str, "tokenizer_name": str,
-    "revision": str, "variant": str, "resolution": int, "delta_t": int, "tokenizer_max_length": int,
+    "revision": str, "variant": str, "resolution": int, "tokenizer_max_length": int,
     "text_encoder_use_attention_mask": bool, "prediction_type": str, "states": int,
-    "captions": bool, "native_scale": bool, "resized": bool,
-    "bridge_t": int, "img2img_t": int, "background": str, "image_dropout": float, "t_min": int,
-    "snr_gamma": float, "loss": str, "huber_c": float,
+    "captions": bool, "native_scale": bool, "resized": bool, "background": str,
+    **{knob: (get_args(kind) or (kind,))[0] for knob, kind in get_type_hints(Knobs).items()},
 }  # fmt: skip
-STEPS = ("delta_t", "bridge_t", "img2img_t")  # of them those that a use begins at
+STEPS = tuple(knob for knob in Knobs._fields if knob.endswith("_t"))  # that a use begins at
 
 
 def _is_number(value: object) -> bool:

@@ -112,14 +112,10 @@ def checkpoint_activations(
         def run(*args: Tensor) -> Tensor:
             if not torch.is_grad_enabled():
                 return forward(*args)
-            extra = (
-                {}
-                if context_fn is None or torch.compiler.is_compiling()
-                else {"context_fn": context_fn}
-            )
-            return checkpoint(
-                forward, *args, use_reentrant=False, preserve_rng_state=False, **extra
-            )
+            how = {"use_reentrant": False, "preserve_rng_state": False}
+            if context_fn is not None and not torch.compiler.is_compiling():
+                how["context_fn"] = context_fn
+            return checkpoint(forward, *args, **how)
 
         return run
 

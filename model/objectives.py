@@ -61,9 +61,7 @@ class How(NamedTuple):
 
     steps: int = 30
     start: str = "invert"  # "invert": DDIM inversion of z; "noise": SDEdit, z plus noise
-    noise_level: float = (
-        0.7  # share of the steps that is run: 1 forgets z (with "noise") altogether
-    )
+    noise_level: float = 0.7  # share of the steps that is run: 1 forgets z ("noise") altogether
     guided: Predict | None = None  # predict under classifier-free guidance; None: guidance 1
     image_guidance: float = 1.0  # `concat`: how much more the before image counts than none
     eta: float = 0.0  # `bridge`, `img2img`: how much of its noise is drawn anew in each step, 0..1
@@ -125,7 +123,7 @@ def delta(predict: Predict, schedule: Schedule, z: Tensor, s: Tensor, knobs: Kno
     with torch.no_grad():  # the frozen half has no gradient, and z none either
         e_0 = predict(x, t, None)
     e_s = predict(x, t, s)
-    return z + (schedule.x_0_hat(x, e_s, t) - schedule.x_0_hat(x, e_0, t))
+    return z + (schedule.split(x, e_s, t)[0] - schedule.split(x, e_0, t)[0])
 
 
 def delta_loss(predict, schedule, a, b, s, draws, knobs):
@@ -175,8 +173,7 @@ def path_loss(predict, schedule, a, b, s, eps, t, tau, knobs):
     """
     eps = eps + apart(a, b, schedule, t, tau)
     x_t = schedule.add_noise(b, eps, t)
-    pred = predict(x_t, t, s)
-    b_hat, eps_hat = schedule.x_0_hat(x_t, pred, t), schedule.eps_hat(x_t, pred, t)
+    b_hat, eps_hat = schedule.split(x_t, predict(x_t, t, s), t)
     return penalty(schedule.velocity(b_hat, eps_hat, t) - schedule.velocity(b, eps, t), knobs)
 
 
@@ -195,8 +192,7 @@ def walk(predict, schedule, z, s, how, ts, order=1):
     at = lambda t: torch.full((z.shape[0],), t, device=z.device)  # noqa: E731
     x = schedule.add_noise(z, noise_like(z, how.generator), at(tau - 1))
     for i, t in enumerate(ts):
-        pred = predict(x, at(t), s)
-        b_hat, eps = schedule.x_0_hat(x, pred, at(t)), schedule.eps_hat(x, pred, at(t))
+        b_hat, eps = schedule.split(x, predict(x, at(t), s), at(t))
         if i == len(ts) - 1:
             return b_hat
         seen = b_hat
@@ -394,6 +390,7 @@ class Objective(NamedTuple):
     uses: tuple[str, ...] = RESTORE
     change_guidance: float = 1.0  # how it is used unless told otherwise
     windows: bool = True  # whether its edit may ask for a large image window by window
+    portable: bool = False  # whether any client can apply it: it has no steps of its own at use
 
 
 OBJECTIVES = {
@@ -407,18 +404,21 @@ OBJECTIVES = {
     ),
     "img2img": Objective(
         img2img_loss, img2img_edit, steps=img2img_steps, reads=("img2img_t",),
-        uses=(*DENOISE, "eta"),
+        uses=(*DENOISE, "eta"), portable=True,
     ),
     "concat": Objective(
         concat_loss, concat_edit, extra=4, reads=(*NOISE, "image_dropout"),
         uses=(*RESTORE, "image_guidance"),
     ),
     "canvas": Objective(canvas_loss, canvas_edit, windows=False),
-    "slider": Objective(slider_loss, slider_edit, (2.0, -1.0)),
-    "anchored": Objective(anchored_loss, after_edit, steps=anchored_steps, reads=("t_min",)),
-    "after": Objective(after_loss, after_edit),
-    "dreambooth": Objective(after_loss, after_edit),
+    "slider": Objective(slider_loss, slider_edit, (2.0, -1.0), portable=True),
+    "anchored": Objective(
+        anchored_loss, after_edit, steps=anchored_steps, reads=("t_min",), portable=True
+    ),
+    "after": Objective(after_loss, after_edit, portable=True),
+    "dreambooth": Objective(after_loss, after_edit, portable=True),
 }  # fmt: skip
+PORTABLE = tuple(name for name, objective in OBJECTIVES.items() if objective.portable)
 
 
 class Task(NamedTuple):

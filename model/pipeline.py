@@ -24,7 +24,7 @@ from model.lora_files import (
     refuse_chain,
 )
 from model.objectives import Predict
-from model.samplers import SAMPLERS, guided, noise_like
+from model.samplers import SAMPLERS, noise_like
 from model.schedule import Schedule
 from model.text import TextEncoder
 from model.tiles import Tiles, through
@@ -115,7 +115,10 @@ def text_context(text: TextEncoder, ids: Tensor, mask: Tensor | None) -> Callabl
 
 
 def guided_predictor(unet: UNet, ctx: Context, uncond: Context, scale: float) -> Predict:
-    """`predict` under classifier-free guidance, both halves in one pass; contexts of one prompt."""
+    """e(∅) + scale · (e(ctx) − e(∅)) in one pass of 2b; each context is that of one prompt.
+
+    Classifier-free guidance, Ho & Salimans 2022 (arXiv 2207.12598), eq. 6.
+    """
 
     def rows(c: Context, m: Tensor) -> Tensor:
         return c(m) if callable(c) else c.expand(len(m), -1, -1)
@@ -123,12 +126,11 @@ def guided_predictor(unet: UNet, ctx: Context, uncond: Context, scale: float) ->
     def halves(m: Tensor) -> Tensor:  # m (2b,), [unconditional, conditional] -> (2b, l, d)
         return torch.cat([rows(c, half) for c, half in zip((uncond, ctx), m.chunk(2))])
 
-    alone, both = predictor(unet, ctx), predictor(unet, halves)
+    both = predictor(unet, halves)
 
     def predict(x_t: Tensor, t: Tensor, m: Tensor) -> Tensor:
-        one = lambda x, tt: alone(x, tt, m)  # noqa: E731
-        two = lambda x, tt: both(x, tt, torch.cat([m, m]))  # noqa: E731
-        return guided(one, two, scale)(x_t, t)
+        e_0, e_c = both(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([m, m])).chunk(2)
+        return e_0 + scale * (e_c - e_0)
 
     return predict
 
@@ -193,16 +195,19 @@ def decode(vae: VAE, z: Tensor, tiles: Tiles | None = None) -> Tensor:
     return torch.cat([through(picture, one, alone, gives=vae.downscale) for one in z.split(1)])
 
 
-def keep_detail(before: Tensor, seen: Tensor, changed: Tensor, reach: float = 0.2) -> Tensor:
+REACH = 0.2  # of 2: how large a change may be and still keep a third of the detail
+
+
+def keep_detail(before: Tensor, seen: Tensor, changed: Tensor) -> Tensor:
     """`changed` with what the autoencoder loses of the before image, where the image is unchanged.
 
-        x̂ = Dec(ẑ) + w (x − Dec(z)),   w = exp(−(|Dec(ẑ) − Dec(z)| / reach)²) at every pixel
+        x̂ = Dec(ẑ) + w (x − Dec(z)),   w = exp(−(|Dec(ẑ) − Dec(z)| / REACH)²) at every pixel
 
     before x, seen Dec(z), changed Dec(ẑ): (b, 3, H, W) in [-1, 1]; |.| is the largest of the three
     channels. With ẑ = z it is the before image itself. It adds no change and takes none away.
     """
     change = (changed - seen).abs().amax(1, keepdim=True)  # (b, 1, H, W)
-    return changed + torch.exp(-((change / reach) ** 2)) * (before - seen)
+    return changed + torch.exp(-((change / REACH) ** 2)) * (before - seen)
 
 
 def at_strengths(

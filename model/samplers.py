@@ -53,11 +53,11 @@ def sigma(schedule: Schedule, t: float) -> float:
     return low + (t - lower) * (high - low)
 
 
-def even_in_sigma(schedule: Schedule, top: int, steps: int, rho: float = 2.0) -> list[int]:
+def even_in_sigma(schedule: Schedule, top: int, steps: int) -> list[int]:
     """At most `steps` of the steps top..0, falling from one end to the other, about evenly in
-    σ^(1/ρ): Karras et al. 2022 (arXiv 2206.00364), eq. 5."""
+    σ^(1/ρ), ρ = 2: Karras et al. 2022 (arXiv 2206.00364), eq. 5."""
     a = schedule.alphas_cumprod[: top + 1].cpu().clamp(min=2**-24)  # ā = 0 has no σ
-    roots = ((1 - a) / a) ** (0.5 / rho)  # (top + 1,)
+    roots = ((1 - a) / a) ** 0.25  # (top + 1,), of σ = √((1−ā)/ā)
     wanted = torch.linspace(roots[-1], roots[0], steps, dtype=roots.dtype)
     nearest = (roots[:, None] - wanted).abs().argmin(0)  # (steps,)
     return sorted({top, *nearest.tolist()}, reverse=True)
@@ -83,22 +83,6 @@ def noise_like(x: Tensor, generator: Generators) -> Tensor:
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
 
 
-def guided(predict: Predict, predict_both: Callable, scale: float) -> Predict:
-    """Classifier-free guidance (Ho & Salimans 2022, eq. 6): ε̂ = ε(∅) + scale · (ε(c) − ε(∅)).
-
-    `predict_both(x_t, t)` takes the doubled batch [unconditional, conditional] in one pass; at
-    scale 1 the unconditional half would cancel and `predict` alone is asked.
-    """
-    if scale == 1.0:
-        return predict
-
-    def both(x_t: Tensor, t: Tensor) -> Tensor:
-        uncond, cond = predict_both(torch.cat([x_t, x_t]), torch.cat([t, t])).chunk(2)
-        return uncond + scale * (cond - uncond)
-
-    return both
-
-
 def ddpm(
     predict: Predict,
     x_T: Tensor,
@@ -116,7 +100,7 @@ def ddpm(
         a_t, a_prev = _alpha(schedule, t), _alpha(schedule, t_prev) if t_prev >= 0 else 1.0
         alpha = a_t / a_prev  # α of this stride, β = 1 − α
         tb = _batch(t, x)
-        x_0 = _clip(schedule.x_0_hat(x, predict(x, tb), tb), schedule)
+        x_0 = _clip(schedule.split(x, predict(x, tb), tb)[0], schedule)
         # μ̃ = √ā_prev β/(1−ā_t) x_0 + √α (1−ā_prev)/(1−ā_t) x_t,   β̃ = (1−ā_prev)/(1−ā_t) β
         mean = (
             a_prev**0.5 * (1 - alpha) / (1 - a_t) * x_0 + alpha**0.5 * (1 - a_prev) / (1 - a_t) * x
@@ -145,11 +129,10 @@ def ddim(
     for t in ts[start:]:
         a_t, a_prev = _alpha(schedule, t), _alpha(schedule, t - stride)
         tb = _batch(t, x)
-        pred = predict(x, tb)
-        x_0, eps = _clip(schedule.x_0_hat(x, pred, tb), schedule), schedule.eps_hat(x, pred, tb)
+        x_0, eps = schedule.split(x, predict(x, tb), tb)
         # σ = η √((1−ā_prev)/(1−ā_t)) √(1−ā_t/ā_prev)                                   eq. 16
         sigma = eta * ((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)) ** 0.5
-        x = a_prev**0.5 * x_0 + max(1 - a_prev - sigma**2, 0.0) ** 0.5 * eps
+        x = a_prev**0.5 * _clip(x_0, schedule) + max(1 - a_prev - sigma**2, 0.0) ** 0.5 * eps
         if sigma > 0:
             x = x + sigma * noise_like(x, generator)
     return x
@@ -176,24 +159,19 @@ def ddim_invert(
     for t in rising[: steps - start]:
         now = min(t - stride, schedule.num_steps - 1)
         a_now, a_next = _alpha(schedule, now), _alpha(schedule, t)
-        eps, clean = _split_at(schedule, predict(x, _batch(t, x)), x, a_now)
+        clean, eps = _split(schedule, predict(x, _batch(t, x)), x, a_now)
         y = a_next**0.5 * _clip(clean, schedule) + (1 - a_next) ** 0.5 * eps
         for _ in range(refine):
-            eps, _ = _split_at(schedule, predict(y, _batch(t, y)), y, a_next)
+            _, eps = _split(schedule, predict(y, _batch(t, y)), y, a_next)
             clean = (x - (1 - a_now) ** 0.5 * eps) / a_now**0.5  # the step that leads from y to x
             y = a_next**0.5 * _clip(clean, schedule) + (1 - a_next) ** 0.5 * eps
         x = y
     return x
 
 
-def _split_at(schedule: Schedule, pred: Tensor, x: Tensor, a: float) -> tuple[Tensor, Tensor]:
-    """(ε, x_0) that pred implies when x stands at the noise level ā = a rather than at a step."""
-    signal, noise = a**0.5, (1 - a) ** 0.5
-    if schedule.prediction_type == "epsilon":
-        return pred, (x - noise * pred) / signal
-    if schedule.prediction_type == "v_prediction":
-        return signal * pred + noise * x, signal * x - noise * pred
-    return (x - signal * pred) / noise, pred
+def _split(schedule: Schedule, pred: Tensor, x: Tensor, a: float) -> tuple[Tensor, Tensor]:
+    """x̂_0 and ε̂ of an x at the noise level ā = a rather than at a step."""
+    return schedule.split_at(x, pred, a**0.5, (1 - a) ** 0.5)
 
 
 def dpm_solver(
@@ -211,7 +189,7 @@ def dpm_solver(
     x, x_0_before, h_before = x_T, None, None
     for i in range(start, steps):
         alpha = 1 / (1 + sigmas[i] ** 2) ** 0.5  # x_t = α x_0 + ασ ε
-        _, x_0 = _split_at(schedule, predict(x, _batch(ts[i], x)), x, alpha**2)
+        x_0, _ = _split(schedule, predict(x, _batch(ts[i], x)), x, alpha**2)
         if i == steps - 1:
             return x_0  # h → ∞: the first-order step to σ = 0 is x_0 itself
         alpha_next = 1 / (1 + sigmas[i + 1] ** 2) ** 0.5
@@ -245,7 +223,7 @@ def euler(
     for i in range(start, steps):
         a = 1 / (1 + sigmas[i] ** 2)
         x_t = a**0.5 * x
-        eps, _ = _split_at(schedule, predict(x_t, _batch(ts[i], x)), x_t, a)
+        _, eps = _split(schedule, predict(x_t, _batch(ts[i], x)), x_t, a)
         x = x + (sigmas[i + 1] - sigmas[i]) * eps
     return x
 

@@ -140,10 +140,6 @@ class Schedule:
     def num_steps(self) -> int:
         return len(self.alphas_cumprod)
 
-    def a(self, t: Tensor, like: Tensor) -> Tensor:
-        """ā_t as (b, 1, 1, 1), in `like`'s dtype; gathered in float64."""
-        return self.alphas_cumprod[t].to(like.dtype).view(-1, 1, 1, 1)
-
     def roots(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """√ā_t and √(1 − ā_t), each (b, 1, 1, 1), rooted in float64."""
         a_t = self.alphas_cumprod[t].view(-1, 1, 1, 1)
@@ -170,31 +166,24 @@ class Schedule:
             return self.velocity(x_0, eps, t)
         return x_0
 
-    def x_0_hat(self, x_t: Tensor, pred: Tensor, t: Tensor) -> Tensor:
-        """The clean latent that `pred` implies.
+    def split(self, x_t: Tensor, pred: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """x̂_0 and ε̂: the clean latent and the noise that `pred` says x_t is made of."""
+        return self.split_at(x_t, pred, *self.roots(t, x_t))
 
-        ε:  (x_t − √(1−ā_t) ε) / √ā_t              DDPM eq. 15
-        v:  √ā_t x_t − √(1−ā_t) v
-        """
-        if self.prediction_type == "sample":
-            return pred
-        signal, noise = self.roots(t, x_t)
-        if self.prediction_type == "epsilon":
-            return (x_t - noise * pred) / signal
-        return signal * x_t - noise * pred
+    def split_at(
+        self, x: Tensor, pred: Tensor, signal: Tensor | float, noise: Tensor | float
+    ) -> tuple[Tensor, Tensor]:
+        """The same of x = signal · x_0 + noise · ε, signal² + noise² = 1, at no step perhaps.
 
-    def eps_hat(self, x_t: Tensor, pred: Tensor, t: Tensor) -> Tensor:
-        """The noise that `pred` implies.
-
-        v:    √ā_t v + √(1−ā_t) x_t
-        x_0:  (x_t − √ā_t x_0) / √(1−ā_t)
+        ε:    x̂_0 = (x − noise · ε) / signal                             DDPM eq. 15
+        v:    x̂_0 = signal · x − noise · v,   ε̂ = signal · v + noise · x
+        x_0:  ε̂ = (x − signal · x_0) / noise
         """
         if self.prediction_type == "epsilon":
-            return pred
-        signal, noise = self.roots(t, x_t)
+            return (x - noise * pred) / signal, pred
         if self.prediction_type == "v_prediction":
-            return signal * pred + noise * x_t
-        return (x_t - signal * pred) / noise
+            return signal * x - noise * pred, signal * pred + noise * x
+        return pred, (x - signal * pred) / noise
 
     def snr(self, t: Tensor) -> Tensor:
         """ā_t / (1 − ā_t), (b,) float64."""

@@ -49,9 +49,7 @@ class TextEncoder(nn.Module):
 
     def mask(self, ids: Tensor) -> Tensor:
         """(b, l) int64: 1 up to and with the first end-of-text token, 0 on the padding after it."""
-        ends = (
-            ids == self.tokenizer.eos_token_id
-        ).long()  # SD1 pads with the same token, SD2 does not
+        ends = (ids == self.tokenizer.eos_token_id).long()  # SD1 pads with it too, SD2 does not
         return (ends.cumsum(1) - ends == 0).long()
 
     def encode(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:

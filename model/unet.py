@@ -100,10 +100,8 @@ class UNet(nn.Module):
         # `attention_head_dim` holds the *number* of heads in every SD checkpoint;
         # `num_attention_heads`, where a newer file has it, means what it says and comes first.
         heads = per_level(cfg["num_attention_heads"] or cfg["attention_head_dim"])
-        depth, layers = (
-            per_level(cfg["transformer_layers_per_block"]),
-            per_level(cfg["layers_per_block"]),
-        )
+        depth = per_level(cfg["transformer_layers_per_block"])
+        layers = per_level(cfg["layers_per_block"])
         for name, got in [
             ("down_block_types", cfg["down_block_types"]),
             ("up_block_types", cfg["up_block_types"]),

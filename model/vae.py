@@ -137,11 +137,8 @@ class VAE(nn.Module):
         cfg = read_config(config, KNOWN, NEUTRAL, "vae")
         self.config = dict(config)
         self.scaling_factor = float(cfg["scaling_factor"])
-        widths, layers, groups = (
-            list(cfg["block_out_channels"]),
-            cfg["layers_per_block"],
-            cfg["norm_num_groups"],
-        )
+        widths = list(cfg["block_out_channels"])
+        layers, groups = cfg["layers_per_block"], cfg["norm_num_groups"]
         c = self.latent_channels = cfg["latent_channels"]
         self.downscale = 2 ** (len(widths) - 1)  # 8 for SD: pixels per latent, each way
         self.encoder = Encoder(cfg["in_channels"], widths, layers, groups, c)

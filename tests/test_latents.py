@@ -53,7 +53,7 @@ def cached(pairs, cache_dir, key="vae fp32", encoder=None, make=None, **settings
     encoder = encoder or Encoder()
     latents = cache_latents(
         PairDataset(pairs, 16, **settings), encoder, cache_dir=cache_dir, key=key, batch_size=2,
-        shard_size=2, progress=False, **make or {},
+        shard_size=2, **make or {},
     )  # fmt: skip
     return latents, encoder.images
 
@@ -103,7 +103,7 @@ def test_views_of_a_pair_read_it_once_and_stand_in_their_places(
     folder = tmp_path / "cache" if cached_on_disk else None
     dataset = PairDataset(five, 16, **views)
     latents = cache_latents(
-        dataset, Encoder(), cache_dir=folder, key="x", batch_size=3, shard_size=12, progress=False
+        dataset, Encoder(), cache_dir=folder, key="x", batch_size=3, shard_size=12
     )
     assert not dataset._opened[1]  # the last one's images are not held while training
     assert len(read) == 2 * 5 * 2  # both sides of five pairs in each of two shards
@@ -287,7 +287,7 @@ def test_latents_that_are_not_finite_name_the_pair(five, tmp_path):
     with pytest.raises(
         ValueError, match=r"latents of 1 \(before\) are not finite: run it in float32"
     ):
-        cache_latents(PairDataset(five, 16), encode, cache_dir=tmp_path, key="k", progress=False)
+        cache_latents(PairDataset(five, 16), encode, cache_dir=tmp_path, key="k")
     assert list(tmp_path.glob("*.safetensors")) == []
 
 

@@ -101,8 +101,9 @@ def test_delta_is_its_formula_and_the_identity_at_0(predict, prediction_type):
     result = delta(predict, sched, a, s, knobs)
     a_bar = sched.alphas_cumprod[599]
     t = torch.full((2,), 599)
-    e_0 = sched.eps_hat(a_bar.sqrt() * a, predict(a_bar.sqrt() * a, t, 0 * s), t)
-    e_s = sched.eps_hat(a_bar.sqrt() * a, predict(a_bar.sqrt() * a, t, s), t)
+    x = a_bar.sqrt() * a
+    _, e_0 = sched.split(x, predict(x, t, 0 * s), t)
+    _, e_s = sched.split(x, predict(x, t, s), t)
     torch.testing.assert_close(result, a + ((1 - a_bar) / a_bar).sqrt() * (e_0 - e_s))
     assert torch.equal(result[0], a[0])
     assert (result[1] - a[1]).abs().max() > 1e-3
@@ -178,7 +179,7 @@ class Gaussian:
 
     def __call__(self, x_t, t, m):
         x_t = x_t[:, :4]
-        a = self.sched.a(t, x_t)
+        a = self.sched.alphas_cumprod[t].to(x_t.dtype).view(-1, 1, 1, 1)
         mu = self.mu + (0 if m is None else m.view(-1, 1, 1, 1) * self.theta)
         return (1 - a).sqrt() * (x_t - a.sqrt() * mu) / (a * self.sigma**2 + 1 - a)
 
@@ -318,8 +319,8 @@ def test_the_loss_of_a_path_is_in_v_whatever_the_network_says(name, kind):
 
     objective = OBJECTIVES[name]
     loss = objective.loss(off_by_one, sched, a, b, ONES, draws, Knobs())
-    a_t = sched.a(objective.steps(draws.t, sched, Knobs()), b)
-    torch.testing.assert_close(loss, (1 / (1 - a_t)).expand_as(loss))
+    _, level = sched.roots(objective.steps(draws.t, sched, Knobs()), b)
+    torch.testing.assert_close(loss, (1 / level**2).expand_as(loss))
 
 
 @pytest.mark.parametrize(("name", "knobs"), [("bridge", Knobs(bridge_t=400)),
@@ -435,7 +436,7 @@ def test_image_guidance_is_its_formula():
     assert torch.equal(x[:, 4:], z) and not blind[:, 4:].any()
     eps_hat = 0.1 + 3.0 * z
     end = sched.alphas_cumprod[0]  # where DDIM's last step ends
-    expected = end.sqrt() * sched.x_0_hat(x[:, :4], eps_hat, t) + (1 - end).sqrt() * eps_hat
+    expected = end.sqrt() * sched.split(x[:, :4], eps_hat, t)[0] + (1 - end).sqrt() * eps_hat
     torch.testing.assert_close(result, expected)
 
 

@@ -18,7 +18,14 @@ import sample
 from images import load_image, to_image, to_tensor
 from model.lora import inject, lora_layers
 from model.objectives import OBJECTIVES, Knobs
-from model.pipeline import decode, exaggerated, keep_detail, load_pipeline
+from model.pipeline import (
+    decode,
+    exaggerated,
+    guided_predictor,
+    keep_detail,
+    load_pipeline,
+    predictor,
+)
 from model.text import TextEncoder
 from model.unet import UNet
 from model.weights import load_text, load_unet, load_vae, save_lora
@@ -195,6 +202,18 @@ def test_change_guidance_reaches_the_objectives_that_denoise(tmp_path, sd1, obje
         made[name] = editing.editor(editing.open_pipeline(args), objective, z, args)(s)
     added, twice = (made[name] - made["one"] for name in ("two", "twice"))
     torch.testing.assert_close(twice, added, rtol=0, atol=0.1 * added.abs().max())
+
+
+def test_guidance_is_one_batched_pass(sd1):
+    """Ho & Salimans 2022, eq. 6, of two passes apart."""
+    unet, asked = load_unet(sd1), []
+    ctx, uncond, x_t = torch.randn(1, 5, 32), torch.randn(1, 5, 32), torch.randn(2, 4, 8, 8)
+    t, m = torch.tensor([5, 700]), torch.ones(2)
+    e_c, e_0 = (predictor(unet, one)(x_t, t, m) for one in (ctx, uncond))
+    unet.register_forward_pre_hook(lambda _, given: asked.append(len(given[0])))
+    found = guided_predictor(unet, ctx, uncond, 7.5)(x_t, t, m)
+    torch.testing.assert_close(found, e_0 + 7.5 * (e_c - e_0), rtol=1e-4, atol=1e-4)
+    assert asked == [4]
 
 
 @pytest.mark.parametrize("objective, scale", [("bridge", 1.1), ("img2img", 1), ("after", 1)])

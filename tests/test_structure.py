@@ -59,10 +59,13 @@ ARROWS = {
     "report": ["cli", "durable", "images", "md"],
     "model.unet": ["model.layers"],
     "model.vae": ["model.layers"],
+    "model.samplers": ["model.schedule"],
+    "model.objectives": ["model.samplers", "model.schedule"],
     "model.lora_algebra": ["model.lora"],
     "model.lora_layouts": ["model.lora"],
     "model.lora_files": [
-        "durable", "model.files", "model.lora", "model.lora_layouts", "model.text",
+        "durable", "model.files", "model.lora", "model.lora_layouts", "model.objectives",
+        "model.text",
     ],
     "model.single_file": ["model.files"],
     "model.weights": [
@@ -71,10 +74,8 @@ ARROWS = {
     ],
     "model.lora_convert": [
         "cli", "durable", "model.files", "model.lora", "model.lora_algebra", "model.lora_files",
-        "model.lora_layouts", "model.weights",
+        "model.lora_layouts", "model.objectives", "model.weights",
     ],
-    "model.samplers": ["model.schedule"],
-    "model.objectives": ["model.samplers", "model.schedule"],
     "model.weighting": ["model.objectives"],
     "model.tiles": ["model.objectives"],
     "model.pipeline": [
@@ -117,7 +118,7 @@ ARROWS = {
     "training.session": [
         "config", "durable", "model.memory", "training.ranks", "runs", "training.trackers",
     ],
-    "hub_card": ["md", "model.files", "model.lora_files"],
+    "hub_card": ["md", "model.files", "model.lora_files", "model.objectives"],
     "hub": [
         "cli", "config", "durable", "hub_card", "progress", "report", "model.files",
         "model.lora_files", "model.lora_layouts",
