@@ -22,11 +22,9 @@ from torch import Tensor
 import cli
 import config
 from config import TrainConfig
-from data import PairDataset
 from durable import save_image, write_aside
 from hub import find_token, open_repository, publish
-from images import shown as printable
-from latents import Batch, Latents, one_ahead
+from latents import Batch, one_ahead
 from model.draws import draw
 from model.files import is_local, moved_note
 from model.frozen import freeze
@@ -35,11 +33,11 @@ from model.lora import cast_together, keep_strength, lora_layers
 from model.lora_files import LORA_FILE, file_of, save_lora
 from model.lora_layouts import LAYOUTS
 from model.memory import LEVELS, MIB, checkpoint_activations, peak_mib, phase, unless_full
-from model.objectives import OBJECTIVES, Draws, Knobs, Task, noise_loss
+from model.objectives import OBJECTIVES, Draws, Knobs, Task
 from model.optim import step_if
 from model.pipeline import DTYPES, loaded, pick_device, pick_dtype, predictor
 from model.schedule import Schedule
-from model.weighting import in_and_out, listened, preservation, weighted_mean
+from model.weighting import in_and_out, pair_loss, prior_loss
 from model.weights import load_scheduler_config, load_unet, load_vae
 from pairs import Pair, fingerprint
 from report import write_report
@@ -59,11 +57,11 @@ from training.inputs import (
     passed_over,
     size_of,
 )
-from training.prompts import Prompts, load_prompts, said_of
-from training.ranks import Beside, Ranks, launch
+from training.prompts import Prompts, load_prompts, prompts_of
+from training.ranks import NullRun, Ranks, launch_id
 from training.session import open_run, settings, summarized
 from training.stop import Stop, Stopped
-from training.tally import Pace, Tally, Trend
+from training.tally import Pace, Tally, Trend, not_finite
 from training.watching import Apart, Watch
 
 LEAST_SCALE = 2**-14  # of the loss in fp16: thirty steps in a row whose gradient overflowed
@@ -92,7 +90,7 @@ def train(cfg: TrainConfig, ranks: Ranks | None = None) -> Path:
         settings(cfg),
         Stop(quiet=ranks.world > 1) as stop,
     ):
-        phases(cfg, run, ranks, device, stop, token)
+        run_phases(cfg, run, ranks, device, stop, token)
     if ranks.leads:
         write_report(run.folder)
     if token is not None:
@@ -106,9 +104,9 @@ def repository(cfg: TrainConfig) -> str:
     return cfg.hub_model_id or Path(cfg.output_dir).resolve().name
 
 
-def phases(
+def run_phases(
     cfg: TrainConfig,
-    run: Run | Beside,
+    run: Run | NullRun,
     ranks: Ranks,
     device: torch.device,
     stop: Stop,
@@ -146,7 +144,7 @@ def phases(
         load_scheduler_config(base, revision=cfg.revision, prediction_type=cfg.prediction_type)
     ).to(device)
     task = Task(name, OBJECTIVES[name], schedule, knobs)
-    with ranks.first():  # makes what is missing, which the others then find
+    with ranks.leader_first():  # makes what is missing, which the others then find
         class_pairs = class_images(cfg, device, run.log) if cfg.with_prior_preservation else []
     size = size_of(cfg, len(pairs), ranks.world)
     if run.resume_step > size.steps:
@@ -157,12 +155,12 @@ def phases(
         open_repository(repository(cfg), token)
 
     # ---- 2. text: every prompt once; then the encoder goes, unless it is trained
-    own, kept = said_of(cfg, pairs), said_of(cfg, held_out)
-    told = [cfg.validation_prompt or said for said in said_of(cfg, shown)]
-    prompt = cfg.validation_prompt or cfg.instance_prompt
+    pair_prompts, held_out_prompts = prompts_of(cfg, pairs), prompts_of(cfg, held_out)
+    shown_prompts = [cfg.validation_prompt or prompt for prompt in prompts_of(cfg, shown)]
+    prompt = cfg.validation_prompt or cfg.instance_prompt  # of pictures without pairs
     with phase("text", device, run.log):
-        every = [*own, *kept, *told, prompt, cfg.class_prompt or "", ""]
-        prompts = load_prompts(cfg, every, device, given)
+        others = [*held_out_prompts, *shown_prompts, prompt, cfg.class_prompt or "", ""]
+        prompts = load_prompts(cfg, [*pair_prompts, *others], device, given)
 
     # ---- 3. latents: every image once; then the VAE waits in host memory for the pictures
     with phase("latents", device, run.log):
@@ -171,24 +169,28 @@ def phases(
         if cfg.resolution % vae.downscale:
             raise ValueError(f"--resolution must be a multiple of {vae.downscale} for this VAE")
 
-        def encoded(images: PairDataset, *how) -> Latents:
-            return encode_all(cfg, vae, images, device, *how)
-
-        def apart(some: list[Pair], prompts: list[str], *, seen: bool) -> Apart:
-            images = make_gallery(cfg, some)
-            items = [images[i] for i in range(len(some) if seen else 0)]
-            return Apart(some, items, encoded(images).mean if some else None, prompts)
-
-        how = cfg.latents_on, (ranks.rank, ranks.world), ranks.wait
-        latents = encoded(dataset, *how)
+        encode = partial(encode_all, cfg, vae, device)
+        shared = {
+            "place": cfg.latents_on,
+            "share": (ranks.rank, ranks.world),
+            "wait": ranks.barrier,
+        }
+        latents, class_latents = encode(dataset, **shared), None
         print(f"latents       {latents.rows}")
-        class_latents = None
-        if class_pairs:
-            # drawn by the base at --resolution, most of them
-            whole = replace(cfg, native_scale=False)
-            class_latents = encoded(make_dataset(whole, class_pairs), *how)
+        if class_pairs:  # most of them drawn by the base, at --resolution
+            whole = make_dataset(replace(cfg, native_scale=False), class_pairs)
+            class_latents = encode(whole, **shared)
         items = Items(pairs, dataset.views, latents, class_latents)
-        shown, held_out = apart(shown, told, seen=True), apart(held_out, kept, seen=False)
+
+        def look_at(some: list[Pair], prompts: list[str], *, images: bool) -> Apart:
+            if not some:
+                return Apart([], [], None, [])
+            gallery = make_gallery(cfg, some)
+            kept = [gallery[i] for i in range(len(some))] if images else []
+            return Apart(some, kept, encode(gallery).mean, prompts)
+
+        shown = look_at(shown, shown_prompts, images=True)
+        held_out = look_at(held_out, held_out_prompts, images=False)
         vae.to("cpu")
 
     # ---- 4. UNet: frozen, with a LoRA in fp32
@@ -200,7 +202,7 @@ def phases(
         if cfg.channels_last:  # before its LoRA is views of one flat buffer
             unet.to(memory_format=torch.channels_last)
         trained = adapt(cfg, unet, prompts.text, given, task.objective.extra, run.checkpoint)
-        ranks.copy_first(trained.flat.data)  # were it only that two processors round differently
+        ranks.broadcast(trained.flat.data)  # were it only that two processors round differently
         freeze(unet, int8=cfg.base_storage == "int8")
         level = cfg.recompute if cfg.gradient_checkpointing else "none"
         if cfg.vram_gib is not None:
@@ -213,7 +215,7 @@ def phases(
         if cfg.compile:
             compile_blocks(unet)
     states = 1 + len({pair.strength for pair in pairs})
-    about = {"prompts": {*own}, "states": states, "resized": dataset.resized}
+    about = {"prompts": {*pair_prompts}, "states": states, "resized": dataset.resized}
     meta = lora_metadata(cfg, name, knobs, schedule, **about)
     run.start(
         {
@@ -223,14 +225,14 @@ def phases(
             "base_lora": meta["base_lora"] and meta["base_lora"]["sha256"],
             "trained_parameters": trained.flat.numel(),
             "processes": ranks.world,
-            "launch": launch(),
+            "launch": launch_id(),
         }
     )
     run.keep_newest(cfg.checkpoints_total_limit)
     print(
         f"{name}: {len(pairs)} {'pairs' if paired else 'images'} x {dataset.views} views, "
         f"{size.steps} steps of {size.total}, {trained.flat.numel():,} trained weights "
-        f"(rank {cfg.lora_rank}, {len(trained.layers)} layers, float32) on {base} "
+        f"(rank {cfg.lora_rank}, {len(trained.params) // 2} layers, float32) on {base} "
         f"({str(dtype).removeprefix('torch.')}, {device}"
         f"{f', {ranks.world} processes' if ranks.world > 1 else ''})"
     )
@@ -248,27 +250,19 @@ def phases(
             run.log("eval", step=done, **watch.held_out_loss(held_out))
         return True
 
-    write = partial(save_lora, unet=unet, text=prompts.text)
+    write_lora = partial(save_lora, unet=unet, text=prompts.text)
 
     def save(folder: Path, done: int, since: dict) -> None:
         """A checkpoint. `since`: what the loop has counted since its last line of metrics."""
-        write(folder / LORA_FILE, metadata={**meta, "steps": done})
+        write_lora(folder / LORA_FILE, metadata={**meta, "steps": done})
         scaler = trained.scaler.state_dict()
         save_state(folder, trained.opt, {"step": done, "scaler": scaler, **since})
 
     loop(cfg, run, ranks, stop, task, items, prompts, trained, size, show, save)
-    if not ranks.leads:
-        return
-
-    # ---- 6. the result
-    write = partial(write, metadata={**meta, "steps": size.steps}, dtype=DTYPES[cfg.lora_dtype])
-    layouts = LAYOUTS if cfg.lora_format == "all" else ("diffusers", cfg.lora_format)
-    for layout in dict.fromkeys(layouts):
-        write_aside(run.folder / file_of(layout), partial(write, layout=layout))
-    for layout in {*LAYOUTS} - {*layouts}:  # of a run that has gone on without it
-        (run.folder / file_of(layout)).unlink(missing_ok=True)
-    if shown.pairs:
-        write_aside(run.folder / "strengths", partial(watch.strengths, shown))
+    if ranks.leads:
+        write_result(cfg, run.folder, partial(write_lora, metadata={**meta, "steps": size.steps}))
+        if shown.pairs:
+            write_aside(run.folder / "strengths", partial(watch.strengths, shown))
 
 
 # ---- 5. the loop: z -> error -> loss -> gradient -> step -----------------------------------------
@@ -276,7 +270,7 @@ def phases(
 
 def loop(
     cfg: TrainConfig,
-    run: Run | Beside,
+    run: Run | NullRun,
     ranks: Ranks,
     stop: Stop,
     task: Task,
@@ -288,15 +282,12 @@ def loop(
     save: Callable[[Path, int, dict], None],
 ) -> None:
     """All steps that are not done yet."""
-    name, objective, schedule, knobs = task
-    pairs, views, latents, class_latents = items
-    unet, _, _, flat, opt, scaler, state = trained
-    mine, micro, total, steps, show_every = size
-    device = flat.device
-    n, first = len(pairs), run.resume_step
+    unet, flat, opt, scaler = trained.unet, trained.flat, trained.opt, trained.scaler
+    pairs, latents, class_latents = items.pairs, items.latents, items.class_latents
+    n, first, steps, device = len(pairs), run.resume_step, size.steps, flat.device
     layers = list(lora_layers(unet).values())  # its own: a trained text encoder's come after them
     strength_of = torch.tensor([pair.strength for pair in pairs], device=device)  # (n,)
-    prompt_of = prompts.rows(said_of(cfg, pairs))  # (n,)
+    prompt_of = prompts.rows(prompts_of(cfg, pairs))  # (n,)
     class_context = prompts.of(cfg.class_prompt) if class_latents else None
     recent = {}  # {step: (index, t)} of what was drawn since the last look
 
@@ -305,11 +296,11 @@ def loop(
         pick, other = draw(
             cfg.seed,
             step,
-            total,
+            size.total,
             pairs=n,
-            views=views,
+            views=items.views,
             shape=latents.shape,
-            num_steps=schedule.num_steps,
+            num_steps=task.schedule.num_steps,
             class_images=len(class_latents) if class_latents else 0,
         )
         recent[step + 1] = pick.index, pick.t
@@ -323,18 +314,19 @@ def loop(
         """Of a micro-batch: loss (); and (3,) as `in_and_out`."""
         s = strength_of[own.index % n]  # (b,), 1 but for states in between
         ctx = prompts.context(prompt_of[own.index % n]) if own.ctx is None else own.ctx
-        predict = predictor(unet, ctx)
-        predict, heard = listened(predict) if cfg.preserve_weight else (predict, [])
-        draws = Draws(own.eps, own.t, own.u)
-        error = objective.loss(predict, schedule, own.z[:, 0], own.z[:, -1], s, draws, knobs)
-        loss = weighted_mean(error, own.mask, cfg.mask_outside)
-        if heard:
-            loss = loss + cfg.preserve_weight * preservation(predict, heard, own.mask)
+        loss, error = pair_loss(
+            task,
+            predictor(unet, ctx),
+            own.z,
+            s,
+            Draws(own.eps, own.t, own.u),
+            own.mask,
+            outside=cfg.mask_outside,
+            preserve=cfg.preserve_weight,
+        )
         if prior is not None:
-            predict, ones = predictor(unet, class_context), torch.ones_like(prior.u)
-            draws = Draws(prior.eps, prior.t)
-            drawn = noise_loss(predict, schedule, prior.z[:, 0], ones, draws, knobs)
-            loss = loss + cfg.prior_loss_weight * drawn.mean()
+            ask, draws = predictor(unet, class_context), Draws(prior.eps, prior.t)
+            loss = loss + cfg.prior_loss_weight * prior_loss(task, ask, prior.z, draws)
         return loss, in_and_out(error.detach(), own.mask)
 
     def add_gradient(micro: int, own: Batch, other: Batch | None) -> Tensor:
@@ -343,7 +335,7 @@ def loop(
         (4,): loss; as `in_and_out`.
         Works on the device alone, so that it can be one CUDA graph.
         """
-        found, cuts = torch.zeros(4, device=device), mine // micro
+        found, cuts = torch.zeros(4, device=device), size.mine // micro
         for k in range(cuts):
             with cast_together(layers, flat, unet.conv_in.weight.dtype):
                 loss, places = loss_of(own.part(k, micro), other and other.part(k, micro))
@@ -351,14 +343,14 @@ def loop(
             found += torch.cat([loss.detach()[None], places]) / cuts
         return found
 
-    compute = Fitted(add_gradient, flat, mine, micro, graph=cfg.cuda_graph)
-    tally, logged = Tally(device, state.get("tally")), state.get("logged", 0)
-    pace, trend = Pace(name, first, steps), Trend()
+    compute = Fitted(add_gradient, flat, size.mine, size.micro, graph=cfg.cuda_graph)
+    tally, logged = Tally(device, trained.state.get("tally")), trained.state.get("logged", 0)
+    pace, trend = Pace(task.name, first, steps), Trend()
     stop.waits = True
     for step, own, other in one_ahead(fetch, range(first, steps), device):
         done = step + 1
         found = compute(done, own, other)
-        ranks.average(flat.grad, found)  # from here on all ranks do and decide the same
+        ranks.all_reduce_mean(flat.grad, found)  # from here on all ranks do and decide the same
         scaler.unscale_(opt)
         grad_norm = torch.nn.utils.clip_grad_norm_([flat], cfg.max_grad_norm)
         opt.param_groups[0]["lr"] = lr = rate(cfg, step, steps, ranks.world)
@@ -370,9 +362,10 @@ def loop(
 
         # ---- from here on nothing changes a weight
         pace.bar.update()
-        saving, showing = due(done, cfg.checkpointing_steps, steps), due(done, show_every, steps)
+        saving = due(done, cfg.checkpointing_steps, steps)
+        showing = due(done, size.show_every, steps)
         logging = saving or showing or due(done, cfg.log_every, steps)
-        asked = ranks.latest(stop.asked or 0)
+        asked = ranks.delayed_maximum(stop.asked or 0)
         if not (logging or asked):
             continue
         means, skipped, bad = tally.read()  # the loop waits for the device here alone
@@ -382,18 +375,13 @@ def loop(
                 f"{done} of {run.folder}; --mixed_precision bf16 or no has the range"
             )
         if bad:
-            index, t = recent[bad]
-            at = [
-                f"{printable([pairs[i % n].name])} at t {u}"
-                for i, u in zip(index.tolist()[:10], objective.steps(t, schedule, knobs).tolist())
-            ]
-            said = f"loss or gradient is not finite at step {bad} of {run.folder} ({', '.join(at)})"
+            sentence = not_finite(f"step {bad} of {run.folder}", recent[bad], pairs, task)
             if cfg.on_nan == "stop":
-                raise FloatingPointError(f"{said}; --on_nan skip leaves such steps out")
-            warnings.warn(f"{said}: skipped, {skipped} in all so far", stacklevel=1)
+                raise FloatingPointError(f"{sentence}; --on_nan skip leaves such steps out")
+            warnings.warn(f"{sentence}: skipped, {skipped} in all so far", stacklevel=1)
         if logging:
             step_ms = pace.step_ms(done - logged)
-            if factor := trend.add(means[0], (done - logged) * total):
+            if factor := trend.add(means[0], (done - logged) * size.total):
                 warnings.warn(
                     f"the loss by step {done}, {means[0]:.3g}, is {factor:.1f} times what it began "
                     "with: the training diverges, and a lower --learning_rate is wanted",
@@ -414,13 +402,13 @@ def loop(
             compute.release()
             if unless_full(show, done) is None:
                 warnings.warn(f"out of memory: no picture of step {done}", stacklevel=1)
-        stopping = ranks.latest(stop.asked or 0)  # read once: it may come at any moment
+        stopping = ranks.delayed_maximum(stop.asked or 0)  # read once: it may come at any moment
         if saving or stopping:
             since = {"logged": logged, "tally": tally.sums.tolist()}
             write = partial(save, since=since)
             saved = run.save_checkpoint(done, write, cfg.checkpoints_total_limit)
         if saving or showing or stopping:
-            ranks.wait()
+            ranks.barrier()
         if stopping:
             raise Stopped(stopping, f"stopped after step {done} of {steps}: {saved} is resumable")
         pace.restart()
@@ -430,6 +418,19 @@ def loop(
 
 def due(done: int, every: int, last: int) -> bool:
     return done % every == 0 or done == last
+
+
+# ---- 6. the result -------------------------------------------------------------------------------
+
+
+def write_result(cfg: TrainConfig, folder: Path, write: Callable) -> None:
+    """The LoRA in diffusers' layout and in those of --lora_format."""
+    layouts = LAYOUTS if cfg.lora_format == "all" else ("diffusers", cfg.lora_format)
+    for layout in dict.fromkeys(layouts):
+        one = partial(write, layout=layout, dtype=DTYPES[cfg.lora_dtype])
+        write_aside(folder / file_of(layout), one)
+    for layout in {*LAYOUTS} - {*layouts}:  # of a run that has been resumed without it
+        (folder / file_of(layout)).unlink(missing_ok=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -443,20 +444,20 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         ranks.join()
-        cfg = ranks.same(lambda: cli.parse(argv))
+        cfg = ranks.broadcast_object(lambda: cli.parse(argv))
         folder = train(cfg, ranks)
         print(f"LoRA      {folder / LORA_FILE}")
         if any((folder / "samples").iterdir()):  # not so with --num_validation_images 0
             print(f"pictures  {folder / 'samples'}")
         print(f"report    {folder / 'report.html'}", flush=True)
-        ranks.leave()
+        ranks.close()
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
-        return cli.report(name, error, aloud=ranks.speaks())
+        return cli.report(name, error, aloud=ranks.reports())
     except KeyboardInterrupt as error:
-        cli.report(name, error, aloud=ranks.speaks())
+        cli.report(name, error, aloud=ranks.reports())
         return 128 + getattr(error, "number", signal.SIGINT)
     except BaseException:  # a mistaken flag has been told of, and a traceback comes
-        ranks.speaks()
+        ranks.reports()
         raise
     return 0
 

@@ -20,9 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 from model.lora import keep_strength, set_strength
 from model.memory import LEVELS, MIB, checkpoint_activations
-from model.objectives import Draws, Knobs, Objective, Predict, noise_loss
-from model.schedule import Schedule
-from model.weighting import listened, preservation, weighted_mean
+from model.objectives import Draws, Predict, Task
+from model.weighting import pair_loss, prior_loss
 
 # cuBLAS keeps 32 MiB on Hopper, 8 before (torch's notes on CUBLAS_WORKSPACE_CONFIG), for each
 # thread that uses it: the backward has one of its own
@@ -104,10 +103,8 @@ def measure(loss: Callable[[int], Tensor], params: Sequence[nn.Parameter], batch
 
 
 def trial(
-    objective: Objective,
+    task: Task,
     predict: Callable[[int], Predict],
-    schedule: Schedule,
-    knobs: Knobs,
     shape: tuple[int, ...],
     *,
     masked: bool = False,
@@ -118,22 +115,16 @@ def trial(
 
     `predict(b)` has the context of b prompts bound. For its memory only: the latents are zeros.
     """
-    device = schedule.alphas_cumprod.device
+    device = task.schedule.alphas_cumprod.device
 
     def loss(b: int) -> Tensor:
         z = torch.zeros(b, *shape, device=device)  # (b, f, 4, h, w)
         s = torch.ones(b, device=device)
         draws = Draws(torch.zeros_like(z[:, 0]), s.long(), s)
         mask = z[:, 0, :1].clone() if masked else None  # (b, 1, h, w)
-        ask, heard = listened(predict(b)) if preserve else (predict(b), [])
-        error = objective.loss(ask, schedule, z[:, 0], z[:, -1], s, draws, knobs)
-        total = weighted_mean(error, mask, 0.5)
-        if heard:
-            total = total + preservation(ask, heard, mask)
-        if prior:
-            x_0 = torch.zeros_like(z[:, 0])
-            total = total + noise_loss(predict(b), schedule, x_0, s, draws, knobs).mean()
-        return total
+        weights = {"outside": 0.5, "preserve": float(preserve)}
+        total, _ = pair_loss(task, predict(b), z, s, draws, mask, **weights)
+        return total + prior_loss(task, predict(b), z[:, :1], draws) if prior else total
 
     return loss
 

@@ -3,7 +3,40 @@
 import torch
 from torch import Tensor
 
-from model.objectives import Predict
+from model.objectives import Draws, Predict, Task, noise_loss
+
+
+def pair_loss(
+    task: Task,
+    predict: Predict,
+    z: Tensor,
+    s: Tensor,
+    draws: Draws,
+    mask: Tensor | None,
+    *,
+    outside: float,
+    preserve: float,
+) -> tuple[Tensor, Tensor]:
+    """The loss (), and the error map (n, 4, h, w), of latents z (b, f, 4, h, w) at strengths s.
+
+    `outside`: the weight of what is not in the mask (b, 1, h, w); `preserve`: that of a term which
+    holds the base's answer there.
+    """
+    ask, heard = listened(predict) if preserve else (predict, [])
+    error = task.objective.loss(ask, task.schedule, z[:, 0], z[:, -1], s, draws, task.knobs)
+    loss = weighted_mean(error, mask, outside)
+    if heard:
+        loss = loss + preserve * preservation(predict, heard, mask)
+    return loss, error
+
+
+def prior_loss(task: Task, predict: Predict, z: Tensor, draws: Draws) -> Tensor:
+    """Prior preservation, (): the noise in class images z (b, 1, 4, h, w), at strength 1.
+
+    Ruiz et al. 2022 (arXiv 2208.12242), section 3.3.
+    """
+    ones = torch.ones(len(z), device=z.device)
+    return noise_loss(predict, task.schedule, z[:, 0], ones, draws, task.knobs).mean()
 
 
 def weighted_mean(error: Tensor, mask: Tensor | None, outside: float) -> Tensor:
@@ -48,7 +81,7 @@ def listened(predict: Predict) -> tuple[Predict, list]:
 def preservation(predict: Predict, heard: list, mask: Tensor) -> Tensor:
     """‖e_s(x_t) − e_0(x_t)‖² outside the mask (b, 1, h, w), at all that the loss has asked."""
     terms = []
-    for x_t, t, e_s in list(heard):
+    for x_t, t, e_s in heard:
         with torch.no_grad():
             e_0 = predict(x_t, t, None)
         apart = (e_s - e_0)[..., -mask.shape[3] :] ** 2  # (n, 4, h, w); of a canvas the right half

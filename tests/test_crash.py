@@ -27,6 +27,7 @@ import train
 from cli import report
 from config import TrainConfig
 from durable import damage, lock, seal, write_aside, write_json
+from model import weighting
 from model.lora_files import LORA_FILE
 from model.memory import out_of_memory
 from model.optim import adamw, step_if
@@ -592,8 +593,8 @@ def test_skipped_steps_change_nothing_and_are_counted_also_over_a_resume(config,
 
 def test_a_gradient_that_no_loss_scale_makes_finite_ends_the_run(config, monkeypatch):
     """In fp16, where one that overflows is the loss scale's matter: thirty times, and no more."""
-    usual = train.weighted_mean
-    monkeypatch.setattr(train, "weighted_mean", lambda *a: no_gradient(usual(*a)))
+    usual = weighting.weighted_mean
+    monkeypatch.setattr(weighting, "weighted_mean", lambda *a: no_gradient(usual(*a)))
     cfg = replace(config, max_train_steps=40, mixed_precision="fp16", checkpointing_steps=100)
     code, lines = main(cfg)
     assert code == 1 and "finite in fp16, however small the loss is made, by step 32" in lines[0]
@@ -601,13 +602,13 @@ def test_a_gradient_that_no_loss_scale_makes_finite_ends_the_run(config, monkeyp
 
 def test_the_loss_scale_goes_on_as_it_was(config, monkeypatch):
     """Halved once, by a gradient that overflowed before the checkpoint gone on from."""
-    usual, calls = train.weighted_mean, []
+    usual, calls = weighting.weighted_mean, []
 
     def once(*how):
         calls.append(1)
         return no_gradient(usual(*how)) if len(calls) == 1 else usual(*how)
 
-    monkeypatch.setattr(train, "weighted_mean", once)
+    monkeypatch.setattr(weighting, "weighted_mean", once)
     cfg = replace(config, max_train_steps=2, mixed_precision="fp16", checkpointing_steps=1)
     assert main(cfg)[0] == 0
     states = [Path(cfg.output_dir) / f"checkpoint-{step}" / "state.json" for step in (1, 2)]
@@ -629,14 +630,14 @@ def test_a_checkpoint_of_more_layers_is_not_gone_on_with(config):
 
 def test_a_checkpoint_before_the_first_good_step(config, monkeypatch):
     """Nothing has moved, and the optimizer has no state: a resume goes on all the same."""
-    usual, calls = train.weighted_mean, []
+    usual, calls = weighting.weighted_mean, []
 
     def bad(*how):
         calls.append(1)
         return usual(*how) * (torch.nan if len(calls) == 1 else 1)
 
     cfg = replace(config, max_train_steps=3, checkpointing_steps=1, on_nan="skip")
-    monkeypatch.setattr(train, "weighted_mean", bad)
+    monkeypatch.setattr(weighting, "weighted_mean", bad)
     assert main(cfg)[0] == 0
     folder = Path(cfg.output_dir)
     whole = (folder / LORA_FILE).read_bytes()
@@ -715,7 +716,7 @@ def test_a_disk_full_for_metrics_and_cache(config, limit):
 
 def test_a_folder_that_cannot_be_written_is_told_before_the_work(config, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    monkeypatch.setattr(train, "phases", None)
+    monkeypatch.setattr(train, "run_phases", None)
     code, lines = main(config)
     assert code == 2 and len(lines) == 1 and "cannot be written to" in lines[0]
 

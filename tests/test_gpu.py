@@ -20,7 +20,7 @@ from model.draws import draw
 from model.frozen import freeze
 from model.lora import inject, keep_strength, lora_layers, set_strength
 from model.memory import LEVELS, MIB, checkpoint_activations, flatten
-from model.objectives import OBJECTIVES, Knobs
+from model.objectives import OBJECTIVES, Knobs, Task
 from model.pipeline import predictor
 from model.plan import CUBLAS, measure, trial
 from model.schedule import Schedule
@@ -374,13 +374,9 @@ def test_the_plan_is_what_a_step_allocates(sd15, level, batch, measured):
     """At 512 pixels: what is there, and what a step makes beside it, against CUDA's allocator."""
     model, params = sd15
     ctx = torch.zeros(1, 77, model.ctx_dim, device="cuda")
-    loss = trial(
-        OBJECTIVES["after"],
-        lambda b: predictor(model, ctx.expand(b, -1, -1)),
-        Schedule.from_config(SD15).to("cuda"),
-        Knobs(),
-        (2, 4, 64, 64),
-    )
+    schedule = Schedule.from_config(SD15).to("cuda")
+    task = Task("after", OBJECTIVES["after"], schedule, Knobs())
+    loss = trial(task, lambda b: predictor(model, ctx.expand(b, -1, -1)), (2, 4, 64, 64))
     checkpoint_activations(model, LEVELS[level], keep_strength(model))
     try:
         loss(batch).backward()  # libraries take their workspaces, and keep them

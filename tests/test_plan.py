@@ -17,7 +17,7 @@ from model.frozen import freeze
 from model.graph import compile_blocks
 from model.lora import inject, keep_strength, lora_layers
 from model.memory import LEVELS, MIB, checkpoint_activations, flatten
-from model.objectives import OBJECTIVES, Knobs
+from model.objectives import OBJECTIVES, Knobs, Task
 from model.pipeline import predictor
 from model.plan import Need, frozen_bytes, measure, plan_memory, trial
 from model.schedule import Schedule
@@ -44,8 +44,8 @@ class Made:
     def loss(self, name="after", side=16, **more):
         ctx = torch.zeros(1, 77, self.unet.ctx_dim)
         predict = lambda b: predictor(self.unet, ctx.expand(b, -1, -1))  # noqa: E731
-        schedule = Schedule.from_config(SD15)
-        return trial(OBJECTIVES[name], predict, schedule, Knobs(), (2, 4, side, side), **more)
+        task = Task(name, OBJECTIVES[name], Schedule.from_config(SD15), Knobs())
+        return trial(task, predict, (2, 4, side, side), **more)
 
     def recompute(self, level):
         checkpoint_activations(self.unet, LEVELS[level], keep_strength(self.unet))

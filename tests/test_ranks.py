@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 import train as loop
 from config import TrainConfig
+from model import weighting
 from model.draws import draw
 from model.lora_files import LORA_FILE
 from model.objectives import OBJECTIVES
@@ -284,7 +285,7 @@ def test_a_loss_that_is_not_finite_is_so_on_all_ranks(config, launched):
     """Also where one rank alone has met it: skipped by both, told by rank 0."""
 
     def arrange(mine: int) -> None:
-        usual = loop.weighted_mean
+        usual = weighting.weighted_mean
         calls = []
 
         def broken(error, *args):
@@ -292,7 +293,7 @@ def test_a_loss_that_is_not_finite_is_so_on_all_ranks(config, launched):
             bad = mine == 1 and len(calls) == 3
             return usual(error * float("nan") if bad else error, *args)
 
-        loop.weighted_mean = broken
+        weighting.weighted_mean = broken
 
     cfg = replace(config, on_nan="skip")
     statuses, (said, nothing) = launched(argv(cfg), argv(cfg), happens=arrange)

@@ -36,7 +36,7 @@ ARROWS = {
     "evaluation_table": ["md"],
     "training.stop": [],
     "progress": [],
-    "training.ranks": [],
+    "training.ranks": ["durable"],
     "training.trackers": ["durable"],
     "revision": [],
     "curve": [],
@@ -55,7 +55,6 @@ ARROWS = {
     "model.optim": [],
     "rows": ["images"],
     "latents": ["data", "images", "progress", "rows", "model.draws"],
-    "training.tally": ["progress"],
     "report": ["cli", "durable", "images", "md"],
     "model.unet": ["model.layers"],
     "model.vae": ["model.layers"],
@@ -77,21 +76,20 @@ ARROWS = {
         "model.lora_layouts", "model.objectives", "model.weights",
     ],
     "model.weighting": ["model.objectives"],
+    "training.tally": ["images", "model.objectives", "pairs", "progress"],
     "model.tiles": ["model.objectives"],
     "model.pipeline": [
         "model.cpu", "model.lora", "model.lora_files", "model.objectives", "model.samplers",
         "model.schedule", "model.text", "model.tiles", "model.unet", "model.vae", "model.weights",
     ],
-    "model.plan": [
-        "model.lora", "model.memory", "model.objectives", "model.schedule", "model.weighting",
-    ],
+    "model.plan": ["model.lora", "model.memory", "model.objectives", "model.weighting"],
     "model.morph": [
         "model.draws", "model.lora", "model.memory", "model.objectives", "model.optim",
         "model.pipeline", "model.samplers", "model.schedule", "progress",
     ],
     "training.inputs": [
         "config", "data", "durable", "images", "latents", "pairs", "progress", "sequences",
-        "model.memory", "model.pipeline",
+        "model.memory", "model.pipeline", "model.vae",
     ],
     "framing": ["data", "model.memory", "model.objectives", "model.pipeline", "model.tiles"],
     "editing": [

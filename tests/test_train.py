@@ -25,6 +25,7 @@ import train as loop
 from config import TrainConfig
 from data import PairDataset
 from latents import Batch
+from model import weighting
 from model.draws import draw, seeded_for
 from model.graph import WARM, Replayed, compile_blocks
 from model.lora import inject, lora_layers
@@ -424,13 +425,13 @@ def test_compiled_equals_eager(config, more, monkeypatch):
 
 def test_a_training_that_diverges_is_told_of_once(config, monkeypatch):
     """Not one whose loss is merely high or rises a little."""
-    usual, calls = loop.weighted_mean, []
+    usual, calls = weighting.weighted_mean, []
 
     def higher(*how):
         calls.append(1)
         return usual(*how) * (1.5 if len(calls) < 3 else 1 + len(calls))
 
-    monkeypatch.setattr(loop, "weighted_mean", higher)
+    monkeypatch.setattr(weighting, "weighted_mean", higher)
     monkeypatch.setattr(Trend, "WINDOW", 10)  # of 5 images a step
     cfg = replace(config, train_batch_size=5, max_train_steps=8, learning_rate=1e-9)
     with pytest.warns(UserWarning, match="times what it began with: the training div") as told:
@@ -781,13 +782,13 @@ def test_class_images_are_learnt_with_the_lora_on_at_draws_of_their_own(
         class_data_dir=str(tmp_path / "class"), num_class_images=2, max_train_steps=2,
         seed=7,
     )  # fmt: skip
-    usual, seen = loop.noise_loss, []
+    usual, seen = weighting.noise_loss, []
 
     def noted(predict, schedule, x_0, m, draws, knobs):
         seen.append((m, draws))
         return usual(predict, schedule, x_0, m, draws, knobs)
 
-    monkeypatch.setattr(loop, "noise_loss", noted)
+    monkeypatch.setattr(weighting, "noise_loss", noted)
     train(cfg)
     for step, (m, draws) in enumerate(seen):
         _, wanted = draw(
@@ -998,7 +999,7 @@ def test_latents_of_another_autoencoder_of_the_same_name_are_made_anew(
 ):
     cfg, vae = replace(config, cache_dir=str(tmp_path / "cache")), load_vae(sd1)
     found = make_dataset(cfg, find_pairs(pairs / "before", pairs / "after"))
-    one = encode_all(cfg, vae, found, torch.device("cpu"))
-    assert torch.equal(encode_all(cfg, vae, found, torch.device("cpu")).mean, one.mean)
+    one = encode_all(cfg, vae, torch.device("cpu"), found)
+    assert torch.equal(encode_all(cfg, vae, torch.device("cpu"), found).mean, one.mean)
     next(vae.parameters()).data *= 1.5
-    assert not torch.equal(encode_all(cfg, vae, found, torch.device("cpu")).mean, one.mean)
+    assert not torch.equal(encode_all(cfg, vae, torch.device("cpu"), found).mean, one.mean)

@@ -63,8 +63,7 @@ def read_given(cfg: TrainConfig, *, fresh: bool) -> Given:
 
 class Trained(NamedTuple):
     unet: UNet
-    layers: list[nn.Module]  # with a LoRA
-    params: list[nn.Parameter]  # theirs, views of
+    params: list[nn.Parameter]  # A and B of each layer with a LoRA, views of
     flat: nn.Parameter
     opt: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # of the loss, on in fp16
@@ -109,7 +108,7 @@ def adapt(
     half = unet.conv_in.weight.dtype == torch.float16
     scaler = torch.amp.GradScaler(flat.device.type, enabled=half)
     state = restore(checkpoint, adapted, opt, scaler) if checkpoint else {}
-    return Trained(unet, layers, params, flat, opt, scaler, state)
+    return Trained(unet, params, flat, opt, scaler, state)
 
 
 def rate(cfg: TrainConfig, step: int, steps: int, world: int = 1) -> float:

@@ -34,10 +34,8 @@ def plan_step(
     """
     device, latents, unet = items.latents.device, items.latents, trained.unet
     attempt = trial(
-        task.objective,
+        task,
         lambda b: predictor(unet, prompts.like(b)),
-        task.schedule,
-        task.knobs,
         latents.rows.shapes["mean"],
         masked=latents.masked,
         preserve=cfg.preserve_weight > 0,

@@ -19,6 +19,7 @@ from images import load_image, shown, to_image
 from latents import Latents, cache_latents
 from model.memory import phase, unless_full
 from model.pipeline import DTYPES, decode, generate_latents, load_pipeline, pick_dtype
+from model.vae import VAE
 from pairs import (
     SIDES,
     Pair,
@@ -68,10 +69,9 @@ def size_of(cfg: TrainConfig, pairs: int, world: int) -> Size:
 
 def find_data(cfg: TrainConfig) -> Data:
     """Shown are held-out pairs, the given images, or some training pairs, in this order."""
-    if not config.is_pairs(cfg):
-        masks = {"mask_dir": cfg.mask_dir, "allow_unmatched": cfg.allow_unmatched}
-        return Data(find_singles(cfg.instance_data_dir, **masks), [], [])
     how = {"mask_dir": cfg.mask_dir, "allow_unmatched": cfg.allow_unmatched}
+    if not config.is_pairs(cfg):
+        return Data(find_singles(cfg.instance_data_dir, **how), [], [])
     if cfg.frames_dir:
         pairs = find_clips(cfg.frames_dir, cfg.frame_stride, mask_dir=cfg.mask_dir)
     elif cfg.sequence_dirs:
@@ -174,12 +174,10 @@ def doubts(
         )
 
 
-def make_gallery(cfg: TrainConfig, shown: list[Pair]) -> PairDataset | None:
-    """What is shown, centre-cropped."""
-    if not shown:
-        return None
+def make_gallery(cfg: TrainConfig, pairs: list[Pair]) -> PairDataset:
+    """Pairs to look at, centre-cropped."""
     return PairDataset(
-        shown,
+        pairs,
         cfg.resolution,
         center_crop=True,
         native_scale=cfg.native_scale,
@@ -231,9 +229,9 @@ def class_images(cfg: TrainConfig, device: torch.device, log: Callable) -> list[
 
 def encode_all(
     cfg: TrainConfig,
-    vae,
-    images: PairDataset,
+    vae: VAE,
     device: torch.device,
+    images: PairDataset,
     place: str = "device",
     share: tuple[int, int] = (0, 1),
     wait: Callable[[], None] = lambda: None,

@@ -63,8 +63,8 @@ class Prompts:
         return torch.zeros(b, *self.contexts.shapes["ctx"], device=self.device)
 
 
-def said_of(cfg: TrainConfig, pairs: list[Pair]) -> list[str]:
-    """The pairs' prompts."""
+def prompts_of(cfg: TrainConfig, pairs: list[Pair]) -> list[str]:
+    """The caption of each pair, else --instance_prompt."""
     return [pair.caption or cfg.instance_prompt for pair in pairs]
 
 

@@ -8,7 +8,6 @@ all of them, so that their weights stay equal without being looked at. One proce
 of this, and every method here then does nothing.
 """
 
-import json
 import os
 import re
 import signal
@@ -23,6 +22,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from durable import read_or_empty
 
 # A rank that dies is noticed at once, by its closed connections and by torchrun; this is for what
 # rank 0 does while the others wait, and making class images may take hours.
@@ -40,7 +41,7 @@ class Ranks:
         self.leads = self.rank == 0
         self.name = f"rank {self.rank} of {self.world}"
         self._store: dist.Store | None = None
-        self._sent: tuple | None = None  # of `latest`
+        self._sent: tuple | None = None  # of `delayed_maximum`
 
     def join(self) -> None:
         """Wait until all ranks are there. ValueError where the launcher has set only a part."""
@@ -61,7 +62,7 @@ class Ranks:
                 world_size=self.world,
                 timeout=PATIENCE,
             )
-            self.wait()
+            self.barrier()
 
     def _meet(self, store: dist.Store) -> dist.Store:
         """The part of the store that is this start's own, under a name that rank 0 makes up.
@@ -82,7 +83,7 @@ class Ranks:
                 time.sleep(0.02)
         return dist.PrefixStore(mine, store)
 
-    def leave(self) -> None:
+    def close(self) -> None:
         """At a good end; after a bad one the others may be gone."""
         if self._store is not None:
             if self._sent is not None:
@@ -110,7 +111,7 @@ class Ranks:
         size = len(pick[0]) // self.world
         return type(pick)(*(x[self.rank * size : (self.rank + 1) * size] for x in pick))
 
-    def average(self, *tensors: Tensor) -> None:
+    def all_reduce_mean(self, *tensors: Tensor) -> None:
         """Each becomes, in place, its mean over the ranks."""
         if self.world == 1:
             return
@@ -119,13 +120,13 @@ class Ranks:
                 dist.all_reduce(one)
                 one /= self.world
 
-    def copy_first(self, tensor: Tensor) -> None:
+    def broadcast(self, tensor: Tensor) -> None:
         """It becomes, in place, what it is on rank 0."""
         if self.world > 1:
             with _together():
                 dist.broadcast(tensor, 0)
 
-    def same(self, make: Callable):
+    def broadcast_object(self, make: Callable):
         """What `make` gives on rank 0; the others do not call it."""
         box = [make() if self.leads else None]
         if self.world > 1:
@@ -133,7 +134,7 @@ class Ranks:
                 dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
         return box[0]
 
-    def most(self, number: int) -> int:
+    def maximum(self, number: int) -> int:
         """The largest that a rank gives."""
         if self.world == 1:
             return number
@@ -142,20 +143,20 @@ class Ranks:
             dist.all_reduce(box, dist.ReduceOp.MAX)
         return int(box)
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """For all of them."""
-        self.most(0)
+        self.maximum(0)
 
     @contextmanager
-    def first(self) -> Iterator[None]:
+    def leader_first(self) -> Iterator[None]:
         """Rank 0 goes through the block, then the others do."""
         if not self.leads:
-            self.wait()
+            self.barrier()
         yield
         if self.leads:
-            self.wait()
+            self.barrier()
 
-    def latest(self, number: int) -> int:
+    def delayed_maximum(self, number: int) -> int:
         """The largest number that a rank gave at the call before, 0 at first; alike on all ranks.
 
         One call late, so that nobody waits: it has come meanwhile. Of one process alone, at once.
@@ -173,17 +174,13 @@ class Ranks:
 
     def restarted(self, folder: str | Path) -> bool:
         """Whether torchrun starts again what it has started in this folder (--max-restarts)."""
-        if self.most(int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)) == 0:
+        if self.maximum(int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)) == 0:
             return False
-        try:
-            said = json.loads((Path(folder) / "revision.json").read_text(encoding="utf-8"))
-            return said["launch"] == launch()
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
+        return read_or_empty(Path(folder) / "revision.json").get("launch", "") == launch_id()
 
     # ---- one voice -------------------------------------------------------------------------------
 
-    def speaks(self) -> bool:
+    def reports(self) -> bool:
         """Whether it is for this rank to say what went wrong: one does, rank 0 if it can."""
         if self._store is None:
             return True
@@ -208,13 +205,13 @@ def _together() -> Iterator[None]:
         raise ConnectionError(f"another process of the run has ended, or is lost: {why}") from error
 
 
-def launch() -> str | None:
+def launch_id() -> str | None:
     """What started this process: the same for all that one torchrun starts, and starts again."""
     name = os.environ.get("TORCHELASTIC_RUN_ID")
     return f"process {os.getppid()} on {socket.gethostname()}" if name == "none" else name
 
 
-class Beside:
+class NullRun:
     """What the other ranks have where rank 0 has the run's folder: it writes nothing."""
 
     started = None

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from config import TrainConfig
 from durable import refuse_file
 from model.memory import out_of_memory, peak_mib
 from runs import FILES, Run
-from training.ranks import Beside, Ranks
+from training.ranks import NullRun, Ranks
 from training.trackers import pick_tracker
 
 # how this folder was opened and where it went: not kept, so that --config repeats the run only
@@ -51,7 +51,7 @@ def refuse_overlap(cfg: TrainConfig) -> None:
             )
 
 
-def open_run(cfg: TrainConfig, ranks: Ranks) -> Run | Beside:
+def open_run(cfg: TrainConfig, ranks: Ranks) -> Run | NullRun:
     """The run's folder, on rank 0; all ranks go on from the checkpoint that is found there."""
     if ranks.leads:
         refuse_overlap(cfg)
@@ -66,8 +66,9 @@ def open_run(cfg: TrainConfig, ranks: Ranks) -> Run | Beside:
             tracker=pick_tracker(cfg.report_to, cfg.logging_dir, told),
         )
     else:
-        run = Beside(cfg.output_dir)
-    run.checkpoint, run.resume_step = ranks.same(lambda: (run.checkpoint, run.resume_step))
+        run = NullRun(cfg.output_dir)
+    found = ranks.broadcast_object(lambda: (run.checkpoint, run.resume_step))
+    run.checkpoint, run.resume_step = found
     return run
 
 
@@ -89,7 +90,7 @@ def settings(cfg: TrainConfig) -> Iterator[None]:
 
 
 @contextmanager
-def summarized(run: Run | Beside, leads: bool, device: torch.device) -> Iterator[None]:
+def summarized(run: Run | NullRun, leads: bool, device: torch.device) -> Iterator[None]:
     """Writes summary.json however the block ends.
 
     Memory that did not suffice becomes a MemoryError with what needs less, and an error of a run
@@ -113,6 +114,8 @@ def summarized(run: Run | Beside, leads: bool, device: torch.device) -> Iterator
             error.add_note(run.last_good())
         raise error
     finally:
-        # an error on the way is not to be hidden by the same one when its summary is written
-        with suppress(*() if status == "finished" else (OSError,)):
+        try:
             run.finish(status, peak_mib=round(peak_mib(device), 1))
+        except OSError:  # must not hide the error of a run that has failed, perhaps the same one
+            if status == "finished":
+                raise

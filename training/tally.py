@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from images import shown
+from model.objectives import Task
+from pairs import Pair
 from progress import no_bars
 
 
@@ -39,6 +42,17 @@ class Tally:
 
     def clear(self) -> None:
         self.sums[:5] = 0.0
+
+
+def not_finite(where: str, drawn: tuple[Tensor, Tensor], pairs: list[Pair], task: Task) -> str:
+    """That loss or gradient is not finite there, with the step's first ten pairs and their t."""
+    index, t = drawn
+    steps = task.objective.steps(t, task.schedule, task.knobs).tolist()
+    at = [
+        f"{shown([pairs[i % len(pairs)].name])} at t {u}"
+        for i, u in zip(index.tolist()[:10], steps)
+    ]
+    return f"loss or gradient is not finite at {where} ({', '.join(at)})"
 
 
 class Trend:
