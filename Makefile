@@ -41,6 +41,9 @@ SEEDS  ?= 0
 NEEDED  = $(addsuffix /.done,$(sort $(shell grep -oshE 'data/(scenes/[a-z]+|random_base)' $(call quote,$(F)))))
 
 VENV ?= .venv
+ifneq ($(words $(VENV)),1)
+  $(error VENV=$(VENV): a folder without spaces in its name, which make cannot have in a target)
+endif
 ifdef PYTHON
   PY     = $(call quote,$(PYTHON))
   READY :=
@@ -79,8 +82,8 @@ $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-check-data: $(READY) ## look at pairs before training: BEFORE= AFTER=
-	$(PY) check_data.py $(call flag,--before,$(BEFORE)) $(call flag,--after,$(AFTER)) $(call flag,--out,$(OUT)) $(ARGS)
+check-data: $(READY) ## look at pairs before training: BEFORE= AFTER= [MASK=]
+	$(PY) check_data.py $(call flag,--before,$(BEFORE)) $(call flag,--after,$(AFTER)) $(call flag,--mask_dir,$(MASK)) $(call flag,--out,$(OUT)) $(ARGS)
 
 train: $(READY) $(if $(SCENES),$(SCENES)/.done) ## train a LoRA: BEFORE= AFTER= (pairs), INSTANCE= (single images), or the scenes
 	$(PY) train.py --pretrained_model_name_or_path $(call quote,$(MODEL)) \

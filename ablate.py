@@ -50,8 +50,9 @@ from durable import (
 )
 from editing import check
 from evaluate import find_held_out
-from pairs import fingerprint
+from pairs import find_singles, fingerprint
 from training.inputs import find_data
+from training.session import ONCE
 
 ROOT = Path(__file__).parent
 SHOWN = 6  # pairs in sheet.png
@@ -62,7 +63,7 @@ SHOWN = 6  # pairs in sheet.png
 DATA = ("before_data_dir", "after_data_dir", "mask_dir", "instance_data_dir", "frames_dir",
         "frame_stride", "sequence_dirs", "sequence_times", "allow_unmatched", "use_image_pairs",
         "validation_pairs", "max_pairs")  # fmt: skip
-HOW = {"output_dir", "overwrite", "resume_from_checkpoint"}  # where and how, not what
+HOW = {"output_dir", *ONCE}  # where and how, not what
 
 
 def plain(cfg: TrainConfig) -> dict:
@@ -93,7 +94,8 @@ def make_jobs(path: Path, arms: list[Arm], seeds: list[int], out: Path) -> list[
 
 
 def changed(job: Job) -> list[str]:
-    """The fields in which the run that is there differs from what is asked for, and "data".
+    """The fields in which the run that is there differs from what is asked for, "data" and
+    "class_data".
 
     A field that the older run did not know counts as its default.
     """
@@ -102,8 +104,12 @@ def changed(job: Job) -> list[str]:
         return []
     old = {k: v for k, v in {**plain(TrainConfig()), **there}.items() if k not in HOW}
     other = [k for k in sorted(old | now) if old.get(k) != now.get(k)]
-    was, on = read_or_empty(job.run / "revision.json").get("data"), {k: now[k] for k in DATA}
-    return other + ["data"] * (was is not None and trained_on(json.dumps(on)) not in (None, was))
+    were = read_or_empty(job.run / "revision.json")
+    are = {
+        "data": trained_on(json.dumps({k: now[k] for k in DATA})),
+        "class_data": class_images(job.cfg.class_data_dir, job.cfg.num_class_images),
+    }
+    return other + [k for k, v in are.items() if None not in (v, were.get(k)) and v != were[k]]
 
 
 @cache
@@ -112,6 +118,14 @@ def trained_on(fields: str) -> str | None:
     they cannot be read, which train.py will say."""
     with contextlib.suppress(OSError, ValueError):
         return fingerprint(find_data(TrainConfig(**json.loads(fields))).train)
+
+
+@cache
+def class_images(folder: str | None, count: int) -> str | None:
+    """The same of --class_data_dir; None where some are to be made still."""
+    with contextlib.suppress(OSError, ValueError):
+        found = find_singles(folder, flag="--class_data_dir") if folder is not None else []
+        return fingerprint(found[: max(count, 1)]) if len(found) >= max(count, 1) else None
 
 
 @cache
@@ -203,8 +217,8 @@ def train(job: Job, threads: int | None, held: int) -> None:
     """Train it, if it is not."""
     if trained(job):
         return
-    other, status = changed(job), read_or_empty(job.run / "summary.json").get("status")
-    why = f"again, other {', '.join(other)}" if other else "resumed" if status else "new"
+    other, there = changed(job), (job.run / "config.json").exists()
+    why = f"again, other {', '.join(other)}" if other else "resumed" if there else "new"
     print(f"{title(job)}: training ({why})", flush=True)
     how = ["--overwrite"] if other else ["--resume_from_checkpoint", "latest"]
     own = ["--seed", str(job.seed), "--output_dir", str(job.run), *how]
@@ -289,6 +303,9 @@ def ablate(path: Path, seeds: list[int], out: Path, workers: int, only: list[str
             raise ValueError(f"{told}: {error}") from error
     refuse_file(out, "--out")
     refuse_others(out, ("table.md", "plot.png", "sheet.png"), "results.json")
+    other = read_or_empty(out / "results.json").get("file")
+    if isinstance(other, str) and Path(other).exists() and not Path(other).samefile(path):
+        raise FileExistsError(f"--out {out} holds the ablation of {other}: choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     with lock(out, "--out") as held:  # not signed: who holds it last may be one that was started
         return work_off(path, jobs, out, workers, only, held.fileno())

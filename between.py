@@ -17,7 +17,15 @@ from torch import Tensor
 
 from data import MAX_ASPECT, aspect_gap, by
 from durable import read_or_empty, refuse_others, save_image, write_aside, write_json
-from editing import defaults, draws_anew, editor, objective_of, open_pipeline, prompt_of
+from editing import (
+    defaults,
+    draws_anew,
+    editor,
+    finite,
+    objective_of,
+    open_pipeline,
+    prompt_of,
+)
 from framing import brought_to
 from images import contact_sheet, eight_bit, load_image, to_image, to_tensor
 from measures import mse, path, perceived, psnr, structure
@@ -74,6 +82,8 @@ def check(args: argparse.Namespace) -> None:
     if args.lora_after and not args.lora:
         raise ValueError("--lora_after is for the after image: give the before image's as --lora")
     direct = method_of(args, args.objective) == "direct"  # without a LoRA no header says more
+    if direct and args.fit_steps and args.objective not in (None, "delta"):
+        raise ValueError(f"--fit_steps fits a LoRA of delta, and --objective is {args.objective}")
     if direct and (args.lora_after or not (args.lora or args.fit_steps)):
         asked = "--method direct" if args.method else f"--objective {args.objective}"
         raise ValueError(f"{asked} needs one LoRA: --lora alone, or --fit_steps")
@@ -181,7 +191,7 @@ def morph(
     plain, _ = renderer(pipe, blended(z), z, pixels, correct=False)
     blend = plain(torch.linspace(0, 1, args.frames, device=z.device))
 
-    out, images = Path(args.out), [to_image(frame) for frame in frames]
+    out, images = Path(args.out), [to_image(finite(frame)) for frame in frames]
     out.mkdir(parents=True, exist_ok=True)
     earlier = read_or_empty(out / "morph.json").get("strengths")
     for name, image in zip(frame_names(len(images)), images):

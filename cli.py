@@ -21,7 +21,7 @@ PATHS = {"DIR", "FILE", "IMAGE", "IMAGE_OR_DIR", "RUN_OR_FILE"}  # metavars
 class Parser(argparse.ArgumentParser):
     """One sentence on stderr and exit status 2; no abbreviations. stdout takes any file's name.
 
-    A list of numbers may begin with a negative one; no path is empty.
+    A list of numbers may begin with a negative one; no path is empty, ~/ is the home folder.
     """
 
     def __init__(self, **keywords):
@@ -33,6 +33,8 @@ class Parser(argparse.ArgumentParser):
     def _get_value(self, action, arg_string):
         if not arg_string and action.metavar in PATHS:  # pathlib takes it for the current folder
             raise argparse.ArgumentError(action, "a path was wanted, got ''")
+        if arg_string.startswith("~/"):  # the shell leaves it in --flag=~/x and in quotes
+            arg_string = os.path.expanduser(arg_string)
         return super()._get_value(action, arg_string)
 
     def error(self, message):

@@ -155,7 +155,7 @@ class PairDataset(torch.utils.data.Dataset):
             if native_scale and min(sizes["after"]) < resolution:
                 raise ValueError(
                     f"{shown([pair.name])} is {by(sizes['after'])}; crops of --resolution "
-                    f"{resolution} cannot be had from it at --native_scale"
+                    f"{resolution} at its native scale do not fit into it"
                 )
             base = min(sizes["after"]) if native_scale else resolution
             width, height = with_short_side(round(base * random_scale), *sizes["after"])

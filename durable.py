@@ -176,11 +176,13 @@ def sign(file: FileIO) -> None:
         raise naming(error, Path(file.name)) from error
 
 
-def save_image(image: Image.Image, path: Path, tags: object = None) -> None:
-    """A PNG; at a path that ends in .tif a TIFF, with `tags` beside its own."""
-    how = {"format": "PNG"}
+def save_image(
+    image: Image.Image, path: Path, tags: object = None, profile: bytes | None = None
+) -> None:
+    """A PNG; at a path that ends in .tif a TIFF, with `tags` beside its own. profile: ICC's."""
+    how = {"format": "PNG", "icc_profile": profile}
     if path.suffix == ".tif":
-        how = {"format": "TIFF", "compression": "tiff_deflate", "tiffinfo": tags or {}}
+        how |= {"format": "TIFF", "compression": "tiff_deflate", "tiffinfo": tags or {}}
     write_aside(path, lambda aside: image.save(aside, **how))
 
 

@@ -19,7 +19,7 @@ from durable import refuse_file, refuse_read_only
 from framing import Framing, frame_of, within_memory
 from model.files import first_line, is_local, moved_note
 from model.memory import out_of_memory, unless_full
-from model.objectives import OBJECTIVES, How, Knobs
+from model.objectives import OBJECTIVES, PORTABLE, How, Knobs
 from model.pipeline import (
     Pipeline,
     at_strengths,
@@ -60,7 +60,7 @@ def exit_status(prog: str, work: Callable[[], None]) -> int:
     try:
         work()
         sys.stdout.flush()  # a reader that has gone is found here, not at the end of Python
-    except (ValueError, OSError, MemoryError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         return report(prog, error)
     except RuntimeError as error:
         if not out_of_memory(error):
@@ -216,6 +216,9 @@ def without_effect(args: argparse.Namespace, pipe: Pipeline) -> Iterator[str]:
             yield f"--strength {strength:g} has no effect beside --strengths"
         elif args.lora is None and args.command == "generate":
             yield f"--strength {strength:g} has no effect without --lora"
+    kind = pipe.meta.get("objective")
+    if getattr(args, "command", "") == "generate" and kind in {*OBJECTIVES} - {*PORTABLE}:
+        yield f"a LoRA of {kind} is for `sample.py edit`: it has nothing to say of noise alone"
 
 
 def editor(
@@ -279,6 +282,8 @@ def warn_of_unread(args: argparse.Namespace, objective: str) -> None:
         if flag not in uses and (value := getattr(args, flag)) != usual[flag]:
             warnings.warn(f"--{flag} {value} has no effect on {objective}", stacklevel=2)
     swept, values = getattr(args, "sweep", None) or ("", [])
+    if swept and (value := getattr(args, swept)) != usual[swept]:
+        warnings.warn(f"--{swept} {value} has no effect beside --sweep {swept}=...", stacklevel=2)
     starts = values if swept == "start" else [args.start]
     fixed = "seed" in uses and not any(draws_anew(objective, start) for start in starts)
     if args.seed != usual["seed"] and fixed:
@@ -289,6 +294,15 @@ def warn_of_unread(args: argparse.Namespace, objective: str) -> None:
 def states_between(pipe: Pipeline) -> str:
     """How this LoRA shows the states between before and after: see `at_strengths`."""
     return "lora" if pipe.meta.get("states", 2) > 2 else "fade"
+
+
+def finite(pixels: Tensor) -> Tensor:
+    """The same. FloatingPointError where they are not: a saved picture would be black there."""
+    if not pixels.isfinite().all():
+        raise FloatingPointError(
+            "the picture is not finite: a strength nearer to 0, or --mixed_precision bf16 or no"
+        )
+    return pixels
 
 
 def edit_pixels(
@@ -322,7 +336,8 @@ def edit_pixels(
 
         # what shrinking takes of an image is kept as what the autoencoder loses is
         detail = args.keep_detail
-        return at_strengths(picture, pixels, z, strengths, edit, fade=fade, detail=detail)
+        images = at_strengths(picture, pixels, z, strengths, edit, fade=fade, detail=detail)
+        return [finite(x) for x in images]
 
     frame = frame_of(args, pipe, objective, pixels.shape[2:])
     if (n := len(pixels)) == 1:
@@ -338,12 +353,12 @@ def edit_pixels(
     return [torch.cat(some) for some in zip(*parts)]
 
 
-def batches(kinds: Sequence, most: int) -> Iterator[slice]:
-    """Cuts of neighbours of one kind, `most` at a time."""
+def batches(kinds: Sequence, most: Callable[..., int]) -> Iterator[slice]:
+    """Cuts of neighbours of one kind, `most(kind)` at a time."""
     start = 0
-    for _, alike in groupby(kinds):
-        end = start + len(list(alike))
-        yield from (slice(i, min(i + most, end)) for i in range(start, end, most))
+    for kind, alike in groupby(kinds):
+        end, count = start + len(list(alike)), most(kind)
+        yield from (slice(i, min(i + count, end)) for i in range(start, end, count))
         start = end
 
 

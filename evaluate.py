@@ -52,7 +52,7 @@ from images import contact_sheet, eight_bit, to_image
 from measures import best, collect, judge, mse, progress, psnr, spearman, spread, statistics
 from model.draws import seed_for
 from model.pipeline import Pipeline, decode, encode
-from pairs import SIDES, Pair, find_pairs, fingerprint, refuse_among
+from pairs import SIDES, Pair, find_pairs, fingerprint, image_hashes, refuse_among
 from progress import no_bars
 from report import write_report
 
@@ -109,6 +109,13 @@ def find_held_out(args: argparse.Namespace) -> HeldOut:
     )
 
 
+def trained_on(lora: str) -> set[str]:
+    """The `image_hashes` of the pairs of the run that left this LoRA, where its folder has them."""
+    folder = Path(lora) if Path(lora).is_dir() else Path(lora).parent
+    known = read_or_empty(folder / "revision.json").get("images")
+    return {*known} if isinstance(known, list) else set()
+
+
 def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
     """What evaluation.json holds, and before, predicted, after and error of the first pairs."""
     pairs, between, outcomes = held_out = find_held_out(args)
@@ -135,7 +142,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
     prompts = [told if args.prompt is not None else pair.caption or told for pair in pairs]
     rows, pictures = [], []
     bar = tqdm(total=len(pairs), desc="evaluate", disable=no_bars())
-    for part in batches(prompts, args.batch_size):
+    for part in batches(prompts, lambda _: args.batch_size):
         items = [dataset[i] for i in range(len(pairs))[part]]
         pixels = torch.stack([item["before"] for item in items])  # (b, 3, H, W)
         # each picture's noise is its own, or the pairs were not independent of each other
@@ -167,8 +174,12 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
             bar.update()
     bar.close()
 
-    if read_or_empty(Path(args.lora, "revision.json")).get("data") == fingerprint(pairs):
-        warnings.warn(f"these are the pairs that {args.lora} was trained on", stacklevel=2)
+    before = trained_on(args.lora)
+    if known := sum(one in before for one in image_hashes(pairs)):
+        warnings.warn(
+            f"{known} of these {len(pairs)} pairs are among those {args.lora} was trained on",
+            stacklevel=2,
+        )
     result = {
         "lora": str(args.lora),
         "base": pipe.base,

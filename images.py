@@ -212,6 +212,12 @@ def place_on_map(path: Path | str) -> TiffImagePlugin.ImageFileDirectory_v2:
     return found
 
 
+def colour_profile(path: Path | str) -> bytes | None:
+    """The ICC profile of an RGB picture: what its numbers, which `load_image` keeps, mean."""
+    with _reading(path), _open(path) as image:
+        return image.info.get("icc_profile") if image.mode in ("RGB", "RGBA", "P") else None
+
+
 def load_mask(path: Path | str) -> Image.Image:
     """A mask as "L": 255 is where the change is. Files that hold labels 0 and 1 are stretched.
 

@@ -284,11 +284,25 @@ def _of_frames(path: Path, changed: int, size: int) -> str:
     return file_sha256(path)
 
 
-def fingerprint(pairs: Sequence[Pair], hashes: Sequence[dict[str, str]] | None = None) -> str:
-    """sha256 over names, captions and file bytes, hex: equal for equal data, wherever it lies.
+Hashes = Sequence[dict[str, str]]  # each pair's `file_hash` by side
 
-    hashes: each pair's `file_hash` by side, where they are known.
-    """
+
+def image_hashes(pairs: Sequence[Pair], hashes: Hashes | None = None) -> list[str]:
+    """16 hex digits a pair, of the bytes of its two images alone, whatever they are called."""
+    found = []
+    for i, pair in enumerate(pairs):
+        known = hashes[i] if hashes else {}
+        sides = [
+            known.get(side) or file_hash(path)
+            for side, path in pair.files.items()
+            if side != "mask"
+        ]
+        found.append(hashlib.sha256(" ".join(sides).encode()).hexdigest()[:16])
+    return found
+
+
+def fingerprint(pairs: Sequence[Pair], hashes: Hashes | None = None) -> str:
+    """sha256 over names, captions and file bytes, hex: equal for equal data, wherever it lies."""
     whole = hashlib.sha256(b"[")
     for i, p in enumerate(pairs):
         known = hashes[i] if hashes else {side: file_hash(path) for side, path in p.files.items()}

@@ -89,7 +89,8 @@ class Run:
             if resume is not None and there:
                 self._new = False
                 self._find_checkpoint(resume)
-                self._compare(config)
+                self._refuse_strangers()
+                self._compare()
             elif resume not in (None, "latest"):
                 raise FileNotFoundError(f"--resume_from_checkpoint {resume}: {folder} holds no run")
             elif there:
@@ -107,6 +108,13 @@ class Run:
             raise FileExistsError(
                 f"--output_dir {self.folder} holds a run already: choose another folder, go on "
                 "with --resume_from_checkpoint latest, or replace it with --overwrite"
+            )
+
+    def _refuse_strangers(self) -> None:
+        if self.checkpoint is None and "instance_prompt" not in self._read("config.json"):
+            raise FileExistsError(
+                f"--output_dir {self.folder} has a config.json that is not a training run's, which "
+                "would be replaced: choose another folder"
             )
 
     def _replaced(self) -> list[Path]:
@@ -156,6 +164,7 @@ class Run:
         kept = [row for row in rows if row["step"] <= self.resume_step]
         text = b"".join(map(json_bytes, kept))
         write_aside(self.folder / "metrics.jsonl", lambda aside: aside.write_bytes(text))
+        remove(self.folder / "summary.json")  # of a run that goes on: it is not finished now
         write_json(self.folder / "revision.json", {**revision(), **fingerprints})
         write_json(self.folder / "config.json", self._config)
         (self.folder / BEGINNING).unlink(missing_ok=True)
@@ -203,8 +212,8 @@ class Run:
             )
         warnings.warn(f"--resume_changed: the run in {self.folder} had {what}", stacklevel=4)
 
-    def _compare(self, config: dict) -> None:
-        now, usual = (json.loads(json_bytes(fields)) for fields in (config, self._usual))
+    def _compare(self) -> None:
+        now, usual = (json.loads(json_bytes(fields)) for fields in (self._config, self._usual))
         old = usual | self._read("config.json")
         length = [k for k in ("max_train_steps", "num_train_epochs") if old.get(k) != now.get(k)]
         steady = now.get("lr_scheduler", "constant").startswith("constant")

@@ -9,6 +9,7 @@ Strength is one number everywhere: 0 = before, 1 = after, 0.5 = half way, negati
 """
 
 import argparse
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 import between
 from cli import Parser
-from durable import refuse_others, save_image
+from durable import refuse_others, save_image, write_json
 from editing import (
     add_common_flags,
     add_edit_flags,
@@ -29,6 +30,7 @@ from editing import (
     check,
     edit_pixels,
     exit_status,
+    finite,
     numbers,
     objective_of,
     open_pipeline,
@@ -37,6 +39,7 @@ from editing import (
 )
 from framing import frame_of, scale_in_doubt
 from images import (
+    colour_profile,
     contact_sheet,
     load_image,
     place_on_map,
@@ -45,10 +48,15 @@ from images import (
     to_image,
     to_tensor,
 )
-from model.pipeline import decode, generate_latents
+from model.pipeline import Pipeline, decode, generate_latents
 from model.samplers import SAMPLERS
 from pairs import find_images, left_out, real_folders, refuse_among
 from progress import no_bars
+
+SHEET = 64  # pictures, or rows of them, in a contact sheet
+ACROSS = 8  # pictures from a prompt in a row of it
+AT_ONCE = 2**24  # pixels of inputs held at a time: 64 of SD's size, few photos
+MARK = "sample.json"  # what made the pictures of a folder
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -60,16 +68,16 @@ def generate(args: argparse.Namespace) -> None:
     if args.num < 1:
         raise ValueError(f"--num must be at least 1, got {args.num}")
     seeds = range(args.seed, args.seed + args.num)
-    refuse_others(out, (f"{seed:05d}.png" for seed in seeds), "sheet.png")
+    refuse_others(out, (*(f"{seed:05d}.png" for seed in seeds), "sheet.png"), MARK)
     pipe = open_pipeline(args)
     f = pipe.vae.downscale
     if args.height % f or args.width % f:
         raise ValueError(f"--height and --width must be multiples of {f} for this autoencoder")
     prompt = prompt_of(args, pipe)
     _, predict = pipe.predictors(prompt, args.guidance)
-    images = []
+    small = []
     bar = tqdm(total=args.num, desc="generate", disable=no_bars())
-    for part in batches([prompt] * args.num, args.batch_size):
+    for part in batches([prompt] * args.num, lambda _: args.batch_size):
         z = generate_latents(
             predict,
             pipe.schedule,
@@ -79,15 +87,51 @@ def generate(args: argparse.Namespace) -> None:
             steps=args.steps,
             multiplier=pipe.multiplier(args.strength),
         )
+        pictures = [to_image(one) for one in finite(decode(pipe.vae, z))]
         out.mkdir(parents=True, exist_ok=True)  # a sampler may have refused the steps
-        for seed, pixels in zip(seeds[part], decode(pipe.vae, z)):
-            images.append(to_image(pixels))
-            save_image(images[-1], out / f"{seed:05d}.png")
+        if not small:
+            leave_mark(args, pipe)
+        for seed, image in zip(seeds[part], pictures):
+            save_image(image, out / f"{seed:05d}.png")
+            small += [thumbnail(image)] * (len(small) < SHEET)
             bar.update()
     bar.close()
-    sheet = contact_sheet([images], [f"seed {seed}" for seed in seeds], [prompt])
-    save_image(sheet, out / "sheet.png")
+    rows = [small[i : i + ACROSS] for i in range(0, len(small), ACROSS)]
+    names = [f"{prompt}, seed {seed}" for seed in seeds[: len(small) : ACROSS]]
+    columns = [f"seed + {i}" if i else "seed" for i in range(len(rows[0]))]
+    save_image(contact_sheet(rows, columns, names), out / "sheet.png")
     print(f"{args.num} images and sheet.png in {out}")
+
+
+def leave_mark(args: argparse.Namespace, pipe: Pipeline) -> None:
+    """sample.json: base, LoRA's header and flags. A folder that has it may be written to again."""
+    flags = {name: value for name, value in vars(args).items() if name != "command"}
+    what = {"command": args.command, "base": pipe.base, "lora": pipe.meta, "flags": flags}
+    write_json(Path(args.out) / MARK, what)
+
+
+def inputs_of(args: argparse.Namespace) -> tuple[list[Path], list[Path]]:
+    """--input's files and their stems below it. ValueError or OSError: it has none, twice one,
+    or --out would replace some."""
+    source, out = Path(args.input), Path(args.out)
+    if source.is_dir():
+        files, root = find_images(source, "--input"), source
+        if not files:
+            raise ValueError(f"--input {source} holds no images")
+        if others := left_out(source, "--input"):
+            print(f"--input: {len(others)} files that are no images are left out: {shown(others)}")
+        refuse_among([out], [("--input", source)])
+    elif source.is_file():
+        files, root = [source], source.parent
+        if os.path.realpath(out) in real_folders(files) | {os.path.realpath(root)}:
+            raise ValueError(f"--out {out} is the folder of the input; results would replace it")
+    else:
+        raise FileNotFoundError(f"--input {source} does not exist")
+    stems = [file.relative_to(root).with_suffix("") for file in files]
+    if len(set(stems)) < len(stems):
+        twice = next(stem for stem in stems if stems.count(stem) > 1)
+        raise ValueError(f"--input {source} has two images of the stem {twice}")
+    return files, stems
 
 
 def edit(args: argparse.Namespace) -> None:
@@ -96,26 +140,8 @@ def edit(args: argparse.Namespace) -> None:
     Several --strengths also make a GIF and a strip of each input. Each value of --sweep is a row of
     the sheet.
     """
-    source, out = Path(args.input), Path(args.out)
-    if source.is_dir():
-        files, root = find_images(source, "--input"), source
-        if not files:
-            raise ValueError(f"--input {source} holds no images")
-        if others := left_out(source, "--input"):
-            print(f"--input: {len(others)} files that are no images are left out: {shown(others)}")
-    elif source.is_file():
-        files, root = [source], source.parent
-    else:
-        raise FileNotFoundError(f"--input {source} does not exist")
-    if source.is_dir():
-        refuse_among([out], [("--input", source)])
-    elif os.path.realpath(out) in real_folders(files) | {os.path.realpath(root)}:
-        raise ValueError(f"--out {out} is the folder of the input; results would replace it")
+    out, (files, stems) = Path(args.out), inputs_of(args)
     strengths = args.strengths if args.strengths is not None else [args.strength]
-    stems = [file.relative_to(root).with_suffix("") for file in files]
-    if len(set(stems)) < len(stems):
-        twice = next(stem for stem in stems if stems.count(stem) > 1)
-        raise ValueError(f"--input {source} has two images of the stem {twice}")
     settings = variants(args)
     for _, _, how in settings:
         check(how)
@@ -127,10 +153,7 @@ def edit(args: argparse.Namespace) -> None:
         for _, tag, _ in settings
     ]
     tails = [*chain(*endings), *([".gif", "_strip.png"] if len(strengths) > 1 else [])]
-    sizes, places = [], []
-    for file, stem in zip(files, stems):  # all of them before anything is written
-        sizes.append(load_image(file).size)
-        places.append(place_on_map(file) if args.format == "tif" else None)
+    for file, stem in zip(files, stems):
         if f"{stem}{endings[0][0]}".lower() == "sheet.png":
             raise ValueError(
                 f"--input {shown([file])} has the name of the contact sheet, which would replace "
@@ -138,7 +161,9 @@ def edit(args: argparse.Namespace) -> None:
             )
         if len(os.fsencode(stem.name)) + max(map(len, tails)) > 255:
             raise ValueError(f"--input {shown([file])} has too long a name for its result's")
-    refuse_others(out, (f"{stem}{tail}" for stem in stems for tail in tails), "sheet.png")
+    refuse_others(out, (*(f"{stem}{tail}" for stem in stems for tail in tails), "sheet.png"), MARK)
+    sizes = [load_image(file).size for file in files]  # all of them before anything is written
+    places = [place_on_map(file) if args.format == "tif" else None for file in files]
 
     pipe = open_pipeline(args)
     objective = objective_of(args, pipe)
@@ -151,25 +176,31 @@ def edit(args: argparse.Namespace) -> None:
     columns = ["before", *(f"strength {s:g}" for s in strengths)]
     rows, names, differs = [], [], False  # rows of the sheet
     bar = tqdm(total=len(files), desc=args.command, disable=no_bars())
-    for part in batches(sizes, args.batch_size):
+    for part in batches(sizes, lambda size: min(args.batch_size, AT_ONCE // math.prod(size) or 1)):
         images = [load_image(file, background) for file in files[part]]
         pixels = torch.stack([to_tensor(image) for image in images])  # (b, 3, H, W)
-        edited = [edit_pixels(pipe, objective, pixels, strengths, how) for _, _, how in settings]
-        for k, (stem, place, image) in enumerate(zip(stems[part], places[part], images)):
-            first = None
+        edited = [  # for each setting and strength b pictures, in 8 bits
+            [list(map(to_image, at)) for at in edit_pixels(pipe, objective, pixels, strengths, how)]
+            for _, _, how in settings
+        ]
+        if not rows:  # an objective may have refused the base
+            out.mkdir(parents=True, exist_ok=True)
+            leave_mark(args, pipe)
+        for k, (file, stem, image) in enumerate(zip(files[part], stems[part], images)):
+            profile, first = colour_profile(file), None
             for (label, tag, _), ends, at in zip(settings, endings, edited):
-                results = [to_image(some[k]) for some in at]
+                results = [some[k] for some in at]
                 first = first or results
                 differs |= results != first
                 for ending, result in zip(ends, results):
                     path = out / f"{stem}{ending}"
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    save_image(result, path, place)
+                    save_image(result, path, places[part][k], profile)
                 if len(strengths) > 1 and not tag:
                     between.save_gif(results, out / f"{stem}.gif")
                     strip = contact_sheet([results], columns[1:], [str(stem)])
                     save_image(strip, out / f"{stem}_strip.png")
-                if len(rows) < 64:
+                if len(rows) < SHEET:
                     rows.append([thumbnail(one) for one in (image, *results)])
                     names.append(f"{stem} {label}".strip())
             bar.update()

@@ -22,7 +22,7 @@ from torch import Tensor
 import cli
 import config
 from config import TrainConfig
-from durable import save_image, write_aside
+from durable import remove, save_image, write_aside
 from hub import find_token, open_repository, publish
 from latents import Batch, one_ahead
 from model.draws import draw
@@ -39,7 +39,7 @@ from model.pipeline import DTYPES, loaded, pick_device, pick_dtype, predictor
 from model.schedule import Schedule
 from model.weighting import in_and_out, pair_loss, prior_loss
 from model.weights import load_scheduler_config, load_unet, load_vae
-from pairs import Pair, fingerprint
+from pairs import Pair, fingerprint, image_hashes
 from report import write_report
 from runs import Run
 from training.adapting import Trained, adapt, rate, read_given
@@ -56,6 +56,7 @@ from training.inputs import (
     make_gallery,
     passed_over,
     size_of,
+    spread,
 )
 from training.prompts import Prompts, load_prompts, prompts_of
 from training.ranks import NullRun, Ranks, launch_id
@@ -134,7 +135,7 @@ def run_phases(
     # ---- 1. data: looked at before anything is loaded or written
     given = read_given(cfg, fresh=run.checkpoint is None)  # --base_lora, --init_lora
     pairs, held_out, shown = find_data(cfg)
-    held_out = held_out[:32]  # enough to see the loss by
+    held_out = spread(held_out, 32)  # enough to see the loss by
     if not ranks.leads:  # rank 0 looks for all
         held_out, shown = [], []
     for line in passed_over(cfg) if ranks.leads else ():
@@ -221,6 +222,7 @@ def run_phases(
         {
             "base": base,
             "data": fingerprint(pairs, dataset.hashes),
+            "images": image_hashes(pairs, dataset.hashes),
             "class_data": fingerprint(class_pairs) if class_pairs else None,
             "base_lora": meta["base_lora"] and meta["base_lora"]["sha256"],
             "trained_parameters": trained.flat.numel(),
@@ -263,6 +265,8 @@ def run_phases(
         write_result(cfg, run.folder, partial(write_lora, metadata={**meta, "steps": size.steps}))
         if shown.pairs:
             write_aside(run.folder / "strengths", partial(watch.strengths, shown))
+        else:
+            remove(run.folder / "strengths")  # of a run that has been resumed without pictures
 
 
 # ---- 5. the loop: z -> error -> loss -> gradient -> step -----------------------------------------
@@ -380,7 +384,7 @@ def loop(
                 raise FloatingPointError(f"{sentence}; --on_nan skip leaves such steps out")
             warnings.warn(f"{sentence}: skipped, {skipped} in all so far", stacklevel=1)
         if logging:
-            step_ms = pace.step_ms(done - logged)
+            step_ms = pace.step_ms(done - max(logged, first))
             if factor := trend.add(means[0], (done - logged) * size.total):
                 warnings.warn(
                     f"the loss by step {done}, {means[0]:.3g}, is {factor:.1f} times what it began "

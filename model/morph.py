@@ -57,7 +57,9 @@ def adain(x: Tensor, x_a: Tensor, x_b: Tensor, s: Tensor) -> Tensor:
     """
 
     def statistics(y: Tensor) -> Tensor:
-        return torch.stack([y.mean((2, 3), keepdim=True), y.std((2, 3), keepdim=True)])
+        one = y[0, 0].numel() == 1  # of which torch has no deviation
+        std = y.std((2, 3), keepdim=True, correction=0 if one else 1)
+        return torch.stack([y.mean((2, 3), keepdim=True), std])
 
     mean, std = statistics(x)  # (n, 4, 1, 1)
     w = s.to(x.dtype).view(-1, 1, 1, 1)

@@ -69,7 +69,7 @@ def learning_rate(
     if name == "cosine_with_restarts":
         return peak * 0.5 * (1 + math.cos(math.pi * (cycles * done % 1))) if done < 1 else 0.0
     if name == "polynomial":
-        end = 1e-7
+        end = min(1e-7, peak)
         return (peak - end) * (1 - done) ** power + end if done < 1 else end
     if name == "constant_with_warmup":
         return peak

@@ -7,6 +7,7 @@ No state is kept between steps: what a step needs from the one before is a local
 """
 
 import math
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -29,6 +30,12 @@ def timesteps(schedule: Schedule, steps: int, spacing: str = "leading") -> list[
         rising = [round(i * apart) for i in range(steps)]
     elif spacing == "leading":
         rising = [i * (T // steps) + schedule.steps_offset for i in range(steps)]
+        if steps > T // 2 and rising[-1] < 0.7 * T:  # as in the published pipelines
+            warnings.warn(
+                f"{steps} steps begin at t = {rising[-1]} in the spacing of this base: {T // 2} "
+                f"or {T} begin at {T - 1}",
+                stacklevel=2,
+            )
     elif spacing == "trailing":
         apart = T - (T - T / steps)
         rising = [round(T - i * apart) - 1 for i in range(steps)][::-1]

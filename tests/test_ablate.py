@@ -458,3 +458,34 @@ def test_the_plot_shows_where_the_arms_are():
     blue = (pixels == (0x1F, 0x5F, 0xA8)).all(-1)
     rows = [blue[26 + 24 * i : 50 + 24 * i].nonzero()[1].mean() for i in (0, 1)]
     assert rows[1] > rows[0] + 100
+
+
+def test_two_files_of_one_name_do_not_share_a_folder(lab, tmp_path, capsys):
+    """The one that came first keeps its runs; a file that was moved goes on."""
+    assert lab.run("a:\n") == 0
+    other = tmp_path / "sub" / "arms.txt"
+    other.parent.mkdir()
+    shutil.copy(lab.file, other)
+    capsys.readouterr()
+    assert ablate.main([str(other), "--out", str(lab.out)]) == 2
+    assert f"holds the ablation of {lab.file}" in capsys.readouterr().err
+    lab.file.unlink()
+    assert ablate.main([str(other), "--out", str(lab.out)]) == 0
+
+
+def test_other_class_images_are_another_run(lab, tmp_path, pairs, capsys):
+    shutil.copytree(pairs / "before", tmp_path / "class")
+    arms = (
+        f"a: --with_prior_preservation --class_data_dir {tmp_path}/class --class_prompt land "
+        "--num_class_images 4\n"
+    )
+    assert lab.run(arms) == 0 and lab.run(arms) == 0 and not lab.started
+    Image.new("RGB", (32, 32), (9, 9, 9)).save(tmp_path / "class" / "0.png")
+    ablate.class_images.cache_clear()
+    assert lab.run(arms) == 0 and lab.names()[0][0] == "train.py"
+    assert "again, other class_data" in capsys.readouterr().out
+
+
+def test_an_arm_that_goes_on_with_what_was_changed_is_kept(lab):
+    assert lab.run("a: --resume_changed\n") == 0
+    assert lab.run("a: --resume_changed\n") == 0 and not lab.started

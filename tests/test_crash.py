@@ -33,7 +33,7 @@ from model.memory import out_of_memory
 from model.optim import adamw, step_if
 from runs import Run
 from tests.small import small
-from training import prompts
+from training import prompts, tally
 from training.stop import Stop, Stopped
 
 ROOT = Path(__file__).parents[1]
@@ -379,6 +379,7 @@ def test_what_is_written_lies_apart_from_what_is_read(config, pairs, tmp_path):
             "--output_dir .* lies in --sequence_dirs",
         ),
         ({"class_data_dir": f"{pairs}/after", **classes}, "--class_data_dir .* lies in --after"),
+        ({"cache_dir": f"{pairs}/before/cache"}, "--cache_dir .* lies in --before_data_dir"),
         (
             {"base_lora": config.output_dir, "overwrite": True},
             "--base_lora .* lies in --output_dir",
@@ -828,3 +829,47 @@ def test_tokens_reach_no_file_and_no_message(config, monkeypatch, capsys):
         said += path.read_bytes().decode("latin-1") if path.is_file() else ""
     assert not [token for token in tokens if token in said] and "hf_***" in said
     assert revision.without_tokens("half_way shelf_x") == "half_way shelf_x"
+
+
+def test_a_folder_with_the_config_of_another_program_is_left_alone(config):
+    """Also where a run may go on that is not there yet, as `make train` has it."""
+    folder = Path(config.output_dir)
+    (folder / "samples").mkdir(parents=True)
+    files = {"config.json": "{}", "README.md": "mine", "samples/photo.txt": "mine"}
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    code, lines = main(replace(config, resume_from_checkpoint="latest"))
+    assert code == 2 and "a config.json that is not a training run's" in lines[0]
+    assert {name: (folder / name).read_text() for name in files} == files
+
+
+def test_a_finished_run_that_goes_on_is_not_finished(config, monkeypatch):
+    """While it trains, and if it is killed then; and it shows no pictures of fewer steps."""
+    cfg = replace(config, max_train_steps=2, report_to=None)
+    folder = train.train(cfg)
+    assert status_of(folder) == "finished" and (folder / "strengths").is_dir()
+    more = replace(cfg, max_train_steps=4, resume_from_checkpoint="latest")
+    there, usual = [], train.loop
+    monkeypatch.setattr(
+        train, "loop", lambda *a: (there.append((folder / "summary.json").exists()), usual(*a))
+    )
+    train.train(replace(more, num_validation_images=0))
+    assert there == [False] and status_of(folder) == "finished"
+    assert not (folder / "strengths").exists()
+
+
+def test_the_time_of_a_step_is_of_those_since_the_start(config, monkeypatch):
+    """A run that goes on from between two lines of metrics has not taken the steps before."""
+    cfg = replace(config, log_every=100, checkpointing_steps=3, max_train_steps=6)
+    folder, counts = train.train(cfg), []
+    shutil.rmtree(folder / "checkpoint-6")
+    usual = tally.Pace.step_ms
+    monkeypatch.setattr(
+        tally.Pace, "step_ms", lambda pace, count: (counts.append(count), usual(pace, count))[1]
+    )
+    state = folder / "checkpoint-3" / "state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "logged": 1}))
+    (folder / "checkpoint-3" / "manifest.json").unlink()
+    seal(folder / "checkpoint-3")
+    train.train(replace(cfg, resume_from_checkpoint="latest"))
+    assert counts == [1, 2]  # a picture is due at 4, the end at 6

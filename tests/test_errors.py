@@ -346,7 +346,7 @@ EDIT = {
     "--input ''": "--input: a path was wanted, got ''",
     "--out pairs/before": "--out pairs/before is among the images of --input pairs/before",
     "--out pairs/before/made": "--out pairs/before/made is among the images of --input pairs",
-    "--out pairs/after": "--out pairs/after holds 0.png, which would be replaced, and no sheet.png",
+    "--out pairs/after": "--out pairs/after holds 0.png, which would be replaced, and no sample.",
     "--strengths 0,1e39": "different ones within ±1000000, such as 0,0.5,1, got '0,1e39'",
     "--strengths 0,0,1": "different ones within ±1000000, such as 0,0.5,1, got '0,0,1'",
     "--strengths 0.5,0.50000001": "different ones within ±1000000",

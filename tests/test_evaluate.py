@@ -11,6 +11,7 @@ from PIL import Image
 
 import evaluate
 import measures
+from pairs import find_pairs, image_hashes
 from scenes.render import write_pairs
 from tests.test_sample import write_lora
 
@@ -423,3 +424,19 @@ def test_no_flag_is_recommended_that_is_not_there(tmp_path, sd1, scenes, capsys,
     assert evaluate.main(flags("x", tmp_path / "some", tmp_path / "out")) == 2
     said = capsys.readouterr().err
     assert "00001" in said and "--allow_unmatched" not in said
+
+
+def test_pairs_that_were_trained_on_are_counted(tmp_path, sd1, scenes, capsys):
+    """By the bytes of their images, whatever else is judged with them; beside a file, too."""
+    held_out = scenes / "solar"
+    pairs = find_pairs(held_out / "before", held_out / "after")
+    lora = write_lora(tmp_path / "run", sd1, resolution=16)
+    (lora / "revision.json").write_text(json.dumps({"images": image_hashes(pairs[1:])}))
+    for given in (lora, lora / "pytorch_lora_weights.safetensors"):
+        argv = flags(given, held_out, tmp_path / "out", "--strengths", "0,1")
+        assert evaluate.main(argv) == 0
+        said = f"{len(pairs) - 1} of these {len(pairs)} pairs are among those {given} was trained"
+        assert said in capsys.readouterr().out
+    (lora / "revision.json").write_text(json.dumps({"images": None}))
+    assert evaluate.main(flags(lora, held_out, tmp_path / "out", "--strengths", "0,1")) == 0
+    assert "trained on" not in capsys.readouterr().out

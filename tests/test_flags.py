@@ -772,7 +772,7 @@ def num_train_epochs(lab, patch):
     """Passes over five pairs, two at a time: an odd one out is a step too."""
     assert steps_of(lab, patch, max_train_steps=None, num_train_epochs=1) == 5
     two = {"train_batch_size": 2, "num_train_epochs": 4}
-    assert steps_of(lab, patch, max_train_steps=None, **two) == 12
+    assert steps_of(lab, patch, max_train_steps=None, **two) == 10  # passes, one into the next
 
 
 def train_batch_size(lab, patch):
@@ -1550,3 +1550,22 @@ def test_the_documented_commands_run(lab, where, launcher, tmp_path):
     assert said["steps"] == 2 and {f.A.shape[0] for f in parts["unet"].values()} == {16}
     assert json.loads((tmp_path / where / "summary.json").read_text())["status"] == "finished"
     assert (tmp_path / where / "samples" / "000002.png").is_file()
+
+
+def test_the_home_folder(monkeypatch, tmp_path):
+    """In --flag=~/x and in quotes the shell leaves ~ as it is; a folder of that name is no help."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    more = ["--instance_data_dir", "~/a", "--instance_prompt", "~"]
+    cfg = cli.parse(["--output_dir=~/runs/x", *more])
+    assert cfg.output_dir == f"{tmp_path}/runs/x" and cfg.instance_data_dir == f"{tmp_path}/a"
+    assert cfg.instance_prompt == "~"
+
+
+def test_images_that_are_not_shown_are_told(lab):
+    """Of more --validation_images than --num_validation_images."""
+    files = tuple(str(lab.pairs / "before" / f"{i}.png") for i in range(3))
+    cfg = lab.config(validation_images=files, num_validation_images=2)
+    assert [*inputs.passed_over(cfg)] == [
+        "--num_validation_images 2: of 3 --validation_images the first are shown"
+    ]
+    assert not [*inputs.passed_over(replace(cfg, num_validation_images=0))]

@@ -483,7 +483,7 @@ def test_several_strengths_make_a_loop_and_a_strip(place, tmp_path):
     assert sample.main([*map(str, argv), "--strengths", "0,0.5,1"]) == 0
     names = {f"{i}{end}" for i in range(2) for end in
              ("_s0.png", "_s0.5.png", "_s1.png", ".gif", "_strip.png")}  # fmt: skip
-    assert {p.name for p in tmp_path.iterdir()} == names | {"sheet.png"}
+    assert {p.name for p in tmp_path.iterdir()} == names | {"sheet.png", "sample.json"}
     assert Image.open(tmp_path / "0.gif").n_frames == 3
     wide, sheet = Image.open(tmp_path / "0_strip.png"), Image.open(tmp_path / "sheet.png")
     assert wide.width < sheet.width  # one column fewer: the sheet has the before image too
@@ -493,7 +493,7 @@ def sweep(place, out, knob, *more, lora="slider"):
     argv = ["sweep", "--lora", place / lora, "--input", place / "before/0.png", "--out", out]
     argv += ["--sweep", knob, "--steps", "3", "--strengths", "0,1", *more]
     assert sample.main([str(part) for part in argv]) == 0
-    return {p.name: np.array(Image.open(p)) for p in out.iterdir()}
+    return {p.name: np.array(Image.open(p)) for p in out.glob("*.png")}
 
 
 @pytest.mark.parametrize(
@@ -571,3 +571,19 @@ def test_mistakes_in_a_sweep(place, tmp_path, capsys, flags, sentence):
     said = capsys.readouterr().err
     assert code == 2 and sentence in said and said.count("\n") == 1
     assert not (tmp_path / "n").exists()
+
+
+def test_a_fit_is_used_as_what_it_is(place, tmp_path, capsys):
+    """--fit_steps fits a LoRA of delta for `direct`: another formula would make nothing of it."""
+    argv = ["morph", "--model", place, "--before", place / "before/0.png", "--after",
+            place / "after/0.png", "--out", tmp_path / "out", "--fit_steps", 2]  # fmt: skip
+    for more in (["--objective", "canvas"], ["--objective", "img2img", "--method", "direct"]):
+        assert sample.main([str(part) for part in argv + more]) == 2
+        said = f"--fit_steps fits a LoRA of delta, and --objective is {more[1]}"
+        assert said in capsys.readouterr().err
+
+
+def test_statistics_of_one_pixel_are_finite():
+    x, s = torch.randn(3, 4, 1, 1), torch.linspace(0, 1, 3)
+    mixed = adain(x, x[:1], x[2:], s)
+    torch.testing.assert_close(mixed[[0, 2]], x[[0, 2]])

@@ -1,6 +1,8 @@
 """generate and edit: against the diffusers pipeline, and as a user calls them."""
 
+import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
 )
-from PIL import Image
+from PIL import Image, ImageCms
 
 import editing
 import sample
@@ -28,6 +30,7 @@ from model.pipeline import (
 )
 from model.text import TextEncoder
 from model.unet import UNet
+from model.vae import VAE
 from model.weights import load_text, load_unet, load_vae, save_lora
 from tests.checkpoints import make_checkpoint
 from training.watching import Apart, Watch
@@ -296,6 +299,7 @@ def test_strengths(tmp_path, sd1, images, keep):
         "a_s1.png",
         "a.gif",
         "a_strip.png",
+        "sample.json",
         "sheet.png",
     }
     vae = load_vae(sd1)
@@ -499,3 +503,74 @@ def test_a_lora_of_two_states_fades_one_of_more_is_weakened(tmp_path, sd1, image
     for a, b in zip(shown[2, "fade"][1:], shown[2, "lora"][1:]):
         assert np.array_equal(a, b)
     assert np.abs(more - whole).mean() > 1
+
+
+def test_a_sheet_of_another_program_is_not_replaced(tmp_path, sd1, images, capsys):
+    """sample.json, not the sheet's common name, says that a folder is ours."""
+    lora = write_lora(tmp_path / "run", sd1)
+    edit = ("edit", "--lora", lora, "--input", images, "--steps", 1, "--device", "cpu")
+    make = ("generate", "--model", sd1, "--num", 1, "--width", 32, "--height", 32, "--steps", 1)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "sheet.png").write_bytes(b"mine")
+    for argv in (edit, make):
+        assert sample.main([*map(str, argv), "--out", str(out)]) == 2
+        assert "holds sheet.png, which would be replaced" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["sheet.png"]
+    (out / "sheet.png").unlink()
+    for argv in (edit, make, edit):
+        run(*argv, "--out", out)
+    said = json.loads((out / "sample.json").read_text())
+    assert said["command"] == "edit" and said["flags"]["steps"] == 1
+    assert said["lora"]["objective"] == "delta" and said["base"] == str(sd1)
+
+
+def test_a_result_that_is_not_finite_is_no_picture(tmp_path, sd1, images, monkeypatch, capsys):
+    """It would be a black one, and an evaluation would have figures of it."""
+    lora = write_lora(tmp_path / "run", sd1)
+    edit = ("edit", "--lora", lora, "--input", images / "a.png", "--out", tmp_path / "out")
+    make = ("generate", "--model", sd1, "--out", tmp_path / "made", "--num", 1, "--width", 32,
+            "--height", 32, "--steps", 1)  # fmt: skip
+    ends = ("--before", images / "a.png", "--after", images / "a.png", "--frames", 2)
+    between = ("morph", "--lora", lora, *ends, "--out", tmp_path / "between")
+    monkeypatch.setattr(VAE, "decode", lambda vae, z: torch.full((1, 3, 32, 32), torch.nan))
+    for argv in (edit, make, between):
+        assert sample.main([*map(str, argv)]) == 1
+        assert "sample.py: the picture is not finite" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and not (tmp_path / "made").exists()
+
+
+def test_colours_keep_their_profile(tmp_path, sd1):
+    """The numbers of an image mean what they meant."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    lora = write_lora(tmp_path / "run", sd1)
+    Image.new("RGB", (32, 32), (9, 99, 199)).save(tmp_path / "a.png", icc_profile=profile)
+    Image.new("L", (32, 32), 99).save(tmp_path / "b.png", icc_profile=profile)  # not of a grey one
+    for name, kept in (("a", profile), ("b", None)):
+        for kind in ("png", "tif"):
+            run("edit", "--lora", lora, "--input", tmp_path / f"{name}.png", "--format", kind,
+                "--out", tmp_path / "out")  # fmt: skip
+            with Image.open(tmp_path / "out" / f"{name}.{kind}") as result:
+                assert result.info.get("icc_profile") == kept
+
+
+def test_many_pictures_from_a_prompt_have_a_sheet_of_rows(tmp_path, sd1):
+    run("generate", "--model", sd1, "--num", 70, "--width", 16, "--height", 16, "--steps", 1,
+        "--guidance", 1, "--batch_size", 35, "--out", tmp_path / "out")  # fmt: skip
+    assert len(list((tmp_path / "out").glob("000*.png"))) == 70
+    sheet = Image.open(tmp_path / "out" / "sheet.png")
+    few = Image.open(tmp_path / "out" / "00000.png")
+    assert sheet.width < 20 * few.width and sheet.height > 8 * few.height
+
+
+def test_large_inputs_are_held_few_at_a_time(tmp_path, sd1, images, monkeypatch):
+    lora, held = write_lora(tmp_path / "run", sd1), []
+    for i in range(5):
+        shutil.copy(images / "a.png", tmp_path / "new" / f"c{i}.png")
+    usual = sample.edit_pixels
+    monkeypatch.setattr(
+        sample, "edit_pixels", lambda *a, **k: (held.append(len(a[2])), usual(*a, **k))[1]
+    )
+    monkeypatch.setattr(sample, "AT_ONCE", 2 * 32 * 32)
+    run("edit", "--lora", lora, "--input", images, "--out", tmp_path / "out")
+    assert max(held) == 2 and sum(held) == 8

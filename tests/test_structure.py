@@ -138,7 +138,7 @@ ARROWS = {
     "arms": ["cli", "evaluate"],
     "ablate": [
         "arms", "comparison", "cli", "config", "durable", "editing", "evaluate", "pairs",
-        "training.inputs",
+        "training.inputs", "training.session",
     ],
 }  # fmt: skip
 ROOTS = ("check_data", "hub", "sample", "train", "evaluate", "ablate")  # what a user starts

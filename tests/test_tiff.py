@@ -148,7 +148,7 @@ def test_an_edit_of_a_geotiff_lies_where_it_lay(tmp_path, sd1, picture, compress
     args = ["edit", "--lora", lora, "--input", source, "--out", tmp_path / "out", "--format", "tif"]
     assert sample.main([*map(str, args), "--strengths", "0,1"]) == 0
     made = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert made == ["a.gif", "a_s0.tif", "a_s1.tif", "a_strip.png", "sheet.png"]
+    assert made == ["a.gif", "a_s0.tif", "a_s1.tif", "a_strip.png", "sample.json", "sheet.png"]
     for name in ("a_s0.tif", "a_s1.tif"):
         with Image.open(tmp_path / "out" / name) as result:
             assert (result.format, result.mode, result.size) == ("TIFF", "RGB", (40, 24))

@@ -967,7 +967,8 @@ def test_views_are_only_cached_where_they_differ(pairs):
 
 def test_how_long_a_run_is_and_what_it_shows():
     cfg = TrainConfig(num_train_epochs=2, validation_epochs=3, train_batch_size=2)
-    assert size_of(cfg, pairs=9, world=2) == (2, 2, 4, 2 * 3, 3 * 3)  # the last step of one begun
+    assert size_of(cfg, pairs=9, world=2) == (2, 2, 4, 5, 7)  # 18 and 27 pairs, 4 a step
+    assert size_of(replace(cfg, num_train_epochs=10), pairs=1, world=1).steps == 5
     assert size_of(replace(cfg, max_train_steps=7, validation_steps=5), 9, 2)[3:] == (7, 5)
     assert spread([1, 2, 3, 4, 5], 2) == [1, 3] and spread([1, 2], 3) == [1, 2]
 

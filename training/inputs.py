@@ -61,10 +61,11 @@ class Size(NamedTuple):
 
 def size_of(cfg: TrainConfig, pairs: int, world: int) -> Size:
     mine = cfg.train_batch_size * cfg.gradient_accumulation_steps
-    per_epoch = math.ceil(pairs / (world * mine))
-    steps = cfg.max_train_steps or (cfg.num_train_epochs or 0) * per_epoch or 200
-    show_every = cfg.validation_steps or cfg.validation_epochs * per_epoch
-    return Size(mine, cfg.train_batch_size, world * mine, steps, show_every)
+    total = world * mine
+    in_steps = lambda epochs: math.ceil(epochs * pairs / total)  # noqa: E731, one runs into the next
+    steps = cfg.max_train_steps or in_steps(cfg.num_train_epochs or 0) or 200
+    show_every = cfg.validation_steps or in_steps(cfg.validation_epochs)
+    return Size(mine, cfg.train_batch_size, total, steps, show_every)
 
 
 def find_data(cfg: TrainConfig) -> Data:
@@ -111,6 +112,9 @@ def passed_over(cfg: TrainConfig) -> Iterator[str]:
         states = Counter(name for folder in times for name in by_name(folder, "--sequence_dirs"))
         if skipped := sum(n < len(times) for n in states.values()):
             yield f"--allow_unmatched: {skipped} places that lack a state are skipped"
+    given, most = len(cfg.validation_images or ()), cfg.num_validation_images
+    if given > most > 0:
+        yield f"--num_validation_images {most}: of {given} --validation_images the first are shown"
     folders = [*zip(SIDES, sides), ("--mask_dir", cfg.mask_dir)]
     folders += [("--sequence_dirs", folder) for folder in times]
     folders += [("--frames_dir", cfg.frames_dir)]

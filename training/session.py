@@ -26,7 +26,7 @@ def refuse_overlap(cfg: TrainConfig) -> None:
     flags = ("before_data_dir", "after_data_dir", "mask_dir", "frames_dir", "instance_data_dir")
     read = [(flag, getattr(cfg, flag)) for flag in flags if getattr(cfg, flag) is not None]
     read += [("sequence_dirs", folder) for folder in cfg.sequence_dirs or ()]
-    written = [(flag, getattr(cfg, flag)) for flag in ("output_dir", "class_data_dir")]
+    written = [(flag, getattr(cfg, flag)) for flag in ("output_dir", "class_data_dir", "cache_dir")]
     out = Path(cfg.output_dir).resolve()
     for flag, folder in read:
         there = Path(folder).resolve()

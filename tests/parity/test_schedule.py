@@ -1,5 +1,6 @@
 """The forward and the reverse process: against their own equations, and against diffusers."""
 
+import warnings
 from unittest import mock
 
 import diffusers
@@ -280,3 +281,14 @@ def test_defaults_follow_the_class_that_wrote_the_file():
     assert not Schedule.from_config({"_class_name": "PNDMScheduler"}).clip_sample
     assert not Schedule.from_config({"_class_name": "PNDMScheduler"}).set_alpha_to_one
     assert Schedule.from_config({"_class_name": "DDIMScheduler"}).set_alpha_to_one
+
+
+def test_steps_that_begin_half_way_are_warned_of():
+    """In the spacing of SD's checkpoints, where 501 of 1000 are the last 501."""
+    schedule = Schedule.from_config(SD15)
+    with pytest.warns(UserWarning, match="501 steps begin at t = 501 .*: 500 or 1000 begin at 999"):
+        samplers.timesteps(schedule, 501)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for steps in (1, 30, 400, 500, 1000):
+            samplers.timesteps(schedule, steps)
