@@ -1,8 +1,8 @@
 # PairLoRA. `make` alone lists the verbs.
 #
-# The environment: .venv is made and filled from requirements.txt when it is missing or the pins have
-# changed. VENV=DIR puts it elsewhere. PYTHON=/path/to/python uses that interpreter as it is and
-# installs nothing.
+# The environment: .venv is created and filled from requirements.txt when it is missing or the pins
+# have changed. VENV=DIR puts it elsewhere. PYTHON=/path/to/python uses that interpreter as it is
+# and installs nothing.
 
 BEFORE   ?=
 AFTER    ?=
@@ -14,8 +14,8 @@ STEPS    ?=
 STRENGTH ?= 1
 ARGS     ?=
 
-# With no images given, everything is about the embedded scenes: their base model, 64 pairs to train
-# on, 32 others to judge by. CHANGE= takes another of their changes.
+# With no images given, everything uses the embedded scenes: their base model, 64 pairs to train on,
+# 32 others to evaluate on. CHANGE= selects another of their changes.
 CHANGE ?= solar
 SCENES := $(if $(strip $(BEFORE)$(AFTER)$(INSTANCE)),,data/scenes/$(CHANGE))
 MODEL  ?= $(if $(SCENES),scenes/base,runwayml/stable-diffusion-v1-5)
@@ -26,8 +26,9 @@ SCENE_FLAGS := --instance_prompt "an aerial view of fields" --resolution 64 --tr
   --lora_targets attn,ff,conv,proj --lora_rank 32 --random_flip --views 16 \
   --checkpointing_steps 100 --validation_pairs 4 --validation_epochs 25 \
   $(if $(findstring --overwrite,$(ARGS)),,--resume_from_checkpoint latest)
-# What the before image leaves open is learnt with bridge, in images as they are, whose detail it
-# draws, before it knows them by heart, and judged by several outcomes of each scene.
+# A change that is random given the before image is learnt with bridge: without random scaling, as
+# upscaled images would make its results soft; in fewer steps, before it overfits; and evaluated on
+# several outcomes of each scene.
 ifneq ($(filter urban clearing craters,$(CHANGE)),)
   SCENE_FLAGS += --pair_objective bridge --loss mse --max_train_steps 300
   SCENE_JUDGE := --samples 4 --outcome_dirs $(foreach k,1 2 3,data/scenes/$(CHANGE)/test/outcome-$(k))
@@ -35,7 +36,7 @@ else
   SCENE_FLAGS += --loss l1 --random_scale 1.25 --max_train_steps 500
 endif
 
-# make ablate F=FILE makes the scenes, and the base that has learnt nothing, that the file speaks of
+# make ablate F=FILE first makes the scenes and the random base model that the file mentions
 F      ?= experiments/objective_solar.txt
 SEEDS  ?= 0
 NEEDED  = $(addsuffix /.done,$(sort $(shell grep -oshE 'data/(scenes/[a-z]+|random_base)' $(call quote,$(F)))))
@@ -54,16 +55,16 @@ else
   READY_DEV := $(VENV)/.installed-dev
 endif
 
-# A LoRA for `generate`: the one that was asked for, there or not, else the usual one if it is there
+# The LoRA for `generate`: RUN if given, whether it exists or not, else the default run if it exists
 LORA = $(if $(filter-out file,$(origin RUN)),$(RUN),$(if $(wildcard $(RUN)),$(RUN)))
 
-# "$(value)" keeps spaces and quotes of a variable in one shell word
+# keeps a variable's spaces and quotes in one shell word
 quote = '$(subst ','\'',$(1))'
 flag  = $(if $(2),$(1) $(call quote,$(2)))
 
 .PHONY: help setup check-data train evaluate ablate base sample generate bench test test-fast check-gpu fuzz lint docs clean
 
-help: ## this list
+help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo '  make train                       on the embedded scenes, in minutes on a CPU, then evaluate'
@@ -71,7 +72,7 @@ help: ## this list
 	@echo '  make train INSTANCE=data/images PROMPT="a photo of [cls]"'
 	@echo '  make sample RUN=runs/pairs INPUT=data/new OUT=samples [STRENGTH=0.5]'
 
-setup: $(READY) ## make the environment
+setup: $(READY) ## create the environment
 
 $(VENV)/.installed: requirements.txt
 	@test -x $(VENV)/bin/python || python3 -m venv $(VENV)
@@ -82,10 +83,10 @@ $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-check-data: $(READY) ## look at pairs before training: BEFORE= AFTER= [MASK=]
+check-data: $(READY) ## check pairs before training: BEFORE= AFTER= [MASK=]
 	$(PY) check_data.py $(call flag,--before,$(BEFORE)) $(call flag,--after,$(AFTER)) $(call flag,--mask_dir,$(MASK)) $(call flag,--out,$(OUT)) $(ARGS)
 
-train: $(READY) $(if $(SCENES),$(SCENES)/.done) ## train a LoRA: BEFORE= AFTER= (pairs), INSTANCE= (single images), or the scenes
+train: $(READY) $(if $(SCENES),$(SCENES)/.done) ## train a LoRA on BEFORE= AFTER= (pairs), INSTANCE= (single images) or the scenes
 	$(PY) train.py --pretrained_model_name_or_path $(call quote,$(MODEL)) \
 	  $(call flag,--before_data_dir,$(or $(BEFORE),$(SCENES:%=%/train/before))) \
 	  $(call flag,--after_data_dir,$(or $(AFTER),$(SCENES:%=%/train/after))) \
@@ -94,14 +95,14 @@ train: $(READY) $(if $(SCENES),$(SCENES)/.done) ## train a LoRA: BEFORE= AFTER= 
 	  $(call flag,--instance_prompt,$(PROMPT)) $(call flag,--max_train_steps,$(STEPS)) $(ARGS)
 	$(if $(SCENES),@$(MAKE) --no-print-directory evaluate RUN=$(call quote,$(or $(OUT),$(RUN))) OUT= ARGS= MASK=)
 
-evaluate: $(READY) $(if $(SCENES),$(SCENES)/.done) ## numbers on held-out pairs: RUN= BEFORE= AFTER= [MASK=]
+evaluate: $(READY) $(if $(SCENES),$(SCENES)/.done) ## evaluate on held-out pairs: RUN= BEFORE= AFTER= [MASK=]
 	$(PY) evaluate.py --lora $(call quote,$(RUN)) --out $(call quote,$(or $(OUT),$(RUN)/evaluation)) \
 	  $(call flag,--before_data_dir,$(or $(BEFORE),$(SCENES:%=%/test/before))) \
 	  $(call flag,--after_data_dir,$(or $(AFTER),$(SCENES:%=%/test/after))) \
 	  $(call flag,--mask_dir,$(or $(MASK),$(SCENES:%=%/test/mask))) \
 	  $(if $(SCENES),$(SCENE_JUDGE)) $(ARGS)
 
-ablate: $(READY) $(NEEDED) ## compare the arms of a file, a training each and seed: F= [SEEDS="0 1 2" OUT=]
+ablate: $(READY) $(NEEDED) ## compare the arms of a file, one training per arm and seed: F= [SEEDS="0 1 2" OUT=]
 	$(PY) ablate.py $(call quote,$(F)) --seeds $(SEEDS) $(call flag,--out,$(OUT)) $(ARGS)
 
 data/scenes/%/.done: scenes/world.py scenes/paint.py scenes/render.py Makefile $(READY)
@@ -113,34 +114,34 @@ data/random_base/.done: scenes/random_base.py $(READY)
 	$(PY) -m scenes.random_base --out $(@D)
 	@touch $@
 
-base: $(READY) ## train the embedded base model again (two hours on two CPU cores)
+base: $(READY) ## retrain the embedded base model (two hours on two CPU cores)
 	$(PY) -m scenes.train_base --out $(call quote,$(or $(OUT),scenes/base)) $(ARGS)
 
 sample: $(READY) ## apply a LoRA to new before images: RUN= INPUT= STRENGTH=
 	$(PY) sample.py edit --lora $(call quote,$(RUN)) $(call flag,--input,$(INPUT)) \
 	  --strength $(call quote,$(STRENGTH)) --out $(call quote,$(or $(OUT),samples)) $(call flag,--prompt,$(PROMPT)) $(ARGS)
 
-generate: $(READY) ## images from a prompt: PROMPT= [RUN=]
+generate: $(READY) ## generate images from a prompt: PROMPT= [RUN=]
 	$(PY) sample.py generate $(if $(LORA),--lora $(call quote,$(LORA)),--model $(call quote,$(MODEL))) \
 	  --out $(call quote,$(or $(OUT),samples)) $(call flag,--prompt,$(PROMPT)) $(ARGS)
 
-bench: $(READY) $(READY_DEV) ## speed and memory beside diffusers + peft: ARGS=[--quick | --device cuda]
+bench: $(READY) $(READY_DEV) ## benchmark speed and memory against diffusers + peft: ARGS=[--quick | --device cuda]
 	$(PY) -m bench $(ARGS)
 
-test: $(READY) $(READY_DEV) ## all tests
+test: $(READY) $(READY_DEV) ## run all tests
 	$(PY) -m ruff check .
 	$(PY) -m pytest -n auto --maxprocesses 8 $(ARGS)
 
-test-fast: $(READY) $(READY_DEV) ## the tests that take seconds
+test-fast: $(READY) $(READY_DEV) ## run the tests that take seconds
 	$(PY) -m pytest -n auto --maxprocesses 8 -m "not slow" $(ARGS)
 
-check-gpu: $(READY) $(READY_DEV) ## what only a GPU can show, on this machine's, in minutes
+check-gpu: $(READY) $(READY_DEV) ## run the tests that need a GPU, on this machine's, in minutes
 	$(PY) -m pytest -m gpu tests/test_gpu.py $(ARGS)
 
-fuzz: $(READY) $(READY_DEV) ## every reader on inputs made up or mutated: FUZZ= of them each [2000]
+fuzz: $(READY) $(READY_DEV) ## fuzz every reader with generated and mutated inputs: FUZZ= inputs each [2000]
 	FUZZ=$(or $(FUZZ),2000) $(PY) -m pytest -s tests/test_fuzz.py tests/test_fuzz_formats.py $(ARGS)
 
-lint: $(READY_DEV) ## style
+lint: $(READY_DEV) ## check the style
 	$(PY) -m ruff check .
 
 docs: $(READY) ## write docs/flags.md from config.py

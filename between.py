@@ -1,7 +1,7 @@
-"""`sample.py morph`: a given before and after image to frames, a loop, a strip and numbers.
+"""`sample.py morph`: from a before and an after image to frames, a GIF, a strip and numbers.
 
-The paths are in `model/morph.py`. This is the part with files: the ends are looked at before
-anything is loaded, and what is measured are the frames as they were saved.
+The paths are in `model/morph.py`; this file does the input and output. The two images are checked
+before any model is loaded, and frames are measured as they were saved.
 """
 
 import argparse
@@ -38,38 +38,40 @@ DEFAULTS = {
     "adain": True, "attention": True, "noise_level": 0.6, "fit_steps": 0, "learning_rate": 1e-3,
     "lora_rank": 16,
 }  # fmt: skip
-NOISY = (None, "slider", "anchored", "after", "dreambooth")  # None: no LoRA, or one that says none
+NOISY = (None, "slider", "anchored", "after", "dreambooth")  # None: no LoRA, or its header has none
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """What `morph` has beside the flags of every use of a LoRA."""
+    """The flags of `morph` in addition to the common ones."""
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--before", required=True, metavar="IMAGE", help="the first frame")
     add("--after", required=True, metavar="IMAGE", help="the last frame")
-    add("--frames", type=int, default=9, help="with both ends [9]")
-    add("--resolution", type=int, help="short side in pixels [the after image's]")
+    add("--frames", type=int, default=9, help="number of frames, both ends included [9]")
+    add("--resolution", type=int, help="short side of the frames in pixels [the after image's]")
     add(
         "--method", choices=["direct", "invert", "blend"],
-        help="the LoRA's edit of the before image; DDIM inversion of both ends and the arc between "
-        "their noises; plain latent interpolation [invert where the LoRA is about noise]",
+        help="direct: the LoRA's edit of the before image; invert: DDIM inversion of both images "
+        "and the arc between their noises; blend: latent interpolation "
+        "[invert if the LoRA's objective is about noise, else direct]",
     )  # fmt: skip
-    add("--objective", choices=list(OBJECTIVES), help="[what the LoRA's header says]")
+    add("--objective", choices=list(OBJECTIVES), help="objective [from the LoRA's header]")
     add(
-        "--lora_after", metavar="RUN_OR_FILE", help="--lora is the before image's, this the after's"
-    )
-    add("--fit_steps", type=int, help="first fit a LoRA to this one pair [0]")
-    add("--learning_rate", type=float, help="its learning rate [1e-3]")
-    add("--lora_rank", type=int, help="its rank [16]")
-    add("--noise_level", type=float, help="how far the inversion goes, 0..1 [0.6]")
-    add("--adain", action=switch, help="invert: channel statistics between the ends'")
-    add("--attention", action=switch, help="invert: keys and values of both ends")
-    add("--respace", action=switch, default=True, help="frames at equal perceived distances")
-    add("--correct", action=switch, default=True, help="the end frames are the given images")
+        "--lora_after", metavar="RUN_OR_FILE",
+        help="LoRA of the after image, when --lora is that of the before image",
+    )  # fmt: skip
+    add("--fit_steps", type=int, help="first fit a LoRA to this pair in N steps [0]")
+    add("--learning_rate", type=float, help="learning rate of --fit_steps [1e-3]")
+    add("--lora_rank", type=int, help="rank of the LoRA that --fit_steps fits [16]")
+    add("--noise_level", type=float, help="how far the inversion goes towards noise, 0..1 [0.6]")
+    add("--adain", action=switch, help="invert: interpolate the ends' channel statistics")
+    add("--attention", action=switch, help="invert: attend to keys and values of both ends")
+    add("--respace", action=switch, default=True, help="space frames evenly in perceived distance")
+    add("--correct", action=switch, default=True, help="make the end frames equal the given images")
     parser.set_defaults(**DEFAULTS)
 
 
 def check(args: argparse.Namespace) -> None:
-    """ValueError naming the flag that is wrong by itself or beside the others."""
+    """ValueError naming a flag that is invalid, by itself or with the others."""
     if not 2 <= args.frames <= 1000:
         raise ValueError(f"--frames must be between 2 and 1000, got {args.frames}")
     for name, least in (("resolution", 8), ("fit_steps", 0), ("lora_rank", 1)):
@@ -78,10 +80,10 @@ def check(args: argparse.Namespace) -> None:
     if not 0 < args.learning_rate < 1:
         raise ValueError(f"--learning_rate must be between 0 and 1, got {args.learning_rate}")
     if args.fit_steps and args.lora:
-        raise ValueError("--fit_steps fits a LoRA where none is given, and --lora gives one")
+        raise ValueError("--fit_steps and --lora are mutually exclusive")
     if args.lora_after and not args.lora:
-        raise ValueError("--lora_after is for the after image: give the before image's as --lora")
-    direct = method_of(args, args.objective) == "direct"  # without a LoRA no header says more
+        raise ValueError("--lora_after needs the before image's LoRA as --lora")
+    direct = method_of(args, args.objective) == "direct"  # without a LoRA there is no header
     if direct and args.fit_steps and args.objective not in (None, "delta"):
         raise ValueError(f"--fit_steps fits a LoRA of delta, and --objective is {args.objective}")
     if direct and (args.lora_after or not (args.lora or args.fit_steps)):
@@ -92,10 +94,10 @@ def check(args: argparse.Namespace) -> None:
 
 
 def method_of(args: argparse.Namespace, objective: str | None) -> str:
-    """--method, or what suits the objective."""
+    """--method, or the one that suits the objective."""
     if args.method is not None:
         return args.method
-    # the others have ways of their own, which only their edit knows
+    # the other objectives have paths of their own, known only to their edit
     return "invert" if objective in NOISY or args.lora_after else "direct"
 
 
@@ -104,29 +106,30 @@ def frame_names(n: int) -> list[str]:
 
 
 def size_of_frames(args: argparse.Namespace) -> tuple[int, int]:
-    """(w, h): the after image's, or with --resolution pixels on the short side.
+    """(w, h): the after image's size, or with a short side of --resolution pixels.
 
-    ValueError or OSError for ends that make no frames, or frames that would replace another's.
+    ValueError or OSError for unusable images, or frames that would overwrite other files.
     """
     out, resolution = Path(args.out), args.resolution
     for flag, file in (("--before", args.before), ("--after", args.after)):
         if not Path(file).is_file():
-            raise FileNotFoundError(f"{flag} {file} is no file")
+            raise FileNotFoundError(f"{flag} {file} is not a file")
         if Path(file).resolve().parent == out.resolve():
-            raise ValueError(f"--out {out} is the folder of {flag}; frames could replace it")
+            raise ValueError(f"--out {out} is the folder of {flag}; frames could overwrite it")
     refuse_others(out, [*frame_names(args.frames), "morph.gif", "strip.png"], "morph.json")
     a, b = load_image(args.before), load_image(args.after)
     if (gap := aspect_gap(a.size, b.size)) > MAX_ASPECT:
         raise ValueError(
             f"--before is {by(a.size)}, --after is {by(b.size)}; their aspect ratios differ by "
-            f"{gap:.1%}, wanted the same frame (at most {MAX_ASPECT:.0%})"
+            f"{gap:.1%}, expected at most {MAX_ASPECT:.0%}"
         )
     size = b.size
     if resolution is not None:
         size = tuple(round(side * resolution / min(b.size)) for side in b.size)
     if math.prod(size) > (Image.MAX_IMAGE_PIXELS or math.inf):
         raise ValueError(
-            f"--after is {by(b.size)}, which would be {by(size)} at --resolution {resolution}"
+            f"--after, {by(b.size)}, would be {by(size)} at --resolution {resolution}, which is "
+            "too large"
         )
     return size
 
@@ -147,7 +150,7 @@ def morph(
     edit: Callable[[Pipeline, Tensor, Tensor], Tensor],
     args: argparse.Namespace,
 ) -> dict:
-    """Write the frames and what shows them; returns what morph.json holds.
+    """Writes the frames, morph.gif, strip.png and morph.json; returns the latter's content.
 
     `edit(pipe, z, s)` is the LoRA's own edit of z (1, 4, h, w) at strengths s (n,).
     """
@@ -158,8 +161,8 @@ def morph(
     trained = brought_to(pipe)
     if method == "direct" and trained and not trained / 2 <= side <= 2 * trained:
         warnings.warn(
-            f"frames have a short side of {side} pixels, --lora {args.lora} was trained at "
-            f"{trained}, where things are of another size: --resolution {trained} makes such",
+            f"frames have a short side of {side} px, but --lora {args.lora} was trained at "
+            f"{trained} px, where objects have a different size: pass --resolution {trained}",
             stacklevel=2,
         )
 
@@ -198,7 +201,7 @@ def morph(
         save_image(image, out / name)
     had = len(earlier) if isinstance(earlier, list) else 0
     for name in frame_names(min(had, 1000))[len(images) :]:
-        (out / name).unlink(missing_ok=True)  # of an earlier morph, which had more
+        (out / name).unlink(missing_ok=True)  # left by an earlier, longer morph
     save_gif(images, out / "morph.gif")
     titles = [f"{one:.3f}" for one in s.tolist()]
     save_image(contact_sheet([images], titles, [f"strengths, {method}"]), out / "strip.png")
@@ -228,7 +231,7 @@ def morph(
 
 
 def run(args: argparse.Namespace) -> None:
-    """`sample.py morph`: numbered frames from --before to --after, and what shows them."""
+    """`sample.py morph`: writes numbered frames, morph.gif, strip.png and morph.json."""
     check(args)
     size = size_of_frames(args)
     pipe = open_pipeline(args)
@@ -251,7 +254,7 @@ def run(args: argparse.Namespace) -> None:
 def adapted(
     pipe: Pipeline, prompt: str, z: Tensor, args: argparse.Namespace
 ) -> tuple[Pipeline, str]:
-    """The pipeline with --lora_after or the fit on it, and the method. z (2, 4, h, w)."""
+    """The pipeline with --lora_after or the fitted LoRA, and the method. z (2, 4, h, w)."""
     if args.objective:
         said = {"objective": args.objective, "multiplier": OBJECTIVES[args.objective].multiplier}
         pipe = replace(pipe, meta=pipe.meta | said)
@@ -269,11 +272,11 @@ def adapted(
         *((n, n in reads, "--method invert") for n in ("adain", "attention")),
         *((n, n in reads, "--method invert") for n in ("noise_level", "steps")),
         ("seed", args.fit_steps or "seed" in reads, "--fit_steps"),
-        ("prompt", "prompt" in reads, "another --method than blend"),
+        ("prompt", "prompt" in reads, "a --method other than blend"),
         ("learning_rate", args.fit_steps, "--fit_steps"),
         ("lora_rank", args.fit_steps, "--fit_steps"),
-        ("fit_steps", method != "blend", "another --method than blend"),
-        ("batch_size", False, "another command: frames are made one by one"),
+        ("fit_steps", method != "blend", "a --method other than blend"),
+        ("batch_size", False, "another command: morph makes frames one by one"),
     ):
         if not used and getattr(args, name) != usual[name]:
             said = f"--no-{name}" if usual[name] is True else f"--{name} {getattr(args, name)}"
@@ -291,12 +294,12 @@ def adapted(
 
 
 def end_psnr(frames: Tensor, pixels: Tensor) -> dict[str, float]:
-    """Of the first and the last frame against the given ends (2, 3, H, W)."""
+    """PSNR of the first and the last frame against the given images (2, 3, H, W)."""
     pairs = zip(("before", "after"), (frames[0], frames[-1]), pixels)
     return {name: psnr(mse(eight_bit(frame), eight_bit(given))) for name, frame, given in pairs}
 
 
 def save_gif(images: Sequence[Image.Image], file: Path) -> None:
-    """A loop of ten frames a second."""
+    """An endless loop at ten frames per second."""
     how = {"save_all": True, "append_images": images[1:], "duration": 100, "loop": 0}
     write_aside(file, lambda aside: images[0].save(aside, format="GIF", **how))

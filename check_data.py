@@ -1,11 +1,11 @@
-"""Look a data set of pairs over before training on it.
+"""Check a data set of pairs before training on it.
 
     make check-data BEFORE=data/before AFTER=data/after
     python check_data.py --before DIR --after DIR [--mask_dir DIR] [--resolution 512] [--out DIR]
 
-Reports everything it finds, in one pass, and writes a contact sheet to look at. A problem is what
-would stop the training, a remark is what may spoil it. Exit status 0: no problem; 1: problems; 2:
-nothing could be used, with one sentence on stderr.
+Reports everything it finds in one pass and writes a contact sheet. A problem would stop the
+training, a remark may spoil it. Exit status 0: no problems; 1: problems; 2: no usable pair, with
+one sentence on stderr.
 """
 
 import hashlib
@@ -23,11 +23,11 @@ from durable import refuse_file, refuse_read_only, save_image
 from images import contact_sheet, load_image, load_mask, shown
 from pairs import by_name, find_pairs, left_out, read_caption, refuse_among, refuse_missing
 
-NO_CHANGE = 0.5  # of 255, mean absolute difference: what saving as JPEG twice costs
+NO_CHANGE = 0.5  # mean absolute difference, of 255: that of saving as JPEG twice
 MIN_SHIFT = 2  # pixels of the original
 MIN_PEAK = 15.0  # standard deviations; 618 unrelated pairs of photographs reached 12.2
-MIN_RATIO = 2.0  # over the next peak; the same unrelated pairs reached 1.62
-DARK = 16  # of 255: the white of 12 bits in a file of 16
+MIN_RATIO = 2.0  # over the second peak; the same unrelated pairs reached 1.62
+DARK = 16  # of 255: white of 12-bit data in a 16-bit file
 TILE, SHEET_PAIRS = 192, 24
 FLAGS = {"before": "--before", "after": "--after", "mask": "--mask_dir"}
 
@@ -36,9 +36,9 @@ FLAGS = {"before": "--before", "after": "--after", "mask": "--mask_dir"}
 
 
 def _edges(image: Image.Image) -> np.ndarray:
-    """Length of the luminance gradient, faded out to the borders so that they do not correlate.
+    """Magnitude of the luminance gradient, windowed so that the borders do not correlate.
 
-    The length and not the vector: a roof may be darker than the street in one season only.
+    Magnitude, not vector: a roof may be darker than the street in one season only.
     """
     grey = np.asarray(image.convert("L"), dtype=np.float64)  # (H, W)
     length = np.hypot(*np.gradient(grey))
@@ -47,19 +47,19 @@ def _edges(image: Image.Image) -> np.ndarray:
 
 
 def find_shift(before: Image.Image, after: Image.Image) -> tuple[int, int] | None:
-    """Pixels (x right, y down) by which the after image lies off the before; None: cannot tell.
+    """Shift of the after image relative to the before, (x right, y down) in pixels; None: unknown.
 
-    Phase correlation (Kuglin & Hines 1975) at 256 px at most. The answer counts only if its peak
-    is MIN_PEAK standard deviations high and MIN_RATIO times the next one, where anything within
-    6 px is the same peak. A pair that changed nearly everywhere has no such peak: None.
+    Phase correlation (Kuglin & Hines 1975) at 256 px or less. A result needs a peak more than
+    MIN_PEAK standard deviations high and at least MIN_RATIO times the second peak, more than 6 px
+    away. A pair that changed nearly everywhere has no such peak: None.
     """
     small = [image.copy() for image in (before.resize(after.size), after)]
     for image in small:
         image.thumbnail((256, 256), Image.Resampling.BILINEAR)
-    if min(small[0].size) < 32:  # a neighbourhood of 13 would be most of it
+    if min(small[0].size) < 32:  # the 13 px neighbourhood would be most of it
         return None
     cross = np.conj(np.fft.fft2(_edges(small[0]))) * np.fft.fft2(_edges(small[1]))
-    # not quite whitened: the phase of a frequency that is hardly there is noise
+    # not fully whitened: the phase of a weak frequency is noise
     surface = np.fft.ifft2(cross / (np.abs(cross) + 0.1 * np.abs(cross).mean() + 1e-12)).real
     y, x = np.unravel_index(surface.argmax(), surface.shape)
     peak = surface[y, x]
@@ -68,7 +68,7 @@ def find_shift(before: Image.Image, after: Image.Image) -> tuple[int, int] | Non
     if peak <= MIN_PEAK * surface.std() or peak < MIN_RATIO * others.max():
         return None
     near_zero = np.roll(surface, (1, 1), (0, 1))[:3, :3].max()
-    if max(abs(x), abs(y)) > 1 and peak < MIN_RATIO * near_zero:  # both fit: part of it moved
+    if max(abs(x), abs(y)) > 1 and peak < MIN_RATIO * near_zero:  # both fit: only a part moved
         return 0, 0
     height, width = surface.shape
     if x > width // 2:
@@ -83,7 +83,7 @@ def find_shift(before: Image.Image, after: Image.Image) -> tuple[int, int] | Non
 
 @dataclass
 class Report:
-    """What was counted, and findings: (is it a problem, what, which, what to do)."""
+    """Counts, and findings: (whether it is a problem, what, which files or pairs, advice)."""
 
     counts: list[tuple[str, str]] = field(default_factory=list)
     findings: list[tuple[bool, str, list[str], str]] = field(default_factory=list)
@@ -106,7 +106,7 @@ def check(
 ) -> tuple[Report, list[tuple[str, Image.Image, Image.Image]]]:
     """The report, and (name, before, after) of up to 24 pairs at the contact sheet's size.
 
-    FileNotFoundError, NotADirectoryError or ValueError if there is no pair to look at.
+    FileNotFoundError, NotADirectoryError or ValueError if there are no pairs.
     """
     folders = {"before": before_dir, "after": after_dir} | ({"mask": mask_dir} if mask_dir else {})
     both = FLAGS["before"], FLAGS["after"]
@@ -114,7 +114,7 @@ def check(
     sides = {side: by_name(folder, FLAGS[side]) for side, folder in folders.items()}
     names = [name for name in sides["before"] if name in sides["after"]]
     if not names or Path(before_dir).resolve() == Path(after_dir).resolve():
-        find_pairs(before_dir, after_dir, flags=both)  # knows the right sentence
+        find_pairs(before_dir, after_dir, flags=both)  # raises the right message
     report = Report()
     for side, groups in sides.items():
         number = sum(map(len, groups.values()))
@@ -129,10 +129,10 @@ def check(
     doubled = {name for groups in sides.values() for name, p in groups.items() if len(p) > 1}
     found["names with several files in one folder"] = sorted(doubled)
     others = [path for side, folder in folders.items() for path in left_out(folder, FLAGS[side])]
-    found["files of another suffix, left out"] = list(map(str, others))
+    found["files with other suffixes, skipped"] = list(map(str, others))
 
     kept = [name for name in names if name not in doubled]
-    # spread over the set, and chosen beforehand, so that no other picture stays in memory
+    # spread over the set, and chosen in advance, so that no other images stay in memory
     picks = {kept[round(i)] for i in np.linspace(0, len(kept) - 1, SHEET_PAIRS)} if kept else set()
     sheet, sizes, measured = [], [], 0
     hashes: dict[str, dict[bytes, list[str]]] = {"before": {}, "after": {}}
@@ -162,9 +162,9 @@ def check(
             continue
         before, after = images["before"], images["after"]
         for side in ("before", "after"):
-            # by what 99 of 100 pixels are below: a bright roof is no daylight
+            # the 99th percentile, as a few bright roofs do not make an image bright
             if (most := np.percentile(np.asarray(images[side]).max(2), 99)) <= DARK:
-                note("nearly black images", f"{name} ({side}, hardly above {most:.0f} of 255)")
+                note("nearly black images", f"{name} ({side}, mostly at most {most:.0f} of 255)")
         sizes.append(after.size)
         for side, image in images.items():
             if image.size != after.size:
@@ -194,32 +194,32 @@ def check(
 
     for side, known in hashes.items():
         same = [" = ".join(shown([n]) for n in group) for group in known.values() if len(group) > 1]
-        found[f"sets of equal {side} images"] = same
+        found[f"identical {side} images"] = same
     span = " to ".join(dict.fromkeys(by(f(sizes)) for f in (min, max))) if sizes else "none read"
-    report.counts.append(("pairs", f"{report.usable} of {len(names)} can be used, {span} pixels"))
-    untold = "; the others are too small, or changed too much to tell"
+    report.counts.append(("pairs", f"{report.usable} of {len(names)} usable, {span} pixels"))
+    untold = "; the others are too small or changed too much"
     rest = untold if measured < report.usable else ""
     report.counts.append(("registration", f"measured on {measured} of them{rest}"))
 
     keep_one = "keep one of each"
-    verdicts = [  # in the order of the report: a problem?, what, what to do
-        (True, "broken files", "save them again or take the pair out"),
+    verdicts = [  # in the order of the report: whether a problem, what, advice
+        (True, "broken files", "save them again or remove the pair"),
         (True, "names with several files in one folder", keep_one),
         (True, f"before {lonely}", "add what is missing, or pass --allow_unmatched"),
         (True, f"after {lonely}", "add what is missing, or pass --allow_unmatched"),
         (True, "pairs without a mask", "add what is missing, or pass --allow_unmatched"),
         (True, "images of another shape", "crop them to the frame of the after image"),
-        (True, "unusable captions", "mend the text file or delete it"),
+        (True, "unusable captions", "fix the text file or delete it"),
         (False, "images of another size", "they will be resized to the after image"),
         (False, "pairs that look shifted", "align them; (right, down) px of after over before"),
         (False, "pairs without change", "they teach that nothing happens"),
-        (False, "nearly black images", "12 bits in a file of 16? scale them to all of its range"),
-        (False, "files of another suffix, left out", "save them as PNG, JPEG, WebP, BMP or TIFF"),
+        (False, "nearly black images", "12-bit data in 16-bit files? scale it to the full range"),
+        (False, "files with other suffixes, skipped", "save them as PNG, JPEG, WebP, BMP or TIFF"),
         (False, "empty masks", "they teach that nothing happens"),
-        (False, "faint masks", "labels, not white? change is where a mask is white, 255"),
-        (False, "sets of equal before images", keep_one),
-        (False, "sets of equal after images", keep_one),
-        (False, "pairs smaller than", "they will be enlarged; train with a lower --resolution"),
+        (False, "faint masks", "labels? the change is where a mask is white, 255"),
+        (False, "identical before images", keep_one),
+        (False, "identical after images", keep_one),
+        (False, "pairs smaller than", "they will be upscaled; train with a lower --resolution"),
     ]
     for stops, what, advice in verdicts:
         if found.get(what):
@@ -229,12 +229,12 @@ def check(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit status; see the top of the file."""
+    """Returns the exit status; see the top of the file."""
     parser = Parser(prog="check_data.py", description=__doc__.splitlines()[0])
     parser.add_argument("--before", type=Path, required=True, metavar="DIR")
     parser.add_argument("--after", type=Path, required=True, metavar="DIR")
     parser.add_argument("--mask_dir", type=Path, metavar="DIR")
-    parser.add_argument("--resolution", type=int, default=512, help="of the training (%(default)s)")
+    parser.add_argument("--resolution", type=int, default=512, help="training size [%(default)s]")
     parser.add_argument("--out", type=Path, default=Path("runs/check-data"), metavar="DIR")
     args = parser.parse_args(argv)
     try:
@@ -258,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError, MemoryError) as error:
         return fail("check_data.py", error)
     if not report.usable:
-        print("check_data.py: no pair can be used, see the problems above", file=sys.stderr)
+        print("check_data.py: no usable pairs, see the problems above", file=sys.stderr)
         return 2
     return 1 if report.problems else 0
 

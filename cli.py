@@ -1,4 +1,4 @@
-"""How the programs are called: flags of a config's fields, --config, and errors in one sentence."""
+"""The command line: flags from the config's fields, --config, and errors in one sentence."""
 
 import argparse
 import contextlib
@@ -19,21 +19,22 @@ PATHS = {"DIR", "FILE", "IMAGE", "IMAGE_OR_DIR", "RUN_OR_FILE"}  # metavars
 
 
 class Parser(argparse.ArgumentParser):
-    """One sentence on stderr and exit status 2; no abbreviations. stdout takes any file's name.
+    """Errors are one sentence on stderr and exit status 2; flags cannot be abbreviated.
 
-    A list of numbers may begin with a negative one; no path is empty, ~/ is the home folder.
+    stdout can print any file name; a list of numbers may begin with a negative one; a path must not
+    be empty, and ~/ is the home folder.
     """
 
     def __init__(self, **keywords):
-        if hasattr(sys.stdout, "reconfigure"):  # a terminal may not know every letter
+        if hasattr(sys.stdout, "reconfigure"):  # its encoding may lack characters
             sys.stdout.reconfigure(errors="backslashreplace")
         super().__init__(allow_abbrev=False, **keywords)
         self._negative_number_matcher = re.compile(r"^-\.?\d[\d.,eE+-]*$")
 
     def _get_value(self, action, arg_string):
-        if not arg_string and action.metavar in PATHS:  # pathlib takes it for the current folder
-            raise argparse.ArgumentError(action, "a path was wanted, got ''")
-        if arg_string.startswith("~/"):  # the shell leaves it in --flag=~/x and in quotes
+        if not arg_string and action.metavar in PATHS:  # to pathlib, the current folder
+            raise argparse.ArgumentError(action, "expected a path, got ''")
+        if arg_string.startswith("~/"):  # the shell does not expand it in --flag=~/x or in quotes
             arg_string = os.path.expanduser(arg_string)
         return super()._get_value(action, arg_string)
 
@@ -41,12 +42,12 @@ class Parser(argparse.ArgumentParser):
         sys.exit(report(self.prog, message))
 
 
-# What a machine does to a run; any other error of the system is about a path that was given.
+# Failures of the machine; any other system error is about a path the user gave.
 NO_MISTAKE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE, errno.ENOMEM}
 
 
 def floats(text: str) -> list[float]:
-    """ "0,0.5,1" -> [0.0, 0.5, 1.0]; [nan] for what is not numbers."""
+    """ "0,0.5,1" -> [0.0, 0.5, 1.0]; [nan] if they are not numbers."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
@@ -54,22 +55,23 @@ def floats(text: str) -> list[float]:
 
 
 def report(prog: str, error, *, aloud: bool = True) -> int:
-    """Say in one line what went wrong; returns the exit status: 2 a mistake, 1 trouble on the way.
+    """Print the error in one line; returns the exit status: 2 a user's mistake, 1 a failure at run
+    time.
 
-    What looks like an access token is starred out; a line nobody reads any more is left unsaid, and
-    one that another process has said (not `aloud`).
+    Anything that looks like an access token is masked. Nothing is printed if nobody reads the
+    output any more, or if another process has printed it already (not `aloud`).
     """
     said = str(error)
     if isinstance(error, BrokenPipeError):
-        said = f"nobody reads the output: {error}"
-    elif not said:  # Python's own MemoryError says nothing
+        said = f"the output is no longer read: {error}"
+    elif not said:  # Python's own MemoryError has no message
         said = "out of memory" if isinstance(error, MemoryError) else type(error).__name__
     told = "; ".join([said, *getattr(error, "__notes__", [])])
     told = re.sub(r"\bhf_\w+", "hf_***", " ".join(told.split()))
     if aloud:
         with contextlib.suppress(OSError):
             print(f"{prog}: {told}", file=sys.stderr, flush=True)
-    if isinstance(error, BrokenPipeError):  # or the interpreter fails on it once more, at its end
+    if isinstance(error, BrokenPipeError):  # else the interpreter's flush at exit fails again
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -78,7 +80,7 @@ def report(prog: str, error, *, aloud: bool = True) -> int:
 
 
 def add_fields(parser: Parser) -> None:
-    """A flag for every field of the config, in groups. Booleans have --x and --no-x."""
+    """Adds a flag for every field of the config, in groups; booleans get --x and --no-x."""
     hints, group = typing.get_type_hints(TrainConfig), parser
     for f in dataclasses.fields(TrainConfig):
         kind = hints[f.name]
@@ -106,10 +108,10 @@ def add_fields(parser: Parser) -> None:
 
 
 def read_file(path: str) -> dict:
-    """The fields that a config.json gives. ValueError names a key that is none, or a wrong type."""
+    """The fields in a config.json. ValueError names an unknown key or a wrong type."""
     try:
         if (size := os.path.getsize(path)) > 2**24:
-            raise ValueError(f"it has {size} bytes")
+            raise ValueError(f"it has {size} bytes, expected at most 16 MiB")
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # bytes, syntax, a number of 5000 digits
         raise ValueError(f"--config {path} cannot be read: {error}") from error
@@ -131,26 +133,27 @@ def read_file(path: str) -> dict:
             wanted = "a list of numbers" if each is float else "a list of strings"
             names = {tuple: wanted, types.NoneType: "null"}
             wanted = " or ".join(names.get(k, k.__name__) for k in allowed)
-            raise ValueError(f"--config {path} has {key}={value!r}; {wanted} was wanted")
+            raise ValueError(f"--config {path} has {key}={value!r}; expected {wanted}")
     return content
 
 
 def make_parser(prog: str = "train.py") -> Parser:
-    """The flags one by one; whether they go together is `check`'s."""
+    """Parses each flag on its own; `check` decides whether they can be combined."""
     parser = Parser(
         prog=prog,
-        usage="%(prog)s [--config FILE] [--FLAG VALUE ...]",  # all of them follow, in groups
-        description="Train a LoRA on pairs of images, or on single ones. [x] is a default.",
+        usage="%(prog)s [--config FILE] [--FLAG VALUE ...]",  # the groups below list them all
+        description="Train a LoRA on pairs of images or on single images. [x] is the default.",
     )
     parser.add_argument(
-        "--config", metavar="FILE", help="a config.json to start from, of an earlier run say"
+        "--config", metavar="FILE", help="config.json to start from, e.g. of an earlier run"
     )
     add_fields(parser)
     return parser
 
 
 def parse(argv: list[str] | None = None, prog: str = "train.py") -> TrainConfig:
-    """Flags over --config over defaults. Exits with status 2 and one sentence on a mistake."""
+    """Flags override --config, which overrides the defaults. A mistake exits with status 2 and one
+    sentence."""
     parser = make_parser(prog)
     first, _ = parser.parse_known_args(argv)
     if first.config is not None:

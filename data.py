@@ -1,9 +1,9 @@
-"""Pairs of images to tensors, both sides cut in lockstep.
+"""Pairs of images to tensors, both sides resized, cropped and flipped in lockstep.
 
     Geometry       ONE draw of resize, crop and flip, for both sides and the mask
     PairDataset    pairs -> tensors; item i is a function of (seed, i) alone
 
-`check_data.py` looks a data set over before you train on it.
+`check_data.py` checks a data set before you train on it.
 """
 
 import hashlib
@@ -22,12 +22,12 @@ from torch import Tensor
 from images import image_size, load_image, load_mask, shown, to_tensor
 from pairs import Pair, file_hash, find_pairs  # noqa: F401, a data set's two steps are at hand together
 
-MAX_ASPECT = 0.02  # 768x383 is 768x384 with a row lost; beyond 2 % it is another frame
+MAX_ASPECT = 0.02  # 768x383 is 768x384 with a row lost; beyond 2 % the framing differs
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """One draw, applied alike to everything that belongs to one item."""
+    """One draw, applied to all images of an item."""
 
     resize: tuple[int, int]  # width, height
     crop: tuple[int, int, int, int]  # left, top, right, bottom, in the resized image
@@ -35,7 +35,7 @@ class Geometry:
 
 
 def with_short_side(short: int, width: int, height: int) -> tuple[int, int]:
-    """The size, (width, height), whose short side is `short`."""
+    """(width, height) scaled to the short side `short`, aspect ratio kept."""
     if width <= height:
         return short, max(short, round(height * short / width))
     return max(short, round(width * short / height)), short
@@ -52,11 +52,11 @@ def draw_geometry(
     native_scale: bool = False,
     generator: torch.Generator,
 ) -> Geometry:
-    """Short side to resolution × U[1, random_scale], crop resolution², flip half the time.
+    """Resizes the short side to resolution × U[1, random_scale], crops resolution², flips half.
 
-    native_scale: the short side as it is, × U[1, random_scale].
+    native_scale: the short side becomes its own length × U[1, random_scale] instead.
     """
-    # always four numbers, so that switching one augmentation on leaves the others' draws alone
+    # always four numbers, so that enabling one augmentation does not change the others' draws
     u_scale, u_left, u_top, u_flip = torch.rand(4, generator=generator).tolist()
     base = min(width, height) if native_scale else resolution
     short = round(base * (1 + (random_scale - 1) * u_scale))
@@ -75,29 +75,29 @@ def apply(
     geometry: Geometry,
     resample: Image.Resampling = Image.Resampling.BILINEAR,
 ) -> Image.Image:
-    """The image resized, cropped and flipped. An image of the right size is not resampled."""
+    """The image resized, cropped and flipped; not resampled if it already has the right size."""
     if image.size != geometry.resize:
-        image = image.resize(geometry.resize, resample)  # Pillow widens the filter when it shrinks
+        image = image.resize(geometry.resize, resample)  # Pillow antialiases when downscaling
     image = image.crop(geometry.crop)
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if geometry.flip else image
 
 
 def aspect_gap(size: tuple[int, int], other: tuple[int, int]) -> float:
-    """By what share two aspect ratios differ; 0 for equal ones."""
+    """Relative difference of two aspect ratios, 0 if equal."""
     ratios = sorted((size[0] * other[1], other[0] * size[1]))
     return ratios[1] / ratios[0] - 1
 
 
 def by(size: tuple[int, int]) -> str:
-    """A size for a message: 768x383."""
+    """A size as shown in messages: 768x383."""
     return f"{size[0]}x{size[1]}"
 
 
 def change_mask(before: Tensor, after: Tensor) -> Tensor:
     """Where two images (3, H, W) in [-1, 1] differ: (1, H, W), 0 below 0.1, 1 above 0.3.
 
-    The largest difference of the three channels, averaged over 5 × 5 pixels: noise and edges that
-    are a pixel off count little.
+    The maximum difference over the channels, averaged over 5 × 5 pixels, so that noise and edges
+    that are a pixel off count little.
     """
     apart = (after - before).abs().amax(0, keepdim=True)  # (1, H, W) in [0, 2]
     smooth = F.avg_pool2d(apart, 5, stride=1, padding=2, count_include_pad=False)
@@ -105,12 +105,12 @@ def change_mask(before: Tensor, after: Tensor) -> Tensor:
 
 
 class PairDataset(torch.utils.data.Dataset):
-    """Item i is pair i % len(pairs) in view i // len(pairs), cut by a draw from (seed, i) alone.
+    """Item i is view i // len(pairs) of pair i % len(pairs); its crop depends on (seed, i) alone.
 
-    A dict of "before" and "after" (3, R, R) in [-1, 1], "mask" (1, R, R) in [0, 1], "name" and
-    "caption" (empty where the pair has none, as loaders cannot stack None). "before" and "mask"
-    are left out where the pair has none. Sizes are read here, so that a pair whose sides do not
-    fit stops before the first step: ValueError. Sides of unequal size give one warning.
+    An item is a dict of "before" and "after" (3, R, R) in [-1, 1], "mask" (1, R, R) in [0, 1],
+    "name" and "caption" (empty if the pair has none, as loaders cannot collate None). "before" and
+    "mask" are missing if the pair has none. All sizes are read here: sides that do not match raise
+    ValueError before the first step, sides of unequal size give one warning.
     """
 
     def __init__(
@@ -128,56 +128,56 @@ class PairDataset(torch.utils.data.Dataset):
         change_masks: bool = False,
     ) -> None:
         if not pairs:
-            raise ValueError("PairDataset got no pairs, wanted at least one")
+            raise ValueError("PairDataset got no pairs, expected at least one")
         if len({pair.before is None for pair in pairs}) == 2:
-            raise ValueError("PairDataset got items with and without a before, wanted one kind")
+            raise ValueError("PairDataset got items with and without a before, expected one kind")
         for flag, value in zip(("resolution", "views"), (resolution, views)):
             if value < 1:
-                raise ValueError(f"--{flag} is {value}, wanted at least 1")
+                raise ValueError(f"--{flag} is {value}, expected at least 1")
         if not 1 <= random_scale < float("inf"):
-            raise ValueError(f"--random_scale is {random_scale}, wanted 1 (off) or more")
+            raise ValueError(f"--random_scale is {random_scale}, expected 1 (off) or more")
         try:
             ImageColor.getrgb(background)
         except ValueError:
             raise ValueError(
-                f"--background is {background!r}, wanted a colour such as white or #808080"
+                f"--background is {background!r}, expected a colour such as white or #808080"
             ) from None
         self.pairs, self.resolution, self.views, self.seed = list(pairs), resolution, views, seed
         self.center_crop, self.random_flip = center_crop, random_flip
         self.random_scale, self.native_scale = random_scale, native_scale
         self.background = background
         self._opened: tuple[int, dict[str, Image.Image]] = -1, {}  # the last pair's images
-        self.change_masks = change_masks  # for pairs that have none of their own
+        self.change_masks = change_masks  # for pairs without a mask file
         self.sizes, unequal = [], []
         for pair in self.pairs:
             sizes = {side: image_size(path) for side, path in pair.files.items()}
             self.sizes.append(sizes["after"])
             if native_scale and min(sizes["after"]) < resolution:
                 raise ValueError(
-                    f"{shown([pair.name])} is {by(sizes['after'])}; crops of --resolution "
-                    f"{resolution} at its native scale do not fit into it"
+                    f"{shown([pair.name])} is {by(sizes['after'])}, too small for crops of "
+                    f"--resolution {resolution} at its native scale"
                 )
             base = min(sizes["after"]) if native_scale else resolution
             width, height = with_short_side(round(base * random_scale), *sizes["after"])
-            # a strip of one pixel's width; of its own size an image may be what Pillow reads
+            # against upscaling a strip 1 px wide; at its own size only Pillow limits an image
             most = max(math.prod(sizes["after"]), Image.MAX_IMAGE_PIXELS or math.inf)
             if width * height > most:
                 raise ValueError(
-                    f"pair {shown([pair.name])}: after is {by(sizes['after'])}, which would be "
-                    f"{by((width, height))} when its short side is {min(width, height)}"
+                    f"pair {shown([pair.name])}: after, {by(sizes['after'])}, would be "
+                    f"{by((width, height))} with a short side of {min(width, height)}, too large"
                 )
             for side, size in sizes.items():
                 text = f"{side} is {by(size)}, after is {by(sizes['after'])}"
                 if (gap := aspect_gap(size, sizes["after"])) > MAX_ASPECT:
                     raise ValueError(
                         f"pair {shown([pair.name])}: {text}; their aspect ratios differ by "
-                        f"{gap:.1%}, wanted the same frame (at most {MAX_ASPECT:.0%})"
+                        f"{gap:.1%}, expected at most {MAX_ASPECT:.0%}"
                     )
                 if size != sizes["after"]:
                     unequal.append(f"{pair.name} ({text})")
         if unequal:
             warnings.warn(
-                f"{len(unequal)} images are resized to their after image: {shown(unequal)}",
+                f"{len(unequal)} images are resized to match after: {shown(unequal)}",
                 stacklevel=2,
             )
 
@@ -186,7 +186,7 @@ class PairDataset(torch.utils.data.Dataset):
 
     @property
     def enlarged(self) -> int:
-        """How many pairs --random_scale shows in more pixels than they have."""
+        """Number of pairs that --random_scale upscales beyond their own pixels."""
         if self.random_scale == 1:
             return 0
         if self.native_scale:
@@ -194,12 +194,12 @@ class PairDataset(torch.utils.data.Dataset):
         return self.smaller_than(int(self.resolution * self.random_scale))
 
     def smaller_than(self, side: int) -> int:
-        """How many pairs have fewer pixels along their short side."""
+        """Number of pairs whose short side is below `side`."""
         return sum(min(size) < side for size in self.sizes)
 
     @property
     def deterministic(self) -> bool:
-        """Whether every view of a pair is the same, so that `views=1` says it all."""
+        """Whether all views of a pair are equal, so that `views=1` is enough."""
         crop = self.resolution, self.resolution
         fits = all(
             (size if self.native_scale else with_short_side(self.resolution, *size)) == crop
@@ -209,24 +209,24 @@ class PairDataset(torch.utils.data.Dataset):
 
     @property
     def resized(self) -> bool:
-        """Whether most images are shown at another scale than their own, --random_scale apart."""
+        """Whether most images are resized for training, not counting --random_scale."""
         brought = sum(min(size) != self.resolution for size in self.sizes)
         return not self.native_scale and 2 * brought > len(self.sizes)
 
     @property
     def coverage(self) -> float:
-        """Pixels of all crops over those of all images; --random_scale apart."""
+        """Pixels of all crops over pixels of all images, not counting --random_scale."""
         if not self.native_scale:
             return 1.0
         return len(self) * self.resolution**2 / sum(w * h for w, h in self.sizes)
 
     @cached_property
     def hashes(self) -> list[dict[str, str]]:
-        """Of every pair the files' `file_hash` by side; they are read once."""
+        """For every pair, its files' `file_hash` by side; computed once."""
         return [{side: file_hash(path) for side, path in p.files.items()} for p in self.pairs]
 
     def geometry(self, index: int) -> Geometry:
-        """The draw of item `index`."""
+        """The draw for item `index`."""
         digest = hashlib.sha256(f"geometry {self.seed} {index}".encode()).digest()
         return draw_geometry(
             *self.sizes[index % len(self.pairs)],
@@ -254,8 +254,8 @@ class PairDataset(torch.utils.data.Dataset):
         return item
 
     def images(self, k: int) -> dict[str, Image.Image]:
-        """Those of pair k, as large as its after image. The last one's are kept: views of one large
-        pair, which follow each other, read it once."""
+        """Those of pair k, resized to its after image. The last pair's are kept, so that successive
+        views of a large pair read it once."""
         if self._opened[0] != k:
             pair, images = self.pairs[k], {}
             for side, path in pair.files.items():
@@ -270,5 +270,5 @@ class PairDataset(torch.utils.data.Dataset):
         return self._opened[1]
 
     def forget(self) -> None:
-        """Give the last pair's images back: a training needs no more than their latents."""
+        """Frees the last pair's images: training needs only the latents."""
         self._opened = -1, {}

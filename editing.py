@@ -1,6 +1,6 @@
-"""A LoRA at use: from flags to a pipeline, and from before images to images with the change.
+"""Using a LoRA: from flags to a pipeline, and from before images to edited images.
 
-What sample.py and evaluate.py share.
+Shared by sample.py and evaluate.py.
 """
 
 import argparse
@@ -36,12 +36,12 @@ from model.tiles import Tiles, windowed
 
 # ---- flags ---------------------------------------------------------------------------------------
 
-MOST = 1e6  # no knob is of use beyond it, and float32 ends at 3e38
+MOST = 1e6  # no flag is useful beyond it, and float32 overflows at 3e38
 
 
 def distinct(values: Sequence[float]) -> bool:
-    """Whether all lie within ± MOST and each is written differently: files are named by them."""
-    near = all(abs(value) <= MOST for value in values)  # so written, NaN is not
+    """Whether all are within ± MOST and print differently: files are named after them."""
+    near = all(abs(value) <= MOST for value in values)  # in this form NaN fails
     return near and len({f"{value:g}" for value in values}) == len(values)
 
 
@@ -49,17 +49,17 @@ def numbers(text: str) -> list[float]:
     """ "0,0.5,1" -> [0.0, 0.5, 1.0]"""
     if not distinct(values := floats(text)):
         raise argparse.ArgumentTypeError(
-            f"numbers with commas between them were wanted, different ones within ±{MOST:.0f}, "
-            f"such as 0,0.5,1, got {text!r}"
+            f"expected comma-separated, distinct numbers within ±{MOST:.0f}, such as 0,0.5,1, "
+            f"got {text!r}"
         )
     return values
 
 
 def exit_status(prog: str, work: Callable[[], None]) -> int:
-    """Do it; 0, or after one sentence about what went wrong 1 (trouble) or 2 (a mistake)."""
+    """Runs `work`. Returns 0, or after an error in one sentence 1 (failure) or 2 (mistake)."""
     try:
         work()
-        sys.stdout.flush()  # a reader that has gone is found here, not at the end of Python
+        sys.stdout.flush()  # a closed pipe fails here, not at interpreter exit
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         return report(prog, error)
     except RuntimeError as error:
@@ -72,74 +72,90 @@ def exit_status(prog: str, work: Callable[[], None]) -> int:
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
-    """What every use of a LoRA has."""
+    """The flags shared by all commands that use a LoRA."""
     add = parser.add_argument
-    add("--lora", metavar="RUN_OR_FILE", help="a run's folder or a LoRA file")
-    add("--out", required=True, metavar="DIR", help="where the pictures go")
-    add("--model", help="base model: directory, hub id or one file [the LoRA's]")
-    add("--revision", help="of the hub repository")
-    add("--variant", help="of the weight files, such as fp16")
-    add("--vae_path", help="another autoencoder [the LoRA's]")
-    add("--tokenizer_name", help="another tokenizer [the LoRA's]")
+    add("--lora", metavar="RUN_OR_FILE", help="folder of a run, or a LoRA file")
+    add("--out", required=True, metavar="DIR", help="output folder")
+    add("--model", help="base model: a directory, hub id or single file [the LoRA's]")
+    add("--revision", help="revision of the hub repository: branch, tag or commit")
+    add("--variant", help="variant of the weight files, such as fp16")
+    add("--vae_path", help="VAE to use instead [the LoRA's]")
+    add("--tokenizer_name", help="tokenizer to use instead [the LoRA's]")
     add(
         "--prediction_type", choices=["epsilon", "v_prediction"],
-        help="what the base predicts [what the LoRA says, else the base]",
+        help="what the base model predicts [from the LoRA's header, else from the checkpoint]",
     )  # fmt: skip
-    add("--base_lora", metavar="RUN_OR_FILE", help="a LoRA under it [the one it was trained on]")
-    add("--base_lora_strength", type=float, metavar="X", help="its strength, 0 = off [as trained]")
-    add("--prompt", help="[what the LoRA was trained with]")
+    add("--base_lora", metavar="RUN_OR_FILE", help="LoRA under --lora [the one it was trained on]")
+    add(
+        "--base_lora_strength", type=float, metavar="X",
+        help="strength of the LoRA under --lora, 0 = off [as trained]",
+    )  # fmt: skip
+    add("--prompt", help="prompt [the one the LoRA was trained with]")
     add("--steps", type=int, default=30, help="denoising steps [30]")
-    add("--seed", type=int, default=0, help="[0]")
-    add("--device", help="cuda, cpu [the best there is]")
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="[bf16 on CUDA, else no]")
-    add("--batch_size", type=int, default=4, help="images of one size at a time [4]")
+    add("--seed", type=int, default=0, help="seed of all noise [0]")
+    add("--device", help="cuda or cpu [the best available]")
+    add(
+        "--mixed_precision", choices=["no", "fp16", "bf16"],
+        help="precision of the networks [bf16 on CUDA, else no]",
+    )  # fmt: skip
+    add("--batch_size", type=int, default=4, help="images per batch, of one size [4]")
 
 
 def add_edit_flags(parser: argparse.ArgumentParser) -> None:
-    """How a before image gets its change."""
+    """The flags of an edit."""
     add = parser.add_argument
     scales = {name: objective.change_guidance for name, objective in OBJECTIVES.items()}
     usual = "".join(f"{scale:g} for `{name}`, " for name, scale in scales.items() if scale != 1)
-    add("--objective", choices=list(OBJECTIVES), help="[what the LoRA's header says]")
-    add("--guidance", type=float, default=1.0, help="for objectives that denoise, 1 = none [1]")
+    add("--objective", choices=list(OBJECTIVES), help="objective [from the LoRA's header]")
+    add(
+        "--guidance", type=float, default=1.0,
+        help="classifier-free guidance scale, for objectives that denoise; 1 = none [1]",
+    )  # fmt: skip
     add(
         "--start", choices=["invert", "noise"], default="invert",
-        help="how those leave the before image: DDIM inversion, or added noise (SDEdit) [invert]",
+        help="how objectives that denoise get from the before image to noise: DDIM inversion, or "
+        "added noise (SDEdit) [invert]",
     )  # fmt: skip
-    add("--noise_level", type=float, default=0.7, help="how far towards noise, 0..1 [0.7]")
+    add(
+        "--noise_level", type=float, default=0.7,
+        help="how far --start goes towards pure noise, 0..1 [0.7]",
+    )  # fmt: skip
     add(
         "--image_guidance", type=float, default=1.0,
-        help="how much more the before image counts for `concat`, 1 = no more [1]",
+        help="guidance scale of the before image, for `concat`; 1 = none [1]",
     )  # fmt: skip
     add(
         "--change_guidance", type=float,
-        help="how much what the LoRA adds to the base's answer counts, for objectives that "
-        f"denoise, 1 = as trained [{usual}else 1]",
+        help="scale of what the LoRA adds to the base's prediction, for objectives that denoise; "
+        f"1 = as trained [{usual}else 1]",
     )  # fmt: skip
-    add("--eta", type=float, default=0.0, help="noise `bridge` and `img2img` draw anew, 0..1 [0]")
+    add(
+        "--eta", type=float, default=0.0,
+        help="fresh noise in each step of `bridge` and `img2img`, 0..1 [0]",
+    )  # fmt: skip
     add(
         "--between", choices=["fade", "lora"],
-        help="strengths between 0 and 1: fade the image at 1 in, or weaken the LoRA "
-        "[lora where it was trained on states in between, else fade]",
+        help="how to edit at strengths between 0 and 1: fade in the edit at 1, or scale the LoRA "
+        "[lora if it was trained on states in between, else fade]",
     )  # fmt: skip
     add(
         "--resolution", type=int, metavar="PIXELS",
-        help="short side at which an image is edited; the change is given back in its own size "
-        "[what the LoRA was trained at, if its images were brought to that; else the image's]",
+        help="short side at which images are edited; results keep the image's own size "
+        "[the training's, if its images were resized to it, else the image's]",
     )  # fmt: skip
     add(
         "--tile", type=int, metavar="PIXELS",
-        help="side of the windows in which a large image is edited, to need no more memory than "
-        "they do [as a whole, or in the largest windows that fit]",
+        help="side of the windows in which large images are edited, to save memory "
+        "[the whole image, or the largest windows that fit in memory]",
     )  # fmt: skip
     add(
         "--keep_detail", action=argparse.BooleanOptionalAction, default=True,
-        help="give back what the autoencoder loses of the image where nothing changes [on]",
+        help="where nothing changes, restore the detail that the autoencoder loses [on]",
     )  # fmt: skip
 
 
 def check(args: argparse.Namespace) -> None:
-    """ValueError or FileExistsError naming the flag that no picture could be made with."""
+    """ValueError or FileExistsError naming an invalid flag."""
     for name in (
         "strength", "guidance", "image_guidance", "change_guidance", "noise_level",
         "base_lora_strength",
@@ -164,16 +180,17 @@ def check(args: argparse.Namespace) -> None:
     refuse_read_only(Path(args.out), "--out")
 
 
-# ---- their use ---------------------------------------------------------------------------------
+# ---- using them ----------------------------------------------------------------------------------
 
 
 def prompt_of(args: argparse.Namespace, pipe: Pipeline) -> str:
-    """The flag, or what the LoRA was trained with."""
+    """--prompt, or the prompt the LoRA was trained with."""
     return args.prompt if args.prompt is not None else pipe.meta.get("prompt", "")
 
 
 def open_pipeline(args: argparse.Namespace, *, captioned: bool = False) -> Pipeline:
-    """What the common flags ask for; says what was loaded. captioned: each image has a prompt."""
+    """The pipeline of the common flags; prints what was loaded. captioned: each image has a prompt
+    of its own."""
     device = pick_device(args.device)
     dtype = pick_dtype(args.mixed_precision, device)
     if args.model and (note := moved_note(args.model)):
@@ -194,8 +211,8 @@ def open_pipeline(args: argparse.Namespace, *, captioned: bool = False) -> Pipel
     for sentence in without_effect(args, pipe):
         warnings.warn(sentence, stacklevel=2)
     if pipe.meta.get("captions") and not (captioned or prompt_of(args, pipe)):
-        said = f"--lora {args.lora} was trained with a caption for each image, and is used without"
-        warnings.warn(f"{said}: --prompt says one", stacklevel=2)
+        said = f"--lora {args.lora} was trained with a caption for each image but is used without"
+        warnings.warn(f"{said}: pass --prompt", stacklevel=2)
     kind = pipe.meta.get("objective", "of unknown objective")
     lora = f", LoRA {args.lora} ({kind})" if args.lora else ""
     if pipe.under:
@@ -205,15 +222,15 @@ def open_pipeline(args: argparse.Namespace, *, captioned: bool = False) -> Pipel
 
 
 def without_effect(args: argparse.Namespace, pipe: Pipeline) -> Iterator[str]:
-    """Common flags that were given and are not read, a sentence each."""
+    """A sentence for each common flag that was given but is not read."""
     if args.revision is not None and is_local(pipe.base):
         yield f"--revision {args.revision} has no effect: {pipe.base} is a local directory"
     if args.base_lora_strength and not pipe.under:
         said = f"--base_lora_strength {args.base_lora_strength:g} has no effect"
-        yield f"{said}: there is no LoRA beneath this one"
+        yield f"{said}: there is no LoRA under this one"
     if (strength := getattr(args, "strength", 1.0)) != 1.0:
         if getattr(args, "strengths", None) is not None:
-            yield f"--strength {strength:g} has no effect beside --strengths"
+            yield f"--strength {strength:g} has no effect with --strengths"
         elif args.lora is None and args.command == "generate":
             yield f"--strength {strength:g} has no effect without --lora"
     kind = pipe.meta.get("objective")
@@ -231,9 +248,9 @@ def editor(
     seeds: Sequence[int] | None = None,
     tiles: Tiles | None = None,
 ) -> Callable[[float], Tensor]:
-    """`edit(s)`: the latents of z (b, 4, h, w) at strength s, in windows if there are `tiles`.
+    """`edit(s)`: the latents z (b, 4, h, w) edited at strength s, in windows if `tiles` is given.
 
-    `prompt` stands for the flag or the LoRA's; `seeds`, one an image, for --seed.
+    `prompt` overrides the flag's and the LoRA's; `seeds`, one per image, override --seed.
     """
     prompt = prompt_of(args, pipe) if prompt is None else prompt
     seeds = [args.seed] * len(z) if seeds is None else seeds
@@ -262,7 +279,7 @@ def editor(
 
 
 def defaults() -> dict:
-    """What the flags are that are not given."""
+    """The flags' default values."""
     parser = argparse.ArgumentParser()
     add_common_flags(parser)
     add_edit_flags(parser)
@@ -270,13 +287,13 @@ def defaults() -> dict:
 
 
 def draws_anew(objective: str | None, start: str) -> bool:
-    """Whether other seeds make other pictures of it."""
+    """Whether the result depends on the seed."""
     uses = OBJECTIVES[objective].uses if objective in OBJECTIVES else ()
     return "seed" in uses and ("start" not in uses or start == "noise")
 
 
 def warn_of_unread(args: argparse.Namespace, objective: str) -> None:
-    """Of flags that were given and that this objective's use does not read."""
+    """Warns of flags that were given but that this objective's edit does not read."""
     usual, uses = defaults(), OBJECTIVES[objective].uses
     for flag in sorted({flag for one in OBJECTIVES.values() for flag in one.uses}):
         if flag not in uses and (value := getattr(args, flag)) != usual[flag]:
@@ -292,7 +309,7 @@ def warn_of_unread(args: argparse.Namespace, objective: str) -> None:
 
 
 def states_between(pipe: Pipeline) -> str:
-    """How this LoRA shows the states between before and after: see `at_strengths`."""
+    """How this LoRA shows states between before and after: see `at_strengths`."""
     return "lora" if pipe.meta.get("states", 2) > 2 else "fade"
 
 
@@ -317,8 +334,8 @@ def edit_pixels(
 ) -> list[Tensor]:
     """pixels (b, 3, H, W) with the change at each strength, each (b, 3, H, W).
 
-    The networks see them as `frame_of` says; where memory does not suffice, fewer at a time, then
-    windows. prompt, seeds: as of `editor`.
+    The networks see them as `frame_of` says; if memory runs out, fewer at a time, then in windows.
+    prompt, seeds: see `editor`.
     """
     seeds = [args.seed] * len(pixels) if seeds is None else seeds
     fade = (args.between or states_between(pipe)) == "fade"
@@ -326,7 +343,7 @@ def edit_pixels(
     def edited(frame: Framing) -> list[Tensor]:
         (height, width), tiles = frame.size, frame.tiles
         seen = padded(pipe.vae, resized(pixels, frame.size))
-        # its memory: one image's
+        # one by one, so that encoding takes one image's memory
         z = torch.cat([encode(pipe.vae, one[None], tiles) for one in seen])
         edit = editor(pipe, objective, z, args, prompt=prompt, seeds=seeds, tiles=tiles)
 
@@ -334,7 +351,7 @@ def edit_pixels(
             small = decode(pipe.vae, z, tiles)[..., :height, :width]
             return resized(small, pixels.shape[2:], "bicubic")
 
-        # what shrinking takes of an image is kept as what the autoencoder loses is
+        # detail lost by downscaling is restored like detail lost by the autoencoder
         detail = args.keep_detail
         images = at_strengths(picture, pixels, z, strengths, edit, fade=fade, detail=detail)
         return [finite(x) for x in images]
@@ -354,7 +371,7 @@ def edit_pixels(
 
 
 def batches(kinds: Sequence, most: Callable[..., int]) -> Iterator[slice]:
-    """Cuts of neighbours of one kind, `most(kind)` at a time."""
+    """Slices of at most `most(kind)` consecutive items of the same kind."""
     start = 0
     for kind, alike in groupby(kinds):
         end, count = start + len(list(alike)), most(kind)
@@ -363,15 +380,15 @@ def batches(kinds: Sequence, most: Callable[..., int]) -> Iterator[slice]:
 
 
 def objective_of(args: argparse.Namespace, pipe: Pipeline) -> str:
-    """The flag, or what the LoRA was trained with. ValueError if neither says a known one."""
+    """--objective, or the LoRA's. ValueError if neither names a known one."""
     objective = args.objective or pipe.meta.get("objective")
     if objective is None:
         raise ValueError(
-            f"--lora {args.lora} does not say its objective: "
-            f"give --objective {'|'.join(OBJECTIVES)}"
+            f"--lora {args.lora} does not name its objective: "
+            f"pass --objective {'|'.join(OBJECTIVES)}"
         )
     if objective not in OBJECTIVES:
         raise ValueError(
-            f"--lora {args.lora} has the objective {objective!r}; known are {', '.join(OBJECTIVES)}"
+            f"--lora {args.lora} has the objective {objective!r}; expected {', '.join(OBJECTIVES)}"
         )
     return objective

@@ -1,15 +1,15 @@
-"""Did it learn the change? Numbers on held-out pairs, and a sheet to look at.
+"""Did the LoRA learn the change? Metrics on held-out pairs, and a contact sheet.
 
     python evaluate.py --lora RUN --before_data_dir DIR --after_data_dir DIR --out DIR
         [--mask_dir DIR] [--strengths 0,0.25,0.5,0.75,1]
         [--between_dirs D ... --between_times 0.25 ...]    true states in between
-        [--outcome_dirs D ... --samples 8]                 other truths of a random change
-        [--pictures 6]                                     the first pairs as files as well
+        [--outcome_dirs D ... --samples 8]                 other true outcomes of a random change
+        [--pictures 6]                                     the first pairs also as files
 
-Writes evaluation.json, evaluation.md and sheet.png. Images are compared as 8-bit pictures in
-[0, 1], at the resolution of the training, centre-cropped; what is drawn is drawn anew for each, by
---seed and its name. A pair with a caption (NAME.txt) is edited at it unless --prompt is given. The
-same command gives the same bytes.
+Writes evaluation.json, evaluation.md and sheet.png. Images are compared as 8-bit images in [0, 1],
+at the training's resolution, centre-cropped. Noise is drawn per pair, from --seed and its name. A
+pair with a caption (NAME.txt) is edited with it unless --prompt is given. The same command gives
+the same bytes.
 """
 
 import argparse
@@ -67,25 +67,23 @@ class HeldOut(NamedTuple):
     outcomes: list[list[Pair]]  # for each of --outcome_dirs
 
     def fingerprint(self) -> str:
-        """Of all that is judged by, in one hash."""
+        """One hash of all images that the LoRA is judged by."""
         return fingerprint([pair for some in (self.pairs, *self.between, *self.outcomes)
                             for pair in some])  # fmt: skip
 
 
 def find_held_out(args: argparse.Namespace) -> HeldOut:
-    """Errors as in `find_pairs`; ValueError for flags that no such pairs can be judged by."""
+    """Errors as in `find_pairs`; ValueError for invalid flags."""
     if len(args.between_dirs) != len(args.between_times):
         raise ValueError(
-            f"--between_dirs names {len(args.between_dirs)} folders, "
-            f"--between_times {len(args.between_times)} times"
+            f"--between_dirs has {len(args.between_dirs)} folders, "
+            f"but --between_times {len(args.between_times)} times"
         )
     if not distinct(args.between_times):
         said = " ".join(f"{time:g}" for time in args.between_times)
-        raise ValueError(
-            f"--between_times must be different numbers within ±{MOST:.0f}, got {said}"
-        )
+        raise ValueError(f"--between_times must be distinct numbers within ±{MOST:.0f}, got {said}")
     if not {0.0, 1.0} <= set(args.strengths):
-        raise ValueError(f"--strengths must have 0 and 1 among them, got {args.strengths}")
+        raise ValueError(f"--strengths must include 0 and 1, got {args.strengths}")
     if args.samples < 1 or (args.outcome_dirs and args.samples < 2):
         raise ValueError(f"--samples must be at least {1 + bool(args.outcome_dirs)}")
     if args.pictures < 0:
@@ -117,16 +115,16 @@ def trained_on(lora: str) -> set[str]:
 
 
 def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
-    """What evaluation.json holds, and before, predicted, after and error of the first pairs."""
+    """The content of evaluation.json, and before, predicted, after and error of the first pairs."""
     pairs, between, outcomes = held_out = find_held_out(args)
     strengths = args.strengths
     pipe = open_pipeline(args, captioned=all(pair.caption for pair in pairs))
     objective = objective_of(args, pipe)
     warn_of_unread(args, objective)
     if args.samples > 1 and not draws_anew(objective, args.start):
-        warnings.warn(f"--samples {args.samples} are all the same for {objective}", stacklevel=2)
+        warnings.warn(f"--samples {args.samples} gives equal images for {objective}", stacklevel=2)
     resolution = resolution_of(args, pipe)
-    # the ceiling is the same for every --tile
+    # without --tile, so that the ceiling does not depend on it
     whole = frame_of(args, pipe, objective, (resolution, resolution))._replace(tiles=None)
     background = pipe.meta.get("background", "white")
     opened = partial(
@@ -136,7 +134,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
     dataset, outcomes = opened(pairs), [opened(some) for some in outcomes]
     between = {time: opened(some) for time, some in zip(args.between_times, between)}
     wanted = sorted({*strengths, *between})
-    # a LoRA of two ends is faded in between: that has its order whatever was learnt
+    # a LoRA of two states is cross-faded in between, which is ordered whatever it has learnt
     fades = (args.between or states_between(pipe)) == "fade" and 0 <= wanted[0] <= wanted[-1] <= 1
     told = prompt_of(args, pipe)
     prompts = [told if args.prompt is not None else pair.caption or told for pair in pairs]
@@ -145,7 +143,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
     for part in batches(prompts, lambda _: args.batch_size):
         items = [dataset[i] for i in range(len(pairs))[part]]
         pixels = torch.stack([item["before"] for item in items])  # (b, 3, H, W)
-        # each picture's noise is its own, or the pairs were not independent of each other
+        # each image has noise of its own, else the pairs would not be independent
         seeds = [[seed_for(args.seed, pair.name, k) for pair in pairs[part]]
                  for k in range(args.samples)]  # fmt: skip
         draw = partial(edit_pixels, pipe, objective, pixels, args=args, prompt=prompts[part.start])
@@ -196,10 +194,10 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
 
 
 def resolution_of(args: argparse.Namespace, pipe: Pipeline) -> int:
-    """The flag's, or what the LoRA was trained at."""
+    """--resolution, or the one the LoRA was trained at."""
     resolution = pipe.meta.get("resolution") if args.resolution is None else args.resolution
     if resolution is None:
-        raise ValueError(f"--lora {args.lora} does not say its resolution: give --resolution")
+        raise ValueError(f"--lora {args.lora} does not name its resolution: pass --resolution")
     if resolution % pipe.vae.downscale:
         raise ValueError(
             f"--resolution must be a multiple of {pipe.vae.downscale} for this autoencoder, "
@@ -209,21 +207,22 @@ def resolution_of(args: argparse.Namespace, pipe: Pipeline) -> int:
 
 
 def warn_of_gaps(result: dict, masked: bool) -> None:
-    """Where "gap closed" is of fewer pairs than there are, or of none."""
+    """Warns if "gap closed" leaves out some of the pairs, or is undefined."""
     for place, gap in result["gap_closed"].items():
         if missing := result["pairs"] - gap["n"]:
-            said = f"{missing} of {result['pairs']} pairs have no pixel {place} their mask"
-            warnings.warn(f"{said} and count there for nothing", stacklevel=3)
+            said = f"{missing} of {result['pairs']} pairs have no pixels {place} their mask"
+            warnings.warn(f"{said} and are not counted there", stacklevel=3)
         if gap["mean"] is None and gap["n"]:
-            said = f"{place}, the autoencoder loses more than the change is, and no gap can close"
-            more = "" if masked else ": --mask_dir says where it is to be looked at"
+            said = f"{place}, the autoencoder's error exceeds the change, so no gap can be closed"
+            more = "" if masked else ": pass --mask_dir to measure where the change is"
             warnings.warn(said + more, stacklevel=3)
 
 
 def compare(
     item: dict, seen: dict, at: dict[float, Tensor], strengths: list[float], detail: bool
 ) -> tuple[dict, list[Tensor]]:
-    """One pair, as the autoencoder `seen` it, and its predictions: figures, and what is shown."""
+    """Metrics and images of one pair: `seen` are its sides after the autoencoder, `at` the
+    predictions by strength."""
     before, after = eight_bit(item["before"]), eight_bit(item["after"])
     mask = item["mask"][0] > 0.5 if "mask" in item else None
     versions = {"copy": before, "predicted": at[1.0], "ceiling": seen["after"]}
@@ -239,7 +238,7 @@ def compare(
 def compare_between(
     at: dict[float, Tensor], truths: dict[float, Tensor], before: Tensor
 ) -> dict[str, dict[str, float]]:
-    """PSNR of each state in between: the predicted one, a fade of the ends, the before image."""
+    """PSNR, for each state in between, of the prediction, a cross-fade and the before image."""
     found = {}
     for time, truth in truths.items():
         fade = (1 - time) * at[0.0] + time * at[1.0]
@@ -249,7 +248,7 @@ def compare_between(
 
 
 def round_trip(pipe: Pipeline, pixels: Tensor, frame: Framing) -> Tensor:
-    """What the autoencoder makes of an image: the best that any prediction can show."""
+    """The image encoded and decoded again: the best that any prediction can reach."""
 
     def again(frame: Framing) -> Tensor:
         return decode(pipe.vae, encode(pipe.vae, pixels[None], frame.tiles), frame.tiles)[0]
@@ -258,10 +257,10 @@ def round_trip(pipe: Pipeline, pixels: Tensor, frame: Framing) -> Tensor:
 
 
 def judge_samples(before: Tensor, draws: list[Tensor], seen: Tensor, truths: list[Tensor]) -> dict:
-    """Several predictions for one image of a random change, and several truths.
+    """Metrics of several predictions for one image of a random change, beside several truths.
 
-    What changed is told from `before` in the predictions, and from `seen`, the autoencoder's copy
-    of it, in the truths, which are its copies too.
+    The change is measured against `before` in the predictions, and in the truths, which are copies
+    by the autoencoder, against `seen`, its copy of the before.
     """
     near = lambda some: np.array([[psnr(mse(x, y)) for y in truths] for x in some])  # noqa: E731
     row = {
@@ -274,7 +273,7 @@ def judge_samples(before: Tensor, draws: list[Tensor], seen: Tensor, truths: lis
 
 
 def write(out: Path, result: dict, text: str, pictures: list[list[Image.Image]], kept: int) -> None:
-    """The folder. `kept`: of how many pairs the pictures are files as well."""
+    """Writes the folder. `kept`: how many pairs' images are also saved as files."""
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "evaluation.json", rounded(result))
     columns = ["before", "predicted", "after", "error x 3"]
@@ -286,7 +285,7 @@ def write(out: Path, result: dict, text: str, pictures: list[list[Image.Image]],
     for path, image in files.items():
         path.parent.mkdir(exist_ok=True)
         save_image(image, path)
-    for kind in columns[:3]:  # those of an earlier evaluation of more pairs
+    for kind in columns[:3]:  # left by an earlier evaluation of more pairs
         for old in {*out.glob(f"pictures/[0-9][0-9][0-9]-{kind}.png")} - files.keys():
             old.unlink()
     names = [f"{row['name']}  {row['predicted']['psnr']:.1f} dB" for row in result["per_pair"]]
@@ -295,7 +294,7 @@ def write(out: Path, result: dict, text: str, pictures: list[list[Image.Image]],
 
 
 def rounded(value):
-    """Six digits: what a change of library or thread count leaves alone."""
+    """Rounds to six digits, which do not depend on library versions or thread counts."""
     if isinstance(value, dict):
         return {str(key): rounded(part) for key, part in value.items()}
     if isinstance(value, list):
@@ -309,33 +308,42 @@ def make_parser() -> Parser:
     parser = Parser(prog="evaluate.py", description=__doc__.split("\n")[0])
     add_common_flags(parser)
     add_edit_flags(parser)
-    parser.add_argument("--before_data_dir", required=True, metavar="DIR", help="held-out befores")
-    parser.add_argument("--after_data_dir", required=True, metavar="DIR", help="their true afters")
-    parser.add_argument("--mask_dir", metavar="DIR", help="where the change is, white")
     parser.add_argument(
-        "--strengths", type=numbers, default=[0.0, 0.25, 0.5, 0.75, 1.0], metavar="0,0.5,1",
-        help="[0,0.25,0.5,0.75,1]",
+        "--before_data_dir", required=True, metavar="DIR",
+        help="folder of the held-out before images",
     )  # fmt: skip
     parser.add_argument(
-        "--between_dirs", nargs="+", default=[], metavar="DIR", help="true states in between"
+        "--after_data_dir", required=True, metavar="DIR", help="folder of the true after images"
     )
+    parser.add_argument("--mask_dir", metavar="DIR", help="folder of masks, white = change")
     parser.add_argument(
-        "--between_times", nargs="+", type=float, default=[], metavar="T", help="their strengths"
-    )
+        "--strengths", type=numbers, default=[0.0, 0.25, 0.5, 0.75, 1.0], metavar="0,0.5,1",
+        help="strengths to measure, including 0 and 1 [0,0.25,0.5,0.75,1]",
+    )  # fmt: skip
     parser.add_argument(
-        "--outcome_dirs", nargs="+", default=[], metavar="DIR", help="other true afters"
-    )
+        "--between_dirs", nargs="+", default=[], metavar="DIR",
+        help="folders of true states between before and after",
+    )  # fmt: skip
+    parser.add_argument(
+        "--between_times", nargs="+", type=float, default=[], metavar="T",
+        help="strength of each of --between_dirs",
+    )  # fmt: skip
+    parser.add_argument(
+        "--outcome_dirs", nargs="+", default=[], metavar="DIR",
+        help="folders of other true after images, for a random change",
+    )  # fmt: skip
     parser.add_argument("--samples", type=int, default=1, help="predictions per image [1]")
     parser.add_argument(
-        "--pictures", type=int, default=0, metavar="N", help="first pairs saved as files too [0]"
-    )
+        "--pictures", type=int, default=0, metavar="N",
+        help="also save the images of the first N pairs as files [0]",
+    )  # fmt: skip
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    """Judge, write it down, and say it."""
+    """Evaluates, writes the folder and prints the table."""
     if args.lora is None:
-        raise ValueError("--lora is missing: a run's folder or a LoRA file")
+        raise ValueError("--lora is missing: pass the folder of a run, or a LoRA file")
     check(args)
     out, trained = Path(args.out), Path(args.lora)
     refuse_others(out, ("evaluation.md", "sheet.png", "pictures"), "evaluation.json")
@@ -343,7 +351,7 @@ def run(args: argparse.Namespace) -> None:
     text = table(result)
     write(out, result, text, pictures, args.pictures)
     if out.resolve() == (trained / "evaluation").resolve() and (trained / "config.json").exists():
-        write_report(trained)  # now with these figures
+        write_report(trained)  # with these metrics
     print(text)
     print(f"pictures  {out / 'sheet.png'}")
     print(f"numbers   {out / 'evaluation.json'}")

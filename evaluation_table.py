@@ -1,10 +1,10 @@
-"""evaluation.md, from what evaluation.json holds."""
+"""evaluation.md, from the content of evaluation.json."""
 
 from md import code, figure
 
 
 def table(result: dict) -> str:
-    """What a reader wants first."""
+    """The main metrics as Markdown."""
     kinds = ("copy", "predicted", "ceiling")
     titles = ("copy of the before", "predicted", "autoencoder's ceiling")
     lines = [
@@ -30,7 +30,7 @@ def table(result: dict) -> str:
     s = result["strengths"]
     order = f"Spearman of strength and progress {figure(s['spearman'], 3)}"
     if s["spearman"]["mean"] is None:
-        order = "The strengths are a fade, whose order is its own"
+        order = "The strengths are a cross-fade, which is always in order"
     lines += [
         "",
         "| strength | " + " | ".join(f"{value:g}" for value in s["values"]) + " |",

@@ -1,4 +1,4 @@
-"""Pictures: any file -> upright 8-bit RGB -> a tensor, and back; contact sheets."""
+"""Images: any file -> upright 8-bit RGB -> a tensor, and back; contact sheets."""
 
 import os
 import warnings
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Frame:
-    """One picture of an animated file; stands wherever a path does."""
+    """One frame of an animated file; can be used wherever a path can."""
 
     path: Path
     number: int
@@ -31,7 +31,7 @@ class Frame:
 
 
 def shown(names: Sequence[object], limit: int = 10) -> str:
-    """Names for a message on one line: newlines and broken bytes in them become escapes."""
+    """Names for a one-line message: newlines and undecodable bytes in them are escaped."""
     texts = [str(name) for name in names[:limit]]
     texts = [text if text.isprintable() else ascii(text) for text in texts]
     more = [f"and {len(names) - limit} more"] if len(names) > limit else []
@@ -40,7 +40,7 @@ def shown(names: Sequence[object], limit: int = 10) -> str:
 
 @contextmanager
 def _reading(path: Path | str) -> Iterator[None]:
-    """Whatever Pillow warns is dropped, whatever it raises becomes one sentence naming the file."""
+    """Drops Pillow's warnings and turns whatever it raises into one sentence naming the file."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -49,35 +49,36 @@ def _reading(path: Path | str) -> Iterator[None]:
             yield
     except FileNotFoundError:
         raise FileNotFoundError(f"image file doesn't exist: {shown([path])}") from None
-    except Exception as error:  # Pillow's readers raise nearly every type there is
+    except Exception as error:  # Pillow's readers raise nearly any type
         reason = f"{error}" or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
-            reason = "no format Pillow knows, or a broken header"
+            reason = "unknown format or broken header"
         raise ValueError(
             f"{shown([path])} cannot be read as an image: {' '.join(reason.split())}"
         ) from error
 
 
 def _open(path: Path | str) -> Image.Image:
-    """By its content; of others Pillow starts a program, Ghostscript, whatever the file's name."""
+    """Opens by content; other formats are excluded, as for some Pillow runs Ghostscript, whatever
+    the file's name."""
     return Image.open(path, formats=("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF"))
 
 
-_playing: dict[tuple, Image.Image] = {}  # the animated file that was read last, still open
+_playing: dict[tuple, Image.Image] = {}  # the animated file read last, still open
 
 
 @contextmanager
 def _opened(path: Path | Frame | str) -> Iterator[Image.Image]:
-    """At its frame, if it is one of several: each is decoded from the one before it, so a file
-    stays open, and all of its frames in a row are decoded once."""
+    """Opens the image and seeks to its frame. Each frame is decoded from the one before it, so an
+    animated file stays open: reading all frames in order decodes each once."""
     if not (isinstance(path, Frame) and path.number):
         with _open(path) as image:
             yield image
         return
-    now = os.stat(path)  # a worker process has its own: it would share the place in the file
+    now = os.stat(path)  # the key holds the pid, as worker processes would share the file offset
     key = path.path, os.getpid(), now.st_ino, now.st_size, now.st_mtime_ns
     image = _playing.get(key)
-    if image is None or image.tell() > path.number:  # going back is not what Pillow does well
+    if image is None or image.tell() > path.number:  # Pillow seeks back badly
         image = _open(path)
     while _playing:
         if (other := _playing.popitem()[1]) is not image:
@@ -86,13 +87,13 @@ def _opened(path: Path | Frame | str) -> Iterator[Image.Image]:
         image.seek(path.number)
         yield image
     except BaseException:
-        image.close()  # where it has stopped nobody knows
+        image.close()  # its position is undefined
         raise
     _playing[key] = image
 
 
 def _png_with_exif(path: Path | str) -> bool:
-    """Whether any chunk of a PNG may tell its orientation, those behind the pixels included."""
+    """Whether any chunk of a PNG may hold its orientation, including chunks after the pixels."""
     told = (b"Raw profile type exif", b"XML:com.adobe.xmp")
     with open(path, "rb") as file:
         file.seek(8)
@@ -106,25 +107,25 @@ def _png_with_exif(path: Path | str) -> bool:
 
 
 def image_size(path: Path | str) -> tuple[int, int]:
-    """(width, height) as `load_image` will give them, from the file's header alone."""
+    """(width, height) as `load_image` returns them, from the file's header alone."""
     with _reading(path), _open(path) as image:
-        if image.format == "PNG" and not _png_with_exif(path):  # Pillow decodes it all to be sure
+        if image.format == "PNG" and not _png_with_exif(path):  # Pillow's getexif would decode it
             return image.size
-        # a TIFF is turned already; what is beyond 8 means nothing to exif_transpose either
+        # Pillow has rotated a TIFF already; exif_transpose ignores values above 8 too
         turned = image.format != "TIFF" and image.getexif().get(0x0112) in (5, 6, 7, 8)
         return image.size[::-1] if turned else image.size
 
 
 def frame_count(path: Path | str) -> int:
-    """How many pictures a file holds, from its header alone."""
+    """Number of frames in a file, from its header alone."""
     with _reading(path), _open(path) as image:
         return getattr(image, "n_frames", 1)
 
 
 def _deep_grey(image: Image.Image, labels: bool) -> Image.Image:
-    """16 and 32-bit grey to 8 on fixed scales: an image's own range would undo the change.
+    """16 and 32-bit grey to 8 bits on fixed scales: per-image scaling would undo the change.
 
-    Where it may hold `labels`, those 0 and 1 are black and white.
+    With `labels`, an image of 0 and 1 is black and white.
     """
     values = np.asarray(image)  # (H, W)
     low, high = values.min(), values.max()
@@ -132,11 +133,11 @@ def _deep_grey(image: Image.Image, labels: bool) -> Image.Image:
         top = 1
     else:
         top = 255 if image.mode == "F" else 65535
-    if not (low >= 0 and high <= top):  # so written, NaN is refused too
-        raise ValueError(f"grey values run from {low:g} to {high:g}, wanted 0 to {top}")
+    if not (low >= 0 and high <= top):  # in this form NaN is refused too
+        raise ValueError(f"grey values range from {low:g} to {high:g}, expected 0 to {top}")
     if image.mode == "F" and 1 < high < 16 and not labels:
-        # which of the two scales is meant cannot be told, and the other side may be on the other
-        raise ValueError(f"grey values run up to {high:g}: wanted 0 to 1, or 0 to 255")
+        # ambiguous, and the pair's other image may be on the other scale
+        raise ValueError(f"grey values range up to {high:g}, expected 0 to 1 or 0 to 255")
     grey = np.empty(values.shape, np.uint8)
     for row, into in zip(values, grey):  # row by row: a satellite's band has 10^8 pixels
         into[:] = np.rint(row * np.float64(255 / top))
@@ -144,7 +145,7 @@ def _deep_grey(image: Image.Image, labels: bool) -> Image.Image:
 
 
 def _coloured_labels(image: Image.Image) -> bool:
-    """Whether it is of 0 and 1 in a palette that is not black and white."""
+    """Whether it holds 0 and 1 in a palette other than black and white."""
     if image.mode != "P" or image.getextrema() != (0, 1) or image.has_transparency_data:
         return False
     colours = np.array(image.getpalette("RGB")[:6]).reshape(2, 3)  # (label, channel)
@@ -152,30 +153,30 @@ def _coloured_labels(image: Image.Image) -> bool:
 
 
 def _refuse_tiff(image: Image.Image) -> None:
-    """ValueError on a TIFF whose pixels Pillow would read as something else, without a word."""
+    """ValueError for a TIFF that Pillow would silently misread."""
     if image.format != "TIFF":
         return
     tags, bands = image.tag_v2, len(image.getbands())
     told, bits, extra = tags.get(277, 1), tags.get(258, (1,)), tags.get(338)
     if told > 1 and bands == 1:
-        raise ValueError(f"it has {told} bands, and which are red, green and blue is not said")
+        raise ValueError(f"it has {told} bands and does not say which are red, green and blue")
     if tags.get(284) == 2 and told > 1 and max(bits) > 8 and image.info.get("compression") == "raw":
         raise ValueError(
-            f"{max(bits)} bits, band after band, uncompressed: Pillow misreads such a TIFF; "
-            "one with its pixels together, or compressed, is wanted"
+            f"Pillow misreads an uncompressed planar TIFF of {max(bits)} bits; expected a "
+            "compressed or interleaved one"
         )
     if image.mode == "RGBA" and extra is None:
-        raise ValueError("it has 4 bands, and whether the last is alpha is not said (ExtraSamples)")
+        raise ValueError("it has 4 bands and does not say if the last is alpha (ExtraSamples)")
 
 
 def load_image(
     path: Path | Frame | str, background: str = "white", *, labels: bool = False
 ) -> Image.Image:
-    """The (first) picture in a file: upright, RGB, alpha laid over the colour `background`.
+    """The (first) image in a file: upright, RGB, alpha composited over the colour `background`.
 
-    `labels`: 16 and 32-bit grey of 0 and 1 is black and white, and so are they in a palette of
-    other colours.
-    ValueError names a file that is broken, cut short, empty or larger than Pillow's bomb limit.
+    `labels`: 0 and 1 become black and white, in 16 and 32-bit grey and in palettes of other
+    colours.
+    ValueError names a file that is broken, truncated, empty or larger than Pillow's bomb limit.
     """
     colour = ImageColor.getrgb(background)[:3]
     with _reading(path), _opened(path) as opened:
@@ -194,14 +195,14 @@ def load_image(
         return flat
 
 
-# What says where a TIFF lies on the map, and the type of each: GeoTIFF 1.1 (OGC 19-008), section 7
+# A TIFF's georeferencing tags and their types: GeoTIFF 1.1 (OGC 19-008), section 7
 GEO_TAGS = {33550: 12, 33922: 12, 34264: 12, 34735: 3, 34736: 12, 34737: 2}
 
 
 def place_on_map(path: Path | str) -> TiffImagePlugin.ImageFileDirectory_v2:
-    """The GeoTIFF tags of a file, for one of as many pixels; empty where it has none.
+    """The GeoTIFF tags of a file, valid for results of the same size; empty if it has none.
 
-    Of one whose pixels `load_image` turns round they would be wrong, and are left out.
+    Empty too if `load_image` rotates its pixels, for which they would be wrong.
     """
     found = TiffImagePlugin.ImageFileDirectory_v2()
     with _reading(path), _open(path) as image:
@@ -219,12 +220,11 @@ def colour_profile(path: Path | str) -> bytes | None:
 
 
 def load_mask(path: Path | str) -> Image.Image:
-    """A mask as "L": 255 is where the change is. Files that hold labels 0 and 1 are stretched.
-
-    So are those whose palette gives the labels 0 and 1 colours, other than black and white.
+    """A mask as "L", 255 where the change is. Labels 0 and 1 are scaled to 0 and 255, also if a
+    palette maps them to colours other than black and white.
     """
     mask = load_image(path, background="black", labels=True).convert("L")
-    # 1 of 255 can only be a label; left alone it would be a mask that masks nothing
+    # a maximum of 1 of 255 can only be a label; unscaled, the mask would mask nothing
     return mask.point(lambda value: value * 255) if mask.getextrema()[1] == 1 else mask
 
 
@@ -241,15 +241,15 @@ def to_image(pixels: Tensor) -> Image.Image:
 
 
 def eight_bit(pixels: Tensor) -> Tensor:
-    """(3, H, W) in [-1, 1] -> what a saved picture holds, in [0, 1] float64."""
+    """(3, H, W) in [-1, 1] -> the pixels of a saved image, in [0, 1], float64."""
     return torch.from_numpy(np.array(to_image(pixels))).permute(2, 0, 1).double() / 255
 
 
-LARGEST = 384  # pixels of an image in a contact sheet
+LARGEST = 384  # longest side of an image in a contact sheet, in pixels
 
 
 def thumbnail(image: Image.Image) -> Image.Image:
-    """As large as a contact sheet shows it, for one that is made later; small ones as they are."""
+    """Downscaled to what a contact sheet shows, for one made later; small images unchanged."""
     return image if max(image.size) <= LARGEST else ImageOps.contain(image, (LARGEST, LARGEST))
 
 
@@ -259,9 +259,9 @@ def contact_sheet(
     names: Sequence[str],
     largest: int = LARGEST,
 ) -> Image.Image:
-    """A grid: the columns' titles above, each row's name under it; images keep their aspect.
+    """A grid with column titles above and each row's name below it; images keep their aspect.
 
-    A cell is as large as the largest image, `largest` pixels at the most.
+    A cell is as large as the largest image, but at most `largest` pixels.
     """
     cell = min(max(max(image.size) for row in rows for image in row), largest)
     line, gap = 16, 6
@@ -274,6 +274,6 @@ def contact_sheet(
         y = line + i * (cell + line + gap)
         for j, image in enumerate(row):
             sheet.paste(ImageOps.contain(image, (cell, cell)), (gap + j * (cell + gap), y))
-        label = ascii(name)[1:-1]  # the built-in font knows little beyond ASCII
+        label = ascii(name)[1:-1]  # the built-in font has little beyond ASCII
         pen.text((gap, y + cell + 1), label if len(label) <= 72 else label[:69] + "...", "#444444")
     return sheet

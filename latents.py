@@ -1,11 +1,11 @@
-"""Latents: every image through the VAE once, kept as the posterior's mean and std.
+"""Latents: every image is encoded by the VAE once and kept as the posterior's mean and std.
 
     cache_latents -> Latents    a table of rows, on the device, in memory or on disk
-    Latents.batch               a step's items, one draw of the posterior each, on the device
-    one_ahead                   the same for all steps, each copied while the one before computes
+    Latents.batch               a step's items, one posterior sample each, on the device
+    one_ahead                   prefetch: a step's batch is copied while the previous one computes
 
-A step draws one sample of the posterior per item, with the same noise for all of its states, so
-that the VAE's noise is no part of "the change".
+A step draws one posterior sample per item, with the same noise for all of its states, so that the
+VAE's noise does not become part of "the change".
 """
 
 import hashlib
@@ -28,11 +28,11 @@ from model.draws import Pick
 from progress import no_bars
 from rows import Rows, make_rows
 
-CACHE_FORMAT = 1  # part of every shard's name: raise it when what is stored changes
+CACHE_FORMAT = 1  # part of every shard's name: increment it when the stored content changes
 
 
 class Batch(NamedTuple):
-    """What a step's gradient is made of, B items, on the device."""
+    """The inputs of a step: B items, on the device."""
 
     index: Tensor  # (B,) int64
     z: Tensor  # (B, f, 4, h, w)
@@ -40,19 +40,19 @@ class Batch(NamedTuple):
     eps: Tensor  # (B, 4, h, w)
     t: Tensor  # (B,) int64
     u: Tensor  # (B,)
-    ctx: Tensor | None = None  # (B, l, d), where the prompts' are too many to be on the device
+    ctx: Tensor | None = None  # (B, l, d), if there are too many prompts to keep on the device
 
     def part(self, k: int, size: int) -> "Batch":
-        """The k-th micro-batch of `size`."""
+        """The k-th micro-batch of `size` items."""
         return Batch(*(x if x is None else x[k * size : (k + 1) * size] for x in self))
 
 
 @dataclass(frozen=True)
 class Latents:
-    """The VAE's posterior of n items in f states: [before, after], or one state for singles.
+    """The VAE's posterior of n items in f states: [before, after], or one state for single images.
 
     Rows of `mean` and `std` (f, c, h, w) and, if any pair has a mask, `mask` (1, h, w) in [0, 1],
-    which is 1 all over where a pair has none.
+    all ones for pairs without one.
     """
 
     rows: Rows
@@ -63,7 +63,7 @@ class Latents:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one latent: (c, h, w)."""
+        """Shape of one latent: (c, h, w)."""
         return self.rows.shapes["mean"][1:]
 
     @property
@@ -72,14 +72,11 @@ class Latents:
 
     @property
     def mean(self) -> Tensor:
-        """All of them, (n, f, c, h, w), where they are in memory."""
+        """All means, (n, f, c, h, w); only if the rows are in memory."""
         return self.rows.tensors["mean"]
 
     def batch(self, pick: Pick) -> Batch:
-        """The items that were picked, one draw of the posterior each.
-
-        The states of an item share its noise, so that VAE noise is no part of the change.
-        """
+        """The picked items, one posterior sample each; an item's states share the noise."""
         index, noise, *draws = pick
         if self.rows.place == "device":
             index, noise = send(index, self.device), send(noise, self.device)
@@ -89,7 +86,7 @@ class Latents:
 
 
 def send(x: Tensor | None, device: torch.device) -> Tensor | None:
-    """To the device; to CUDA from pinned memory, which the copy's stream alone waits for."""
+    """Copies x to the device; to CUDA from pinned memory, so that only the copy's stream waits."""
     if x is None or x.device.type == device.type:
         return x
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
@@ -98,22 +95,22 @@ def send(x: Tensor | None, device: torch.device) -> Tensor | None:
 def one_ahead(
     make: Callable[[int], tuple], steps: Iterable[int], device: torch.device
 ) -> Iterator[tuple]:
-    """make(step) for every step; on CUDA one step early and on a stream of its own.
+    """Yields make(step) for every step; on CUDA prefetched one step ahead on a side stream.
 
-    So reading, drawing and copying for a step go on while the GPU computes the one before. What is
-    made is tensors, in tuples, and what is none.
+    So a step's reading, random draws and copies overlap with the computation of the previous one.
+    make returns nested tuples of tensors and other values.
     """
     if device.type != "cuda":
         yield from map(make, steps)
         return
     side, early = torch.cuda.Stream(device), []
-    side.wait_stream(torch.cuda.current_stream(device))  # what `make` reads is there
+    side.wait_stream(torch.cuda.current_stream(device))  # the inputs of `make` are ready
 
     def arrived(made: tuple, copied: torch.cuda.Event) -> tuple:
         stream = torch.cuda.current_stream(device)
         stream.wait_event(copied)
         for tensor in tensors_in(made):
-            tensor.record_stream(stream)  # its memory is not used again before this stream is done
+            tensor.record_stream(stream)  # keeps its memory from being reused too early
         return made
 
     for step in steps:
@@ -125,7 +122,7 @@ def one_ahead(
 
 
 def tensors_in(made: tuple) -> Iterator[Tensor]:
-    """Those on CUDA."""
+    """All CUDA tensors in the nested tuples."""
     for x in made:
         if isinstance(x, tuple):
             yield from tensors_in(x)
@@ -152,14 +149,14 @@ def cache_latents(
     share: tuple[int, int] = (0, 1),
     wait: Callable[[], None] = lambda: None,
 ) -> Latents:
-    """Every item of the data set through the VAE once; with `cache_dir`, through it once ever.
+    """Encodes every item of the data set with the VAE; items found in `cache_dir` are not encoded
+    again.
 
-    `encode` takes pixels (b, 3, H, W) and gives mean and logvar (b, c, h, w), already scaled. `key`
-    names the VAE and its precision. A shard's name is a hash of `key` and of what its items are
-    made of: file bytes, the geometry drawn, background. So changed files are encoded anew,
-    an interrupted run goes on where it was, and a new seed costs nothing where nothing is random.
-    `place`, `device`, `share` and `wait` are `make_rows`'s. `workers` processes read the images
-    meanwhile.
+    `encode` takes pixels (b, 3, H, W) and returns mean and logvar (b, c, h, w), already scaled.
+    `key` names the VAE and its precision. A shard's name is a hash of `key` and of all its items
+    depend on: file bytes, the geometry drawn, background. So changed files are encoded again, an
+    interrupted run resumes where it was, and a new seed costs nothing if nothing is random.
+    `place`, `device`, `share` and `wait`: see `make_rows`. `workers` processes read the images.
     """
     n, device = len(dataset), torch.device(device)
     states = 1 if dataset.pairs[0].before is None else 2
@@ -197,7 +194,8 @@ def cache_latents(
 
 
 class _Told(Dataset):
-    """A data set whose errors are items: a worker's would come with the traceback of two."""
+    """A data set that returns its errors as items: one raised in a worker would reach the user as
+    a traceback of both processes."""
 
     def __init__(self, items: PairDataset):
         self.items = items
@@ -218,15 +216,15 @@ def _encoded(
     workers: int,
     tick: Callable,
 ) -> Iterator[dict[str, Tensor]]:
-    """For each part mean and std (n, f, c, h, w), and mask (n, 1, h, w) if any pair has one."""
+    """Yields, for each part, mean and std (n, f, c, h, w), and mask (n, 1, h, w) if `masked`."""
     states = ("after",) if dataset.pairs[0].before is None else ("before", "after")
     orders, n = parts, len(dataset.pairs)
-    if len(dataset) > n:  # the views of a pair follow each other, so that it is read once a part
+    if len(dataset) > n:  # views of a pair in a row, so that it is read once per part
         orders = [sorted(part, key=lambda i: i % n) for part in parts]
     cut = [[one[i : i + batch_size] for i in range(0, len(one), batch_size)] for one in orders]
     every = [batch for batches in cut for batch in batches]
     workers = min(workers, len(every))
-    loader = DataLoader(  # one for all parts: starting its processes takes seconds
+    loader = DataLoader(  # one for all parts, as starting workers takes seconds
         _Told(dataset),
         batch_sampler=every,
         num_workers=workers,
@@ -249,7 +247,7 @@ def _encoded(
                     if not (m.isfinite().all() and s.isfinite().all()):
                         raise ValueError(
                             f"the VAE's latents of {shown([item['name']])} ({state}) are not "
-                            "finite: run it in float32 or bfloat16"
+                            "finite: run the VAE in float32 or bfloat16"
                         )
             done["mean"].append(mean)
             done["std"].append(std)

@@ -1,6 +1,6 @@
-"""How near a picture is to the truth, and what a set of such numbers says.
+"""Metrics of one image against the truth, and statistics over many.
 
-Pictures are (3, H, W) in [0, 1], float64.
+Images are (3, H, W) in [0, 1], float64.
 """
 
 import math
@@ -13,20 +13,20 @@ from torch import Tensor
 
 
 def mse(x: Tensor, y: Tensor, mask: Tensor | None = None) -> float:
-    """Mean squared error, over the pixels of mask (H, W) if given; NaN where it has none."""
+    """Mean squared error, over the pixels of mask (H, W) if given; NaN if the mask is empty."""
     error = (x - y).square().mean(0)  # (H, W)
     return (error if mask is None else error[mask]).mean().item()
 
 
 def psnr(error: float) -> float:
-    """dB below full scale; 100 for errors beyond what 8 bits can tell."""
+    """PSNR in dB of a mean squared error, at most 100, which is beyond 8-bit precision."""
     return min(-10 * math.log10(error), 100.0) if error > 0 else 100.0
 
 
 def ssim(x: Tensor, y: Tensor) -> float:
-    """Structural similarity (Wang et al. 2004, eq. 13) of grey images, 11 × 11 Gaussian, σ 1.5.
+    """Structural similarity (Wang et al. 2004, eq. 13) of the luma, 11 × 11 Gaussian window, σ 1.5.
 
-    Of images smaller than that, the largest odd window that fits.
+    For smaller images, the largest odd window that fits.
     """
     half = (min(11, *x.shape[1:]) - 1) // 2
     at = torch.arange(2 * half + 1, dtype=x.dtype) - half
@@ -44,11 +44,11 @@ def ssim(x: Tensor, y: Tensor) -> float:
 
 
 def perceived(x: Tensor, y: Tensor) -> float:
-    """Root mean squared difference of blurred copies: the mean over cells of 1, 2, 4 and 8 pixels.
+    """Root mean squared difference, averaged over four scales: pooled by 1, 2, 4 and 8 pixels.
 
-    A stand-in for LPIPS that needs no download: what is seen from afar counts as often as detail.
-    It is a metric, so a path is never shorter than the distance of its ends. Cells that do not fit
-    into the image are left out.
+    A stand-in for LPIPS that needs no download: coarse structure counts as much as detail. It is a
+    metric, so a path is never shorter than the distance between its ends. Scales that do not fit
+    the image are left out.
     """
     difference, errors = (x - y)[None], []
     while True:
@@ -59,22 +59,22 @@ def perceived(x: Tensor, y: Tensor) -> float:
 
 
 def structure(x: Tensor, y: Tensor) -> float:
-    """√(1 − SSIM): blind to slow gradients and to scale where `perceived` sees little else.
+    """√(1 − SSIM): insensitive to slow gradients and to scale, which dominate `perceived`.
 
-    The root makes it a distance (Brunet et al. 2012, on the parts of SSIM): without it many small
-    steps would sum to almost nothing.
+    The root makes it a distance (Brunet et al. 2012, on the components of SSIM): without it many
+    small steps would sum to almost nothing.
     """
     return math.sqrt(max(1 - ssim(x, y), 0.0))
 
 
 def path(gaps: Sequence[float], whole: float) -> dict:
-    """How even a sequence of frames is, from the distances of successive ones and of its ends.
+    """How even a sequence of frames is, from the distances of successive frames and of its ends.
 
-    ppl         Σ gaps / whole: 1 is the straight way. Perceptual path length (Karras et al. 2019,
+    ppl         Σ gaps / whole; 1 is a straight path. Perceptual path length (Karras et al. 2019,
                 section 4.1) as the morphing papers use it, but relative to the ends' distance
     pdv         variance of the gaps, perceptual distance variance (DiffMorpher, arXiv 2312.07409)
-    unevenness  their standard deviation over their mean: pdv without the size of the change
-    Where nothing moves, ppl and unevenness are None.
+    unevenness  standard deviation of the gaps over their mean: pdv independent of the change's size
+    If nothing changes, ppl and unevenness are None.
     """
     mean, std = float(np.mean(gaps)), float(np.std(gaps))
     return {
@@ -85,13 +85,13 @@ def path(gaps: Sequence[float], whole: float) -> dict:
 
 
 def cosine(x: Tensor, y: Tensor) -> float:
-    """Of two differences of images; 0 where one of them is nothing."""
+    """Cosine similarity of two image differences; 0 if one of them is zero."""
     length = (x.norm() * y.norm()).item()
     return (x * y).sum().item() / length if length > 0 else 0.0
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """Rank correlation, ties sharing their rank; 0 where all of one side are equal."""
+    """Rank correlation with averaged ranks for ties; 0 if all values of one side are equal."""
 
     def ranks(values: Sequence[float]) -> np.ndarray:
         v = np.asarray(values)
@@ -103,9 +103,10 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def statistics(before: Tensor, after: Tensor) -> dict[str, float]:
-    """What a change looks like, wherever it is: its area, its colours and its texture there.
+    """What a change looks like, wherever it is: its area (share of the pixels), mean colour and
+    texture (mean gradient of the grey image).
 
-    Both pictures keep or lose the same detail, or what is lost counts as changed.
+    Both images must have lost the same detail, or what one has lost counts as change.
     """
     changed = (after - before).abs().amax(0) > 0.1  # (H, W)
     some = changed if changed.any() else torch.ones_like(changed)
@@ -117,12 +118,12 @@ def statistics(before: Tensor, after: Tensor) -> dict[str, float]:
 
 
 def distance(x: Sequence[float], y: Sequence[float]) -> float:
-    """Wasserstein-1 between two samples of one size: between their values in order."""
+    """Wasserstein-1 distance of two samples of equal size, from their sorted values."""
     return float(np.abs(np.sort(x) - np.sort(y)).mean())
 
 
 def summary(values: Sequence[float]) -> dict:
-    """Mean, standard error and n of what is a number."""
+    """Mean, standard error and n of the finite values."""
     v = np.array([value for value in values if math.isfinite(value)])
     if not len(v):
         return {"mean": None, "se": None, "n": 0}
@@ -133,12 +134,11 @@ def summary(values: Sequence[float]) -> dict:
 def gap_closed(
     copied: Sequence[float], predicted: Sequence[float], ceiling: Sequence[float]
 ) -> dict:
-    """(MSE_copy − MSE_pred) / (MSE_copy − MSE_ceiling) of the means over the pairs.
+    """(MSE_copy − MSE_pred) / (MSE_copy − MSE_ceiling), of the means over the pairs.
 
-    0 is copying the before image, 1 is as good as the autoencoder can show the after image; None
-    where that loses more than the change is. The standard error is the jackknife's: a mean of
-    ratios would be ruled by pairs of little change. Pairs without a pixel to look at (NaN) say
-    nothing and are not counted.
+    0 is copying the before image, 1 is the autoencoder's own copy of the after image; None if that
+    copy's error exceeds the change. A ratio of means, with the jackknife's standard error, as pairs
+    with little change would dominate a mean of ratios. Pairs without pixels (NaN) are not counted.
     """
     rows = np.array([copied, predicted, ceiling])
     rows = rows[:, np.isfinite(rows).all(0)]
@@ -158,7 +158,7 @@ def gap_closed(
 
 
 def spread(images: Sequence[Tensor]) -> float:
-    """Root of the mean variance of a pixel over samples of the same thing."""
+    """Square root of the pixels' mean variance over samples for the same input."""
     return torch.stack(list(images)).var(0).mean().sqrt().item()
 
 
@@ -166,7 +166,7 @@ def spread(images: Sequence[Tensor]) -> float:
 
 
 def judge(before: Tensor, after: Tensor, mask: Tensor | None, versions: dict[str, Tensor]) -> dict:
-    """For one pair and each version of its after image, by name: how far it is from the truth."""
+    """Metrics of each version of a pair's after image against the truth, by the version's name."""
     row = {}
     for name, image in versions.items():
         error = mse(image, after)
@@ -180,21 +180,21 @@ def judge(before: Tensor, after: Tensor, mask: Tensor | None, versions: dict[str
 
 
 def progress(states: Sequence[Tensor], start: Tensor, before: Tensor, after: Tensor) -> list[float]:
-    """How far each state has gone from `start` along (after − before), in shares of that way."""
+    """How far each state has moved from `start` along (after − before); 1 is the whole change."""
     way = after - before
     whole = way.square().sum().item()
     return [((s - start) * way).sum().item() / max(whole, 1e-12) for s in states]
 
 
 def collect(rows: list[dict], strengths: Sequence[float]) -> dict:
-    """The per-pair rows as means with standard errors."""
+    """Means with standard errors over the per-pair rows."""
     columns = lambda name, key: [row[name][key] for row in rows]  # noqa: E731
     names = ("copy", "predicted", "ceiling")
     result = {n: {k: summary(columns(n, k)) for k in rows[0][n]} for n in names}
     places = ["", *(("_inside", "_outside") if "mse_inside" in rows[0]["copy"] else ())]
     result["gap_closed"] = {
         place.strip("_") or "whole": gap_closed(*(columns(n, f"mse{place}") for n in names))
-        for place in places[:2]  # outside the mask there is no gap to close
+        for place in places[:2]  # outside the mask there is no gap to be closed
     }
     if len(places) > 1:
         outside = [result[n]["mse_outside"]["mean"] for n in ("predicted", "ceiling")]
@@ -232,25 +232,26 @@ def collect_samples(rows: list[dict]) -> dict:
 
 
 def as_many(draws: int, truths: int) -> int:
-    """Of how many draws and truths an image is judged, so that truths can be by as many others.
+    """The sample size m of draws and of truths per image, so that m truths can be compared with m
+    others.
 
-    Few are far apart, and the best of few is far off, by their number alone: what draws are says
-    something only beside what truths are in the same numbers.
+    Distances and best-of-n depend on the sample size, so draws and truths are only comparable at
+    the same m.
     """
     return min(draws, max(truths // 2, 1))
 
 
 def turns(count: int, m: int) -> list[tuple[list[int], list[int]]]:
-    """m of 0..count − 1 and the m after them, from each on."""
+    """For each i: m indices of 0..count − 1 from i on, and the m after them, cyclically."""
     at = lambda i: [(i + k) % count for k in range(m)]  # noqa: E731
     return [(at(i), at(i + m)) for i in range(count)]
 
 
 def distances(ours: np.ndarray, truth: np.ndarray) -> dict:
-    """Of draws (pairs, draws) from truths (pairs, truths), and of truths from other truths.
+    """Distances of draws (pairs, draws) from truths (pairs, truths), and of truths from others.
 
-    `distance` in standard deviations of all truths, `as_many` of an image on each side; the mean
-    over which. None where there is one truth.
+    `distance` in standard deviations of all truths, of m samples per image on each side (m:
+    `as_many`), averaged over all choices of `turns`. With one truth, distance_of_truth is None.
     """
     m = as_many(ours.shape[1], truth.shape[1])
     sigma = max(float(truth.std()), 1e-12)
@@ -266,9 +267,10 @@ def distances(ours: np.ndarray, truth: np.ndarray) -> dict:
 
 
 def best(ours: np.ndarray, truth: np.ndarray) -> dict:
-    """PSNR of the nearest of draws and truths, from (draws, truths); of truths, (truths, truths).
+    """Best PSNR between draws and truths, from their PSNRs ours (draws, truths), and between truths
+    and others, from truth (truths, truths).
 
-    `as_many` on each side, the mean over which.
+    Best of m on each side (m: `as_many`), averaged over all choices of `turns`.
     """
     m = as_many(*ours.shape)
     among = turns(ours.shape[1], m)

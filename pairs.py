@@ -1,8 +1,8 @@
 """Pairs of images: files that belong together, matched by name.
 
-find_pairs -> [Pair]    before and after, or one sentence on why they do not fit together
-find_singles            images alone
-fingerprint             what a data set is, in one hash
+find_pairs -> [Pair]    before and after, or one sentence on why they do not match
+find_singles            single images
+fingerprint             a hash that identifies a data set
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from images import Frame, shown
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 SIDES = ("--before_data_dir", "--after_data_dir")
 MAX_CAPTION = 10_000  # characters
-MAX_LINKS = 1000  # linked folders followed in one search: links to each other multiply
+MAX_LINKS = 1000  # symlinked folders followed in one search: mutual links multiply
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,17 @@ class Pair:
     after: Path | Frame
     mask: Path | None = None
     caption: str | None = None
-    strength: float = 1.0  # how much of the change `after` shows: below 1 for a state in between
+    strength: float = 1.0  # share of the change visible in `after`, below 1 for a state in between
 
     @property
     def files(self) -> dict[str, Path | Frame]:
-        """What there is of before, after and mask."""
+        """Those of before, after and mask that exist, by side."""
         sides = {"before": self.before, "after": self.after, "mask": self.mask}
         return {side: path for side, path in sides.items() if path is not None}
 
 
 def find_images(folder: Path | str, flag: str = "--instance_data_dir") -> list[Path]:
-    """Image files at any depth, hidden ones left out, sorted by relative path.
+    """Image files at any depth except hidden ones, sorted by relative path.
 
     FileNotFoundError and NotADirectoryError name `flag` and the path; ValueError: too many links.
     """
@@ -50,17 +50,16 @@ def find_images(folder: Path | str, flag: str = "--instance_data_dir") -> list[P
 
 
 def left_out(folder: Path | str, flag: str) -> list[Path]:
-    """The files that `find_images` leaves out for their suffix, captions apart."""
+    """The files that `find_images` skips because of their suffix, except captions."""
     files = [path for path in _files(folder, flag) if path.suffix != ".txt"]
     return [path for path in files if path.suffix.lower() not in SUFFIXES]
 
 
 def refuse_among(outs: Sequence[Path], folders: Sequence[tuple[str, Path | str]]) -> None:
-    """ValueError if one of `outs` is, or is in, a (flag, folder) of images, or holds one of its
-    files.
+    """ValueError if one of `outs` is, is inside, or holds files of, a (flag, folder) of images.
 
-    What is written there would replace one, or be one more without a partner. What is no folder is
-    left to those who read it.
+    Output written there would overwrite an image or become one without a partner. A path that is
+    not a folder is left for its reader to report.
     """
     for flag, folder in folders:
         if not os.path.isdir(folder):
@@ -71,12 +70,12 @@ def refuse_among(outs: Sequence[Path], folders: Sequence[tuple[str, Path | str]]
             if there in real or Path(there).is_relative_to(home):
                 raise ValueError(
                     f"--out {shown([out])} is among the images of {flag} {shown([folder])}; "
-                    "another folder was wanted"
+                    "choose another folder"
                 )
 
 
 def real_folders(files: Sequence[Path]) -> set[str]:
-    """Where the files are, links followed; unlike Path.resolve, also one that leads to itself."""
+    """The files' folders with symlinks resolved; unlike Path.resolve, accepts a circular link."""
     return {os.path.dirname(os.path.realpath(file)) for file in files}
 
 
@@ -85,12 +84,12 @@ def existing(folder: Path | str, flag: str) -> Path:
     if not folder.exists():
         raise FileNotFoundError(f"{flag} doesn't exist: {shown([folder])}")
     if not folder.is_dir():
-        raise NotADirectoryError(f"{flag} is a file, wanted a folder: {shown([folder])}")
+        raise NotADirectoryError(f"{flag} is a file, expected a folder: {shown([folder])}")
     return folder
 
 
 def _files(folder: Path | str, flag: str) -> list[Path]:
-    """All files at any depth, hidden ones left out, sorted by relative path."""
+    """All files at any depth except hidden ones, sorted by relative path."""
     folder = existing(folder, flag)
     found, links = [], 0
 
@@ -99,7 +98,7 @@ def _files(folder: Path | str, flag: str) -> list[Path]:
         real = inside.resolve()
         if real in above:  # a link back to a folder we are in
             return
-        with os.scandir(inside) as entries:  # knows most kinds without asking for each
+        with os.scandir(inside) as entries:  # gives most file types without a stat call
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
@@ -107,10 +106,10 @@ def _files(folder: Path | str, flag: str) -> list[Path]:
                 if path.is_dir() if link else entry.is_dir():
                     if (links := links + link) > MAX_LINKS:
                         raise ValueError(
-                            f"{flag} {shown([folder])}: more than {MAX_LINKS} linked folders"
+                            f"{flag} {shown([folder])} has more than {MAX_LINKS} linked folders"
                         )
                     walk(path, f"{prefix}{entry.name}/", above | {real})
-                # a dangling link is listed, so that loading names it; a pipe would hang the reader
+                # a dangling link is listed, so that loading reports it; a pipe would block reading
                 elif link or entry.is_file():
                     found.append((prefix + entry.name, path))
 
@@ -119,11 +118,11 @@ def _files(folder: Path | str, flag: str) -> list[Path]:
 
 
 def by_name(folder: Path | str, flag: str) -> dict[str, list[Path]]:
-    """Relative path without suffix -> the files of that name, of which there should be one."""
+    """Relative path without suffix -> the files of that name; there should be one."""
     groups: dict[str, list[Path]] = {}
     for path in find_images(folder, flag):
         name = path.relative_to(folder).with_suffix("").as_posix()
-        # macOS stores é as two code points where others store one
+        # macOS stores é as two code points, other systems as one
         groups.setdefault(unicodedata.normalize("NFC", name), []).append(path)
     return groups
 
@@ -133,7 +132,7 @@ def _one_each(folder: Path | str, flag: str) -> dict[str, Path]:
     for name, paths in groups.items():
         if len(paths) > 1:
             raise ValueError(
-                f"{flag}: {len(paths)} files are named {shown([name])}, wanted one: {shown(paths)}"
+                f"{flag}: {len(paths)} files are named {shown([name])}, not one: {shown(paths)}"
             )
     return {name: paths[0] for name, paths in groups.items()}
 
@@ -142,7 +141,7 @@ def _case_hint(left: Sequence[str], right: Sequence[str]) -> str:
     folded = {name.casefold(): name for name in right}
     for name in left:
         if (other := folded.get(name.casefold(), name)) != name:
-            return f"; {shown([name])} and {shown([other])} differ only in upper and lower case"
+            return f"; {shown([name])} and {shown([other])} differ only in case"
     return ""
 
 
@@ -151,19 +150,19 @@ def read_caption(*images: Path | None) -> str | None:
     for image in images:
         if image is None or not (path := image.with_suffix(".txt")).is_file():
             continue
-        if (size := path.stat().st_size) > 4 * MAX_CAPTION + 1000:  # not to be read at all
+        if (size := path.stat().st_size) > 4 * MAX_CAPTION + 1000:  # not worth reading
             raise ValueError(
-                f"caption {shown([path])} has {size} bytes, of {MAX_CAPTION} characters"
+                f"caption {shown([path])} has {size} bytes; the limit is {MAX_CAPTION} characters"
             )
         try:
-            text = path.read_bytes().decode("utf-8-sig").strip()  # -sig: Notepad writes a mark
+            text = path.read_bytes().decode("utf-8-sig").strip()  # -sig: Notepad writes a BOM
         except UnicodeDecodeError:
             raise ValueError(f"caption {shown([path])} is not UTF-8 text") from None
         if not text:
             raise ValueError(f"caption {shown([path])} is empty: write one, or delete the file")
         if len(text) > MAX_CAPTION:
             raise ValueError(
-                f"caption {shown([path])} has {len(text)} characters, at most {MAX_CAPTION} can be"
+                f"caption {shown([path])} has {len(text)} characters; the limit is {MAX_CAPTION}"
             )
         return text
     return None
@@ -178,7 +177,7 @@ def find_masks(
     if none or (missing and not allow_unmatched):
         hint = _case_hint(missing, list(masks))
         if not none and allow_unmatched is not None:
-            hint += "; --allow_unmatched takes them without"
+            hint += "; --allow_unmatched accepts them"
         raise ValueError(
             f"{len(missing)} of {len(names)} images have no mask in --mask_dir "
             f"{shown([mask_dir])}: {shown(missing)}{hint}"
@@ -187,7 +186,7 @@ def find_masks(
 
 
 def refuse_missing(before_dir: Path | str, after_dir: Path | str, flags: Sequence[str]) -> None:
-    """FileNotFoundError in the words of the script this project descends from."""
+    """FileNotFoundError with the message of the script this project descends from."""
     for word, folder, flag in zip(("Before", "After"), (before_dir, after_dir), flags):
         if not os.path.exists(folder):
             raise FileNotFoundError(f"{word} images root doesn't exist: {shown([folder])} ({flag})")
@@ -207,7 +206,7 @@ def _both_sides(
 
 
 def unmatched(before_dir: Path | str, after_dir: Path | str) -> tuple[list[str], list[str]]:
-    """Names that only the before folder has, and names that only the after folder has."""
+    """Names found only in the before folder, and names found only in the after folder."""
     before, after = _both_sides(before_dir, after_dir)
     return [n for n in before if n not in after], [n for n in after if n not in before]
 
@@ -220,12 +219,12 @@ def find_pairs(
     allow_unmatched: bool | None = False,
     flags: Sequence[str] = SIDES,
 ) -> list[Pair]:
-    """Pairs of equal relative path without suffix, sorted; a caption is NAME.txt beside either.
+    """Pairs with equal relative paths without suffix, sorted; a caption is NAME.txt beside either.
 
-    Anything left over is an error that names it. `allow_unmatched` leaves single files out (ask
-    `unmatched` which) and takes pairs without a mask as they are; None where no flag says so.
-    `flags` named the folders. Raises FileNotFoundError or NotADirectoryError for the folders,
-    ValueError for the rest.
+    Unmatched files are an error that names them. `allow_unmatched` skips them (`unmatched` lists
+    them) and accepts pairs without a mask; None: no such flag, so that messages do not suggest it.
+    `flags`: where the folders came from. FileNotFoundError or NotADirectoryError for the folders,
+    ValueError for anything else.
     """
     before, after = _both_sides(before_dir, after_dir, flags)
     names = [name for name in before if name in after]
@@ -262,7 +261,7 @@ def find_singles(
     allow_unmatched: bool = False,
     flag: str = "--instance_data_dir",
 ) -> list[Pair]:
-    """Every image of a folder as a Pair without a before. Errors as in `find_pairs`."""
+    """Every image in a folder as a Pair without a before. Errors as in `find_pairs`."""
     images = _one_each(folder, flag)
     if not images:
         raise ValueError(f"{flag} holds no images: {shown([folder])}")
@@ -271,7 +270,7 @@ def find_singles(
 
 
 def file_hash(path: Path | Frame) -> str:
-    """sha256 of the file's bytes, hex; of a frame, with its number."""
+    """sha256 of the file's bytes, hex; for a frame, followed by its number."""
     if not isinstance(path, Frame):
         return file_sha256(path)
     now = os.stat(path)
@@ -280,7 +279,7 @@ def file_hash(path: Path | Frame) -> str:
 
 @lru_cache(maxsize=1)
 def _of_frames(path: Path, changed: int, size: int) -> str:
-    """Once for all frames of a file, which are asked for one after the other."""
+    """Cached, as the frames of a file are hashed one after the other."""
     return file_sha256(path)
 
 
@@ -288,7 +287,7 @@ Hashes = Sequence[dict[str, str]]  # each pair's `file_hash` by side
 
 
 def image_hashes(pairs: Sequence[Pair], hashes: Hashes | None = None) -> list[str]:
-    """16 hex digits a pair, of the bytes of its two images alone, whatever they are called."""
+    """16 hex digits per pair, of the bytes of its two images alone, whatever their names."""
     found = []
     for i, pair in enumerate(pairs):
         known = hashes[i] if hashes else {}
@@ -302,7 +301,8 @@ def image_hashes(pairs: Sequence[Pair], hashes: Hashes | None = None) -> list[st
 
 
 def fingerprint(pairs: Sequence[Pair], hashes: Hashes | None = None) -> str:
-    """sha256 over names, captions and file bytes, hex: equal for equal data, wherever it lies."""
+    """sha256 over names, captions, strengths and file bytes, hex: equal for equal data, wherever it
+    is stored."""
     whole = hashlib.sha256(b"[")
     for i, p in enumerate(pairs):
         known = hashes[i] if hashes else {side: file_hash(path) for side, path in p.files.items()}

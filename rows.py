@@ -1,11 +1,11 @@
-"""Tables of n rows that may be too large for a device or for memory: where they lie, how to read.
+"""Tables of n rows that may be too large for the device or for memory: storage and reading.
 
-    make_rows -> Rows    every row made once; on disk, once ever
-    Rows.take            some rows, from wherever they are
+    make_rows -> Rows    makes every row once; rows on disk are reused by later runs
+    Rows.take            some rows, from wherever they are stored
 
-On disk a table is shards, each there whole or not at all, so that making one may be killed at any
-moment. A row is a plain read into the buffer where it is wanted: no slower than a memory map, and
-what was read is not resident memory of the process afterwards, as the pages of a map are.
+On disk a table is a set of shards, each complete or absent, so that the process may be killed at
+any moment. A row is read straight into the target buffer: no slower than a memory map, and what was
+read does not stay in the process's resident memory as mapped pages do.
 """
 
 import json
@@ -27,7 +27,7 @@ from torch import Tensor
 from images import shown
 
 MIB, GIB = 2**20, 2**30
-# of what is free: a network and its activations are still to come
+# of free memory: the network and its activations still need the rest
 SHARES = {"device": 0.25, "host": 0.5}
 
 
@@ -41,7 +41,7 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class Rows:
-    """n rows of named float32 tensors; `tensors` or `shards` holds them."""
+    """n rows of named float32 tensors, held in `tensors` or in `shards`."""
 
     n: int
     shapes: dict[str, tuple[int, ...]]  # of one row
@@ -51,9 +51,9 @@ class Rows:
     shard_size: int = 1
 
     def take(self, index: Tensor) -> dict[str, Tensor]:
-        """Rows (b, ...) for index (b,): on the device if they lie there, else on the CPU.
+        """Rows (b, ...) for index (b,): on the device if they are stored there, else on the CPU.
 
-        OSError names a file that is gone, cut short or holds values that are not finite.
+        OSError names a file that is missing, truncated or holds non-finite values.
         """
         if self.place != "disk":
             return {name: tensor[index] for name, tensor in self.tensors.items()}
@@ -61,13 +61,13 @@ class Rows:
         into = {name: memoryview(rows.numpy()).cast("B") for name, rows in found.items()}
         for k, i in enumerate(index.tolist()):
             shard, row = self.shards[i // self.shard_size], i % self.shard_size
-            # opened for every row: there may be more shards than a process may have open
+            # opened for every row: there may be more shards than allowed open files
             with open(shard.path, "rb", buffering=0) as file:
                 for name, view in into.items():
                     size = len(view) // len(index)
                     part = view[k * size : (k + 1) * size]
                     if os.preadv(file.fileno(), [part], shard.begin[name] + row * size) < size:
-                        raise OSError(f"{shown([shard.path])} was cut short: delete it")
+                        raise OSError(f"{shown([shard.path])} is truncated: delete it")
         for name, rows in found.items():
             if not rows.isfinite().all():
                 first = index[~rows.flatten(1).isfinite().all(1)][0].item()
@@ -88,11 +88,11 @@ def row_bytes(shapes: dict[str, tuple[int, ...]]) -> int:
 
 
 def open_shard(path: Path, n: int, fits: Callable[[dict], bool]) -> Shard | None:
-    """None if there is none, and with a warning if it is of no use. Looks at its header alone."""
+    """None if it is missing, or unusable, then with a warning. Reads only the header."""
     if not path.exists():
         return None
     try:
-        with safe_open(path, "pt"):  # compares what the header says with the file's length
+        with safe_open(path, "pt"):  # checks the header against the file's length
             pass
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -102,25 +102,25 @@ def open_shard(path: Path, n: int, fits: Callable[[dict], bool]) -> Shard | None
         whole = all(one["shape"][:1] == [n] and one["dtype"] == "F32" for one in header.values())
         if whole and fits(shapes):
             return Shard(path, shapes, begin)
-        reason = "holds other shapes"
-    except Exception as error:  # safetensors has its own types, and a bad file finds others
+        reason = "has other shapes"
+    except Exception as error:  # safetensors has its own types, and a bad file raises others too
         reason = f"cannot be read ({error})"
-    warnings.warn(f"cache file {shown([path])} {reason}: it is made again", stacklevel=3)
+    warnings.warn(f"cache file {shown([path])} {reason}: rebuilding it", stacklevel=3)
     return None
 
 
 def load_shard(path: Path) -> dict[str, Tensor] | None:
-    """The tensors; None, with a warning, if not all of them are finite."""
+    """The tensors; None, with a warning, if they are not all finite."""
     tensors = safetensors.torch.load_file(path)
     if all(tensor.isfinite().all() for tensor in tensors.values()):
         return tensors
-    reason = "holds values that are not finite"
-    warnings.warn(f"cache file {shown([path])} {reason}: it is made again", stacklevel=3)
+    reason = "has values that are not finite"
+    warnings.warn(f"cache file {shown([path])} {reason}: rebuilding it", stacklevel=3)
     return None
 
 
 def save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Written aside and renamed, so that a shard is there whole or not at all."""
+    """Writes to a temporary file and renames it, so that a shard is complete or absent."""
     aside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     try:
         with open(aside, "wb") as file:
@@ -131,19 +131,20 @@ def save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
     except OSError as error:
         raise OSError(error.errno, f"{error.strerror}, --cache_dir", str(path)) from error
     finally:
-        with suppress(OSError):  # it must not hide what went wrong before
+        with suppress(OSError):  # must not hide an earlier error
             aside.unlink(missing_ok=True)
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed processes of this machine left; others may be writing still."""
+    """Removes temporary files left by killed processes of this machine; other processes may still
+    be writing theirs."""
     for left in folder.glob(f".*.safetensors.{socket.gethostname()}.*"):
         pid = left.name.rpartition(".")[2]
         try:
             os.kill(int(pid), 0)
         except ProcessLookupError:
             left.unlink(missing_ok=True)
-        except (ValueError, OSError, OverflowError):  # another's, or no process id
+        except (ValueError, OSError, OverflowError):  # another user's, or not a process id
             continue
 
 
@@ -151,28 +152,28 @@ def sweep(folder: Path) -> None:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Of a GPU, or of the host's memory: what is available to this process and its kin."""
+    """Free memory of a GPU, or of the host as far as this process's container may use it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         free = 1024 * int(lines["MemAvailable"].split()[0])
-    except (OSError, KeyError, ValueError):  # no Linux: half of all there is
+    except (OSError, KeyError, ValueError):  # not Linux: half of all memory
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     try:  # a container's own limit
         group = Path("/sys/fs/cgroup")
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        cached = int(stat["file"]) - int(stat["shmem"])  # files that were read, given up at need
+        cached = int(stat["file"]) - int(stat["shmem"])  # page cache, reclaimable
         return min(free, max(limit - used + cached, 0))
-    except (OSError, KeyError, ValueError):  # none, or the word max
+    except (OSError, KeyError, ValueError):  # no limit, or the word max
         return free
 
 
 def choose(wanted: str, size: int, device: torch.device, on_disk: bool, what: str) -> str:
-    """The place for a table of `size` bytes: where it fits and is fastest, if `wanted` is auto.
+    """The place for a table of `size` bytes; if `wanted` is auto, the fastest in which it fits.
 
-    ValueError if there is none, or it does not fit where it is wanted.
+    ValueError if it fits nowhere, or not in the place wanted.
     """
     cpu = torch.device("cpu")
     if wanted == "disk" and on_disk:
@@ -190,7 +191,7 @@ def choose(wanted: str, size: int, device: torch.device, on_disk: bool, what: st
         return wanted
     place = wanted if wanted in free else "host"
     raise ValueError(
-        f"{what} take {size / GIB:.2f} GiB, of which the {place} has {free[place] / GIB:.2f} free: "
+        f"{what} take {size / GIB:.2f} GiB, but the {place} has {free[place] / GIB:.2f} free: "
         "--cache_dir with --latents_on auto or disk keeps them on disk"
     )
 
@@ -215,14 +216,14 @@ def make_rows(
     wait: Callable[[], None] = lambda: None,
     tick: Callable[[int], object] = lambda rows: None,
 ) -> Rows:
-    """Rows 0..n - 1. `make` takes ranges of them and gives the tensors of each, one by one.
+    """Rows 0..n - 1. `make` takes a list of ranges and yields the tensors of each range in turn.
 
-    With `folder` a range is a shard there, called `name(range)`; one that is there and whose rows'
-    shapes `fits` takes is not made again, `tick` is told how many rows it has. Of the others this
-    rank of `share` = (rank, world) makes its part, then calls `wait`, which returns when all ranks
-    have; what is missing even then, as on a machine with a folder of its own, is made here too.
-    Without `folder` every rank makes all. `place` is one of auto, device, host and disk; ValueError
-    if the table, `what` in the sentence, does not fit there.
+    With `folder` each range is a shard there, named `name(range)`. A shard that exists and whose
+    row shapes `fits` accepts is reused, and `tick` is called with its number of rows. Of the others
+    this rank of `share` = (rank, world) makes its part, then calls `wait`, which returns when all
+    ranks have done so; shards still missing, as on a machine with a folder of its own, are made
+    here too. Without `folder` every rank makes all. `place` is auto, device, host or disk;
+    ValueError if the table, called `what` in the message, does not fit there.
     """
     device = torch.device(device)
     parts = [range(at, min(at + shard_size, n)) for at in range(0, n, shard_size)]
@@ -268,7 +269,7 @@ def _gathered(
     what: str,
     on_disk: bool,
 ) -> Rows:
-    """Into tensors made once for all, so that no more than these and a shard is ever there."""
+    """Copies the parts into preallocated tensors: memory holds these and one shard at most."""
     rows: dict[str, Tensor] = {}
     for part, tensors in zip(parts, found):
         if not rows:

@@ -1,11 +1,11 @@
-"""Use a base model and a LoRA: `generate` images, `edit` new before images, `morph` a given pair.
+"""Use a base model and a LoRA: `generate` images, `edit` new before images, `morph` a pair.
 
     python sample.py generate --prompt "..." --out DIR [--lora RUN_OR_FILE --strength 1]
     python sample.py edit --lora RUN_OR_FILE --input IMAGE_OR_DIR --strengths 0,0.5,1 --out DIR
     python sample.py sweep --lora RUN_OR_FILE --input IMAGE_OR_DIR --sweep guidance=1,3,5 --out DIR
     python sample.py morph --lora RUN_OR_FILE --before IMAGE --after IMAGE --frames 9 --out DIR
 
-Strength is one number everywhere: 0 = before, 1 = after, 0.5 = half way, negative = backwards.
+Strength means the same everywhere: 0 = before, 1 = after, 0.5 = half way, negative = backwards.
 """
 
 import argparse
@@ -60,7 +60,7 @@ MARK = "sample.json"  # what made the pictures of a folder
 
 
 def generate(args: argparse.Namespace) -> None:
-    """PNGs named by their seeds, and a contact sheet."""
+    """Writes PNGs named after their seeds, and a contact sheet."""
     out = Path(args.out)
     for name, value in (("--height", args.height), ("--width", args.width)):
         if value < 8 or value % 8:
@@ -88,7 +88,7 @@ def generate(args: argparse.Namespace) -> None:
             multiplier=pipe.multiplier(args.strength),
         )
         pictures = [to_image(one) for one in finite(decode(pipe.vae, z))]
-        out.mkdir(parents=True, exist_ok=True)  # a sampler may have refused the steps
+        out.mkdir(parents=True, exist_ok=True)  # not earlier: a sampler may reject --steps
         if not small:
             leave_mark(args, pipe)
         for seed, image in zip(seeds[part], pictures):
@@ -104,40 +104,42 @@ def generate(args: argparse.Namespace) -> None:
 
 
 def leave_mark(args: argparse.Namespace, pipe: Pipeline) -> None:
-    """sample.json: base, LoRA's header and flags. A folder that has it may be written to again."""
+    """Writes sample.json: base, LoRA header and flags. Folders that have it may be reused."""
     flags = {name: value for name, value in vars(args).items() if name != "command"}
     what = {"command": args.command, "base": pipe.base, "lora": pipe.meta, "flags": flags}
     write_json(Path(args.out) / MARK, what)
 
 
 def inputs_of(args: argparse.Namespace) -> tuple[list[Path], list[Path]]:
-    """--input's files and their stems below it. ValueError or OSError: it has none, twice one,
-    or --out would replace some."""
+    """The files of --input, and their paths below it without suffix.
+
+    ValueError or OSError if there are none, two share a stem, or --out would overwrite them.
+    """
     source, out = Path(args.input), Path(args.out)
     if source.is_dir():
         files, root = find_images(source, "--input"), source
         if not files:
             raise ValueError(f"--input {source} holds no images")
         if others := left_out(source, "--input"):
-            print(f"--input: {len(others)} files that are no images are left out: {shown(others)}")
+            print(f"--input: {len(others)} files that are not images are skipped: {shown(others)}")
         refuse_among([out], [("--input", source)])
     elif source.is_file():
         files, root = [source], source.parent
         if os.path.realpath(out) in real_folders(files) | {os.path.realpath(root)}:
-            raise ValueError(f"--out {out} is the folder of the input; results would replace it")
+            raise ValueError(f"--out {out} is the folder of --input; results would overwrite it")
     else:
         raise FileNotFoundError(f"--input {source} does not exist")
     stems = [file.relative_to(root).with_suffix("") for file in files]
     if len(set(stems)) < len(stems):
         twice = next(stem for stem in stems if stems.count(stem) > 1)
-        raise ValueError(f"--input {source} has two images of the stem {twice}")
+        raise ValueError(f"--input {source} has two images with the stem {twice}")
     return files, stems
 
 
 def edit(args: argparse.Namespace) -> None:
-    """One image per input and strength with the input's stem, and a contact sheet.
+    """Writes one image per input and strength, named after the input, and a contact sheet.
 
-    Several --strengths also make a GIF and a strip of each input. Each value of --sweep is a row of
+    With several --strengths, also a GIF and a strip per input. Each value of --sweep is a row of
     the sheet.
     """
     out, (files, stems) = Path(args.out), inputs_of(args)
@@ -145,7 +147,7 @@ def edit(args: argparse.Namespace) -> None:
     settings = variants(args)
     for _, _, how in settings:
         check(how)
-    endings = [  # of the files of an input: for each setting those of its strengths
+    endings = [  # of an input's files: per setting, one per strength
         [
             f"{tag}{f'_s{s:g}' if tag or args.strengths is not None else ''}.{args.format}"
             for s in strengths
@@ -156,13 +158,13 @@ def edit(args: argparse.Namespace) -> None:
     for file, stem in zip(files, stems):
         if f"{stem}{endings[0][0]}".lower() == "sheet.png":
             raise ValueError(
-                f"--input {shown([file])} has the name of the contact sheet, which would replace "
-                "its result; another name was wanted"
+                f"--input {shown([file])} has the name of the contact sheet, which would overwrite "
+                "its result: rename it"
             )
         if len(os.fsencode(stem.name)) + max(map(len, tails)) > 255:
-            raise ValueError(f"--input {shown([file])} has too long a name for its result's")
+            raise ValueError(f"--input {shown([file])}: the file names of its results are too long")
     refuse_others(out, (*(f"{stem}{tail}" for stem in stems for tail in tails), "sheet.png"), MARK)
-    sizes = [load_image(file).size for file in files]  # all of them before anything is written
+    sizes = [load_image(file).size for file in files]  # all are read before anything is written
     places = [place_on_map(file) if args.format == "tif" else None for file in files]
 
     pipe = open_pipeline(args)
@@ -183,7 +185,7 @@ def edit(args: argparse.Namespace) -> None:
             [list(map(to_image, at)) for at in edit_pixels(pipe, objective, pixels, strengths, how)]
             for _, _, how in settings
         ]
-        if not rows:  # an objective may have refused the base
+        if not rows:  # not earlier: an objective may reject the base
             out.mkdir(parents=True, exist_ok=True)
             leave_mark(args, pipe)
         for k, (file, stem, image) in enumerate(zip(files[part], stems[part], images)):
@@ -212,9 +214,9 @@ def edit(args: argparse.Namespace) -> None:
 
 
 def variants(args: argparse.Namespace) -> list[tuple[str, str, argparse.Namespace]]:
-    """(label, part of the file name, flags) for each value of --sweep; without it, one of no name.
+    """(label, part of the file name, flags) per value of --sweep; without it, one with empty names.
 
-    Prompts are numbered in the file names.
+    In file names, prompts are numbered.
     """
     if args.command != "sweep":
         return [("", "", args)]
@@ -234,7 +236,7 @@ SWEPT = {
 
 
 def sweeping(text: str) -> tuple[str, list]:
-    """ "guidance=1,3" -> ("guidance", [1.0, 3.0]); prompts have | between them."""
+    """ "guidance=1,3" -> ("guidance", [1.0, 3.0]); prompts are separated by |."""
     name, _, values = text.partition("=")
     parts = values.split("|" if name == "prompt" else ",")
     try:
@@ -246,7 +248,7 @@ def sweeping(text: str) -> tuple[str, list]:
         made = []
     if not made or len(written) < len(made):
         wanted = f"one of {', '.join(SWEPT)} with different values"
-        raise argparse.ArgumentTypeError(f"{wanted} was wanted, such as steps=5,30, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected {wanted}, such as steps=5,30, got {text!r}")
     return name, made
 
 
@@ -258,35 +260,41 @@ def make_parser() -> Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
     common = Parser(add_help=False)
     add_common_flags(common)
-    common.add_argument("--strength", type=float, default=1.0, help="0 = before, 1 = after [1]")
+    common.add_argument(
+        "--strength", type=float, default=1.0, help="LoRA strength, 0 = before, 1 = after [1]"
+    )
 
     make = commands.add_parser("generate", parents=[common], help="images from a prompt")
     make.add_argument(
-        "--guidance", type=float, default=7.5, help="classifier-free guidance, 1 = none [7.5]"
+        "--guidance", type=float, default=7.5, help="classifier-free guidance scale, 1 = none [7.5]"
     )
-    make.add_argument("--num", type=int, default=4, help="images; seeds count up [4]")
-    make.add_argument("--height", type=int, default=512, help="pixels [512]")
-    make.add_argument("--width", type=int, default=512, help="pixels [512]")
-    make.add_argument("--sampler", choices=list(SAMPLERS), default="ddim", help="[ddim]")
+    make.add_argument(
+        "--num", type=int, default=4, help="number of images, seeded --seed, --seed + 1, ... [4]"
+    )
+    make.add_argument("--height", type=int, default=512, help="height in pixels [512]")
+    make.add_argument("--width", type=int, default=512, help="width in pixels [512]")
+    make.add_argument("--sampler", choices=list(SAMPLERS), default="ddim", help="sampler [ddim]")
 
-    change = commands.add_parser("edit", parents=[common], help="before images -> with the change")
-    grid = commands.add_parser("sweep", parents=[common], help="edit: strengths x another knob")
+    change = commands.add_parser("edit", parents=[common], help="apply the change to before images")
+    grid = commands.add_parser(
+        "sweep", parents=[common], help="edit with each strength x each value of another flag"
+    )
     for sub in (change, grid):
         add_edit_flags(sub)
         sub.add_argument(
             "--format", choices=["png", "tif"], default="png",
-            help="of the results; tif keeps a GeoTIFF's place on the map [png]",
+            help="file format of the results; tif keeps a GeoTIFF's georeference [png]",
         )  # fmt: skip
         sub.add_argument("--input", required=True, metavar="IMAGE_OR_DIR", help="before images")
         sub.add_argument(
-            "--strengths", type=numbers, metavar="0,0.5,1", help="several, instead of --strength"
+            "--strengths", type=numbers, metavar="0,0.5,1", help="edit at each of these strengths"
         )
     grid.add_argument(
         "--sweep", required=True, type=sweeping, metavar="KNOB=VALUES",
-        help=f"one of {', '.join(SWEPT)}: guidance=1,3,5 or 'prompt=a farm|a town'",
+        help=f"flag to vary, one of {', '.join(SWEPT)}: guidance=1,3,5 or 'prompt=a farm|a town'",
     )  # fmt: skip
 
-    states = commands.add_parser("morph", help="the states between a given before and after")
+    states = commands.add_parser("morph", help="frames between a given before and after image")
     add_common_flags(states)
     between.add_flags(states)
     states.set_defaults(guidance=1.0, image_guidance=1.0, change_guidance=None, start="invert")
@@ -296,7 +304,7 @@ def make_parser() -> Parser:
 
 def run(args: argparse.Namespace) -> None:
     if args.command in ("edit", "sweep") and args.lora is None:
-        raise ValueError(f"{args.command} needs --lora: a run's folder or a LoRA file")
+        raise ValueError(f"{args.command} needs --lora: the folder of a run, or a LoRA file")
     check(args)
     COMMANDS[args.command](args)
 

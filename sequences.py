@@ -1,7 +1,7 @@
 """States of the same places at several times: pairs of the first state with each later one.
 
-find_sequences -> [Pair]    a folder for each time
-find_clips -> [Pair]        a folder of frames, or an animated file, for each place
+find_sequences -> [Pair]    one folder per time
+find_clips -> [Pair]        one folder of frames, or one animated file, per place
 """
 
 import math
@@ -15,18 +15,18 @@ from pathlib import Path
 from images import Frame, frame_count, shown
 from pairs import SUFFIXES, Pair, existing, find_images, find_masks, find_pairs, read_caption
 
-MAX_FRAMES = 10_000  # of an animated file: its header may promise any number
+MAX_FRAMES = 10_000  # of an animated file, whose header may claim any number
 
 
 def _shares(times: Sequence[float]) -> list[float]:
-    """Times on any scale -> shares of the way from the first (0) to the last (1)."""
+    """Times on any scale -> positions from 0 (the first) to 1 (the last)."""
     return [(time - times[0]) / (times[-1] - times[0]) for time in times]
 
 
 def _states(
     name: str, frames: Sequence[Path | Frame], shares: Sequence[float], mask: Path | None
 ) -> list[Pair]:
-    """The first frame with each of the others."""
+    """Pairs of the first frame with each of the others."""
     caption = read_caption(frames[-1], frames[0])
     return [
         Pair(name if s == 1 else f"{name} at {s:g}", frames[0], frame, mask, caption, s)
@@ -41,22 +41,23 @@ def find_sequences(
     mask_dir: Path | str | None = None,
     allow_unmatched: bool = False,
 ) -> list[Pair]:
-    """States of the same places at k + 1 times, a folder each, matched by name as `find_pairs`
-    does: for every place k pairs of the first state with a later one, its strength the later one's
-    share of the time. Times rise on any scale; evenly spaced when not given."""
+    """States of the same places at k + 1 times, one folder per time, matched by name as in
+    `find_pairs`: for each place k pairs of the first state with a later one, whose strength is its
+    position in time, 0..1. Times ascend on any scale; evenly spaced when not given. Errors as in
+    `find_pairs`."""
     times = list(range(len(folders))) if times is None else list(times)
     if len(folders) < 2:
-        raise ValueError(f"--sequence_dirs names {len(folders)} folder, wanted at least 2")
+        raise ValueError(f"--sequence_dirs has {len(folders)} folder, expected at least 2")
     if len({os.path.realpath(folder) for folder in folders}) < len(folders):
-        raise ValueError("two of --sequence_dirs are the same folder; one for each time was wanted")
+        raise ValueError("two of --sequence_dirs are the same folder; expected one for each time")
     if len(times) != len(folders):
         raise ValueError(
             f"--sequence_times has {len(times)} times for {len(folders)} folders of --sequence_dirs"
         )
-    # so written, NaN does not rise; times that differ by nothing beside the others do not either
+    # in this form NaN does not ascend, nor do times too close together on the scale of the others
     rising = lambda some: all(a < b for a, b in pairwise(some))  # noqa: E731
     if not (rising(times) and times[-1] - times[0] < math.inf and rising(_shares(times))):
-        raise ValueError(f"--sequence_times must rise, got {' '.join(f'{t:g}' for t in times)}")
+        raise ValueError(f"--sequence_times must ascend, got {' '.join(f'{t:g}' for t in times)}")
     how = {"allow_unmatched": allow_unmatched, "flags": ("--sequence_dirs",) * 2}
     first = find_pairs(folders[0], folders[-1], mask_dir=mask_dir, **how)
     between = [find_pairs(folders[0], f, **how) for f in folders[1:-1]]
@@ -64,7 +65,7 @@ def find_sequences(
     pairs = []
     for pair in first:
         if any(pair.name not in state for state in files):
-            continue  # allow_unmatched: a place that lacks a state
+            continue  # with allow_unmatched: this place lacks a state
         frames = [pair.before, *(state[pair.name] for state in files), pair.after]
         pairs += _states(pair.name, frames, _shares(times), pair.mask)
     if not pairs:
@@ -73,22 +74,22 @@ def find_sequences(
 
 
 def counted(path: Path) -> list[tuple[int, str]]:
-    """To sort by: frame_2 comes before frame_10."""
-    parts = re.split("([0-9]+)", str(path))  # text and digits by turns
+    """Sort key: frame_2 comes before frame_10."""
+    parts = re.split("([0-9]+)", str(path))  # text and digits alternate
     return [(int(part), part) if i % 2 else (0, part) for i, part in enumerate(parts)]
 
 
 def is_clip(file: Path, folder: Path | str) -> bool:
-    """Whether it is an animated file for `find_clips`: right in the folder."""
+    """Whether `find_clips` takes the file as an animation: directly in the folder, by suffix."""
     return file.parent == Path(folder) and file.suffix.lower() in SUFFIXES | {".gif", ".apng"}
 
 
 def find_clips(folder: Path | str, stride: int = 1, *, mask_dir: Path | str | None = None):
-    """Clips in a folder, each a sub-folder of frames in the order of their names, numbers in them
-    as numbers, or an animated GIF, WebP or PNG: every `stride`-th frame, the first being the
-    before of all others. Strengths are shares of the way from the first frame taken to the last.
-    ValueError names a clip of fewer than two frames or, in one file, more than MAX_FRAMES, and two
-    of one name."""
+    """Pairs from the clips in a folder: sub-folders of frames, sorted by name with numbers compared
+    as numbers, or animated GIF, WebP or PNG files. Every `stride`-th frame is used; the first is
+    the before of all others, and strengths are positions, 0..1, from the first to the last used.
+    ValueError names a clip with fewer than two frames, a file with more than MAX_FRAMES, or two
+    clips of the same name."""
     root = existing(folder, "--frames_dir")
     clips: dict[str, list[Path | Frame]] = {}
     for entry in sorted(root.iterdir()):
@@ -99,15 +100,15 @@ def find_clips(folder: Path | str, stride: int = 1, *, mask_dir: Path | str | No
         elif is_clip(entry, root):
             if (count := frame_count(entry)) > MAX_FRAMES:
                 raise ValueError(
-                    f"--frames_dir: {shown([entry])} has {count} frames, of {MAX_FRAMES} at most "
-                    "in one file: a folder of frames may hold more"
+                    f"--frames_dir: {shown([entry])} has {count} frames, expected at most "
+                    f"{MAX_FRAMES} in one file: use a folder of frames for more"
                 )
             name, frames = entry.stem, [Frame(entry, i) for i in range(count)]
         else:
             continue
-        name = unicodedata.normalize("NFC", name)  # as names of masks are
+        name = unicodedata.normalize("NFC", name)  # like the masks' names
         if name in clips:
-            raise ValueError(f"--frames_dir: two clips are named {shown([name])}, wanted one")
+            raise ValueError(f"--frames_dir: two clips are named {shown([name])}, expected one")
         clips[name] = frames
     if not clips:
         raise ValueError(
@@ -120,7 +121,7 @@ def find_clips(folder: Path | str, stride: int = 1, *, mask_dir: Path | str | No
         if len(taken) < 2:
             raise ValueError(
                 f"--frames_dir: {shown([name])} has {len(frames)} frames, "
-                f"wanted at least {stride + 1} at --frame_stride {stride}"
+                f"expected at least {stride + 1} at --frame_stride {stride}"
             )
         pairs += _states(name, taken, _shares(range(len(taken))), masks.get(name))
     return pairs

@@ -358,7 +358,7 @@ def test_the_programs_are_started(lab, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "flags, said",
     [("--steps 0", "--steps must be between 1 and 1000, got 0"),
-     ("--strengths 0.5", "--strengths must have 0 and 1 among them"),
+     ("--strengths 0.5", "--strengths must include 0 and 1"),
      ("--between_dirs nowhere --between_times 0.5", "images root doesn't exist: nowhere")],
 )  # fmt: skip
 def test_what_cannot_be_judged_is_told_before_the_training(lab, capsys, flags, said):

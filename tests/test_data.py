@@ -118,7 +118,7 @@ def test_missing_folders_are_named(folders, tmp_path):
         with pytest.raises(FileNotFoundError) as error:
             call()
         assert str(error.value) == message
-    with pytest.raises(NotADirectoryError, match="--after_data_dir is a file, wanted a folder: "):
+    with pytest.raises(NotADirectoryError, match="--after_data_dir is a file, expected a folder: "):
         find_pairs(before, file)
 
 
@@ -137,10 +137,10 @@ def test_nothing_matched_shows_three_of_each_side(folders):
 
 def test_names_that_differ_only_in_case_are_explained(folders):
     before, after = folders(["a.png", "b.png"], ["A.png", "b.png"])
-    with pytest.raises(ValueError, match="; a and A differ only in upper and lower case; "):
+    with pytest.raises(ValueError, match="; a and A differ only in case; "):
         find_pairs(before, after)
     (before / "b.png").unlink()
-    with pytest.raises(ValueError, match=r"^No matching.*a and A differ only in upper and lower"):
+    with pytest.raises(ValueError, match=r"^No matching.*a and A differ only in case"):
         find_pairs(before, after)
 
 
@@ -161,7 +161,7 @@ def test_two_files_of_one_name_are_named(folders):
     with pytest.raises(ValueError) as error:
         find_pairs(before, after, allow_unmatched=True)
     assert str(error.value) == (
-        f"--after_data_dir: 2 files are named a, wanted one: {after / 'a.jpg'}, {after / 'a.png'}"
+        f"--after_data_dir: 2 files are named a, not one: {after / 'a.jpg'}, {after / 'a.png'}"
     )
 
 
@@ -180,7 +180,7 @@ def test_masks_match_by_name(folders, tmp_path):
     with pytest.raises(ValueError) as error:
         find_pairs(before, after, mask_dir=masks)
     assert str(error.value) == (
-        f"1 of 2 images have no mask in --mask_dir {masks}: a; --allow_unmatched takes them without"
+        f"1 of 2 images have no mask in --mask_dir {masks}: a; --allow_unmatched accepts them"
     )
     pairs = find_pairs(before, after, mask_dir=masks, allow_unmatched=True)
     assert [p.mask for p in pairs] == [None, masks / "b/c.bmp"]
@@ -199,7 +199,7 @@ def test_captions_stand_beside_the_after_image_or_else_the_before(folders):
     for content, said in (
         (b"\xff\xfe\x00", "is not UTF-8 text"),
         (b" \n", "is empty: write one, or delete the file"),
-        (b"x" * 10_001, "has 10001 characters, at most 10000 can be"),
+        (b"x" * 10_001, "has 10001 characters; the limit is 10000"),
     ):
         (after / "a.txt").write_bytes(content)
         with pytest.raises(ValueError) as error:
@@ -315,7 +315,9 @@ def test_transparent_grey_and_rgb_keys_are_laid_over_the_background(tmp_path):
 @pytest.mark.parametrize("values", [(-1, 5), (0, 70000)])
 def test_grey_of_unknown_range_is_refused_not_stretched(tmp_path, values):
     path = save(grid("I", *values), tmp_path / "x.tif")
-    with pytest.raises(ValueError, match=f"grey values run from {values[0]} .* wanted 0 to 65535"):
+    with pytest.raises(
+        ValueError, match=f"grey values range from {values[0]} .* expected 0 to 65535"
+    ):
         load_image(path)
     path = save(grid("F", 0.5, float("nan")), tmp_path / "y.tif")
     with pytest.raises(ValueError, match=r"y\.tif cannot be read as an image: grey values"):
@@ -365,7 +367,7 @@ def png_header(width, height):
     "content, reason",
     [
         (b"", "the file is empty"),
-        (b"not an image", "no format Pillow knows"),
+        (b"not an image", "unknown format or broken header"),
         (png_header(8, 8), "image file is truncated"),
         (png_header(20_000, 20_000), r"400000000 pixels.*decompression bomb"),
     ],
@@ -403,7 +405,7 @@ def test_missing_files_and_unknown_colours(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"image file doesn't exist: .*gone\.png"):
         load_image(tmp_path / "gone.png")
     pair = Pair("x", None, save(picture(), tmp_path / "x.png"))
-    with pytest.raises(ValueError, match="--background is 'mauvish', wanted a colour such as"):
+    with pytest.raises(ValueError, match="--background is 'mauvish', expected a colour such as"):
         PairDataset([pair], 8, background="mauvish")
 
 
@@ -524,7 +526,7 @@ def test_at_native_scale_crops_are_the_images_own_pixels(coordinates):
 
 
 def test_native_scale_needs_images_as_large_as_the_crops(coordinates):
-    said = "xy is 200x120; crops of --resolution 128 cannot be had from it at --native_scale"
+    said = "xy is 200x120, too small for crops of --resolution 128 with --native_scale"
     with pytest.raises(ValueError, match=said):
         PairDataset(coordinates, 128, native_scale=True)
     whole = PairDataset(coordinates, 120, native_scale=True, center_crop=True)
@@ -624,7 +626,7 @@ def test_sides_of_unequal_size_are_fitted_with_one_warning(tmp_path):
         dataset = PairDataset(pairs, 64, views=2)
         item = dataset[0], dataset[1]
     assert [str(w.message) for w in caught] == [
-        "2 images are resized to their after image: odd (before is 768x384, after is 768x383), "
+        "2 images are resized to match after: odd (before is 768x384, after is 768x383), "
         "odd (mask is 192x96, after is 768x383)"
     ]
     assert item[0]["before"].shape == item[0]["after"].shape
@@ -640,7 +642,7 @@ def test_sides_of_another_shape_are_refused_before_the_first_step(tmp_path):
         PairDataset(pairs, 64)
     assert str(error.value) == (
         "pair odd: before is 100x100, after is 100x97; their aspect ratios differ by 3.1%, "
-        "wanted the same frame (at most 2%)"
+        "expected at most 2%"
     )
 
 
@@ -659,9 +661,9 @@ def test_deterministic_tells_whether_views_can_differ(tmp_path):
 @pytest.mark.parametrize(
     "resolution, settings, message",
     [
-        (0, {}, "--resolution is 0, wanted at least 1"),
-        (8, {"views": 0}, "--views is 0, wanted at least 1"),
-        (8, {"random_scale": 0.5}, r"--random_scale is 0.5, wanted 1 \(off\) or more"),
+        (0, {}, "--resolution is 0, expected at least 1"),
+        (8, {"views": 0}, "--views is 0, expected at least 1"),
+        (8, {"random_scale": 0.5}, r"--random_scale is 0.5, expected 1 \(off\) or more"),
     ],
 )
 def test_impossible_settings_are_named(tmp_path, resolution, settings, message):
@@ -767,10 +769,10 @@ def test_the_report_finds_what_was_planted(planted, capsys):
         "remark       pairs that look shifted: 1": "moved (+11, +3)",
         "remark       pairs without change: 1": "same",
         "remark       empty masks: 1": "good",
-        "remark       sets of equal before images: 1": "good = twin",
+        "remark       identical before images: 1": "good = twin",
         "remark       pairs smaller than 128 px: 1": "small (64x64)",
     }
-    assert "before       11 images in " in said and "pairs        6 of 9 can be used" in said
+    assert "before       11 images in " in said and "pairs        6 of 9 usable, " in said
     sheet = Image.open(planted / "out" / "check-data.png")
     cell = (sheet.width - 6) // 3 - 6
     middles = [sheet.getpixel((6 + j * (cell + 6) + cell // 2, 16 + cell // 2)) for j in range(3)]
@@ -782,7 +784,7 @@ def test_a_clean_set_is_status_0(tmp_path, capsys):
     save(repaint(picture(1, (128, 128)), 5), tmp_path / "after" / "line\nbreak.png")
     assert run_check(tmp_path, "--resolution", "128") == 0
     said = capsys.readouterr().out
-    assert "pairs        1 of 1 can be used, 128x128 pixels" in said and "remark" not in said
+    assert "pairs        1 of 1 usable, 128x128 pixels" in said and "remark" not in said
 
 
 def test_what_is_left_out_or_dark_is_a_remark(folders, tmp_path, capsys):
@@ -795,9 +797,9 @@ def test_what_is_left_out_or_dark_is_a_remark(folders, tmp_path, capsys):
     save(Image.fromarray(night), after / "night.png")
     assert run_check(tmp_path, "--resolution", "8") == 0
     said = capsys.readouterr().out
-    left = f"files of another suffix, left out: 2\n{'':13}{before}/clip.gif, {after}/clip.gif\n"
+    left = f"files with other suffixes, skipped: 2\n{'':13}{before}/clip.gif, {after}/clip.gif\n"
     assert left in said
-    assert f"nearly black images: 1\n{'':13}night (after, hardly above 16 of 255)\n" in said
+    assert f"nearly black images: 1\n{'':13}night (after, mostly at most 16 of 255)\n" in said
 
 
 @pytest.mark.parametrize(
@@ -833,7 +835,7 @@ def test_all_broken_is_reported_and_status_2(folders, tmp_path, capsys):
     assert run_check(tmp_path) == 2
     captured = capsys.readouterr()
     assert "broken files: 1" in captured.out
-    assert captured.err == "check_data.py: no pair can be used, see the problems above\n"
+    assert captured.err == "check_data.py: no usable pairs, see the problems above\n"
 
 
 # ---- sequences and clips -------------------------------------------------------------------------
@@ -866,7 +868,7 @@ def test_a_place_that_lacks_a_state_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"no partner in .*time10: b"):
         find_sequences(dirs)
     assert [p.name for p in find_sequences(dirs, allow_unmatched=True)] == ["a at 0.5", "a"]
-    with pytest.raises(ValueError, match="names 1 folder, wanted at least 2"):
+    with pytest.raises(ValueError, match="has 1 folder, expected at least 2"):
         find_sequences(dirs[:1])
     with pytest.raises(ValueError, match="two of --sequence_dirs are the same folder"):
         find_sequences([*dirs, f"{dirs[-1]}/."])
@@ -892,7 +894,9 @@ def test_clips_are_folders_and_animations_alike(tmp_path, suffix):
     assert len({file_hash(pair.after) for pair in pairs}) == 4
     (root / "one").mkdir()
     frames[0].save(root / "one" / "0.png")
-    with pytest.raises(ValueError, match="one has 1 frames, wanted at least 2 at --frame_stride 1"):
+    with pytest.raises(
+        ValueError, match="one has 1 frames, expected at least 2 at --frame_stride 1"
+    ):
         find_clips(root)
 
 
@@ -974,7 +978,7 @@ def test_a_caption_in_capitals_is_told_of(folders, tmp_path, capsys):
     (before / "a.TXT").write_text("a square")
     run_check(tmp_path, "--resolution", "8")
     assert (
-        f"files of another suffix, left out: 1\n{'':13}{before}/a.TXT\n" in capsys.readouterr().out
+        f"files with other suffixes, skipped: 1\n{'':13}{before}/a.TXT\n" in capsys.readouterr().out
     )
 
 

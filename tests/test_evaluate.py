@@ -305,8 +305,8 @@ def test_an_empty_mask_among_others(monkeypatch, tmp_path, sd1, scenes, capsys):
         "inside": 5,
     }
     said = capsys.readouterr().out
-    assert "warning: 1 of 6 pairs have no pixel inside their mask" in said
-    assert "autoencoder loses" not in said
+    assert "warning: 1 of 6 pairs have no pixels inside their mask" in said
+    assert "autoencoder's error" not in said
 
 
 def test_a_pairs_caption_is_its_prompt(monkeypatch, tmp_path, sd1, scenes, capsys):
@@ -332,7 +332,7 @@ def test_a_pairs_caption_is_its_prompt(monkeypatch, tmp_path, sd1, scenes, capsy
     calls.clear()
     assert evaluate.main(flags(lora, folder, tmp_path / "out", "--seed", 1)) == 0
     assert not {seed for _, some in calls for seed in some} & set(seeds)
-    assert "with a caption for each image, and is used without" in capsys.readouterr().out
+    assert "with a caption for each image but is used without" in capsys.readouterr().out
 
 
 def test_the_gap_and_its_error():
@@ -382,12 +382,12 @@ def test_distance_between_samples():
 @pytest.mark.parametrize(
     "more, said",
     [
-        (["--strengths", "0.5,1"], "--strengths must have 0 and 1"),
-        (["--between_times", "0.5"], "--between_dirs names 0 folders"),
+        (["--strengths", "0.5,1"], "--strengths must include 0 and 1"),
+        (["--between_times", "0.5"], "--between_dirs has 0 folders"),
         (["--between_dirs", "nowhere", "--between_times", "0.5"], "nowhere"),
         (["--outcome_dirs", "nowhere"], "--samples must be at least 2"),
         (["--samples", "0"], "--samples must be at least 1"),
-        (["--out", ""], "--out: a path was wanted, got ''"),
+        (["--out", ""], "--out: expected a path, got ''"),
         (["--out", "{root}/after"], "is among the images of --after_data_dir"),
         (["--out", "{root}/mask/deep"], "is among the images of --mask_dir"),
         (["--outcome_dirs", "{root}/time-0.50", "--samples", "2", "--out", "{root}/time-0.50"],
@@ -395,11 +395,11 @@ def test_distance_between_samples():
         (["--between_dirs", "{root}/before", "--between_times", "0.5"],
          "--before_data_dir and --between_dirs are the same folder"),
         (["--between_dirs", "{root}/after", "--between_times", "nan"],
-         "--between_times must be different numbers within ±1000000, got nan"),
+         "--between_times must be distinct numbers within ±1000000, got nan"),
         (["--between_dirs", "{root}/after", "--between_times", "1e39"], "got 1e+39"),
         (["--between_dirs", "{root}/after", "{root}/time-0.50", "--between_times", "0.5", "0.5"],
-         "--between_times must be different numbers within ±1000000, got 0.5 0.5"),
-        (["--strengths", "0,1,1e39"], "different ones within ±1000000"),
+         "--between_times must be distinct numbers within ±1000000, got 0.5 0.5"),
+        (["--strengths", "0,1,1e39"], "distinct numbers within ±1000000"),
         (["--resolution", "63"], "--resolution must be a multiple of 2 for this autoencoder"),
         (["--resolution", "0"], "--resolution must be at least 8, got 0"),
     ],

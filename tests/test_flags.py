@@ -325,7 +325,7 @@ def sequence_dirs(lab, patch):
     three = {**none, "sequence_dirs": (sides[0], half, sides[1])}
     folder = lab.run(**three)
     assert "10 pairs" in lab.said[folder] and column(folder) != column(lab.run())
-    stops("sequence_dirs and --instance_data_dir exclude", **three, instance_data_dir="x")(
+    stops("sequence_dirs and --instance_data_dir are mutually", **three, instance_data_dir="x")(
         lab, patch
     )
 
@@ -341,7 +341,7 @@ def sequence_times(lab, patch):
     )
     changes(beside={**three, "pair_objective": "slider", "learning_rate": 1e-2, "seed": 1},
             at=2, sequence_times=(2000.0, 2001.0, 2010.0))[1](lab, patch)  # fmt: skip
-    stops("--sequence_times must rise", **three, sequence_times=(0.0, 2.0, 1.0))(lab, patch)
+    stops("--sequence_times must ascend", **three, sequence_times=(0.0, 2.0, 1.0))(lab, patch)
     stops("--sequence_times has 2 times for 3", **three, sequence_times=(0.0, 1.0))(lab, patch)
 
 
@@ -367,7 +367,7 @@ def frame_stride(lab, patch):
     """Every third of four frames: the ends alone, which are the usual pairs."""
     folder = lab.run(**clips(lab), frame_stride=3)
     assert column(folder) == column(lab.run())
-    stops("wanted at least 5 at --frame_stride 4", **clips(lab), frame_stride=4)(lab, patch)
+    stops("expected at least 5 at --frame_stride 4", **clips(lab), frame_stride=4)(lab, patch)
 
 
 def mask_outside(lab, patch):
@@ -471,7 +471,7 @@ def latents_on(lab, patch):
         (said[place],) = re.findall(r"latents +5 rows, .*, (.*)\n", lab.said[folder])
     places = {"auto": "on the device", "device": "on the device", "host": "in memory"}
     assert said == places | {"disk": "on disk"}
-    stops("--latents_on disk needs a --cache_dir", latents_on="disk")(lab, patch)
+    stops("--latents_on disk needs --cache_dir", latents_on="disk")(lab, patch)
 
 
 def dataloader_num_workers(lab, patch):
@@ -1031,7 +1031,7 @@ def wandb(lab, patch):
     losses = [values["loss"] for _, values in one.seen[:-1] + two.seen[:-1] if "loss" in values]
     assert losses == column(folder)
     assert [step for step, values in two.seen[:-1] if "held_out/loss" in values] == [3]
-    stops("--hub_token cannot be had with --report_to wandb", report_to="wandb",
+    stops("--hub_token cannot be combined with --report_to wandb", report_to="wandb",
           push_to_hub=True, hub_token="secret")(lab, patch)  # fmt: skip
 
 
@@ -1363,7 +1363,7 @@ def test_flags_that_fit_each_other_are_not_warned_about(lab):
     assert not said(lab.config(**prior(lab, pair_objective="delta", snr_gamma=5.0)))
     assert "--snr_gamma 5.0 has no effect" in said(lab.config(snr_gamma=5.0))[0]
     epochs = lab.config(max_train_steps=3, num_train_epochs=2)
-    assert said(epochs) == ["--num_train_epochs 2 has no effect beside --max_train_steps"]
+    assert said(epochs) == ["--num_train_epochs 2 has no effect with --max_train_steps"]
     assert not said(lab.config(max_train_steps=None, num_train_epochs=2))
     single = lab.config(instance_data_dir="x", allow_unmatched=True)
     assert "--allow_unmatched" in said(single)[0] and not said(replace(single, mask_dir="y"))

@@ -127,15 +127,15 @@ def test_where_memory_does_not_suffice_windows_are_halved_down_to_the_training_s
     lora = write_lora(tmp_path / "run", sd1, **NATIVE)
     x = torch.rand(1, 3, 50, 40) * 2 - 1
     seen["full"] = 14  # latents: 25 and 13 are tried
-    with pytest.warns(match="out of memory: images of 40x50 are looked at in windows of 26 pixels"):
+    with pytest.warns(match="out of memory: processing images of 40x50 in windows of 26 pixels"):
         found, sides = edited(seen, "--lora", lora, pixels=x)
     assert set(sides.values()) == {13}
     told, _ = edited(seen, "--lora", lora, "--tile", 26, "--batch_size", 1, pixels=x)
     assert found.equal(told)
     seen["full"] = 7  # and 8
     with (
-        pytest.warns(match="are looked at in windows"),
-        pytest.raises(MemoryError, match="40x50 pixels are too many: a lower"),
+        pytest.warns(match="processing images of .* in windows"),
+        pytest.raises(MemoryError, match="40x50 pixels does not fit in memory: pass a lower"),
     ):
         edited(seen, "--lora", lora, pixels=x)
 
@@ -164,12 +164,12 @@ def test_where_memory_does_not_suffice_fewer_images_go_at_a_time(tmp_path, sd1, 
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (("--tile", 17), "--tile must be 0, or a multiple of 2 from 16 on for this autoencoder"),
+        (("--tile", 17), "--tile must be 0 or a multiple of 2, at least 16, for this autoencoder"),
         (("--tile", 14), "got 14"),
         (("--tile", -8), "got -8"),
-        (("--tile", 16, "--objective", "canvas"), "--tile is not for canvas"),
+        (("--tile", 16, "--objective", "canvas"), "--tile does not work with canvas"),
         (("--resolution", 7), "--resolution must be at least 8, got 7"),
-        (("--resolution", 20_000), "which would be 25000x20000 at --resolution 20000"),
+        (("--resolution", 20_000), "would be 25000x20000 at --resolution 20000, which is too"),
     ],
 )
 def test_what_makes_no_frame_stops_before_anything_is_written(tmp_path, sd1, capsys, argv, said):
@@ -187,12 +187,12 @@ def test_a_large_image_may_be_of_its_own_size(tmp_path, sd1, monkeypatch):
     pipe = open_pipeline(flags("--lora", write_lora(tmp_path / "run", sd1, **NATIVE)))
     for argv, size in (((), (40, 40)), (("--resolution", 40), (40, 40))):
         assert frame_of(flags(*argv), pipe, "delta", (40, 40)).size == size
-    with pytest.raises(ValueError, match="which would be 48x48 at --resolution 48"):
+    with pytest.raises(ValueError, match="would be 48x48 at --resolution 48, which is too large"):
         frame_of(flags("--resolution", 48), pipe, "delta", (40, 40))
     file = picture(tmp_path / "x.png", 40, 40)
     pairs = [Pair("x", file, file)]
     assert PairDataset(pairs, 16, native_scale=True)[0]["after"].shape == (3, 16, 16)
-    with pytest.raises(ValueError, match="which would be 60x60 when its short side is 60"):
+    with pytest.raises(ValueError, match="would be 60x60 with a short side of 60, too large"):
         PairDataset(pairs, 16, native_scale=True, random_scale=1.5)
 
 
@@ -227,5 +227,5 @@ def test_a_scale_that_nobody_said_is_told(tmp_path, sd1, capsys, monkeypatch, me
         picture(tmp_path / "new" / f"{name}.png", 40, side)
     args = ["edit", "--lora", lora, "--input", tmp_path / "new", "--out", tmp_path / "out", *argv]
     assert sample.main([str(arg) for arg in args]) == 0
-    said = "warning: 1 of 2 images are over twice as large as the 16 pixels that --lora"
+    said = "warning: 1 of 2 images are more than twice the training size of 16 px (--lora"
     assert (said in capsys.readouterr().out) == warned

@@ -248,9 +248,7 @@ def test_image_headers_with_absurd_sizes(tmp_path, content):
 
 def test_a_strip_that_would_be_resized_into_gigabytes(tmp_path):
     Image.new("RGB", (1, 60_000)).save(tmp_path / "strip.png")
-    with pytest.raises(
-        ValueError, match="pair strip: after is 1x60000, which would be 512x30720000"
-    ):
+    with pytest.raises(ValueError, match="pair strip: after, 1x60000, would be 512x30720000"):
         PairDataset(find_singles(tmp_path), 512)
 
 
@@ -322,7 +320,7 @@ def test_a_name_too_long_for_its_result_is_told_before_anything_is_made(tmp_path
     Image.new("RGB", (8, 8)).save(tmp_path / name)
     argv = ["edit", "--lora", "x", "--input", str(tmp_path / name), "--out", str(tmp_path / "out"),
             "--strengths", "0,0.25"]  # fmt: skip
-    assert sample_main(argv) == 2 and "too long a name" in capsys.readouterr().err
+    assert sample_main(argv) == 2 and "names of its results are too long" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -334,7 +332,7 @@ def test_links_between_folders_do_not_multiply_without_end(tmp_path):
     for folder in folders:
         for other in folders:
             (folder / f"to{other.name}").symlink_to(other, target_is_directory=True)
-    with pytest.raises(ValueError, match=r"--instance_data_dir .*: more than 1000 linked folders"):
+    with pytest.raises(ValueError, match=r"--instance_data_dir .* has more than 1000 linked f"):
         find_images(tmp_path)
 
 

@@ -127,7 +127,7 @@ def test_links_among_clips(tmp_path):
         find_clips(tmp_path)
     (tmp_path / "pipe.gif").unlink()
     (tmp_path / "a.webp").write_bytes(clip(3, "WEBP"))
-    with pytest.raises(ValueError, match="two clips are named a, wanted one"):
+    with pytest.raises(ValueError, match="two clips are named a, expected one"):
         find_clips(tmp_path)
 
 
@@ -139,7 +139,7 @@ def test_links_among_clips(tmp_path):
 )  # fmt: skip
 def test_times_that_are_none(tmp_path, times):
     root = write_pairs(tmp_path / "pairs", 1, 16)
-    with pytest.raises(ValueError, match="--sequence_times must rise"):
+    with pytest.raises(ValueError, match="--sequence_times must ascend"):
         find_sequences([root / "before", root / "mask", root / "after"], times)
 
 

@@ -267,7 +267,7 @@ def test_a_damaged_shard_is_made_again_with_a_warning(five, tmp_path, damage, pl
         with pytest.raises(OSError, match=f"{shard.name}: mean is not finite: delete it"):
             whole(again)
         return
-    with pytest.warns(UserWarning, match=f"cache file .*{shard.name}.*: it is made again"):
+    with pytest.warns(UserWarning, match=f"cache file .*{shard.name}.*: rebuilding it"):
         again, images = cached(five, tmp_path / "c", make=make)
     assert images == 4 and same(again, complete) and shard.read_bytes() == content
 
@@ -285,7 +285,7 @@ def test_latents_that_are_not_finite_name_the_pair(five, tmp_path):
         return mean, torch.where(mean[:, :1] == mean[1, 0, 0, 0], torch.inf, logvar)
 
     with pytest.raises(
-        ValueError, match=r"latents of 1 \(before\) are not finite: run it in float32"
+        ValueError, match=r"latents of 1 \(before\) are not finite: run the VAE in float32"
     ):
         cache_latents(PairDataset(five, 16), encode, cache_dir=tmp_path, key="k")
     assert list(tmp_path.glob("*.safetensors")) == []
@@ -371,7 +371,7 @@ def test_rows_that_are_gone_name_their_file(five, tmp_path):
     shard = sorted(tmp_path.glob("*.safetensors"))[2]
     shard.write_bytes(shard.read_bytes()[:-4])
     latents.rows.take(torch.tensor([0, 3]))
-    with pytest.raises(OSError, match=f"{shard.name} was cut short: delete it"):
+    with pytest.raises(OSError, match=f"{shard.name} is truncated: delete it"):
         latents.rows.take(torch.tensor([0, 4]))
     shard.unlink()
     with pytest.raises(FileNotFoundError, match=shard.name):
@@ -388,7 +388,7 @@ def test_the_place_is_where_it_fits(monkeypatch):
     assert choose("device", 7 * GIB, cuda, False, "x") == "device"
     assert choose("host", 7 * GIB, cuda, True, "x") == "host"
     assert choose("disk", 1, cuda, True, "x") == "disk"
-    said = r"x take 9.00 GiB, of which the {} has 8.00 free: --cache_dir .* keeps them on disk"
+    said = r"x take 9.00 GiB, but the {} has 8.00 free: --cache_dir .* keeps them on disk"
     for wanted, on_disk, name in (
         ("auto", False, "host"), ("device", True, "device"), ("host", True, "host"),
     ):  # fmt: skip

@@ -393,7 +393,7 @@ def test_frames_of_a_scale_that_the_lora_does_not_know(
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
     lora = write_lora(tmp_path / "run", sd1, **{"resized": True, **meta})
     morph(place, tmp_path / "out", "--lora", lora, "--no-respace", *flags)
-    said = f"was trained at {meta['resolution']}, where things are of another size"
+    said = f"was trained at {meta['resolution']} px, where objects have a different size"
     assert (said in capsys.readouterr().out) == warned
 
 
@@ -426,16 +426,16 @@ def test_equal_ends_stand_still(place, tmp_path):
 
 MISTAKES = {
     "--frames 1": "--frames must be between 2 and 1000, got 1",
-    "--before nowhere.png": "--before nowhere.png is no file",
+    "--before nowhere.png": "--before nowhere.png is not a file",
     "--after {root}/notes.txt": "notes.txt cannot be read as an image",
     "--after {root}/odd_after.png": "their aspect ratios differ by",
     "--out {root}/after": "is the folder of --after",
     "--out {root}/notes.txt": "is a file, a folder was wanted",
     "--resolution 4": "--resolution must be at least 8, got 4",
-    "--resolution 1000000": "which would be 1000000x1000000 at --resolution 1000000",
+    "--resolution 1000000": "would be 1000000x1000000 at --resolution 1000000, which is",
     "--noise_level 0": "--noise_level must be in (0, 1], got 0.0",
     "--fit_steps=-1": "--fit_steps must be at least 0, got -1",
-    "--fit_steps 2": "--fit_steps fits a LoRA where none is given, and --lora gives one",
+    "--fit_steps 2": "--fit_steps and --lora are mutually exclusive",
     "--lora_rank 0": "--lora_rank must be at least 1, got 0",
     "--learning_rate nan": "--learning_rate must be between 0 and 1, got nan",
     "--lora_after nowhere --model nowhere": "--lora_after nowhere: no pytorch_lora_weights.safete",
@@ -467,7 +467,7 @@ def test_without_a_lora_direct_has_nothing_to_edit_with(place, tmp_path, sd1, ca
     for more, said in (
         (["--method", "direct"], "--method direct needs one LoRA"),
         (["--objective", "delta"], "--objective delta needs one LoRA"),
-        (["--lora_after", place / "delta"], "give the before image's as --lora"),
+        (["--lora_after", place / "delta"], "--lora_after needs the before image's LoRA as --lora"),
         (["--fit_steps", 2, "--lora_rank", 999], "--lora_rank 999 does not fit"),
     ):
         assert sample.main([str(part) for part in argv + more]) == 2
@@ -545,8 +545,8 @@ def test_a_knob_that_does_nothing_is_said_to(place, tmp_path, monkeypatch, capsy
         ),
         ("--sweep steps", "such as steps=5,30, got 'steps'"),
         ("--sweep steps=1,b", "got 'steps=1,b'"),
-        ("--sweep steps=5,5", "with different values was wanted"),
-        ("--sweep guidance=1,1.00000001", "with different values was wanted"),
+        ("--sweep steps=5,5", "with different values, such as steps=5,30"),
+        ("--sweep guidance=1,1.00000001", "with different values, such as steps=5,30"),
         ("--sweep start=invert,middle", "got 'start=invert,middle'"),
         ("--sweep steps=5,0", "--steps must be between 1 and 1000, got 0"),
         ("--sweep guidance=1,nan", "--guidance must be a finite number, got nan"),

@@ -399,7 +399,7 @@ def test_a_foreign_lora_needs_its_objective(tmp_path, sd1, images, capsys):
     lora = write_lora(tmp_path / "run", sd1, objective=None)
     args = ["edit", "--lora", str(lora), "--input", str(images), "--out", str(tmp_path / "out")]
     assert sample.main(args) == 2
-    assert "does not say its objective: give --objective" in capsys.readouterr().err
+    assert "does not name its objective: pass --objective" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     run(*args, "--objective", "delta")
 
@@ -424,10 +424,10 @@ def test_common_flags_that_are_not_read_are_warned_of(tmp_path, sd1, images, cap
     for argv, said in [
         ((*edit, "--revision", "v2"), f"--revision v2 has no effect: {sd1} is a local directory"),
         ((*edit, "--base_lora_strength", 0.5),
-         "--base_lora_strength 0.5 has no effect: there is no LoRA beneath this one"),
+         "--base_lora_strength 0.5 has no effect: there is no LoRA under this one"),
         ((*edit, "--base_lora_strength", 0), None),
         ((*edit, "--strength", 0.5, "--strengths", "0,1"),
-         "--strength 0.5 has no effect beside --strengths"),
+         "--strength 0.5 has no effect with --strengths"),
         ((*edit, "--strength", 0.5), None),
         (("generate", *base, "--strength", 0.5), "--strength 0.5 has no effect without --lora"),
         (("generate", *base), None),
