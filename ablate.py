@@ -1,20 +1,20 @@
-"""Which flag makes it better? Arms of flags, each trained with several seeds and judged alike.
+"""Which flag helps? Arms of flags, each trained with several seeds and evaluated alike.
 
     python ablate.py experiments/objective_solar.txt --seeds 0 1 2 [--jobs 2] [--only "delta-*"]
         [--out DIR]
 
-A line of the file is an arm; an indented line goes on with the one above; # begins a comment.
+Each line of the file is an arm; an indented line continues the one above; # begins a comment.
 
     common: flags of train.py that all arms share
     evaluate: flags of evaluate.py
     NAME: flags of train.py
     NAME.evaluate: more flags of evaluate.py, for this arm
 
-Every arm and seed is a run in OUT/NAME/seedN, judged in its evaluation/. The draws of a step come
-from (seed, step), so the arms of one seed see the same images, noise and t where their batches and
-pairs are alike. The same command goes on where it stopped: finished runs of unchanged flags and
-data are kept, half-done ones resumed, changed ones run again. What is left: table.md, results.json,
-plot.png and sheet.png, written again after every run.
+Every arm and seed is a run in OUT/NAME/seedN, evaluated in its evaluation/. The draws of a step
+come from (seed, step), so the arms of one seed see the same images, noise and t if their batches
+and pairs are alike. The same command continues where it stopped: finished runs with unchanged flags
+and data are kept, partial ones resumed, changed ones run again. Output: table.md, results.json,
+plot.png and sheet.png, rewritten after every run.
 """
 
 import contextlib
@@ -63,11 +63,11 @@ SHOWN = 6  # pairs in sheet.png
 DATA = ("before_data_dir", "after_data_dir", "mask_dir", "instance_data_dir", "frames_dir",
         "frame_stride", "sequence_dirs", "sequence_times", "allow_unmatched", "use_image_pairs",
         "validation_pairs", "max_pairs")  # fmt: skip
-HOW = {"output_dir", *ONCE}  # where and how, not what
+HOW = {"output_dir", *ONCE}  # where and how a run is opened
 
 
 def plain(cfg: TrainConfig) -> dict:
-    """As config.json spells it, without what only says how the folder was opened."""
+    """The config as in config.json, without the fields in HOW."""
     fields = json.loads(json.dumps(dataclasses.asdict(cfg)))
     return {key: value for key, value in fields.items() if key not in HOW}
 
@@ -76,13 +76,13 @@ class Job(NamedTuple):
     arm: Arm
     seed: int
     folder: Path  # OUT/NAME/seedN
-    run: Path  # the same, or the run of an arm above that is trained with the same flags
-    cfg: TrainConfig  # what train.py will make of the flags
-    training: threading.Lock  # of the run
+    run: Path  # the same, or the run of an earlier arm with the same training flags
+    cfg: TrainConfig  # the parsed training flags
+    training: threading.Lock  # held while the run is being trained
 
 
 def make_jobs(path: Path, arms: list[Arm], seeds: list[int], out: Path) -> list[Job]:
-    """All arms of the first seed, then all of the next. Exits with one sentence if they cannot."""
+    """All arms of the first seed, then all of the next. Exits with one sentence on a bad flag."""
     jobs, runs = [], {}
     for seed in seeds:
         for arm in arms:
@@ -94,10 +94,10 @@ def make_jobs(path: Path, arms: list[Arm], seeds: list[int], out: Path) -> list[
 
 
 def changed(job: Job) -> list[str]:
-    """The fields in which the run that is there differs from what is asked for, "data" and
-    "class_data".
+    """The fields in which an existing run differs from the requested one; "data" and "class_data"
+    if those do.
 
-    A field that the older run did not know counts as its default.
+    A field missing from an older run counts as its default.
     """
     there, now = read_or_empty(job.run / "config.json"), plain(job.cfg)
     if not there:
@@ -114,15 +114,15 @@ def changed(job: Job) -> list[str]:
 
 @cache
 def trained_on(fields: str) -> str | None:
-    """The fingerprint of the pairs that a config with these DATA, in JSON, is about now; None where
-    they cannot be read, which train.py will say."""
+    """The current fingerprint of the pairs of a config with these DATA fields (JSON); None if they
+    cannot be read, which train.py will report."""
     with contextlib.suppress(OSError, ValueError):
         return fingerprint(find_data(TrainConfig(**json.loads(fields))).train)
 
 
 @cache
 def class_images(folder: str | None, count: int) -> str | None:
-    """The same of --class_data_dir; None where some are to be made still."""
+    """The same for --class_data_dir; None if some images are still to be generated."""
     with contextlib.suppress(OSError, ValueError):
         found = find_singles(folder, flag="--class_data_dir") if folder is not None else []
         return fingerprint(found[: max(count, 1)]) if len(found) >= max(count, 1) else None
@@ -130,17 +130,17 @@ def class_images(folder: str | None, count: int) -> str | None:
 
 @cache
 def judged_on(flags: tuple[str, ...]) -> str | None:
-    """The same of the held-out pairs that evaluate.py would find by these flags."""
+    """The same for the held-out pairs that evaluate.py finds with these flags."""
     with contextlib.suppress(OSError, ValueError):
         args = judge_parser("").parse_args([*NEEDED[:2], *flags])
         return find_held_out(args).fingerprint()
 
 
 def call(program: str, flags: Sequence[str], log: Path, threads: int | None, held: int) -> None:
-    """Run one of our programs, adding what it says to `log`. ValueError if it failed.
+    """Run one of our programs, appending its output to `log`. ValueError if it fails.
 
-    It inherits the open file `held`, whose lock ends with the last process that has it: a program
-    that outlives a killed ablation keeps the next from working beside it.
+    It inherits the open file `held`, whose lock lasts until the last process closes it: a program
+    that outlives a killed ablation keeps the next one out of the folder.
     """
     env = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
     command = [sys.executable, str(ROOT / program), *flags]
@@ -155,20 +155,20 @@ def call(program: str, flags: Sequence[str], log: Path, threads: int | None, hel
         raise KeyboardInterrupt
     if status:
         said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1]
-        raise ValueError(f"{program} ended with status {status}: {said} (all of it: {log})")
+        raise ValueError(f"{program} failed with status {status}: {said} (full log: {log})")
     for line in log.read_bytes()[start:].decode(errors="replace").splitlines():
         if line.startswith("warning: "):
             print(f"{log.with_suffix('')}: {line}", flush=True)
 
 
 def run(job: Job, threads: int | None, held: int) -> dict:
-    """Train and judge, or keep what is there; its figures. ValueError says what failed."""
+    """Train and evaluate, or keep existing results; returns `figures`. ValueError if one fails."""
     with job.training:
         train(job, threads, held)
     judged, log = job.folder / "evaluation", job.folder.with_suffix(".log")
     kept = settled(job)
     if not kept:
-        remove(judged / "flags.json")  # or a kill leaves the figures of these flags under others
+        remove(judged / "flags.json")  # or a kill could leave new results beside the old flags
         own = ["--lora", str(job.run), "--out", str(judged), "--pictures", str(SHOWN)]
         call("evaluate.py", [*job.arm.evaluate, *own], log, threads, held)
         write_json(judged / "flags.json", asked(job))
@@ -179,13 +179,13 @@ def run(job: Job, threads: int | None, held: int) -> dict:
 
 
 def asked(job: Job) -> dict:
-    """What was judged how. It has the run's last end: another end is another run to judge."""
+    """What is evaluated, and how. Includes when the run ended: a later run must be evaluated."""
     end = (job.run / "summary.json").stat().st_mtime_ns
     return {"flags": job.arm.evaluate, "run": str(job.run), "end": end}
 
 
 def settled(job: Job) -> bool:
-    """Whether the run is finished and judged as the file has it."""
+    """Whether the run is finished, and evaluated as the arms file says."""
     judged = job.folder / "evaluation"
     if not (trained(job) and read_or_empty(judged / "flags.json") == asked(job)):
         return False
@@ -199,7 +199,7 @@ def trained(job: Job) -> bool:
 
 
 def usable(judged: Path, run: Path) -> bool:
-    """Whether an evaluation that is there has the figures and pictures that are wanted of it."""
+    """Whether an existing evaluation has all the numbers and pictures that are needed."""
     result, pictures = read_or_empty(judged / "evaluation.json"), judged / "pictures"
     try:
         figures = comparison.figures(result, run)
@@ -214,7 +214,7 @@ def usable(judged: Path, run: Path) -> bool:
 
 
 def train(job: Job, threads: int | None, held: int) -> None:
-    """Train it, if it is not."""
+    """Train the run unless it is finished and unchanged."""
     if trained(job):
         return
     other, there = changed(job), (job.run / "config.json").exists()
@@ -233,7 +233,7 @@ def title(job: Job) -> str:
 
 
 def differing(jobs: list[Job]) -> dict[str, dict[str, str]]:
-    """For each arm the fields that are not the same in all arms; and its own judge's flags."""
+    """Per arm, the config fields that differ between arms, and its own flags of evaluate.py."""
     configs = {job.arm.name: plain(job.cfg) for job in jobs}
     keys = [k for k in next(iter(configs.values())) if k != "seed"]
     keys = [k for k in keys if len({json.dumps(c[k]) for c in configs.values()}) > 1]
@@ -246,9 +246,9 @@ def differing(jobs: list[Job]) -> dict[str, dict[str, str]]:
 
 
 def leave(path: Path, jobs: list[Job], done: list, failed: list, out: Path) -> str:
-    """table.md, results.json, plot.png and sheet.png of what is done so far; returns the table.
+    """Write table.md, results.json, plot.png and sheet.png of the runs so far; returns the table.
 
-    `done` are pairs of a job and its figures, `failed` of a job and the reason.
+    `done` holds pairs of a job and its figures, `failed` of a job and the reason.
     """
     seeds, flags = sorted({job.seed for job in jobs}), differing(jobs)
     done = sorted(done, key=lambda pair: jobs.index(pair[0]))
@@ -284,16 +284,16 @@ def leave(path: Path, jobs: list[Job], done: list, failed: list, out: Path) -> s
 
 
 def ablate(path: Path, seeds: list[int], out: Path, workers: int, only: list[str]) -> int:
-    """Exit status: 0, or 1 if a run failed. `only`: patterns of the arms to run; of the others
-    what is done is shown."""
+    """Exit status: 0, or 1 if a run failed. `only`: patterns of the arms to run; the finished runs
+    of the others are shown too."""
     arms = read_arms(path)
     jobs = make_jobs(path, arms, seeds, out)
     for pattern in only:
         if not any(fnmatchcase(arm.name, pattern) for arm in arms):
             names = ", ".join(arm.name for arm in arms)
-            raise ValueError(f"--only {pattern} is no arm of {path}; they are {names}")
+            raise ValueError(f"--only {pattern} matches no arm of {path}; they are {names}")
     ways = {tuple(arm.evaluate): arm for arm in reversed(arms)}  # the first arm of each
-    for arm in ways.values():  # what is missing, before hours of training
+    for arm in ways.values():  # fail before hours of training rather than after
         told = f"{path}:{arm.line}: evaluate.py for {arm.name}"
         args = judge_parser(told).parse_args([*NEEDED[:2], *arm.evaluate])
         try:
@@ -307,7 +307,7 @@ def ablate(path: Path, seeds: list[int], out: Path, workers: int, only: list[str
     if isinstance(other, str) and Path(other).exists() and not Path(other).samefile(path):
         raise FileExistsError(f"--out {out} holds the ablation of {other}: choose another folder")
     out.mkdir(parents=True, exist_ok=True)
-    with lock(out, "--out") as held:  # not signed: who holds it last may be one that was started
+    with lock(out, "--out") as held:  # not signed: a child process may outlive us and hold it
         return work_off(path, jobs, out, workers, only, held.fileno())
 
 
@@ -325,14 +325,14 @@ def work_off(
             return None
         try:
             return run(job, threads, held)
-        except KeyboardInterrupt:  # the program that ran was interrupted, with all others
+        except KeyboardInterrupt:  # the child was interrupted, as all the others were
             stop.set()
             raise
         except (OSError, ValueError) as error:
             print(f"{title(job)}: {error}", file=sys.stderr, flush=True)
             return str(error)
 
-    # of each seed the trainings first: who shares one does not wait for it with a worker
+    # per seed, trainings first: no worker then waits for a training that its job shares
     seeds = list(dict.fromkeys(job.seed for job in jobs))
     order = sorted(jobs, key=lambda job: (seeds.index(job.seed), job.run != job.folder))
     with ThreadPoolExecutor(workers) as pool:
@@ -347,7 +347,7 @@ def work_off(
                 text = leave(path, jobs, done, failed, out)
         except KeyboardInterrupt:
             stop.set()
-            print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
+            print("stopped; the same command continues from here", file=sys.stderr, flush=True)
             return 130
     names = ("table.md", "plot.png", "sheet.png") if done else ("table.md",)
     print("", text, *(f"{name:9} {out / name}" for name in names), sep="\n")
@@ -361,10 +361,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time [1]")
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="ARM",
-        help="run these arms, * for any letters; the table has what is done of the others too",
+        help="run these arms (* is a wildcard); the table has finished runs of the others too",
     )  # fmt: skip
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="where all of it goes [experiments/out/FILE]"
+        "--out", type=Path, metavar="DIR", help="output folder [experiments/out/FILE]"
     )
     args = parser.parse_args(argv)
     try:

@@ -1,6 +1,6 @@
-"""The file of an ablation: arms of flags, a line each, or one sentence with the line that is wrong.
+"""The file of an ablation: one arm of flags per line. Errors are one sentence naming the line.
 
-What a line may be is said in ablate.py, which runs them.
+The format is described in ablate.py, which runs the arms.
 """
 
 import re
@@ -12,13 +12,13 @@ import cli
 import evaluate
 from cli import Parser
 
-OURS = {  # flags that no line may have: set here, for a run that was chosen, or of no work
+OURS = {  # not allowed in an arm: set by ablate.py, for a single chosen run, or --help
     "train": {"--seed", "--output_dir", "--overwrite", "--no-overwrite", "-h", "--help",
               "--resume_from_checkpoint", "--push_to_hub", "--hub_token", "--hub_model_id"},
     "evaluate": {"--lora", "--out", "--pictures", "-h", "--help"},
 }  # fmt: skip
 NEEDED = ("--out", "x", "--before_data_dir", "x", "--after_data_dir", "x")  # by evaluate.py
-LEFT = ("table.md", "results.json", "plot.png", "sheet.png")  # beside the arms' folders
+LEFT = ("table.md", "results.json", "plot.png", "sheet.png")  # output beside the arms' folders
 
 
 class Arm(NamedTuple):
@@ -30,15 +30,15 @@ class Arm(NamedTuple):
 
 
 def read_lines(path: Path) -> list[tuple[int, str, list[str]]]:
-    """(number, name, words) of each line. ValueError names the file and the line."""
+    """(line number, name, words) of each arm. ValueError names the file and the line."""
     try:
         if (size := path.stat().st_size) > 2**24:
-            raise ValueError(f"{path} has {size} bytes; lines of flags were wanted")
+            raise ValueError(f"{path} has {size} bytes; expected lines of flags")
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text file: {error}") from error
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; a file of arms was wanted") from error
+        raise ValueError(f"{path}: {error.strerror}; expected a file of arms") from error
     lines = []
     for number, line in enumerate(text.splitlines(), 1):
         here, head = f"{path}:{number}", re.match(r"([\w.-]+):(?=\s|$)", line)
@@ -52,21 +52,21 @@ def read_lines(path: Path) -> list[tuple[int, str, list[str]]]:
             lines[-1][2].extend(words)
         elif words:
             raise ValueError(
-                f"{here}: a line is `name: --flag value ...`, or indented to go on with the one "
-                f"above; got {line.strip()!r}"
+                f"{here}: expected `name: --flag value ...`, or an indented line that continues "
+                f"the one above, got {line.strip()!r}"
             )
     return lines
 
 
 def judge_parser(prog: str) -> Parser:
-    """evaluate.py's, which says `prog` before a mistake."""
+    """The parser of evaluate.py, with `prog` as the prefix of its errors."""
     parser = evaluate.make_parser()
     parser.prog = prog
     return parser
 
 
 def read_arms(path: Path) -> list[Arm]:
-    """The arms in order. One sentence with file and line for what is wrong, as an error or exit."""
+    """The arms in order. A ValueError or exit names the file and line of a mistake."""
     common, shared, own, arms = [], [], {}, {}
     for number, name, words in read_lines(path):
         here, kind = f"{path}:{number}", "train"
@@ -78,24 +78,24 @@ def read_arms(path: Path) -> list[Arm]:
         elif name == "common":
             common += words
         elif name in arms:
-            raise ValueError(f"{here}: {name!r} is in line {arms[name][0]} already")
-        elif not name[0].isalnum():  # it will be a folder's name
-            raise ValueError(f"{here}: a name begins with a letter or a digit, got {name!r}")
-        elif name.lower() in LEFT:  # which would replace the arm's folder
-            raise ValueError(f"{here}: {name!r} is what the ablation itself writes")
+            raise ValueError(f"{here}: {name!r} is already defined in line {arms[name][0]}")
+        elif not name[0].isalnum():  # it becomes the name of a folder
+            raise ValueError(f"{here}: a name must begin with a letter or digit, got {name!r}")
+        elif name.lower() in LEFT:  # that file would replace the arm's folder
+            raise ValueError(f"{here}: {name!r} is the name of a file that the ablation writes")
         else:
             arms[name] = (number, words)
         if taken := sorted({word.split("=")[0] for word in words} & OURS[kind]):
-            why = "is for a run of its own" if "hub" in taken[0] else "is set for each run"
-            raise ValueError(f"{here}: {taken[0]} {why}, an arm cannot have it")
-        if kind == "train":  # an unknown flag or a wrong value is found in its line
+            why = "is for single runs" if "hub" in taken[0] else "is set for each run"
+            raise ValueError(f"{here}: {taken[0]} {why} and not allowed in an arm")
+        if kind == "train":  # reports an unknown flag or a wrong value with its line
             cli.make_parser(here).parse_args(words)
-        else:  # what must be given may be in another line
+        else:  # required flags may be in another line
             judge_parser(here).parse_args([*NEEDED, *words])
     if not arms:
-        raise ValueError(f"{path} has no arms: a line is `name: --flag value ...`")
+        raise ValueError(f"{path} has no arms; expected lines `name: --flag value ...`")
     if not shared:
-        raise ValueError(f"{path} has no line `evaluate: --before_data_dir DIR ...` to judge by")
+        raise ValueError(f"{path} has no line `evaluate: --before_data_dir DIR ...`")
     extra = {name: own.get(f"{name}.evaluate", []) for name in arms}
     return [
         Arm(name, number, [*common, *words], [*shared, *extra[name]], extra[name])

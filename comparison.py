@@ -1,6 +1,6 @@
-"""What an ablation says: figures of its runs, a table, a plot and a contact sheet.
+"""The results of an ablation: numbers of its runs, a table, a plot and a contact sheet.
 
-Plain data in: `evaluation.json` of each run, and which flags differ.
+Takes plain data: `evaluation.json` of each run, and which flags differ.
 """
 
 import json
@@ -15,7 +15,7 @@ from md import figure, plain
 
 # ---- figures -------------------------------------------------------------------------------------
 
-COLUMNS = {  # decimals, and what the figure is
+COLUMNS = {  # decimals and meaning
     "gap closed": (3, "(MSE of copying - MSE) / (MSE of copying - MSE of the ceiling)"),
     "inside": (3, "the same inside the mask"),
     "outside / ceiling": (2, "squared error outside the mask over the autoencoder's own"),
@@ -30,7 +30,7 @@ COLUMNS = {  # decimals, and what the figure is
 
 
 def figures(result: dict, folder: Path) -> dict[str, tuple[float, float | None]]:
-    """Value and standard error over the pairs (None where there is none), by column."""
+    """{column: (value, standard error over the pairs or None)}."""
     gap, between = result["gap_closed"], result.get("between")
     found = {
         "gap closed": gap["whole"],
@@ -54,7 +54,7 @@ def figures(result: dict, folder: Path) -> dict[str, tuple[float, float | None]]
 
 
 def least_distance(results: Iterable[dict]) -> list[str]:
-    """A sentence on what true outcomes have as `statistics`, or none."""
+    """A sentence on the `statistics` of true outcomes, or nothing."""
     for result in results:
         values = [one for one in result.get("samples", {}).values() if "distance" in one]
         apart = [one["distance_of_truth"] for one in values]
@@ -65,7 +65,7 @@ def least_distance(results: Iterable[dict]) -> list[str]:
 
 
 def training_seconds(folder: Path) -> float:
-    """Of all steps, also those before an interruption; without saving and showing."""
+    """Seconds of all steps, including those before an interruption; without saving and sampling."""
     total, done = 0.0, 0
     path = folder / "metrics.jsonl"
     try:
@@ -79,7 +79,7 @@ def training_seconds(folder: Path) -> float:
 
 
 def over_seeds(runs: list[dict]) -> dict[str, dict]:
-    """Each column's mean over the seeds; with one seed, the error over its pairs."""
+    """Mean and standard error over the seeds by column; with one seed, the error over its pairs."""
     columns = [name for name in COLUMNS if any(name in run for run in runs)]
     found = {
         name: measures.summary([run[name][0] for run in runs if name in run]) for name in columns
@@ -103,9 +103,9 @@ def shown(value: object) -> str:
 def table(
     title: str, flags: dict, summary: dict, runs: dict, seeds: Sequence[int], notes: Sequence[str]
 ) -> str:
-    """table.md: a line per arm, with dashes where no run has finished.
+    """table.md: a line per arm, with dashes if no run has finished.
 
-    flags[arm] is what differs, by field; summary[arm] is `over_seeds`; runs[arm][seed] `figures`.
+    flags[arm]: the differing fields; summary[arm]: of `over_seeds`; runs[arm][seed]: of `figures`.
     """
     fields = list(next(iter(flags.values())))
     columns = [name for name in COLUMNS if any(name in values for values in summary.values())]
@@ -124,7 +124,7 @@ def table(
 
 
 def plot(summary: dict, runs: dict) -> Image.Image:
-    """A panel per figure and a line per arm: a dot per seed, the mean and its standard error."""
+    """A panel per metric, a line per arm: a dot per seed, the mean and its standard error."""
     panels = ("gap closed", "inside", "outside / ceiling", "PSNR", "over fade", "statistics")
     panels = [p for p in panels if any(p in values for values in summary.values())]
     label, width, row, top = 8 + 6 * max(map(len, summary)), 230, 24, 26
@@ -157,10 +157,10 @@ def plot(summary: dict, runs: dict) -> Image.Image:
 
 
 def sheet(judged: dict[str, Path], results: dict[str, dict], most: int) -> Image.Image:
-    """before | a column per arm | after, of the first pairs that evaluate.py saved as pictures.
+    """before | a column per arm | after, for the first `most` pairs.
 
-    `judged` are the arms' folders of evaluation, `results` what their evaluation.json says. Arms
-    that were judged on other pairs than the first are left out.
+    `judged`: the arms' evaluation folders; `results`: their evaluation.json. Arms evaluated on
+    other pairs than the first arm are left out.
     """
     first = next(iter(judged))
     judged = {n: f for n, f in judged.items() if results[n]["data"] == results[first]["data"]}
@@ -175,6 +175,6 @@ def sheet(judged: dict[str, Path], results: dict[str, dict], most: int) -> Image
 
 
 def larger(image: Image.Image) -> Image.Image:
-    """Small pictures at two or more times their size, pixel by pixel."""
+    """Small images enlarged by an integer factor, nearest neighbour."""
     times = max(1, 144 // max(image.size))
     return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)

@@ -1,4 +1,4 @@
-"""A picture of a number that changes over the steps."""
+"""A plot of a number over the training steps."""
 
 import math
 
@@ -8,7 +8,7 @@ SIZE = 720, 360
 
 
 def curve(points: list[tuple[float, float]], name: str) -> Image.Image:
-    """A curve over steps with a running mean; logarithmic where all values are positive."""
+    """(step, value) points and their running mean; logarithmic if all values are positive."""
     left, right, top, bottom = 64, SIZE[0] - 16, 24, SIZE[1] - 32
     xs, ys = [x for x, _ in points], [y for _, y in points]
     finite = [y for y in ys if math.isfinite(y)] or [1.0]

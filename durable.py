@@ -1,7 +1,7 @@
-"""Files that are there whole or not at all, folders that say so when they are damaged, the lock on
-a folder that one process writes, and what is looked at before anything is written.
+"""Atomic writes, folders with checksums, a lock for folders that only one process may write, and
+checks to make before anything is written.
 
-A kill, a full disk or a power cut leaves what was there before, and perhaps a hidden `.NAME.tmp`
+A kill, a full disk or a power cut leaves the previous content, and perhaps a hidden `.NAME.tmp`
 that the next writer removes.
 """
 
@@ -27,10 +27,9 @@ FREE_OF_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 def write_aside(path: Path, write: Callable[[Path], None]) -> None:
-    """Have `write` make a file or a folder beside `path`, flush it, then rename it to `path`.
+    """Have `write` create a file or folder beside `path`, flush it to disk, rename it to `path`.
 
-    When anything goes wrong, `path` is what it was and nothing is left beside it; an OSError names
-    `path`.
+    On failure `path` is unchanged and nothing is left beside it; an OSError names `path`.
     """
     stem = os.fsdecode(os.fsencode(path.name)[:240])  # a name has at most 255 bytes
     aside, old = path.with_name(f".{stem}.tmp"), path.with_name(f".{stem}.old.tmp")
@@ -40,7 +39,7 @@ def write_aside(path: Path, write: Callable[[Path], None]) -> None:
         for file in sorted(aside.rglob("*")) if aside.is_dir() else []:
             _flush(file)
         _flush(aside)
-        if path.is_dir():  # a folder with something in it cannot be renamed over
+        if path.is_dir():  # os.replace cannot replace a folder that is not empty
             remove(old)
             os.replace(path, old)
         os.replace(aside, path)
@@ -57,7 +56,7 @@ def write_aside(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def naming(error: OSError, path: Path) -> OSError:
-    """The same error with the file in its sentence: the system leaves it out of a failed write."""
+    """The same error with `path` in its message: a failed write does not name the file."""
     if error.errno is None:
         return OSError(f"{path}: {error}")
     return type(error)(error.errno, os.strerror(error.errno), str(path))
@@ -72,7 +71,7 @@ def _flush(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """A file or a folder, if it is there."""
+    """Remove a file or a folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -80,7 +79,7 @@ def remove(path: Path) -> None:
 
 
 def finite(content):
-    """The same with None for the numbers that JSON has no way to write."""
+    """`content` with None in place of NaN and infinities, which JSON cannot represent."""
     if isinstance(content, dict):
         return {key: finite(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
@@ -89,7 +88,7 @@ def finite(content):
 
 
 def json_bytes(content, indent: int | None = None) -> bytes:
-    """UTF-8; the bytes of a file name that are no text become escapes that JSON reads back."""
+    """UTF-8; undecodable bytes of file names become escapes that JSON reads back."""
     text = json.dumps(finite(content), indent=indent, sort_keys=indent is not None,
                       ensure_ascii=False, allow_nan=False)  # fmt: skip
     return text.encode("utf-8", "backslashreplace") + b"\n"
@@ -100,7 +99,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """UTF-8; the bytes of a file name that are not text become escapes."""
+    """UTF-8; undecodable bytes of file names become escapes."""
     write_aside(path, lambda aside: aside.write_bytes(text.encode("utf-8", "backslashreplace")))
 
 
@@ -108,19 +107,19 @@ def write_text(path: Path, text: str) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """Of its bytes, hex."""
+    """Hex digest of the content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def seal(folder: Path) -> None:
-    """manifest.json: the sha256 of every file in the folder, which has no folders in it."""
+    """Write manifest.json: the sha256 of every file in the folder, which has no subfolders."""
     sums = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
     (folder / MANIFEST).write_bytes(json_bytes({"sha256": sums}, indent=2))
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a sealed folder, in a few words; None when every byte is as it was."""
+    """What is wrong with a sealed folder, in a few words; None if it is intact."""
     try:
         sums = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sha256"])
     except FileNotFoundError:
@@ -143,9 +142,9 @@ def damage(folder: Path) -> str | None:
 
 
 def lock(folder: Path, flag: str) -> FileIO:
-    """Hold the folder until the returned file is closed, or the process ends in whatever way.
+    """Lock the folder until the returned file is closed or the process ends.
 
-    BlockingIOError when another process holds it. A file system without locks is warned about.
+    BlockingIOError if another process holds the lock. Warns on a file system without locks.
     """
     file = open(folder / LOCK, "ab+", buffering=0)  # noqa: SIM115
     try:
@@ -155,20 +154,20 @@ def lock(folder: Path, flag: str) -> FileIO:
         file.close()
         by = f"process {holder}" if holder else "another process"
         raise BlockingIOError(
-            f"{flag} {folder} is being written by {by}: wait for it, or choose another folder"
+            f"{flag} {folder} is in use by {by}: wait for it, or choose another folder"
         ) from None
     except OSError as error:
         if error.errno not in FREE_OF_LOCKS:
             raise
         warnings.warn(
-            f"{flag} {folder} cannot be locked on its file system: start no second run in it",
+            f"{flag} {folder}: its file system has no locks; do not start a second run in it",
             stacklevel=2,
         )
     return file
 
 
 def sign(file: FileIO) -> None:
-    """Write into a lock who holds it."""
+    """Write the holder (process and host) into the lock file."""
     try:
         file.truncate(0)
         file.write(f"{os.getpid()} on {socket.gethostname()}\n".encode())
@@ -179,7 +178,10 @@ def sign(file: FileIO) -> None:
 def save_image(
     image: Image.Image, path: Path, tags: object = None, profile: bytes | None = None
 ) -> None:
-    """A PNG; at a path that ends in .tif a TIFF, with `tags` beside its own. profile: ICC's."""
+    """Save as PNG or, if `path` ends in .tif, as TIFF with the additional `tags`.
+
+    profile: an ICC profile.
+    """
     how = {"format": "PNG", "icc_profile": profile}
     if path.suffix == ".tif":
         how |= {"format": "TIFF", "compression": "tiff_deflate", "tiffinfo": tags or {}}
@@ -187,7 +189,7 @@ def save_image(
 
 
 def read_or_empty(path: Path) -> dict:
-    """A JSON object; {} where it is not there, or damaged."""
+    """The JSON object in a file; {} if the file is missing or damaged."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, RecursionError, TypeError, ValueError):
@@ -195,26 +197,26 @@ def read_or_empty(path: Path) -> dict:
 
 
 def refuse_file(folder: Path, flag: str) -> None:
-    """FileExistsError if a file is where `folder`, or a folder above it, is wanted."""
+    """FileExistsError if `folder` or one of its parents is a file."""
     for path in (folder, *folder.parents):
         if path.exists() and not path.is_dir():
-            raise FileExistsError(f"{flag} {folder}: {path} is a file, a folder was wanted")
+            raise FileExistsError(f"{flag} {folder}: {path} is a file; expected a folder")
 
 
 def refuse_others(out: Path, made: Iterable[str], mark: str) -> None:
-    """FileExistsError where a file of such a name is in `out` that no command of ours left: these
-    leave `mark`, too."""
+    """FileExistsError if `out` holds one of the names in `made` but not `mark`, which an earlier
+    result of ours would have left too."""
     if not os.path.lexists(out / mark):
         for name in made:
             if os.path.lexists(out / name):
                 raise FileExistsError(
-                    f"--out {out} holds {name}, which would be replaced, and no {mark} of an "
-                    "earlier result: another folder was wanted"
+                    f"--out {out} holds {name}, which would be replaced, but no {mark} of an "
+                    "earlier result: choose another folder"
                 )
 
 
 def refuse_read_only(folder: Path, flag: str) -> None:
-    """PermissionError before hours of work, not after them."""
+    """PermissionError before hours of work rather than after."""
     there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), folder)
     if not os.access(there, os.W_OK | os.X_OK):
-        raise PermissionError(f"{flag} {folder}: {there} cannot be written to")
+        raise PermissionError(f"{flag} {folder}: {there} is not writable")

@@ -1,8 +1,8 @@
-"""A finished run onto the hub: its LoRA files, a card that says how to use them, and pictures.
+"""Upload a finished run to the hub: its LoRA files, sample images and a model card.
 
     python hub.py RUN OWNER/NAME        train.py --push_to_hub does it at the end of a training
 
-The token goes to the hub and nowhere else: into no file and no message.
+The token goes to the hub and nowhere else: not into any file or message.
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ from report import read
 
 
 def find_token(given: str | None, flag: str | None = "--hub_token") -> str:
-    """The given one, else huggingface_hub's. ValueError where there is none; `flag`: that gives it,
-    if the program has one.
+    """The given token, else huggingface_hub's. ValueError if there is none or it is malformed;
+    `flag` is the program's flag for it, if it has one.
     """
     from huggingface_hub import get_token
 
@@ -34,50 +34,48 @@ def find_token(given: str | None, flag: str | None = "--hub_token") -> str:
         ways = f"{flag}, the variable HF_TOKEN," if flag else "the variable HF_TOKEN"
         raise ValueError(f"an upload needs a token: {ways} or `hf auth login`")
     if not re.fullmatch("[!-~]+", token):
-        raise ValueError(
-            f"the hub's token has letters in it that no token has; check {flag or 'HF_TOKEN'}"
-        )
+        raise ValueError(f"the hub token contains invalid characters; check {flag or 'HF_TOKEN'}")
     return token
 
 
 def reason(error: BaseException, flag: str) -> str:
-    """In one line: what the client wraps says more than the wrapping."""
+    """One line about the innermost error: it says more than the client's exceptions around it."""
     while error.__cause__ is not None:
         error = error.__cause__
     return hub_reason(error, flag)
 
 
 def check_name(name: str, flag: str) -> None:
-    """ValueError where it can be no repository's."""
+    """ValueError if it is not a valid repository name."""
     from huggingface_hub import utils
 
     try:
         utils.validate_repo_id(name)
     except utils.HFValidationError as error:
-        raise ValueError(f"{name!r} is no name of a repository ({flag})") from error
+        raise ValueError(f"{name!r} is not a valid repository name ({flag})") from error
 
 
 def open_repository(name: str, token: str, flag: str = "--hub_token") -> str:
-    """Make the repository if it is not there; returns owner/name.
+    """Create the repository if it does not exist; returns owner/name.
 
-    ValueError: a name or a token (of `flag`) that the hub does not take. ConnectionError: no hub.
+    ValueError: the hub rejects the name or the token (of `flag`). ConnectionError: it fails.
     """
     from huggingface_hub import HfApi
 
     check_name(name, "--hub_model_id")
     try:
         return HfApi(token=token).create_repo(name, exist_ok=True).repo_id
-    except Exception as error:  # of the hub's client, of its transport, of an answer that is none
+    except Exception as error:  # from the client, its transport, or a malformed response
         status = getattr(getattr(error, "response", None), "status_code", None)
         kind = ValueError if status in range(400, 500) else ConnectionError
-        raise kind(f"the hub did not open the repository {name}: {reason(error, flag)}") from error
+        raise kind(f"the hub cannot open the repository {name}: {reason(error, flag)}") from error
 
 
 def publish(folder: Path, name: str, token: str, flag: str = "--hub_token") -> str:
-    """Write README.md, upload what it speaks of; returns the repository's address.
+    """Write README.md, upload it and the files it mentions; returns the repository's URL.
 
-    ConnectionError: it failed, whyever. The run has gained its README.md and lost nothing.
-    `flag` is where the token came from.
+    ConnectionError if the upload fails for any reason; the run then has its README.md and is
+    otherwise unchanged. `flag` is where the token came from.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, utils
 
@@ -86,7 +84,7 @@ def publish(folder: Path, name: str, token: str, flag: str = "--hub_token") -> s
 
     def failed(repo: str, why: str) -> ConnectionError:
         return ConnectionError(
-            f"{folder} is whole, but its upload to {repo} failed: {why}; "
+            f"{folder} is complete, but its upload to {repo} failed: {why}; "
             f"`python hub.py {shlex.quote(str(folder))} {repo}` tries again"
         )
 
@@ -103,13 +101,15 @@ def publish(folder: Path, name: str, token: str, flag: str = "--hub_token") -> s
 
 
 def write_card(folder: Path, repo: str) -> list[str]:
-    """README.md in the run's folder; returns it and all else that belongs to the repository.
+    """Write README.md into the run's folder; returns it and the other files to upload.
 
-    ValueError where one is there that is no card of ours.
+    ValueError if there is a README.md that we did not write.
     """
     there = folder / "README.md"
     if there.exists() and MARK not in there.read_text(encoding="utf-8", errors="replace"):
-        raise ValueError(f"{there} is none that was made here, and would be replaced: move it")
+        raise ValueError(
+            f"{there} was not written by PairLoRA and would be overwritten; move it first"
+        )
     layouts = [layout for layout in LAYOUTS if (folder / file_of(layout)).is_file()]
     default = {f.name: f.default for f in dataclasses.fields(config.TrainConfig)}
     flags = {
@@ -131,18 +131,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser(prog="hub.py", description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="the folder of a finished run")
     parser.add_argument(
-        "name", metavar="OWNER/NAME", help="the repository, made if it is not there"
+        "name", metavar="OWNER/NAME", help="the repository, created if it does not exist"
     )
     args = parser.parse_args(argv)
     try:
         check_name(args.name, "OWNER/NAME")
         if "objective" not in read_lora(args.run, "RUN")[1]:
-            raise ValueError(f"{args.run} holds no LoRA that was trained here")
+            raise ValueError(f"{args.run} holds no LoRA trained with PairLoRA")
         if not (args.run / "config.json").is_file():
-            raise ValueError(f"{args.run} has no config.json: the folder of a run was wanted")
+            raise ValueError(f"{args.run} has no config.json; expected the folder of a run")
         status = read_or_empty(args.run / "summary.json").get("status")
-        if status != "finished":  # its LoRA file, if there is one, is from before it went on
-            raise ValueError(f"{args.run} is {status or 'no whole run'}: a finished one was wanted")
+        if status != "finished":  # a LoRA file would date from before the run was resumed
+            raise ValueError(f"{args.run} is {status or 'incomplete'}; expected a finished run")
         print(publish(args.run, args.name, find_token(None, None), "HF_TOKEN"))
     except (ValueError, OSError) as error:
         return cli.report("hub.py", error)

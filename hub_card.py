@@ -1,6 +1,6 @@
-"""The model card of a run: what its LoRA has learnt, and how each client is to use it.
+"""The model card of a run: what its LoRA has learnt, and how to use it in each client.
 
-Prompts, names and paths come from anywhere: in the card they are text, never Markdown or YAML.
+Prompts, names and paths are untrusted: in the card they are text, never Markdown or YAML.
 """
 
 import json
@@ -13,26 +13,26 @@ from model.lora_files import LORA_FILE, file_of
 from model.objectives import PORTABLE
 
 USES = {
-    "delta": "At one fixed noise level the UNet is asked twice, with the LoRA and without it; the "
-    "difference of the two answers, added to the before image's latent, is the change.",
+    "delta": "The UNet runs twice at one fixed timestep, with and without the LoRA; the difference "
+    "of the two predictions, added to the before image's latent, is the change.",
     "bridge": "The path starts at the noised before image and ends, step by step, at the clean "
     "after image. Another seed gives another outcome.",
-    "img2img": "The before image is noised part of the way and denoised with the LoRA: what every "
-    "client calls img2img, at guidance 1 and with a deterministic sampler (Euler, DDIM).",
-    "concat": "The after image is denoised from noise, with the before latent as four more input "
-    "channels of the UNet (InstructPix2Pix).",
-    "canvas": "Before and after are the two halves of one picture; the right half is denoised "
-    "from noise, the left one given.",
+    "img2img": "The before image is partly noised and then denoised with the LoRA: standard "
+    "img2img in any client, at guidance 1 and with a deterministic sampler (Euler, DDIM).",
+    "concat": "The after image is denoised from noise, with the before latent as four additional "
+    "input channels of the UNet (InstructPix2Pix).",
+    "canvas": "Before and after are the two halves of one image; the left half is given, the right "
+    "half is denoised from noise.",
     "slider": "The before image is inverted to noise at LoRA multiplier -1 and denoised at the "
-    "multiplier of the strength that is wanted.",
+    "multiplier of the chosen strength.",
     "anchored": "The before image is inverted to noise without the LoRA and denoised with it.",
     "after": "The before image is inverted to noise without the LoRA and denoised with it.",
-    "dreambooth": "An image is denoised from noise by the prompt, with the LoRA.",
+    "dreambooth": "An image is generated from the prompt with the LoRA.",
 }
-MARK = "tags:\n- lora\n- stable-diffusion"  # is in every card
+MARK = "tags:\n- lora\n- stable-diffusion"  # every card of ours contains it
 READERS = {
     "diffusers": "diffusers with peft, this project",
-    "attn_procs": "ComfyUI, diffusers of 2023 and what reads its files",
+    "attn_procs": "ComfyUI, diffusers of 2023 and clients that read its files",
     "kohya": "A1111, Forge, ComfyUI, kohya's tools, diffusers",
 }
 PLACES = {"output_dir", "before_data_dir", "after_data_dir", "instance_data_dir", "class_data_dir",
@@ -41,7 +41,7 @@ PLACES = {"output_dir", "before_data_dir", "after_data_dir", "instance_data_dir"
 
 
 def yaml(text: str) -> str:
-    """A double-quoted YAML scalar: JSON's, which YAML reads alike when nothing odd is in it."""
+    """A double-quoted YAML scalar: JSON's, which is valid YAML for printable text."""
     return json.dumps(printable(text), ensure_ascii=False)
 
 
@@ -50,9 +50,9 @@ def model_card(
 ) -> str:
     """README.md of a repository, owner/name.
 
-    meta is the header of the LoRA file; flags the training's that differ from their defaults;
-    layouts those of the files that are there; pictures the content of strengths.json; sheet the
-    path of a picture in the repository.
+    meta: the LoRA file's header; flags: the training flags that differ from their defaults;
+    layouts: of the LoRA files to upload; pictures: the content of strengths.json; sheet: the path
+    of a sample sheet in the repository.
     """
     title = repo.rpartition("/")[2]
     base, objective, prompt = meta["base_model"], meta["objective"], meta["prompt"]
@@ -74,7 +74,7 @@ def model_card(
         *([f"![pictures at the end of the training]({sheet})"] if sheet else []),
         "## Strength",
         f"{escaped(meta['strength'])}.",
-        "Between 0 and 1 is part of the change, negative is backwards, above 1 is exaggerated. The "
+        "Between 0 and 1: part of the change; negative: backwards; above 1: exaggerated. The "
         "multiplier is what other clients call the weight or the strength of a LoRA.",
         f"## Objective: {objective}",
         USES.get(objective, "Its formulas are in PairLoRA's model/objectives.py."),
@@ -96,7 +96,7 @@ def model_card(
         "### ComfyUI, A1111, Forge",
         *others_part(repo, meta, layouts),
         "## Training",
-        "Flags that differ from their defaults; folders of the machine are left out.",
+        "Flags that differ from their defaults; local paths are omitted.",
         fenced(command_line(flags, local), "sh"),
     ]
     return "\n\n".join(parts) + "\n"
@@ -115,21 +115,22 @@ def front_matter(meta: dict) -> str:
 
 
 def size_told(meta: dict) -> str:
-    """How large things are in the images that it knows."""
+    """The scale of the training images."""
     side = meta["resolution"]
     if not meta["resized"]:
         return (
-            f"Images: it saw {side} x {side} pixels of them, at full size. Show it images in which "
-            "things are as many pixels large."
+            f"Images: trained on {side} x {side} px crops at native resolution. Use images in "
+            "which objects have about the same size in pixels."
         )
     return (
-        f"Images: it saw them with a short side of {side} pixels. So does sample.py show it any "
-        "image, and gives the change back in that image's size; in other clients that is up to you."
+        f"Images: trained on images with a short side of {side} px. sample.py resizes inputs the "
+        "same way and applies the change at the original size; in other clients, resize the image "
+        "yourself."
     )
 
 
 def strength_table(pictures: dict) -> str:
-    """A row per image: before, at each strength, after."""
+    """A table with a row per image: before, each strength, after."""
     ends = [side for side in ("before", "after") if pictures["images"][0].get(side)]
     heads = [f"strength {s:g}" for s in pictures["strengths"]]
     heads = [*ends[:1], *heads, *ends[1:]]
@@ -161,12 +162,12 @@ def diffusers_part(repo: str, meta: dict, local: bool) -> list[str]:
             f"--lora {name} merged --strength 1"
         )
         return [
-            "The UNet has more input channels than the base's. Merged into the base it is a model "
-            "for `StableDiffusionInstructPix2PixPipeline`:",
+            "The UNet has more input channels than the base. Merged into the base, the LoRA gives "
+            "a model for `StableDiffusionInstructPix2PixPipeline`:",
             fenced(merged, "sh"),
         ]
     if objective not in PORTABLE:
-        return ["Its use has steps of its own, which no pipeline of diffusers makes: sample.py."]
+        return ["No diffusers pipeline implements how this LoRA is applied: use sample.py."]
     edits = objective != "dreambooth"
     revision = f", revision={meta['revision']!r}" if meta.get("revision") else ""
     pipeline = f"StableDiffusion{'Img2Img' * edits}Pipeline"
@@ -185,22 +186,22 @@ def diffusers_part(repo: str, meta: dict, local: bool) -> list[str]:
         f'pipe.set_adapters("change", {multiplier(meta)})',
         f"image = pipe({printable(meta['prompt'])!r}{given}).images[0]",
     ]
-    told = "The pipeline's own `strength` is how far the image goes towards noise."
+    told = "The pipeline's own `strength` is how far the image is noised."
     return [fenced("\n".join(code), "python"), *([told] if edits else [])]
 
 
 def others_part(repo: str, meta: dict, layouts: list[str]) -> list[str]:
     if meta["objective"] not in PORTABLE:
-        return ["They would apply the weights in another way than they were trained for."]
+        return ["Not supported: they apply the weights in another way than they were trained for."]
     name = repo.rpartition("/")[2]
-    left_out = "Of a file in diffusers' layout ComfyUI leaves out the attention layers"
+    left_out = "ComfyUI ignores the attention layers of a file in the diffusers layout"
     convert = f"python -m model.weights convert {name} {name}_kohya.safetensors --format kohya"
     if "kohya" in layouts:
-        parts = [f"All of them: `{file_of('kohya')}`. {left_out}."]
+        parts = [f"All three: `{file_of('kohya')}`. {left_out}."]
     elif "attn_procs" in layouts:
-        parts = [f"ComfyUI: `{file_of('attn_procs')}`. {left_out}. This is for all of them:"]
+        parts = [f"ComfyUI: `{file_of('attn_procs')}`. {left_out}. This writes one for all three:"]
     else:
-        parts = [f"{left_out}. This writes one for all of them:"]
+        parts = [f"{left_out}. This writes one for all three:"]
     parts += [] if "kohya" in layouts else [fenced(convert, "sh")]
     use = f"The prompt is the one above; the weight is {multiplier(meta)}."
     if meta["objective"] == "img2img":
@@ -211,14 +212,14 @@ def others_part(repo: str, meta: dict, layouts: list[str]) -> list[str]:
 
 
 def multiplier(meta: dict) -> str:
-    """Of the LoRA, as a formula in `strength`."""
+    """The LoRA multiplier, as a formula in `strength`."""
     slope, offset = meta["multiplier"]
     scaled = "strength" if slope == 1 else f"{slope:g} * strength"
     return f"{scaled} {'-+'[offset > 0]} {abs(offset):g}" if offset else scaled
 
 
 def command_line(flags: dict, local: bool) -> str:
-    """A train.py command, one flag a line."""
+    """A train.py command, one flag per line."""
     lines = ["python train.py"]
     for name, value in flags.items():
         if name in PLACES:

@@ -1,10 +1,10 @@
-"""report.html: a run to look at, in one file that asks no network for anything.
+"""report.html: a run at a glance, in one self-contained file.
 
     python report.py RUN            train.py and evaluate.py write it as well
 
-Its slider moves through pictures that train.py has made at the end (strengths/), one a strength:
-nothing is blended. Every text that comes from a file is escaped, and the page's own policy forbids
-the browser to load anything.
+Its slider moves through the images that train.py generated at the end (strengths/), one per
+strength; nothing is blended. All text from files is escaped, and the page's Content-Security-Policy
+keeps the browser from loading anything.
 """
 
 import base64
@@ -62,10 +62,11 @@ for (const box of document.querySelectorAll(".slider")) {{
 
 
 def write_report(run: Path) -> Path:
-    """RUN/report.html from what is in the folder. ValueError or OSError names what is missing."""
+    """Write RUN/report.html from the folder's files. ValueError or OSError names what is missing
+    or damaged."""
     config, summary = read(run / "config.json"), read(run / "summary.json", {})
-    if "instance_prompt" not in config:  # of a network, say
-        raise ValueError(f"{run / 'config.json'} is no training's; a run's folder was wanted")
+    if "instance_prompt" not in config:  # a network's config.json, for example
+        raise ValueError(f"{run / 'config.json'} is not a training config; expected a run's folder")
     pictures = run / "strengths" / "strengths.json"
     sheets = sorted((run / "samples").glob("[0-9]*.png"))
     loss, judged = run / "loss.png", run / "evaluation" / "evaluation.json"
@@ -74,7 +75,7 @@ def write_report(run: Path) -> Path:
     if pictures.exists():
         show = lambda told: strengths(run / "strengths", told)  # noqa: E731
         parts += ["<h2>Strength</h2>", made_of(pictures, show)]
-    # what an earlier training of this folder was judged to be says nothing about this one
+    # an evaluation that is older than the LoRA belongs to an earlier training in this folder
     if judged.exists() and lora.exists() and judged.stat().st_mtime_ns > lora.stat().st_mtime_ns:
         parts += ["<h2>Held-out pairs</h2>", made_of(judged, evaluation)]
         if (sheet := judged.with_name("sheet.png")).exists():
@@ -101,7 +102,7 @@ def write_report(run: Path) -> Path:
 
 
 def read(path: Path, otherwise: dict | None = None) -> dict:
-    """A JSON object; `otherwise`, if given, where there is no such file."""
+    """A JSON object; `otherwise`, if given, if the file does not exist."""
     if otherwise is not None and not path.exists():
         return otherwise
     try:
@@ -110,14 +111,14 @@ def read(path: Path, otherwise: dict | None = None) -> dict:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(
-            f"{path.parent} has no {path.name}; a run's folder was wanted"
+            f"{path.parent} has no {path.name}; expected a run's folder"
         ) from error
     except (RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def made_of(path: Path, part: Callable[[dict], str]) -> str:
-    """A part of the page from a JSON file. ValueError names one that is not what it should be."""
+    """A part of the page from a JSON file. ValueError names the file if its content is invalid."""
     told = read(path)
     try:
         return part(told)
@@ -130,7 +131,7 @@ def made_of(path: Path, part: Callable[[dict], str]) -> str:
 
 
 def facts(config: dict, summary: dict) -> dict:
-    """What a reader wants first, by title."""
+    """The key facts of a run, {title: value}."""
     seen = config.get("before_data_dir") or config.get("instance_data_dir")
     held_out = summary.get("last_evaluation")
     held_out = held_out if isinstance(held_out, dict) else {}
@@ -160,7 +161,7 @@ def text(value: object) -> str:
 
 
 def evaluation(result: dict) -> str:
-    """What evaluate.py found: the gap, and each figure beside copying and the ceiling."""
+    """The results of evaluate.py: gap closed, and each metric beside copying and the ceiling."""
     found = {f"gap closed ({k})": figure(v) for k, v in result["gap_closed"].items()}
     if result.get("outside_over_ceiling") is not None:
         found["squared error outside, over the ceiling's"] = f"{result['outside_over_ceiling']:.2f}"
@@ -177,7 +178,7 @@ def evaluation(result: dict) -> str:
 
 
 def strengths(folder: Path, pictures: dict) -> str:
-    """before | at the slider's strength | after, a row per image, moved together."""
+    """before | at the slider's strength | after, a row per image, one slider for all."""
     values = [float(value) for value in pictures["strengths"]]
     start = values.index(1.0) if 1.0 in values else len(values) - 1
     lines = []
@@ -199,14 +200,14 @@ def strengths(folder: Path, pictures: dict) -> str:
 
 
 def beside(folder: Path, name: str) -> Path:
-    """A picture in the folder, by its name alone."""
+    """The path of an image in the folder. ValueError if `name` is not a plain NAME.png."""
     if name != os.path.basename(name) or not name.endswith(".png"):
-        raise ValueError(f"{name!r} is no name of a picture")
+        raise ValueError(f"{name!r} is not a name of a PNG file")
     return folder / name
 
 
 def sheet_slider(sheets: Sequence[Path]) -> str:
-    """The validation sheets, by step: the last, and up to seven before it, evenly spaced."""
+    """The validation sheets by step: at most eight, evenly spaced, including the last."""
     k = min(8, len(sheets))
     sheets = [sheets[(i + 1) * len(sheets) // k - 1] for i in range(k)]
     images = [
@@ -226,12 +227,12 @@ def slider(count: int, start: int, label: str, images: str) -> str:
 def picture(
     path: Path, largest: int = 256, alt: str = "", at: int | None = None, hidden: bool = False
 ) -> str:
-    """An <img> with the picture inside it, `largest` pixels at the most."""
-    if path.is_symlink():  # a page that is passed on must not show what lies elsewhere
-        raise ValueError(f"{path} is a link, a picture was wanted")
+    """An <img> with the image embedded, at most `largest` pixels wide and high."""
+    if path.is_symlink():  # a page that is shared must not contain images from elsewhere
+        raise ValueError(f"{path} is a symlink; expected an image")
     image, data = load_image(path), io.BytesIO()
     image.thumbnail((largest, largest))
-    kind = "PNG" if max(image.size) <= 128 else "JPEG"  # JPEG smears what is this small
+    kind = "PNG" if max(image.size) <= 128 else "JPEG"  # JPEG would blur small images
     image.save(data, format=kind, **({"quality": 88} if kind == "JPEG" else {}))
     code = base64.b64encode(data.getvalue()).decode()
     place = "" if at is None else f' data-at="{at}"'

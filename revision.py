@@ -1,4 +1,4 @@
-"""What ran: revision and uncommitted changes, command, versions, machine; no access token."""
+"""What ran: revision and uncommitted changes, command, versions, machine; without access tokens."""
 
 import importlib.metadata
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def without_tokens(text: str) -> str:
-    """The same with what looks like an access token, and the one that is set, starred out."""
+    """The text with access tokens, those set in the environment and lookalikes, starred out."""
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         if len(token := os.environ.get(name, "").strip()) >= 8:
             text = text.replace(token, "***")

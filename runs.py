@@ -3,8 +3,8 @@
     config.json  revision.json  metrics.jsonl  loss.png  samples/  checkpoint-250/
     pytorch_lora_weights.safetensors  summary.json  strengths/  report.html
 
-What must not be half there is written aside (durable.py). A kill at any moment leaves a folder to
-go on from; what goes on is the run that was not killed, to the bit, its metrics included.
+Files are written atomically (durable.py). A kill at any moment leaves a resumable folder, and the
+resumed run equals the uninterrupted one to the bit, metrics included.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from durable import (
 )
 from revision import revision
 
-# Fields that may differ when a run goes on: they change when it stops and what it writes, no step.
+# Fields that may differ on resume: they affect when a run stops and what it writes, but no step.
 FREE = {
     "max_train_steps", "num_train_epochs", "output_dir", "overwrite", "resume_from_checkpoint",
     "checkpointing_steps", "checkpoints_total_limit", "log_every", "report_to", "logging_dir",
@@ -46,21 +46,20 @@ FREE = {
 }  # fmt: skip
 
 
-# What a new run replaces
+# What a new run replaces.
 FILES = ("config.json", "summary.json", "metrics.jsonl", "loss.png", "report.html", "README.md",
          "samples", "strengths")  # fmt: skip
-BEGINNING = ".beginning"  # is there while it does, until it has a config.json
+BEGINNING = ".beginning"  # marks a run that is starting and has no config.json yet
 PATTERNS = ("checkpoint-*", "pytorch_lora_weights*.safetensors")
 
 
 class Run:
-    """Opens the folder: a new run, or (with `resume`) one to go on with from `self.resume_step`.
+    """Opens the folder: a new run or, with `resume`, an existing one from `self.resume_step` on.
 
-    FileExistsError when a run is there already, or what a run would replace; BlockingIOError when
-    another process writes it; ValueError when what is resumed had another config (`changed` allows
-    it; a field that the older run did not know had its `usual` value) or is damaged.
-    `tracker`, given the folder and a step, opens what is told the numbers too
-    (training/trackers.py).
+    FileExistsError if the folder holds a run, or files that a run would replace; BlockingIOError
+    if another process writes to it; ValueError if the run to resume is damaged or had another
+    config (`changed` allows that; fields missing from an older run count as their `usual` value).
+    `tracker(folder, step)` opens an additional logger (training/trackers.py).
     """
 
     def __init__(
@@ -77,7 +76,7 @@ class Run:
         self.folder = Path(folder)
         self.checkpoint: Path | None = None
         self._config, self._changed, self._usual = config, changed, usual or {}
-        self._new = not overwrite  # no run may be there
+        self._new = not overwrite  # the folder must not hold a run
         self._lock, self._metrics, self._early = None, None, []
         self._open_tracker, self._tracker = tracker, None
         refuse_file(self.folder, "--output_dir")
@@ -106,7 +105,7 @@ class Run:
     def _refuse_run(self) -> None:
         if self._new:
             raise FileExistsError(
-                f"--output_dir {self.folder} holds a run already: choose another folder, go on "
+                f"--output_dir {self.folder} already holds a run: choose another folder, resume "
                 "with --resume_from_checkpoint latest, or replace it with --overwrite"
             )
 
@@ -118,15 +117,15 @@ class Run:
             )
 
     def _replaced(self) -> list[Path]:
-        """What is there of what a new run replaces; config.json first."""
+        """Existing files and folders that a new run replaces; config.json first."""
         there = [self.folder / name for name in FILES if os.path.lexists(self.folder / name)]
         return there + [path for pattern in PATTERNS for path in self.folder.glob(pattern)]
 
     def _refuse_others(self) -> None:
-        """A run that was killed before it had a config.json left BEGINNING: that one may go on."""
+        """BEGINNING marks a run that was killed before it had a config.json: it may be replaced."""
         if self._new and not (self.folder / BEGINNING).exists() and (others := self._replaced()):
             raise FileExistsError(
-                f"--output_dir {self.folder} holds no run and yet {others[0].name}, which a run "
+                f"--output_dir {self.folder} holds no run, but {others[0].name}, which a run "
                 "would replace: choose another folder, or replace it with --overwrite"
             )
 
@@ -136,31 +135,31 @@ class Run:
             self._lock = None
 
     def start(self, fingerprints: dict) -> None:
-        """Create or clear the folder; called once all that can be wrong has been looked at."""
+        """Create or clear the folder; called once everything else has been validated."""
         self._compare_data(fingerprints)
         self.folder.mkdir(parents=True, exist_ok=True)
         if self._lock is None:
             self._lock = lock(self.folder, "--output_dir")
-            if (self.folder / "config.json").exists():  # came while we were looking
+            if (self.folder / "config.json").exists():  # another run has started meanwhile
                 self._refuse_run()
         sign(self._lock)
-        if self._open_tracker is not None:  # before anything is cleared: it may refuse
+        if self._open_tracker is not None:  # before anything is cleared: it may fail
             self._tracker = self._open_tracker(self.folder, self.resume_step + 1)
         for left in self.folder.glob(".*.tmp"):
             remove(left)
         rows = self.rows() if self.checkpoint else []
         if self.checkpoint is None:
-            # config.json first: without it a kill in between leaves no run, rather than half of one
+            # config.json goes first: a kill in between then leaves no run rather than half of one
             (self.folder / BEGINNING).touch()
             for old in self._replaced():
                 remove(old)
-        for later in self.checkpoints():  # damaged, or of another future than this one
+        for later in self.checkpoints():  # damaged, or beyond the step that is resumed from
             if _step(later) > self.resume_step:
                 aside = later.with_name(f"{later.name}.set-aside")
                 remove(aside)
                 os.replace(later, aside)
         (self.folder / "samples").mkdir(exist_ok=True)
-        # what was logged after the checkpoint will be logged again
+        # the steps after the checkpoint will be logged again
         kept = [row for row in rows if row["step"] <= self.resume_step]
         text = b"".join(map(json_bytes, kept))
         write_aside(self.folder / "metrics.jsonl", lambda aside: aside.write_bytes(text))
@@ -170,7 +169,7 @@ class Run:
         (self.folder / BEGINNING).unlink(missing_ok=True)
         self._metrics = open(self.folder / "metrics.jsonl", "ab")  # noqa: SIM115
         self.started = time.time()
-        for row in self._early if not kept else []:  # the phases of this start are there already
+        for row in self._early if not kept else []:  # a resumed run has logged its phases before
             self._write(row)
 
     def _find_checkpoint(self, resume: str) -> None:
@@ -195,20 +194,20 @@ class Run:
                 break
             faults.append(f"{path} is damaged: {fault}")
         if faults and self.checkpoint is None:
-            raise ValueError(f"{'; '.join(faults)}; no other is there: --overwrite starts anew")
+            raise ValueError(f"{'; '.join(faults)}; there is no other: --overwrite starts again")
         if not have and any(self.folder.glob(PATTERNS[1])):
             raise ValueError(
-                f"--resume_from_checkpoint latest: the run in {self.folder} is done and has no "
-                "checkpoint to go on from: --overwrite starts anew"
+                f"--resume_from_checkpoint latest: the run in {self.folder} is finished and has no "
+                "checkpoint to resume from: --overwrite starts again"
             )
         for fault in faults:
-            warnings.warn(f"{fault}; going on from {self.checkpoint.name}", stacklevel=4)
+            warnings.warn(f"{fault}; resuming from {self.checkpoint.name}", stacklevel=4)
 
     def _differs(self, what: str) -> None:
         if not self._changed:
             raise ValueError(
                 f"--resume_from_checkpoint: the run in {self.folder} had {what} "
-                "(--resume_changed goes on all the same)"
+                "(--resume_changed resumes anyway)"
             )
         warnings.warn(f"--resume_changed: the run in {self.folder} had {what}", stacklevel=4)
 
@@ -219,9 +218,9 @@ class Run:
         steady = now.get("lr_scheduler", "constant").startswith("constant")
         if length and not steady and self.checkpoint is not None:
             warnings.warn(
-                f"--lr_scheduler {now['lr_scheduler']} looks at the run's length, and {length[0]} "
-                f"was {old.get(length[0])} and is {now[length[0]]}: no run of one go has this "
-                "learning rate",
+                f"--lr_scheduler {now['lr_scheduler']} depends on the total number of steps, and "
+                f"{length[0]} changed from {old.get(length[0])} to {now[length[0]]}: the "
+                "learning-rate curve will differ from that of an uninterrupted run",
                 stacklevel=4,
             )
         other = [k for k in sorted(now) if k not in FREE and old.get(k) != now[k]]
@@ -234,7 +233,7 @@ class Run:
             return
         then = self._read("revision.json")
         kinds = {"data": "other data", "class_data": "other class images",
-                 "base_lora": "another LoRA beneath"}  # fmt: skip
+                 "base_lora": "another base LoRA"}  # fmt: skip
         for key, what in kinds.items():
             was, now = then.get(key), fingerprints.get(key)
             if was not in (None, now):
@@ -257,13 +256,13 @@ class Run:
         ]
 
     def last_good(self) -> str:
-        """For the end of an error."""
+        """Suffix for an error message."""
         good = (p for p in sorted(self.checkpoints(), key=_step, reverse=True) if not damage(p))
         path = next(good, None)
         return f"last good checkpoint: {path.name if path else 'none'}"
 
     def rows(self) -> list[dict]:
-        """metrics.jsonl; a last line cut by a kill is left out."""
+        """The rows of metrics.jsonl, up to a line that a kill has truncated."""
         path = self.folder / "metrics.jsonl"
         rows = []
         for line in path.read_bytes().splitlines() if path.exists() else []:
@@ -277,7 +276,7 @@ class Run:
         return rows
 
     def log(self, kind: str, *, step: int = 0, **values) -> None:
-        """One line of metrics.jsonl; before `start` it is kept until there is a file."""
+        """Append one line to metrics.jsonl; lines from before `start` are buffered until then."""
         row = {"kind": kind, "step": step, **values}
         if self._metrics is None:
             self._early.append(row)
@@ -299,7 +298,7 @@ class Run:
     def save_checkpoint(
         self, step: int, write: Callable[[Path, int], None], limit: int | None
     ) -> Path:
-        """checkpoint-STEP, filled by `write(folder, step)`; older ones beyond `limit` go."""
+        """Have `write(folder, step)` fill checkpoint-STEP; keep the newest `limit` checkpoints."""
         path = self.folder / f"checkpoint-{step}"
 
         def fill(aside: Path) -> None:
@@ -307,20 +306,20 @@ class Run:
             write(aside, step)
             seal(aside)
 
-        os.fsync(self._metrics.fileno())  # a checkpoint never knows more than the metrics
+        os.fsync(self._metrics.fileno())  # a checkpoint is never ahead of the metrics
         write_aside(path, fill)
         self.keep_newest(limit)
         return path
 
     def keep_newest(self, limit: int | None) -> None:
-        """Remove the checkpoints before the newest `limit`; also what a kill kept from going."""
+        """Remove all but the newest `limit` checkpoints, including any that a kill left over."""
         for old in sorted(self.checkpoints(), key=_step)[:-limit] if limit is not None else []:
-            gone = old.with_name(f".{old.name}.tmp")  # at once, or a kill leaves half of it
+            gone = old.with_name(f".{old.name}.tmp")  # renamed first, or a kill leaves half of it
             os.replace(old, gone)
             remove(gone)
 
     def finish(self, status: str, **values) -> None:
-        """summary.json and loss.png; status is finished, stopped or crashed."""
+        """Write summary.json and loss.png; status is finished, stopped or crashed."""
         try:
             if self._metrics is not None:
                 self._finish(status, values)
@@ -328,7 +327,7 @@ class Run:
             self._unlock()
 
     def _finish(self, status: str, values: dict) -> None:
-        with contextlib.suppress(OSError):  # what could not be written has been told of
+        with contextlib.suppress(OSError):  # a failed write has already been reported
             self._metrics.close()
         if self._tracker is not None:
             self._tracker.close(status == "finished")

@@ -3,8 +3,8 @@
     python train.py --before_data_dir DIR --after_data_dir DIR --output_dir RUN ...
     python train.py --instance_data_dir DIR --instance_prompt "a photo of ..." --output_dir RUN ...
 
-Big modules live one after the other: the text encoder, the VAE, the UNet. What each leaves behind
-is a table of contexts and a table of latents; the loop needs nothing else.
+The big modules are loaded one after the other: text encoder, VAE, UNet. The first two leave a
+table of contexts and a table of latents; the loop needs nothing else of them.
 """
 
 import os
@@ -65,14 +65,14 @@ from training.stop import Stop, Stopped
 from training.tally import Pace, Tally, Trend, not_finite
 from training.watching import Apart, Watch
 
-LEAST_SCALE = 2**-14  # of the loss in fp16: thirty steps in a row whose gradient overflowed
+LEAST_SCALE = 2**-14  # of the loss in fp16: reached after thirty overflows in a row
 
 
 def train(cfg: TrainConfig, ranks: Ranks | None = None) -> Path:
-    """Run it all, on this rank of those that are started; returns the run's folder.
+    """A whole training run, on this rank; returns the run's folder.
 
-    ValueError or OSError for what the user can mend; FloatingPointError and MemoryError for what
-    went wrong on the way; Stopped (a KeyboardInterrupt) for Ctrl-C and SIGTERM.
+    ValueError or OSError for what the user can fix; FloatingPointError or MemoryError for failures
+    during the run; Stopped (a KeyboardInterrupt) for Ctrl-C and SIGTERM.
     """
     config.check(cfg)
     for sentence in config.without_effect(cfg, OBJECTIVES[config.objective_of(cfg)].reads):
@@ -81,7 +81,7 @@ def train(cfg: TrainConfig, ranks: Ranks | None = None) -> Path:
     ranks.join()
     device = pick_device(ranks.device(cfg.device))
     if cfg.cuda_graph and device.type != "cuda":
-        raise ValueError(f"--cuda_graph is for CUDA, the device is {device}")
+        raise ValueError(f"--cuda_graph requires CUDA, but the device is {device}")
     token = find_token(cfg.hub_token) if cfg.push_to_hub and ranks.leads else None
     if ranks.restarted(cfg.output_dir):
         cfg = replace(cfg, resume_from_checkpoint="latest", overwrite=False)
@@ -101,7 +101,7 @@ def train(cfg: TrainConfig, ranks: Ranks | None = None) -> Path:
 
 
 def repository(cfg: TrainConfig) -> str:
-    """What --push_to_hub uploads to."""
+    """The repository that --push_to_hub uploads to."""
     return cfg.hub_model_id or Path(cfg.output_dir).resolve().name
 
 
@@ -117,7 +117,7 @@ def run_phases(
     base, paired = cfg.pretrained_model_name_or_path, config.is_pairs(cfg)
     dtype = pick_dtype(cfg.mixed_precision, device)
     cuda = device.type == "cuda"
-    # bits that a resumed run repeats, and several GPUs, have not been tried as a graph
+    # CUDA graphs have not been tested with --deterministic or with several GPUs
     alone = cuda and ranks.world == 1 and not cfg.deterministic
     cfg = replace(
         cfg,
@@ -132,11 +132,11 @@ def run_phases(
     if cfg.revision is not None and is_local(base):
         raise ValueError(f"--revision {cfg.revision} is for the hub; {base} is a local directory")
 
-    # ---- 1. data: looked at before anything is loaded or written
+    # ---- 1. data: checked before anything is loaded or written
     given = read_given(cfg, fresh=run.checkpoint is None)  # --base_lora, --init_lora
     pairs, held_out, shown = find_data(cfg)
-    held_out = spread(held_out, 32)  # enough to see the loss by
-    if not ranks.leads:  # rank 0 looks for all
+    held_out = spread(held_out, 32)  # enough for a loss
+    if not ranks.leads:  # rank 0 evaluates for all
         held_out, shown = [], []
     for line in passed_over(cfg) if ranks.leads else ():
         print(line)
@@ -145,25 +145,27 @@ def run_phases(
         load_scheduler_config(base, revision=cfg.revision, prediction_type=cfg.prediction_type)
     ).to(device)
     task = Task(name, OBJECTIVES[name], schedule, knobs)
-    with ranks.leader_first():  # makes what is missing, which the others then find
+    with ranks.leader_first():  # generates missing images for all
         class_pairs = class_images(cfg, device, run.log) if cfg.with_prior_preservation else []
     size = size_of(cfg, len(pairs), ranks.world)
     if run.resume_step > size.steps:
-        raise ValueError(f"--max_train_steps {size.steps} is less than the {run.resume_step} done")
+        raise ValueError(
+            f"--max_train_steps {size.steps} is less than the {run.resume_step} steps already done"
+        )
     for sentence in doubts(cfg, dataset, size, draws=name if task.objective.noisy else None):
         warnings.warn(sentence, stacklevel=2)
-    if token is not None:  # what keeps the upload from happening is said before the training
+    if token is not None:  # fail before the training rather than at the upload
         open_repository(repository(cfg), token)
 
-    # ---- 2. text: every prompt once; then the encoder goes, unless it is trained
+    # ---- 2. text: encode every prompt once; the encoder is then freed, unless it is trained
     pair_prompts, held_out_prompts = prompts_of(cfg, pairs), prompts_of(cfg, held_out)
     shown_prompts = [cfg.validation_prompt or prompt for prompt in prompts_of(cfg, shown)]
-    prompt = cfg.validation_prompt or cfg.instance_prompt  # of pictures without pairs
+    prompt = cfg.validation_prompt or cfg.instance_prompt  # for samples without pairs
     with phase("text", device, run.log):
         others = [*held_out_prompts, *shown_prompts, prompt, cfg.class_prompt or "", ""]
         prompts = load_prompts(cfg, [*pair_prompts, *others], device, given)
 
-    # ---- 3. latents: every image once; then the VAE waits in host memory for the pictures
+    # ---- 3. latents: encode every image once; the VAE then waits in host memory for the samples
     with phase("latents", device, run.log):
         vae = load_vae(cfg.vae_path, device=device) if cfg.vae_path else load_vae(base, **files)
         print(f"autoencoder   {loaded(vae, cfg.vae_path or base)}")
@@ -178,7 +180,7 @@ def run_phases(
         }
         latents, class_latents = encode(dataset, **shared), None
         print(f"latents       {latents.rows}")
-        if class_pairs:  # most of them drawn by the base, at --resolution
+        if class_pairs:  # mostly generated by the base, at --resolution
             whole = make_dataset(replace(cfg, native_scale=False), class_pairs)
             class_latents = encode(whole, **shared)
         items = Items(pairs, dataset.views, latents, class_latents)
@@ -199,11 +201,12 @@ def run_phases(
         unet = load_unet(base, **files, dtype=dtype)
         print(f"UNet          {loaded(unet, base)}")
         if unet.in_channels != 4:
-            raise ValueError(f"{base} has a UNet of {unet.in_channels} input channels, not 4")
-        if cfg.channels_last:  # before its LoRA is views of one flat buffer
+            raise ValueError(f"{base} has a UNet with {unet.in_channels} input channels, not 4")
+        if cfg.channels_last:  # before the LoRA weights become views of one flat buffer
             unet.to(memory_format=torch.channels_last)
         trained = adapt(cfg, unet, prompts.text, given, task.objective.extra, run.checkpoint)
-        ranks.broadcast(trained.flat.data)  # were it only that two processors round differently
+        # identical initial weights on all ranks, even if their CPUs round differently
+        ranks.broadcast(trained.flat.data)
         freeze(unet, int8=cfg.base_storage == "int8")
         level = cfg.recompute if cfg.gradient_checkpointing else "none"
         if cfg.vram_gib is not None:
@@ -243,7 +246,7 @@ def run_phases(
     watch = Watch(unet, vae, schedule, task.objective, knobs, prompts.of, cfg.seed, fade)
 
     def show(done: int) -> bool:
-        """samples/STEP.png, and the held-out loss. True, where memory suffices."""
+        """Write samples/STEP.png, log the held-out loss. True, to tell it from an OOM's None."""
         if cfg.num_validation_images:
             label, how = f"step {done}", (prompt, latents.shape, cfg.num_validation_images)
             sheet = watch.sheet(shown, label) if shown.pairs else watch.drawn(*how, label)
@@ -255,7 +258,7 @@ def run_phases(
     write_lora = partial(save_lora, unet=unet, text=prompts.text)
 
     def save(folder: Path, done: int, since: dict) -> None:
-        """A checkpoint. `since`: what the loop has counted since its last line of metrics."""
+        """Write a checkpoint. `since`: what the loop has accumulated since it last logged."""
         write_lora(folder / LORA_FILE, metadata={**meta, "steps": done})
         scaler = trained.scaler.state_dict()
         save_state(folder, trained.opt, {"step": done, "scaler": scaler, **since})
@@ -285,18 +288,18 @@ def loop(
     show: Callable[[int], bool],
     save: Callable[[Path, int, dict], None],
 ) -> None:
-    """All steps that are not done yet."""
+    """All remaining steps."""
     unet, flat, opt, scaler = trained.unet, trained.flat, trained.opt, trained.scaler
     pairs, latents, class_latents = items.pairs, items.latents, items.class_latents
     n, first, steps, device = len(pairs), run.resume_step, size.steps, flat.device
-    layers = list(lora_layers(unet).values())  # its own: a trained text encoder's come after them
+    layers = list(lora_layers(unet).values())  # in `flat` a trained text encoder's follow these
     strength_of = torch.tensor([pair.strength for pair in pairs], device=device)  # (n,)
     prompt_of = prompts.rows(prompts_of(cfg, pairs))  # (n,)
     class_context = prompts.of(cfg.class_prompt) if class_latents else None
-    recent = {}  # {step: (index, t)} of what was drawn since the last look
+    recent = {}  # {step: (index, t)} drawn since the metrics were last read
 
     def fetch(step: int) -> tuple[int, Batch, Batch | None]:
-        """What is drawn for a step, its latents with it, on the device."""
+        """The draws of a step and their latents, on the device."""
         pick, other = draw(
             cfg.seed,
             step,
@@ -315,8 +318,8 @@ def loop(
         return step, own, other and class_latents.batch(ranks.share(other))
 
     def loss_of(own: Batch, prior: Batch | None) -> tuple[Tensor, Tensor]:
-        """Of a micro-batch: loss (); and (3,) as `in_and_out`."""
-        s = strength_of[own.index % n]  # (b,), 1 but for states in between
+        """For a micro-batch: the loss, (); the result of `in_and_out`, (3,)."""
+        s = strength_of[own.index % n]  # (b,), 1 except for intermediate states
         ctx = prompts.context(prompt_of[own.index % n]) if own.ctx is None else own.ctx
         loss, error = pair_loss(
             task,
@@ -334,10 +337,10 @@ def loop(
         return loss, in_and_out(error.detach(), own.mask)
 
     def add_gradient(micro: int, own: Batch, other: Batch | None) -> Tensor:
-        """Of this rank's share of a step's loss, in micro-batches.
+        """Accumulate the gradient of this rank's share of a step, in micro-batches.
 
-        (4,): loss; as `in_and_out`.
-        Works on the device alone, so that it can be one CUDA graph.
+        Returns (4,): the loss, then the result of `in_and_out`. No host-device copy or
+        synchronization, so it can be captured as a CUDA graph.
         """
         found, cuts = torch.zeros(4, device=device), size.mine // micro
         for k in range(cuts):
@@ -354,17 +357,17 @@ def loop(
     for step, own, other in one_ahead(fetch, range(first, steps), device):
         done = step + 1
         found = compute(done, own, other)
-        ranks.all_reduce_mean(flat.grad, found)  # from here on all ranks do and decide the same
+        ranks.all_reduce_mean(flat.grad, found)  # now all ranks compute and decide the same
         scaler.unscale_(opt)
         grad_norm = torch.nn.utils.clip_grad_norm_([flat], cfg.max_grad_norm)
         opt.param_groups[0]["lr"] = lr = rate(cfg, step, steps, ranks.world)
-        # in fp16 an overflowing gradient is the loss scale's matter, in every other case it is bad
+        # in fp16 the loss scaler handles an overflowing gradient; otherwise the step is bad
         ok = found[0].isfinite() & (grad_norm.isfinite() | scaler.is_enabled())  # ()
         step_if(ok, opt, scaler)
-        flat.grad.zero_()  # in place: the layers' gradients are views of it
+        flat.grad.zero_()  # in place: the layers' gradients are views of this buffer
         tally.add(ok, found, done)
 
-        # ---- from here on nothing changes a weight
+        # ---- the weights do not change below: logging, samples, checkpoints
         pace.bar.update()
         saving = due(done, cfg.checkpointing_steps, steps)
         showing = due(done, size.show_every, steps)
@@ -372,23 +375,23 @@ def loop(
         asked = ranks.delayed_maximum(stop.asked or 0)
         if not (logging or asked):
             continue
-        means, skipped, bad = tally.read()  # the loop waits for the device here alone
+        means, skipped, bad = tally.read()  # the only place where the loop waits for the device
         if scaler.is_enabled() and scaler.get_scale() < LEAST_SCALE:
             raise FloatingPointError(
-                f"the gradient is not finite in fp16, however small the loss is made, by step "
-                f"{done} of {run.folder}; --mixed_precision bf16 or no has the range"
+                f"the gradient overflows in fp16 at any loss scale, by step {done} of "
+                f"{run.folder}; --mixed_precision bf16 or no has the range"
             )
         if bad:
             sentence = not_finite(f"step {bad} of {run.folder}", recent[bad], pairs, task)
             if cfg.on_nan == "stop":
-                raise FloatingPointError(f"{sentence}; --on_nan skip leaves such steps out")
-            warnings.warn(f"{sentence}: skipped, {skipped} in all so far", stacklevel=1)
+                raise FloatingPointError(f"{sentence}; --on_nan skip skips such steps")
+            warnings.warn(f"{sentence}: skipped, {skipped} in total so far", stacklevel=1)
         if logging:
             step_ms = pace.step_ms(done - max(logged, first))
             if factor := trend.add(means[0], (done - logged) * size.total):
                 warnings.warn(
-                    f"the loss by step {done}, {means[0]:.3g}, is {factor:.1f} times what it began "
-                    "with: the training diverges, and a lower --learning_rate is wanted",
+                    f"the loss by step {done}, {means[0]:.3g}, is {factor:.1f} times the initial "
+                    "one: training diverges; try a lower --learning_rate",
                     stacklevel=1,
                 )
             numbers = {"loss": means[0], "lr": lr, "grad_norm": grad_norm.item()}
@@ -401,12 +404,12 @@ def loop(
             tally.clear()
             logged = done
         recent = {ahead: drawn for ahead, drawn in recent.items() if ahead > done}
-        # before the checkpoint: what it has seen is there when a run goes on from it
+        # before the checkpoint, so that a run resumed from it has the samples up to this step
         if showing and ranks.leads and unless_full(show, done) is None:
             compute.release()
             if unless_full(show, done) is None:
-                warnings.warn(f"out of memory: no picture of step {done}", stacklevel=1)
-        stopping = ranks.delayed_maximum(stop.asked or 0)  # read once: it may come at any moment
+                warnings.warn(f"out of memory: no samples at step {done}", stacklevel=1)
+        stopping = ranks.delayed_maximum(stop.asked or 0)  # read once: a signal may come
         if saving or stopping:
             since = {"logged": logged, "tally": tally.sums.tolist()}
             write = partial(save, since=since)
@@ -414,7 +417,7 @@ def loop(
         if saving or showing or stopping:
             ranks.barrier()
         if stopping:
-            raise Stopped(stopping, f"stopped after step {done} of {steps}: {saved} is resumable")
+            raise Stopped(stopping, f"stopped after step {done} of {steps}: resume from {saved}")
         pace.restart()
     stop.waits = False
     pace.bar.close()
@@ -428,17 +431,17 @@ def due(done: int, every: int, last: int) -> bool:
 
 
 def write_result(cfg: TrainConfig, folder: Path, write: Callable) -> None:
-    """The LoRA in diffusers' layout and in those of --lora_format."""
+    """Write the LoRA in the diffusers layout and those of --lora_format."""
     layouts = LAYOUTS if cfg.lora_format == "all" else ("diffusers", cfg.lora_format)
     for layout in dict.fromkeys(layouts):
         one = partial(write, layout=layout, dtype=DTYPES[cfg.lora_dtype])
         write_aside(folder / file_of(layout), one)
-    for layout in {*LAYOUTS} - {*layouts}:  # of a run that has been resumed without it
+    for layout in {*LAYOUTS} - {*layouts}:  # stale, if resumed with another --lora_format
         (folder / file_of(layout)).unlink(missing_ok=True)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit status: 0 done, 1 trouble on the way, 2 the user's mistake, 130 and 143 signals."""
+    """Exit status: 0 done, 1 failure during the run, 2 user error, 130 and 143 signals."""
     ranks = Ranks()
     name = "train.py" if ranks.leads else f"train.py, {ranks.name}"
     warnings.showwarning = lambda message, *rest: (
@@ -451,7 +454,7 @@ def main(argv: list[str] | None = None) -> int:
         cfg = ranks.broadcast_object(lambda: cli.parse(argv))
         folder = train(cfg, ranks)
         print(f"LoRA      {folder / LORA_FILE}")
-        if any((folder / "samples").iterdir()):  # not so with --num_validation_images 0
+        if any((folder / "samples").iterdir()):  # empty with --num_validation_images 0
             print(f"pictures  {folder / 'samples'}")
         print(f"report    {folder / 'report.html'}", flush=True)
         ranks.close()
@@ -460,7 +463,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         cli.report(name, error, aloud=ranks.reports())
         return 128 + getattr(error, "number", signal.SIGINT)
-    except BaseException:  # a mistaken flag has been told of, and a traceback comes
+    except BaseException:  # a parser error is already reported, a bug gets its traceback
         ranks.reports()
         raise
     return 0

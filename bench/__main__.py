@@ -1,12 +1,12 @@
 """Speed and memory beside diffusers + peft: the same work on one machine, taking turns.
 
     python -m bench --quick                     a tiny model on a CPU, a minute or two
-    python -m bench                             all that this device is for; bench/RESULTS.md
-    python -m bench --report                    bench/RESULTS.md from the results that are there
+    python -m bench                             all cases of this device; bench/RESULTS.md
+    python -m bench --report                    bench/RESULTS.md from existing results
 
-Every arm (a system and its setting) is a process of its own, so that its peak of memory is its own.
-They take turns in the order A B C C B A A B C ...: whatever else the machine does meets all alike,
-and ratios are taken within a round. Weights are random: their values cost nothing.
+Every arm (a system and its setting) is a separate process, so that peak memory is its own. They
+take turns in the order A B C C B A A B C ..., so that other load affects all alike, and ratios are
+taken within a round. Weights are random: their values do not affect speed.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from revision import revision
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-ARMS = {  # task -> arm -> what its process is told beside the case
+ARMS = {  # {task: {arm: settings of its process, besides the case}}
     "train": {
         "ours": {"system": "ours"},
         "ours captured": {"system": "ours", "cuda_graph": True},
@@ -73,7 +73,7 @@ class Case(NamedTuple):
 
 
 def planned(device: str) -> list[Case]:
-    """What is to be measured on a CPU and on a GPU."""
+    """The cases to measure on a CPU or a GPU."""
     if device == "cpu":
         shapes = [("scenes", 64, 8), ("tenth", 256, 4), ("full", 256, 1)]
         others = [("tenth", 256)]
@@ -93,11 +93,11 @@ def planned(device: str) -> list[Case]:
 
 
 class Process:
-    """A process of bench/ours.py, peer.py or ceiling.py, and its clock."""
+    """A process running bench/ours.py, peer.py or ceiling.py."""
 
     def __init__(self, module: str, job: dict, cache: Path):
         env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
-        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115, what it and its libraries print
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115, stderr of it and its libraries
         self.start = time.perf_counter()
         self.process = subprocess.Popen(
             [sys.executable, "-m", f"bench.{module}", json.dumps(job)],
@@ -106,7 +106,7 @@ class Process:
         )  # fmt: skip
 
     def answer(self) -> dict:
-        """RuntimeError with its last words if it has died."""
+        """One answer. RuntimeError with the last line of its stderr if it has died."""
         line = self.process.stdout.readline()
         if line:
             return json.loads(line)
@@ -118,7 +118,7 @@ class Process:
         raise RuntimeError(said[-1])
 
     def ask(self, command: str) -> dict:
-        with contextlib.suppress(BrokenPipeError):  # `answer` says why
+        with contextlib.suppress(BrokenPipeError):  # `answer` reports why
             print(command, file=self.process.stdin, flush=True)
         return self.answer()
 
@@ -128,7 +128,7 @@ class Process:
 
 
 class Arm:
-    """Starts its process where there is none, and keeps what it answered."""
+    """Starts its process if there is none, and collects its answers."""
 
     def __init__(self, module: str, job: dict, cache: Path, args: argparse.Namespace):
         self.module, self.job, self.cache = module, job, cache
@@ -161,7 +161,7 @@ class Arm:
         self.process = None
 
     def prepare(self) -> None:
-        """The first start, with an empty cache of compiled code; one unit's arithmetic."""
+        """The first start, with an empty compile cache; counts the FLOP of one unit."""
         self.result["first_s"] = self.open()
         if self.job.get("compile"):
             if self.warm:
@@ -180,14 +180,14 @@ class Arm:
             self.result |= self.process.ask("profile 3")
 
     def timed(self, units: int) -> float:
-        """Seconds of one of so many units; their peak is noted."""
+        """Seconds per unit, over `units` of them; records peak memory."""
         said = self.process.ask(f"run {units}")
         self.result["peak_mib"] = max(said["peak_mib"], self.result.get("peak_mib", 0))
         return said["seconds"]
 
 
 def measure(case: Case, arms: dict[str, dict], args: argparse.Namespace, folder: Path) -> dict:
-    """All arms of a case. One that fails is left out from then on, with its reason."""
+    """Measure all arms of a case. One that fails is dropped, and the reason recorded."""
     root = args.data / case.size
     made = [sys.executable, "-m", "bench.made", str(root), case.size]
     subprocess.run([*made, str(case.resolution), str(case.batch)], cwd=ROOT, check=True)
@@ -197,7 +197,7 @@ def measure(case: Case, arms: dict[str, dict], args: argparse.Namespace, folder:
     }  # fmt: skip
     running = {
         name: Arm(job["system"], common | job, folder / f"{i}", args)
-        for i, (name, job) in enumerate(arms.items())  # a compiler trips over spaces in a path
+        for i, (name, job) in enumerate(arms.items())  # compilers may fail on spaces in a path
     }
     running["ceiling"] = Arm("ceiling", common, folder, args)
     everyone = dict(running)
@@ -233,7 +233,7 @@ def measure(case: Case, arms: dict[str, dict], args: argparse.Namespace, folder:
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """While another bench takes its turns, this one waits."""
+    """Wait while another bench takes its turns."""
     with open(folder / ".turns", "w", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -247,25 +247,25 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--quick", action="store_true", help="the tiny model at 64 px, eagerly, in a minute or two")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="[cpu]")
-    add("--only", default="", help="the case of this name, or all that have this in it: train-cpu")
-    add("--arms", help="some of them, with commas: ours,peer script")
-    add("--no_compile", action="store_true", help="leave the compiled arms out")
+    add("--only", default="", help="the case of this name, or all that contain it: train-cpu")
+    add("--arms", help="comma-separated: ours,peer script")
+    add("--no_compile", action="store_true", help="skip the compiled arms")
     add("--rounds", type=int, default=7, help="turns of each arm [7]")
-    add("--turn_s", type=float, default=1.0, help="seconds that a turn takes at least [1]")
+    add("--turn_s", type=float, default=1.0, help="minimum seconds per turn [1]")
     add("--jobs", type=int, default=1, help="arms that start at the same time [1]")
-    add("--limit_s", type=float, default=3600.0, help="a start of an arm takes no longer [3600]")
+    add("--limit_s", type=float, default=3600.0, help="time limit for starting an arm [3600]")
     add("--no_warm", action="store_true", help="do not start compiled arms a second time")
     add("--one_at_a_time", action="store_true", help="a new process for every turn: less memory")
     add(
         "--processor_time",
         action="store_true",
-        help="of each process, in the clock's place: for one thread on a shared CPU",
+        help="CPU time of each process instead of wall time: for one thread on a shared CPU",
     )
-    add("--note", default="", help="what a reader must know: the machine was shared")
-    add("--data", type=Path, default=ROOT / "data" / "bench", help="made here [data/bench]")
+    add("--note", default="", help="a remark for readers, such as: the machine was shared")
+    add("--data", type=Path, default=ROOT / "data" / "bench", help="inputs [data/bench]")
     add(
         "--out", type=Path,
-        help="a file of numbers for each case; RESULTS.md and its plot go into its parent "
+        help="a result file for each case; RESULTS.md and its plot go into its parent "
         "[bench/results; with --quick data/bench/quick/results]",
     )  # fmt: skip
     add("--report", action="store_true", help="measure nothing")
@@ -287,7 +287,7 @@ def main(argv: list[str] | None = None) -> int:
     exact = [case for case in cases if args.only == case.name]
     cases = exact or [case for case in cases if args.only in case.name]
     if not cases and not args.report:
-        parser.error(f"--only {args.only} leaves no case; there are {', '.join(names)}")
+        parser.error(f"--only {args.only} matches no case; there are {', '.join(names)}")
     known = {name for case in cases for name in ARMS[case.task]}
     wanted = args.arms.split(",") if args.arms else known
     if unknown := set(wanted) - known:

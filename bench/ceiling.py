@@ -1,4 +1,4 @@
-"""What the machine does at best: square matrix products, as one more process that takes turns.
+"""The machine's peak: square matrix products, as one more process that takes turns.
 
 python -m bench.ceiling '{"device": "cpu", "dtype": "fp32"}'
 """
@@ -17,7 +17,7 @@ PACKAGES = ("torch", "diffusers", "peft", "transformers")
 
 
 def size(device: str) -> int:
-    """Rows and columns: large enough to be bound by arithmetic."""
+    """Rows and columns: large enough to be compute-bound."""
     return 8192 if device == "cuda" else 1024
 
 

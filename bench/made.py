@@ -1,4 +1,4 @@
-"""What both sides read: a checkpoint of random weights, pairs of images, a LoRA.
+"""The inputs of both sides: a checkpoint with random weights, pairs of images, a LoRA.
 
 python -m bench.made FOLDER SIZE RESOLUTION BATCH
 """
@@ -18,11 +18,11 @@ from tests.pairs import write_pairs
 
 
 def make(root: Path, size: str, resolution: int, batch: int) -> None:
-    """What is missing of it. In fp16, as published checkpoints are; both sides cast."""
+    """Create what is missing. In fp16, like published checkpoints; both sides cast."""
     root.parent.mkdir(parents=True, exist_ok=True)
     if not root.exists():
         write_aside(root, lambda folder: whole(folder, size))
-    for n in {1, batch}:  # an edit takes one
+    for n in {1, batch}:  # an edit uses one pair
         pairs = root / f"pairs-{resolution}-{n}"
         if not pairs.exists():
             write_aside(pairs, lambda folder, n=n: write_pairs(folder, n, resolution))

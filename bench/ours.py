@@ -1,4 +1,4 @@
-"""This project's side: train.py's own loop, and what sample.py calls.
+"""This project's side: the loop of train.py, and the functions behind sample.py.
 
 python -m bench.ours '{"task": "train", ...}'          one process of bench/__main__.py
 """
@@ -21,18 +21,18 @@ from model.pipeline import DTYPES, decode, encode, generate_latents, load_pipeli
 from model.weights import load_vae
 from training import fitting
 
-NEVER = 10**6  # no line of metrics, picture or checkpoint within the measured steps
+NEVER = 10**6  # no metrics, samples or checkpoint within the measured steps
 
 
 def training(job: dict, turns: Turns) -> None:
-    """train.train() itself. It calls this `unless_full` once in every step, what it draws for the
-    next one being on its way already: there it waits."""
+    """train.train() itself. It calls this `unless_full` once per step, when the next step's inputs
+    are already prefetched: there it waits for its turn."""
     unless_full = fitting.unless_full
 
     def paused(*args):
         turns()
         if (found := unless_full(*args)) is None:
-            raise MemoryError("the batch does not fit")  # cut in half it would be another unit
+            raise MemoryError("the batch does not fit")  # halved it would be another unit
         return found
 
     fitting.unless_full = paused
@@ -67,7 +67,7 @@ def training(job: dict, turns: Turns) -> None:
 
 @torch.no_grad()
 def encoding(job: dict, turns: Turns) -> None:
-    """A batch of images to latents; in fp32, as train.py has its autoencoder."""
+    """A batch of images to latents; in fp32, like train.py's autoencoder."""
     vae = load_vae(job["root"], device=job["device"])
     pixels = torch.rand(job["batch"], 3, job["resolution"], job["resolution"]) * 2 - 1
     while True:
@@ -77,7 +77,7 @@ def encoding(job: dict, turns: Turns) -> None:
 
 @torch.no_grad()
 def sampling(job: dict, turns: Turns) -> None:
-    """`sample.py generate`: a prompt to an image, 30 DDIM steps at guidance 7.5."""
+    """`sample.py generate`: text to image, 30 DDIM steps at guidance 7.5."""
     pipe = load_pipeline(job["root"], dtype=DTYPES[job["dtype"]], device=job["device"])
     side = job["resolution"] // pipe.vae.downscale
     while True:
@@ -110,7 +110,7 @@ def main(argv: list[str]) -> int:
         TASKS[job["task"]](job, Turns(job))
     except Enough:
         return 0
-    raise AssertionError("the work ended by itself")
+    raise AssertionError("the work ended on its own")
 
 
 if __name__ == "__main__":

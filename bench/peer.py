@@ -2,10 +2,10 @@
 
     python -m bench.peer '{"task": "train", ...}'          one process of bench/__main__.py
 
-Two ways to train. `script` does in every step what diffusers' DreamBooth-LoRA example does: images
-and prompt are encoded anew, the UNet runs eagerly (under autocast if not in fp32), and the loss is
-read on the host. `tuned` is what a user gets without writing a trainer: latents and prompt encoded
-once, channels_last, torch.compile, fused AdamW, no wait for the loss.
+Two ways to train. `script` does in every step what diffusers' DreamBooth-LoRA example does: it
+encodes images and prompt again, runs the UNet eagerly (under autocast unless in fp32) and reads the
+loss on the host. `tuned` is what a user gets without writing a trainer: latents and prompt encoded
+once, channels_last, torch.compile, fused AdamW, no synchronization for the loss.
 """
 
 import json
@@ -93,7 +93,7 @@ def training(job: dict, turns: Turns) -> None:
 
 @torch.no_grad()
 def encoding(job: dict, turns: Turns) -> None:
-    """Posterior means, in fp32 as ours."""
+    """Posterior means, in fp32 like ours."""
     vae = AutoencoderKL.from_pretrained(job["root"], subfolder="vae", torch_dtype=torch.float32)
     vae.to(job["device"])
     pixels = torch.rand(job["batch"], 3, job["resolution"], job["resolution"]) * 2 - 1
@@ -119,7 +119,7 @@ def sampling(job: dict, turns: Turns) -> None:
 
 
 def editing(job: dict, turns: Turns) -> None:
-    """Image to image at 0.7 of 30 steps, without guidance, as ours."""
+    """img2img at strength 0.7 of 30 steps, without guidance, like ours."""
     pipe, root = pipeline(job, "StableDiffusionImg2ImgPipeline"), Path(job["root"])
     pipe.load_lora_weights(str(root / "lora"), weight_name="pytorch_lora_weights.safetensors")
     image = Image.open(root / f"pairs-{job['resolution']}-1" / "before" / "0.png").convert("RGB")
@@ -137,7 +137,7 @@ def main(argv: list[str]) -> int:
         TASKS[job["task"]](job, Turns(job))
     except Enough:
         return 0
-    raise AssertionError("the work ended by itself")
+    raise AssertionError("the work ended on its own")
 
 
 if __name__ == "__main__":

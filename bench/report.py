@@ -9,7 +9,7 @@ from statistics import median
 from PIL import Image, ImageDraw
 
 UNITS = {"train": "step", "encode": "batch", "sample": "image", "edit": "image"}
-KINDS = {  # of kernels on CUDA, by their names; the first that fits
+KINDS = {  # of CUDA kernels, by patterns of their names; the first match counts
     "attention": r"flash|fmha|sdpa|attention|dot_do_o|convert_dq",
     "convolution": r"conv|[fwd]prop|dgrad|wgrad",
     "matrix product": r"gemm|gemv|nvjet|cutlass|splitk|cublas",
@@ -39,7 +39,7 @@ MEANING = """\
 
 
 def write_report(folder: Path, planned: Sequence[str]) -> None:
-    """RESULTS.md and results.png beside `folder`; what is planned and has no file is said."""
+    """Write RESULTS.md and results.png beside `folder`; lists planned cases without a result."""
     files = {path.stem: path for path in sorted(folder.glob("*.json"))}
     names = [*(name for name in planned if name in files), *sorted(files.keys() - set(planned))]
     results = {name: json.loads(files[name].read_text(encoding="utf-8")) for name in names}
@@ -59,7 +59,7 @@ def write_report(folder: Path, planned: Sequence[str]) -> None:
 
 
 def said(result: dict) -> str:
-    """Where and when."""
+    """Date, revision and machine."""
     machine, load = result["machine"], result["load"]
     versions = ", ".join(f"{name} {v}" for name, v in machine.get("versions", {}).items())
     revision = (result["revision"] or "unknown")[:10] + (" + changes" if result["dirty"] else "")
@@ -105,7 +105,7 @@ def table(result: dict) -> list[str]:
 
 
 def spent(result: dict) -> list[str]:
-    """A table of kernels, a line per arm that was watched."""
+    """A table of kernel times, a line per profiled arm."""
     watched = {name: arm for name, arm in result["arms"].items() if arm.get("kernels")}
     if not watched:
         return []
@@ -121,7 +121,7 @@ def spent(result: dict) -> list[str]:
 
 
 def by_kind(kernels: list) -> dict[str, tuple[float, float]]:
-    """kind: (ms, how many) of one unit."""
+    """{kind: (ms, count)} of one unit."""
     sums: dict[str, tuple[float, float]] = {}
     for name, count, ms in kernels:
         kind = next(kind for kind, words in KINDS.items() if re.search(words, name, re.I))
@@ -131,19 +131,19 @@ def by_kind(kernels: list) -> dict[str, tuple[float, float]]:
 
 
 def arithmetic(arms: dict, name: str) -> float:
-    """FLOP of a unit: ours, not compiled, for all arms that do the same; 0 where none counted."""
+    """FLOP of a unit: from our eager arm for all arms that do the same; 0 if not counted."""
     same = [arm for other, arm in arms.items() if ("delta" in other) == ("delta" in name)]
     return max((arm.get("flops", 0) for arm in same), default=0)
 
 
 def peak_flops(result: dict) -> float:
-    """FLOP/s of the matrix product, 0 where it failed."""
+    """FLOP/s of the matrix product; 0 if it failed."""
     times = result["ceiling"]["seconds"]
     return result["machine"]["flops"] / median(times) if times else 0.0
 
 
 def ratio(slow: dict, fast: dict) -> str:
-    """Median, least and most over the rounds that both were there in."""
+    """Median, minimum and maximum over the rounds in which both ran."""
     each = [a / b for a, b in zip(slow["seconds"], fast["seconds"])]
     return f"{median(each):.2f} ({min(each):.2f} to {max(each):.2f})"
 

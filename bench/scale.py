@@ -1,9 +1,9 @@
-"""What grows with the number of pairs: a run of train.py on synthetic sets of several sizes.
+"""What scales with the number of pairs: runs of train.py on synthetic sets of several sizes.
 
     python -m bench.scale --pairs 100 10000 100000 [--captions] [--args "--latents_on disk"]
 
-Each set is trained on twice by a process of its own: cold, then with the latent cache there. The
-networks are tiny and random, the images 16 px: what is measured is all that is not arithmetic.
+Each set is trained on twice, each time in a new process: cold, then with the latent cache. The
+networks are tiny and random, the images 16 px: this measures everything but the arithmetic.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from durable import refuse_file, remove, write_aside, write_json
 
 ROOT = Path(__file__).parents[1]
 SIZE = 16  # px
-STAGES = {  # in seconds, and the module that calls it
+STAGES = {  # timed functions, and the modules that call them
     "find_data": "train",
     "make_dataset": "train",
     "encode_prompts": "training.prompts",
@@ -44,7 +44,7 @@ COLUMNS = {
 
 
 def write_set(root: Path, pairs: int, captions: bool) -> None:
-    """before/ and after/, four flat fields each and a red one in the after; perhaps NAME.txt."""
+    """Write before/ and after/: four flat fields, a red one added in the after; maybe NAME.txt."""
     rng = np.random.default_rng(0)
     for side in ("before", "after"):
         (root / side).mkdir(parents=True)
@@ -60,7 +60,7 @@ def write_set(root: Path, pairs: int, captions: bool) -> None:
 
 
 def one(argv: list[str], processor_time: bool) -> dict:
-    """A run of train.py in this process: seconds of its stages and up to its first step."""
+    """Run train.py in this process: seconds of its stages and until its first step."""
     clock = time.process_time if processor_time else time.perf_counter
     began = 0.0 if processor_time else clock()
     import runs
@@ -120,7 +120,7 @@ def measure(data: Path, pairs: int, args: argparse.Namespace) -> dict:
         command = [sys.executable, "-m", "bench.scale", "--one", json.dumps(argv)]
         command += ["--processor_time"] if args.processor_time else []
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        if done.returncode:  # and train.py has said why
+        if done.returncode:  # train.py has reported why
             raise SystemExit(done.returncode)
         result = json.loads(done.stdout.splitlines()[-1])
         result["rows_s"] = round(pairs / max(result["encode_all_s"], 1e-3))
@@ -140,10 +140,10 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     add = parser.add_argument
     add("--pairs", type=int, nargs="+", default=[100, 10_000, 100_000], metavar="N")
-    add("--steps", type=int, default=100, help="of the run that finds the cache [100]")
-    add("--captions", action="store_true", help="a prompt of its own for every pair")
+    add("--steps", type=int, default=100, help="of the run with the cache [100]")
+    add("--captions", action="store_true", help="a separate prompt for every pair")
     add("--args", default="", help="more flags of train.py")
-    add("--processor_time", action="store_true", help="in the clock's place: on a shared CPU")
+    add("--processor_time", action="store_true", help="instead of wall time: on a shared CPU")
     add("--data", type=Path, default=ROOT / "data" / "bench" / "scale", help="[data/bench/scale]")
     add("--one", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

@@ -1,14 +1,14 @@
-"""One process with one piece of work, done in turns: it waits between them, and times them.
+"""A process that does its work in turns: it waits between them, and times them.
 
 The work calls `turns()` before each of its units (a training step, an image). The runner writes a
-line on the standard input and reads one of JSON from the standard output:
+line to standard input and reads a line of JSON from standard output:
 
-    run K   K units, timed as one: {"seconds": of one unit, "peak_mib", ...}
+    run K   K units, timed together: {"seconds": per unit, "peak_mib", ...}
     flops   one unit, counted: {"flops": ...}
-    profile K   K units, watched: {"kernels": [[name, times, ms], ...]} of one of them, the longest
-            first; on a CPU torch's operators are what has times
+    profile K   K units, profiled: {"kernels": [[name, count, ms], ...]} per unit, longest first;
+            on a CPU, torch's operators instead of kernels
 
-No more input ends the work by `Enough`.
+End of input ends the work by `Enough`.
 """
 
 import json
@@ -31,19 +31,19 @@ KERNELS = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", 
 def attention(q: torch.Size, k: torch.Size, *rest, scale: float | None = None, **more) -> int:
     """FLOP of q kᵀ and of its softmax times v; q (b, heads, n, d), k (b, heads, l, d).
 
-    `scale` is 1/√d, of a head filled up with zeros (model/cpu.py) as of one that is not.
+    `scale` is 1/√d with the true d, even if a head is padded with zeros (model/cpu.py).
     """
     d = q[-1] if scale is None else round(scale**-2)
     return 4 * prod(q[:-1]) * d * k[-2]
 
 
 def attention_backward(dy: torch.Size, q: torch.Size, k: torch.Size, *rest, **more) -> int:
-    """Of the four products that the gradient is; kernels that make q kᵀ again do a fifth."""
+    """FLOP of the gradient's four products; kernels that recompute q kᵀ do a fifth one."""
     return 2 * attention(q, k, scale=more.get("scale"))
 
 
 def fused() -> dict:
-    """What torch's counter is told of every fused kernel: not all have a formula there."""
+    """Formulas of all fused kernels for torch's FLOP counter, which lacks some."""
     aten = torch.ops.aten
     return {
         getattr(aten, f"_scaled_dot_product_{name}{end}"): formula
@@ -53,7 +53,7 @@ def fused() -> dict:
 
 
 def kernels(watch: profile, units: int) -> list[tuple[str, float, float]]:
-    """Of one unit: name, how often, milliseconds in all."""
+    """(name, count, total milliseconds) per unit."""
     events, cuda = watch.key_averages(), ProfilerActivity.CUDA in watch.activities
     ours = [e for e in events if (e.device_type == DeviceType.CUDA) == cuda]
     took = lambda e: (e.self_device_time_total if cuda else e.self_cpu_time_total) / 1e3  # noqa: E731
@@ -62,7 +62,7 @@ def kernels(watch: profile, units: int) -> list[tuple[str, float, float]]:
 
 
 class Enough(Exception):
-    """Nothing more is wanted of this process."""
+    """No more work for this process."""
 
 
 class Turns:
@@ -70,12 +70,12 @@ class Turns:
         self.device = torch.device(job["device"])
         self.clock = time.process_time if job["processor_time"] else time.perf_counter
         self.left, self.of, self.start = 0, 0, 0.0
-        # units before those of a turn, after the first: CUDA's caches warm, a graph captured
+        # untimed units at the start of each turn but the first: warm CUDA's caches, capture a graph
         self.warm = (1 + WARM * job["cuda_graph"]) * (self.device.type == "cuda")
         self.began = False
         self.counter: FlopCounterMode | None = None
         self.watch: profile | None = None
-        # what a library prints is no answer
+        # keep the output of libraries apart from the answers
         self.answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
 
@@ -102,7 +102,7 @@ class Turns:
 
     def next(self) -> None:
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # others have their turn
+            torch.cuda.empty_cache()  # for the others' turns
             torch.cuda.reset_peak_memory_stats(self.device)
         command, *rest = sys.stdin.readline().split() or ["end"]
         if command == "flops":
@@ -113,10 +113,10 @@ class Turns:
             if command == "profile":
                 on_cuda = [ProfilerActivity.CUDA] * (self.device.type == "cuda")
                 self.watch = profile(activities=on_cuda or [ProfilerActivity.CPU])
-            # the very first unit is what is timed when it is asked for
+            # the very first unit is timed itself, without a warm-up
             self.left = self.of - 1 + self.warm * self.began
             self.began = True
-            if self.left < self.of:  # otherwise those come first
+            if self.left < self.of:  # otherwise the warm-up comes first
                 self.begin()
         else:
             raise Enough

@@ -1,9 +1,9 @@
-"""What a CPU does faster in another way, with the same answer up to rounding.
+"""Faster kernels for CPUs, with the same result up to rounding.
 
-Convolutions whose weights are large and whose images are small: oneDNN brings the weights into its
-own order in every call. In the deep levels of a Stable Diffusion UNet, 1280 channels on 8 × 8 or
-4 × 4 pixels, this outlasts the arithmetic. And attention, where its heads are narrow or a gradient
-is wanted in 16 bits.
+For convolutions with large weights on small images: oneDNN reorders the weights into its own layout
+on every call, which in the deep levels of a Stable Diffusion UNet (1280 channels on 8 × 8 or 4 × 4
+pixels) takes longer than the arithmetic. For attention: with narrow heads, or with gradients in 16
+bits.
 """
 
 from functools import partial
@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-WORTH = 5000  # weights per tap and output pixel; measured: even at 3200, faster from 6400 on
-WIDTH = 16  # of a head, in fp32; measured: narrower ones take up to 1.5 times as long as this
+WORTH = 5000  # weights per tap and output pixel; measured: break-even at 3200, faster from 6400 on
+WIDTH = 16  # of a head, in fp32; measured: narrower ones take up to 1.5 times as long
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -22,13 +22,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     dtype, d = q.dtype, q.shape[-1]
     if q.itemsize == 2 and q.requires_grad:
         q, k, v = q.float(), k.float(), v.float()  # its backward is up to 5 x slower in bf16
-    if q.dtype == torch.float32 and d < WIDTH:  # zeros change no product
+    if q.dtype == torch.float32 and d < WIDTH:  # zero padding does not change q kᵀ
         q, k, v = (F.pad(x, (0, WIDTH - d)) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=d**-0.5)[..., :d].to(dtype)
 
 
 def few_pixels(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Whether the convolution of x (b, c, h, w) is quicker as a matrix product."""
+    """Whether the convolution of x (b, c, h, w) is faster as a matrix product."""
     if conv.kernel_size != (3, 3) or conv.groups != 1 or x.device.type != "cpu":
         return False
     few = conv.in_channels * conv.out_channels >= WORTH * len(x) * prod(size(conv, x))
@@ -36,7 +36,7 @@ def few_pixels(conv: nn.Conv2d, x: Tensor) -> bool:
 
 
 def size(conv: nn.Conv2d, x: Tensor) -> tuple[int, int]:
-    """(h', w') of the answer."""
+    """(h', w') of the output."""
     steps = zip(x.shape[2:], conv.padding, conv.stride)
     return tuple((n + 2 * pad - 3) // stride + 1 for n, pad, stride in steps)
 
@@ -51,7 +51,7 @@ def product(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
 
 
 def quick_convs(model: nn.Module) -> None:
-    """From here on the model's convolutions are matrix products wherever that is quicker."""
+    """Make the model's convolutions, in place, matrix products wherever that is faster."""
     for conv in model.modules():
         if isinstance(conv, nn.Conv2d):
             conv._conv_forward = partial(_conv_forward, conv)  # what nn.Conv2d.forward calls

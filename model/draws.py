@@ -1,7 +1,7 @@
-"""A step's randomness: a function of (seed, step) alone, drawn on the CPU for every device alike.
+"""A step's randomness: a function of (seed, step) alone, drawn on the CPU for every device.
 
-So a resumed run draws what the uninterrupted one would have, and two arms of an ablation see the
-same images, noise and t. The draws are made for the whole step, whatever its micro-batches are.
+A resumed run therefore draws what the uninterrupted one would have, and two arms of an ablation
+see the same images, noise and t. Draws are for the whole step, regardless of its micro-batches.
 """
 
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ from torch import Tensor
 
 
 class Pick(NamedTuple):
-    """B items of a data set and the noise for them."""
+    """B items of a dataset and their noise."""
 
     index: Tensor  # (B,) int64
-    vae_noise: Tensor  # (B, 4, h, w): picks a latent from the VAE's posterior
+    vae_noise: Tensor  # (B, 4, h, w): samples a latent from the VAE's posterior
     eps: Tensor  # (B, 4, h, w)
     t: Tensor  # (B,) int64
-    u: Tensor  # (B,) in [0, 1): what is left out by chance
+    u: Tensor  # (B,) in [0, 1): for dropout
 
 
 def seeded(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -29,18 +29,18 @@ def seeded(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Ge
 
 
 def seed_for(seed: int, *what: int | str) -> int:
-    """A seed for what is no step. 32 bits: of a larger one torch's CPU generator drops the rest."""
+    """A seed for anything but a step. 32 bits: torch's CPU generator ignores the rest."""
     return int.from_bytes(sha256(repr((seed, *what)).encode()).digest()[:4], "little")
 
 
 def seeded_for(seed: int, *what: int | str) -> torch.Generator:
-    """Its generator."""
+    """A generator with that seed."""
     return torch.Generator().manual_seed(seed_for(seed, *what))
 
 
 @lru_cache(maxsize=4)
 def shuffled(n: int, seed: int, epoch: int) -> Tensor:
-    """The order of the n pairs in an epoch, (n,)."""
+    """The permutation of the n pairs in an epoch, (n,)."""
     return torch.randperm(n, generator=seeded_for(seed, "order", epoch))
 
 
@@ -55,9 +55,9 @@ def draw(
     num_steps: int,
     class_images: int = 0,
 ) -> tuple[Pick, Pick | None]:
-    """`size` items of `pairs · views` (item = view · pairs + pair); as many class images, if any.
+    """`size` of `pairs · views` items (item = view · pairs + pair); as many class images, if any.
 
-    Every pair comes once an epoch, epochs following each other without a seam. shape: (4, h, w).
+    Each epoch has every pair once; a step may span two epochs. shape: (4, h, w).
     """
     rng = seeded(seed, step)
     places = range(step * size, (step + 1) * size)  # in the endless sequence of epochs
@@ -71,6 +71,6 @@ def draw(
         return Pick(index, vae_noise, eps, t, torch.rand(size, generator=rng))
 
     own = pick(view * pairs + pair)
-    if not class_images:  # drawn last: an arm without them sees the same instance draws
+    if not class_images:  # drawn last, so that the other draws do not depend on them
         return own, None
     return own, pick(torch.randint(class_images, (size,), generator=rng))

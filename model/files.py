@@ -1,9 +1,9 @@
 """Where a checkpoint's files are, locally or on the hub, and what is in them.
 
-A name is a directory, or a repository "owner/name" of the hub. Every file is asked for by name and
-fetched alone, so nothing is downloaded that is not used; huggingface_hub keeps its cache and minds
-HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN. Nothing read here can run code. Whatever is wrong is one
-ValueError or FileNotFoundError with the file's name.
+A name is a directory or a hub repository "owner/name". Files are downloaded one by one, so nothing
+is fetched that is not used; huggingface_hub does the caching and reads HF_ENDPOINT, HF_HUB_OFFLINE
+and HF_TOKEN. Nothing read here can run code. Every fault is one ValueError or FileNotFoundError
+that names the file.
 """
 
 import json
@@ -28,14 +28,14 @@ PICKLED = (".bin", ".ckpt", ".pt")
 
 
 def is_local(name_or_path: str | Path) -> bool:
-    """A path that exists, or what cannot be meant as a hub repository "owner/name"."""
+    """Whether it is an existing path, or cannot be a hub repository "owner/name"."""
     text = str(name_or_path)
     named = text.startswith((".", "/", "~")) or text.endswith((".safetensors", *PICKLED))
     return named or text.count("/") != 1 or os.path.exists(text)
 
 
 def single_file(name_or_path: str | Path) -> Path | None:
-    """The path of a checkpoint that is one file with tensors, no directory or repository."""
+    """The path of a single-file checkpoint; None for a directory or repository."""
     path = Path(name_or_path)
     return path if path.suffix in (".safetensors", *PICKLED) and path.is_file() else None
 
@@ -45,9 +45,9 @@ def first_line(error: Exception) -> str:
 
 
 def hub_reason(error: Exception, token: str = "HF_TOKEN") -> str:
-    """Why the hub did not do it, in one line and without addresses, which may be signed.
+    """Why a hub request failed, in one line and without URLs, which may be signed.
 
-    `token` is what to look at where the hub says that one may not.
+    `token` names what to check if access is denied.
     """
     from huggingface_hub import errors
 
@@ -71,7 +71,7 @@ def _cached(repo: str, revision: str | None) -> bool:
 
 
 def _known_absent(repo: str, file: str, revision: str | None) -> bool:
-    """The hub said so at some time: its cache keeps a note of every file that it was asked for."""
+    """Whether the hub has reported the file missing: its cache records such answers."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(repo, file, revision=revision)
@@ -79,16 +79,15 @@ def _known_absent(repo: str, file: str, revision: str | None) -> bool:
 
 
 def locate(name_or_path: str | Path, file: str, revision: str | None = None) -> Path | None:
-    """The local path of `file` in a checkpoint, downloaded if it is on the hub; None if not there.
+    """The local path of `file` in a checkpoint, downloaded if needed; None if it does not exist.
 
-    The hub's cache, HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN are huggingface_hub's own.
     FileNotFoundError: no such directory or repository, or the hub cannot be reached.
     """
     if is_local(name_or_path):
         if os.path.isfile(name_or_path):
             raise FileNotFoundError(
-                f"{name_or_path} is a file; a directory in diffusers' layout was wanted, or one "
-                "file of a whole checkpoint where that is possible: .safetensors or .ckpt"
+                f"{name_or_path} is a file; expected a directory in the diffusers layout or, where "
+                "supported, a single-file checkpoint: .safetensors or .ckpt"
             )
         if not os.path.isdir(name_or_path):
             raise FileNotFoundError(
@@ -103,12 +102,12 @@ def locate(name_or_path: str | Path, file: str, revision: str | None = None) -> 
     try:
         return Path(hf_hub_download(repo, file, revision=revision))
     except errors.LocalEntryNotFoundError as error:
-        # The hub cannot be asked. A repository of which a part is here may well lack this file.
+        # The hub cannot be reached. If other files of the repository are cached, it may lack this.
         if _known_absent(repo, file, revision) or _cached(repo, revision):
             return None
         raise FileNotFoundError(
             f"{repo} is not in the hub's cache, and the hub cannot be reached "
-            f"({hub_reason(error)}); a local directory in diffusers' layout works too"
+            f"({hub_reason(error)}); a local directory in the diffusers layout works too"
         ) from error
     except errors.EntryNotFoundError:
         return None
@@ -120,16 +119,16 @@ def locate(name_or_path: str | Path, file: str, revision: str | None = None) -> 
         raise FileNotFoundError(f"{repo} has no revision {revision or 'main'!r}") from error
     except errors.RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"the hub has no repository {repo} (or it is private), and no directory is there"
+            f"the hub has no repository {repo} (or it is private), and there is no such directory"
         ) from error
-    except Exception as error:  # connection, disk and downloader each raise kinds of their own
+    except Exception as error:  # network, disk and downloader raise various types
         raise FileNotFoundError(
             f"{file} of {repo} cannot be fetched from the hub: {hub_reason(error)}"
         ) from error
 
 
 def lacks(name_or_path: str | Path, file: str, revision: str | None) -> str:
-    """The start of an error about a file that `locate` did not find."""
+    """The beginning of an error message about a file that `locate` did not find."""
     repo = MOVED.get(str(name_or_path), str(name_or_path))
     if is_local(name_or_path) or _known_absent(repo, file, revision):
         return f"{name_or_path} has no {file}"
@@ -139,21 +138,21 @@ def lacks(name_or_path: str | Path, file: str, revision: str | None) -> str:
 def locate_component(
     name_or_path: str | Path, folder: str, file: str, revision: str | None
 ) -> tuple[Path, str]:
-    """`file` in the checkpoint's folder, or at the root of one that is the component alone."""
+    """`file` in the checkpoint's `folder`, or at the root if the checkpoint is one component."""
     for prefix in (f"{folder}/", ""):
         path = locate(name_or_path, prefix + file, revision)
         if path is not None:
             return path, prefix
     raise FileNotFoundError(
         f"{lacks(name_or_path, f'{folder}/{file}', revision)}; "
-        "a checkpoint in diffusers' layout was wanted"
+        "expected a checkpoint in the diffusers layout"
     )
 
 
 def _shards(
     name_or_path: str | Path, prefix: str, index: Path, kind: str, revision: str | None
 ) -> list[Path]:
-    """The files that an index names, each a plain NAME.kind in its folder."""
+    """The shards that an index lists, each a plain NAME.kind in its folder."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map")
@@ -161,7 +160,7 @@ def _shards(
     for shard in sorted(set(map(str, weight_map.values()))):
         plain = not set("/\\\0") & set(shard) and not shard.startswith(".")
         if not plain or not shard.endswith(f".{kind}"):
-            raise ValueError(f"{index} names the shard {shard!r}; a plain NAME.{kind} was wanted")
+            raise ValueError(f"{index} names the shard {shard!r}; expected a plain NAME.{kind}")
         path = locate(name_or_path, prefix + shard, revision)
         if path is None:
             absent = lacks(name_or_path, prefix + shard, revision)
@@ -173,17 +172,17 @@ def _shards(
 def weight_files(
     name_or_path: str | Path, prefix: str, stem: str, variant: str | None, revision: str | None
 ) -> list[Path]:
-    """The files with a component's tensors: one, or the shards of an index."""
+    """The files with a component's tensors: a single one, or the shards of an index."""
     dot = f".{variant}" if variant else ""
     kinds = [(stem, "safetensors")]
-    if is_local(name_or_path):  # from a stranger on the hub: safetensors only
+    if is_local(name_or_path):  # from the hub, which is untrusted, safetensors only
         old = {"diffusion_pytorch_model": stem, "model": "pytorch_model"}[stem]
         kinds.append((old, "bin"))
     for name, kind in kinds:
         single = locate(name_or_path, f"{prefix}{name}{dot}.{kind}", revision)
         if single is not None:
             return [single]
-        # a variant stands in an index's name at either place
+        # an index file has the variant in its name at either place
         late, early = f"{name}.{kind}.index{dot}.json", f"{name}{dot}.{kind}.index.json"
         for index in dict.fromkeys((late, early)):
             path = locate(name_or_path, prefix + index, revision)
@@ -195,12 +194,12 @@ def weight_files(
     suffixes = (".safetensors", ".bin", ".ckpt", ".msgpack", ".json")
     there = sorted(p.name for p in Path(name_or_path, prefix).glob("*") if p.suffix in suffixes)
     there = [name for name in there if name != "config.json"]
-    hint = f"there is {', '.join(there)} (see --variant)" if there else "no weights are there"
+    hint = f"there is {', '.join(there)} (see --variant)" if there else "it has no weights"
     raise FileNotFoundError(f"{absent}; {hint}")
 
 
 def moved_note(name_or_path: str | Path) -> str | None:
-    """A sentence for the user when the repository that was asked for is gone."""
+    """A sentence for the user if the repository is gone from the hub."""
     new = MOVED.get(str(name_or_path))
     if new is None or is_local(name_or_path):
         return None
@@ -210,10 +209,10 @@ def moved_note(name_or_path: str | Path) -> str | None:
 def read_json(path: Path) -> dict:
     """A JSON object. ValueError names the file."""
     if (size := path.stat().st_size) > MAX_JSON:
-        raise ValueError(f"{path} has {size} bytes; a config or an index of a few kB was wanted")
+        raise ValueError(f"{path} has {size} bytes; expected a config or an index of a few kB")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # bytes, syntax, or a number of too many digits
+    except (ValueError, RecursionError) as error:  # encoding, syntax, or too many digits or levels
         raise ValueError(f"{path} is not JSON: {first_line(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} should hold a JSON object, not {type(content).__name__}")
@@ -221,7 +220,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_shapes(path: Path) -> tuple[dict[str, torch.Size], dict[str, str]]:
-    """Key -> shape of what `read_tensors` would yield, and a safetensors file's own metadata."""
+    """{key: shape} of what `read_tensors` would yield, and a safetensors file's metadata."""
     if path.suffix in PICKLED:
         return {key: tensor.shape for key, tensor in _unpickle(path).items()}, {}
     try:
@@ -237,9 +236,9 @@ def read_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """(key, tensor) of a .safetensors, or of a pickle through the weights-only unpickler.
 
-    Each tensor is a copy: a view of the mapped file changes with it, and the process dies of SIGBUS
-    when a file that it loaded is written over. The file is opened anew every 32 tensors: the kernel
-    counts the touched pages of a mapping as the process's memory. ValueError names the file.
+    Each tensor is a copy: a view of the memory-mapped file would change with it, and overwriting a
+    mapped file kills the process with SIGBUS. The file is reopened every 32 tensors: the touched
+    pages of a mapping count as the process's memory. ValueError names the file.
     """
     if path.suffix in PICKLED:
         state = _unpickle(path)
@@ -270,7 +269,7 @@ BESIDES = re.compile(
 
 
 class _Empty:
-    """Takes what a pickle gives it, and keeps none of it."""
+    """Accepts any pickled state and discards it."""
 
     def __init__(self, *_: object) -> None:
         pass
@@ -280,10 +279,10 @@ class _Empty:
 
 
 def _unpickle(path: Path) -> dict[str, Tensor]:
-    """A pickle's tensors, mapped where the format can be; the `state_dict` of one of Lightning's.
+    """A pickle's tensors, memory-mapped if possible; of a Lightning checkpoint its `state_dict`.
 
-    Lightning keys the state of its callbacks by their classes, with a loss in it as numpy's number.
-    Those names get empty stand-ins: the unpickler, which runs nothing, has nothing to import.
+    Lightning keys the state of its callbacks by class and stores losses as numpy scalars. Those
+    names get empty stand-ins, so the unpickler imports nothing.
     """
     try:
         zipped, stand_ins = zipfile.is_zipfile(path), []
@@ -292,14 +291,14 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
             stand_ins = [(type("StandIn", (_Empty,), {}), n) for n in names if BESIDES.fullmatch(n)]
         with torch.serialization.safe_globals(stand_ins):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as error:  # the unpickler raises whatever the bytes provoke
-        # Not in torch's words: they recommend the reader that runs what a pickle holds.
+    except Exception as error:  # damaged bytes can raise anything
+        # Not torch's message: it recommends weights_only=False, which runs code from the pickle.
         system = isinstance(error, OSError)
-        why = first_line(error) if system else "what else a pickle holds is not run"
+        why = first_line(error) if system else "other content of a pickle is not run"
         if path.suffix != ".bin" and not system:
             why += (
-                "; take the model's .safetensors, or make one, in a container as this runs it: "
-                "safetensors.torch.save_file(torch.load(FILE, weights_only=False)['state_dict'], "
+                "; use the model's .safetensors, or convert it in a container (this runs its code):"
+                " safetensors.torch.save_file(torch.load(FILE, weights_only=False)['state_dict'], "
                 "'new.safetensors')"
             )
         size = path.stat().st_size

@@ -1,9 +1,9 @@
-"""Frozen weights that cost little memory: a product that keeps nothing it does not need; int8.
+"""Frozen layers that save memory: products that save no input for the backward, and int8 weights.
 
-torch's convolution keeps its input for the gradient of its weight, also where that is frozen and
-has none. And a frozen weight may be stored in 8 bits: W ≈ scale · q, q int8, one scale per output
-channel, rounded to nearest within ±max|W| (Dettmers et al. 2022, arXiv 2208.07339, section 2.1). W
-is made from q in the forward and made again in the backward, so that no other copy of it stays.
+torch's convolution saves its input for the weight gradient, even if the weight is frozen. A frozen
+weight may also be stored in 8 bits: W ≈ scale · q, q int8, one scale per output channel, rounded to
+nearest within ±max|W| (Dettmers et al. 2022, arXiv 2208.07339, section 2.1). W is dequantized in
+the forward and again in the backward, so no other copy of it is kept.
 """
 
 from functools import cache
@@ -15,22 +15,22 @@ from torch._functorch import config as functorch
 
 from model.cpu import few_pixels, product
 
-# torch keeps compiled code with an autograd.Function in it for the next start only if it is told
-# that this is safe: the graphs of the one below, which are part of the key, say all of it
+# torch caches compiled code that contains an autograd.Function on disk only if this is declared
+# safe. It is: the cache key includes the graphs of _Product, which fully describe it.
 functorch.autograd_cache_allow_custom_autograd_functions = True
-# and would keep the W of an int8 layer, made once for both directions, from the one to the other
+# let the compiler dequantize W again in the backward instead of keeping it
 functorch.ban_recompute_materialized_backward = False
 
 
 def dequantized(q: Tensor, scale: Tensor | None) -> Tensor:
-    """W, in the scale's precision; without a scale q is W."""
+    """W, in the scale's dtype; without a scale, q is W."""
     if scale is None:
         return q
     return q.to(scale.dtype).mul_(scale.view(-1, *[1] * (q.dim() - 1)))  # in place: one copy
 
 
 class _Product(torch.autograd.Function):
-    """x Wᵀ + bias, or with `how` the convolution; the only gradient is that of x."""
+    """x Wᵀ + bias or, with `how`, the convolution; gradient with respect to x only."""
 
     @staticmethod
     def forward(ctx, x, q, scale, bias, how):
@@ -57,24 +57,24 @@ class FrozenLinear(nn.Linear):
 class FrozenConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if self.weight_scale is None and few_pixels(self, x):
-            return product(self, x, self.weight, self.bias)  # which keeps no input either
+            return product(self, x, self.weight, self.bias)  # saves no input either
         how = self.stride, self.padding, self.dilation, self.groups
         return _Product.apply(x, self.weight, self.weight_scale, self.bias, how)
 
 
 @cache
 def _frozen(kind: type) -> type:
-    """The class of a layer with its own product replaced: what adapts it calls super() as ever."""
+    """The layer's class with its base product replaced; LoRA classes call it through super()."""
     plain = FrozenLinear if issubclass(kind, nn.Linear) else FrozenConv2d
     return plain if kind in plain.__bases__ else type(f"Frozen{kind.__name__}", (kind, plain), {})
 
 
 @torch.no_grad()
 def freeze(model: nn.Module, *, int8: bool = False) -> None:
-    """Have all Conv2d of the model compute so, in place; the answers stay, to the bit.
+    """Replace the product of all Conv2d of the model, in place; outputs are bitwise unchanged.
 
-    With `int8` they and all Linear are stored so, but for the UNet's first and last layer, and
-    answer nearly as before. After everything that adapts the layers: no adapter comes or goes then.
+    With `int8` all Conv2d and Linear weights are quantized too, except the UNet's first and last
+    layer; outputs then change slightly. Call it last: no adapter can be added or removed after it.
     """
     for name, layer in model.named_modules():
         if not isinstance(layer, nn.Linear | nn.Conv2d if int8 else nn.Conv2d):

@@ -1,4 +1,4 @@
-"""The same step, faster: the UNet's blocks compiled, its gradient played back as one CUDA graph."""
+"""Faster steps: compile the UNet's blocks, replay the gradient computation as one CUDA graph."""
 
 import warnings
 from collections.abc import Callable
@@ -10,25 +10,25 @@ from torch import Tensor, nn
 from model.layers import ResBlock, SpatialTransformer
 from model.memory import out_of_memory
 
-# Of torch's compiler, which would bring all that has four dimensions into channels last, a head's
-# queries too, there and back (--channels_last has decided that), and write down what several
-# kernels need as soon as it takes a few reads, where making it again is quicker.
+# Inductor options. By default it converts all 4-d tensors, attention heads included, to
+# channels_last and back (--channels_last decides that here), and materializes a shared intermediate
+# after a few reads, where recomputing it is faster.
 FUSED = {
     "layout_optimization": False,
     "realize_reads_threshold": 16,
     "realize_opcount_threshold": 200,
 }
-WARM = 3  # calls before the capture: compilation, cuBLAS' workspaces, cuDNN's choices
+WARM = 3  # calls before the capture: compilation, cuBLAS workspaces, cuDNN's algorithm choice
 
 
 def compile_blocks(model: nn.Module, **how) -> None:
-    """torch.compile every ResBlock and SpatialTransformer, in place: the keys stay clean.
+    """torch.compile every ResBlock and SpatialTransformer, in place; state_dict keys stay the same.
 
-    Blocks of one shape share their code, so that a UNet takes a third of the time that it takes in
-    one graph, and what is lost between blocks is little. how: to torch.compile, FUSED if nothing.
+    Blocks of equal shapes share their code, so compiling takes a third of the time of one graph
+    for the whole UNet, and little speed is lost. how: arguments of torch.compile, else FUSED.
     """
     how = {"fullgraph": True, "dynamic": False, **(how or {"options": FUSED})}
-    # a graph for each shape, and for each micro-batch that memory may force
+    # one graph per shape, and per micro-batch size after out-of-memory
     if "recompile_limit" in signature(torch.compile).parameters:
         how["recompile_limit"] = 256
     else:  # before torch 2.12
@@ -39,13 +39,12 @@ def compile_blocks(model: nn.Module, **how) -> None:
 
 
 class Replayed:
-    """`compute(*inputs)`, played back from the fourth call on over buffers that stay in place.
+    """`compute(*inputs)`, captured at the fourth call and replayed from then on over fixed buffers.
 
-    inputs: named tuples of tensors (or None in their place, or as one of their parts), always of
-    the same shapes. `compute` works on the device alone: it copies nothing from the host and waits
-    for nothing; where it does not, a warning says so and it goes on as it is. What it gives is
-    overwritten by the next call. The first calls, which are real ones, run on a stream of their
-    own, as captures must be warmed up.
+    inputs: named tuples of tensors (a tuple or a field may be None), always of the same shapes.
+    `compute` must not copy from the host or synchronize; if it cannot be captured, a warning says
+    so and it runs eagerly. The result is overwritten by the next call. The first calls, which count
+    like the others, run on a side stream, as warm-up before a capture must.
     """
 
     def __init__(self, compute: Callable[..., Tensor]):
@@ -53,7 +52,7 @@ class Replayed:
         self.reset()
 
     def reset(self) -> None:
-        """Capture anew, for a `compute` that does its work in another way now."""
+        """Drop the graph; it is captured again, for a `compute` that has changed."""
         self.calls, self.graph, self.buffers, self.result = 0, None, (), None
         self.possible = True
 
@@ -61,7 +60,7 @@ class Replayed:
         self.calls += 1
         if self.calls <= WARM:
             here = torch.cuda.current_stream()
-            self.aside = self.aside or torch.cuda.Stream()  # one: each keeps memory of its own
+            self.aside = self.aside or torch.cuda.Stream()  # only one: each has its own memory pool
             self.aside.wait_stream(here)
             try:
                 with torch.cuda.stream(self.aside):
@@ -80,7 +79,7 @@ class Replayed:
         return self.result
 
     def capture(self, *inputs: tuple | None) -> None:
-        """It only records: nothing is computed."""
+        """Records the kernels without running them."""
         self.buffers = tuple(map(cloned, inputs))
         graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
@@ -92,13 +91,11 @@ class Replayed:
                 raise
             self.possible, self.buffers, self.result = False, (), None
             why = next(iter(str(error).splitlines()), type(error).__name__)
-            warnings.warn(
-                f"without a CUDA graph, which the step cannot become: {why}", stacklevel=3
-            )
+            warnings.warn(f"no CUDA graph, as the step cannot be captured: {why}", stacklevel=3)
         finally:
-            torch.cuda.set_stream(here)  # where it cannot end what broke, torch forgets to
+            torch.cuda.set_stream(here)  # torch does not if ending a broken capture fails
 
 
 def cloned(one: tuple | None) -> tuple | None:
-    """A named tuple with its tensors copied."""
+    """A named tuple with its tensors cloned."""
     return one and type(one)(*(x if x is None else x.clone() for x in one))

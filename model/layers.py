@@ -1,7 +1,7 @@
-"""The blocks that the UNet and the VAE share. Attribute names are the published checkpoints' own.
+"""Blocks shared by the UNet and the VAE, with the attribute names of published checkpoints.
 
 A Stable Diffusion checkpoint stores `down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q`;
-the modules here carry those names, so a checkpoint loads without a table of keys.
+the modules here have those names, so a checkpoint loads without a table of keys.
 """
 
 import math
@@ -14,12 +14,11 @@ from model import cpu
 
 
 def read_config(config: dict, known: dict, neutral: dict, what: str) -> dict:
-    """The values of `known` (name: default) that `config` gives; refuses what it cannot build.
+    """`known` (name: default), updated from `config`. ValueError names an unsupported option.
 
-    `neutral` lists the options of the published format that these modules do not build, with the
-    value (or values, as a tuple of alternatives) at which they do nothing. An option that stands at
-    another value, or one that nobody has heard of, would load without complaint and compute
-    something else: ValueError naming it.
+    `neutral` lists the options of the published format that these modules do not implement, with
+    the values at which they have no effect. Another value, or an unknown option, would otherwise
+    load silently and compute something else.
     """
     for key, value in config.items():
         if key.startswith("_") or key in known or value is None:
@@ -28,24 +27,24 @@ def read_config(config: dict, known: dict, neutral: dict, what: str) -> dict:
             raise ValueError(f"{what} config.json has the unknown option {key}={value!r}")
         if value not in neutral[key]:
             wanted = " or ".join(repr(v) for v in neutral[key])
-            raise ValueError(f"{what} config.json asks for {key}={value!r}; supported is {wanted}")
+            raise ValueError(f"{what} config.json has {key}={value!r}; only {wanted} is supported")
     return {
         key: default if config.get(key) is None else config[key] for key, default in known.items()
     }
 
 
 class GroupNorm(nn.GroupNorm):
-    """Wu & He 2018, arXiv 1803.08494. torch's own, but for a compiler, which gets plain sums.
+    """Wu & He 2018, arXiv 1803.08494. torch's own, or plain sums under torch.compile.
 
-    torch's own brings an image in channels last into channels first and back, and has a compiler
-    write down twice what it would make again on the way.
+    Compiled, torch's own converts channels_last inputs to channels_first and back, and materializes
+    intermediates twice that could be recomputed.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         return self.plain(x) if torch.compiler.is_compiling() else super().forward(x)
 
     def plain(self, x: Tensor) -> Tensor:
-        """x (b, c, h, w). Over the pixels first: neighbours in memory are channels."""
+        """x (b, c, h, w). Reduces over pixels first: in channels_last, channels are contiguous."""
         by_group = lambda y: y.unflatten(-1, (self.num_groups, -1))  # noqa: E731
         y = x.to(torch.promote_types(x.dtype, torch.float32))
         var, mean = map(by_group, torch.var_mean(y, dim=(2, 3), correction=0))  # (b, g, c/g)
@@ -58,7 +57,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 class ResBlock(nn.Module):
-    """norm, SiLU, conv, twice, around a skip; the time embedding enters between (UNet only)."""
+    """(norm, SiLU, conv) twice, with a skip; the time embedding is added between (UNet only)."""
 
     def __init__(
         self, c_in: int, c_out: int, groups: int, norm_eps: float, temb_dim: int | None = None
@@ -83,7 +82,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x over ctx (over itself without one). Vaswani et al. 2017, eq. 1."""
+    """Multi-head attention of x over ctx, or self-attention. Vaswani et al. 2017, eq. 1."""
 
     def __init__(self, dim: int, heads: int, ctx_dim: int | None = None, qkv_bias: bool = False):
         super().__init__()
@@ -105,7 +104,7 @@ class Attention(nn.Module):
 
 
 class _Gated(torch.autograd.Function):
-    """h · gelu(gate), which keeps its input alone: gelu is made again in the backward."""
+    """h · gelu(gate); saves only its input and recomputes gelu in the backward."""
 
     @staticmethod
     def forward(ctx, both: Tensor) -> Tensor:
@@ -118,7 +117,7 @@ class _Gated(torch.autograd.Function):
         (both,) = ctx.saved_tensors
         h, gate = both.chunk(2, dim=-1)
         grad = torch.empty_like(both)
-        dh, dgate = grad.chunk(2, dim=-1)  # written in place: nothing is put together after
+        dh, dgate = grad.chunk(2, dim=-1)  # views, written in place: no concatenation
         torch.mul(dy, F.gelu(gate), out=dh)
         torch.ops.aten.gelu_backward.grad_input(dy * h, gate, grad_input=dgate)
         return grad
@@ -133,7 +132,7 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         both = self.proj(x)  # (b, n, 2 dim_out)
-        if not torch.compiler.is_compiling():  # a compiler finds out by itself what to keep
+        if not torch.compiler.is_compiling():  # a compiler decides by itself what to save
             return _Gated.apply(both)
         h, gate = both.chunk(2, dim=-1)
         return h * F.gelu(gate)
@@ -201,7 +200,7 @@ class SpatialTransformer(nn.Module):
 
 
 class Down(nn.Module):
-    """Halve the size. The VAE pads right and bottom only: the checkpoint was trained so."""
+    """Halve the size. The VAE pads right and bottom only, as its checkpoints were trained."""
 
     def __init__(self, channels: int, asymmetric: bool = False):
         super().__init__()
@@ -215,7 +214,7 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Double the size, or reach `size`: an odd h halves to ⌈h/2⌉ and must come back to h."""
+    """Double the size, or resize to `size`: an odd h was halved to ⌈h/2⌉ and must become h."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -232,8 +231,8 @@ class Up(nn.Module):
 def timestep_embedding(t: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
     """Sinusoids of t (b,) -> (b, dim) fp32, as in Vaswani et al. 2017, section 3.5.
 
-    In fp32 whatever the model's precision: so were the checkpoints trained, and at t = 999 the
-    rounding of the angle is visible in float64.
+    In fp32 whatever the model's dtype: the checkpoints were trained so, and at t = 999 the rounding
+    of the angle shows up in a float64 comparison.
     """
     half = dim // 2
     exponent = torch.arange(half, dtype=torch.float32, device=t.device) / (half - freq_shift)

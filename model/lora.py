@@ -1,11 +1,11 @@
 """Low-rank adaptation (Hu et al. 2021, arXiv 2106.09685): y = W x + s · (α/r) · B(A x).
 
-A layer keeps its object and its keys; it only changes class and gains `lora_A` and `lora_B`, fp32
-over a frozen base of any precision. The strength s is a vector, one number per sample of the batch,
-so one forward pass can hold several strengths. Several adapters are stacked along the rank: their
-A below one another, their B side by side, and `lora_mix` (k, r) says which rank is whose and at
-which α/r, so that s (b, k) @ mix (k, r) is the factor of every rank. A frozen companion (`fix`)
-lies under all of them: it is on whatever s is, neither trained nor saved.
+A layer stays the same object with the same keys; only its class changes, and it gains `lora_A` and
+`lora_B`, in fp32 over a frozen base of any dtype. The strength s is a vector with one number per
+sample, so a batch can mix strengths. Several adapters are concatenated along the rank, A in rows
+and B in columns; `lora_mix` (k, r) assigns each rank to its adapter, with its α/r, so that
+s (b, k) @ mix (k, r) is the factor of every rank. A frozen companion (`fix`) lies under all of
+them: always active, neither trained nor saved.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Short names for suffixes that published checkpoints share. Anything else is a pattern of its own.
+# Short names for groups of module suffixes in published checkpoints; anything else is a pattern.
 GROUPS = {
     "attn": ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj"),
     "ff": ("ff.net.0.proj", "ff.net.2", "mlp.fc1", "mlp.fc2"),
@@ -38,11 +38,11 @@ class Factors(NamedTuple):
 
 
 class Adapters:
-    """What all LoRA layers of one model read at each forward."""
+    """State shared by all LoRA layers of a model, read at each forward."""
 
     def __init__(self):
         self.count = 0
-        # (b or 1, k or 1), 1 meaning "the same for all"; None: the base alone
+        # (b or 1, k or 1), where 1 broadcasts; None: the base alone
         self.strength: Tensor | None = torch.ones(1, 1)
 
     def off(self, layer: nn.Module) -> bool:
@@ -92,7 +92,7 @@ def _factors(layer: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def _rank_factors(layer: nn.Module) -> Tensor:
     s, mix = layer.lora_adapters.strength, layer.lora_mix
     s = s.to(mix.device).expand(-1, mix.shape[0])  # (b or 1, k)
-    # (b or 1, r); of one adapter a plain product, which a compiler puts into its neighbours
+    # (b or 1, r); for one adapter a plain product, which a compiler can fuse
     return s * mix if mix.shape[0] == 1 else s @ mix
 
 
@@ -120,10 +120,10 @@ def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def match_targets(model: nn.Module, targets: str) -> list[str]:
-    """Paths of the Linear and Conv2d that `targets` asks for, in the model's order.
+    """Paths of the Linear and Conv2d layers that match `targets`, in the model's order.
 
-    `targets` is a comma-separated list of groups (attn, ff, conv, proj) and of patterns: a path's
-    end ("attn2.to_k"), or with wildcards the whole path ("down_blocks.*.to_q"). ValueError names a
+    `targets`: comma-separated groups (attn, ff, conv, proj) and patterns: the end of a path
+    ("attn2.to_k") or, with wildcards, a whole path ("down_blocks.*.to_q"). ValueError names a
     target that matches nothing and lists what exists.
     """
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
@@ -157,9 +157,9 @@ def inject(
 ) -> list[str]:
     """Add a fresh adapter to the layers that match `targets`; freeze the base; return their paths.
 
-    A ~ N(0, 1/r²) (the habit of the published trainers), B = 0: at first nothing changes. α is r by
-    default, so that the scale α/r is 1 and survives tools that lose it. ValueError: unknown target,
-    or a rank that a layer cannot have.
+    A ~ N(0, 1/r²), as in the published trainers, and B = 0: initially a no-op. α defaults to r, so
+    the scale α/r is 1 and survives tools that drop it. ValueError: unknown target, or a rank
+    that does not fit a layer.
     """
     names = match_targets(model, targets)
     factors = {}
@@ -191,7 +191,7 @@ def _check_fit(model: nn.Module, factors: dict[str, Factors]) -> None:
     for name, f in factors.items():
         layer = _find(model, name)
         if not isinstance(layer, nn.Linear | nn.Conv2d):
-            raise ValueError(f"the LoRA has {name}, which is no Linear or Conv2d of this model")
+            raise ValueError(f"the LoRA has {name}, which is not a Linear or Conv2d of this model")
         c_out, *per_out = layer.weight.shape
         kernel = [1] * (len(per_out) - 1)
         if list(f.A.shape[1:]) != per_out or list(f.B.shape) != [c_out, f.A.shape[0], *kernel]:
@@ -204,9 +204,9 @@ def _check_fit(model: nn.Module, factors: dict[str, Factors]) -> None:
 
 
 def attach(model: nn.Module, factors: dict[str, Factors]) -> None:
-    """Stack one more adapter onto `model`, layer by layer; freezes the base.
+    """Stack one more adapter onto `model`; freezes the base.
 
-    ValueError names a path that is no Linear or Conv2d of the model, or a shape that does not fit.
+    ValueError names a path that is not a Linear or Conv2d of the model, or a shape mismatch.
     """
     _check_fit(model, factors)  # all of them before anything changes
     if not hasattr(model, "lora_adapters"):
@@ -222,7 +222,7 @@ def attach(model: nn.Module, factors: dict[str, Factors]) -> None:
         mix = torch.zeros(shared.count, rank, device=weight.device)
         if type(layer) in PLAIN:
             if layer.lora_merged is not None:
-                raise ValueError(f"{name} is merged; unmerge before another adapter is added")
+                raise ValueError(f"{name} is merged; unmerge it before adding another adapter")
             A, B = torch.cat([layer.lora_A.data, A]), torch.cat([layer.lora_B.data, B], dim=1)
             mix = torch.cat([layer.lora_mix, mix], dim=1)
         else:
@@ -234,15 +234,15 @@ def attach(model: nn.Module, factors: dict[str, Factors]) -> None:
         layer.register_buffer("lora_mix", torch.cat([mix, own]), persistent=False)
     shared.count += 1
     for name, layer in lora_layers(model).items():
-        if name not in factors:  # layers that the new adapter leaves alone
+        if name not in factors:  # layers without the new adapter
             none = layer.lora_mix.new_zeros(1, layer.lora_mix.shape[1])
             layer.register_buffer("lora_mix", torch.cat([layer.lora_mix, none]), persistent=False)
 
 
 def fix(model: nn.Module, factors: dict[str, Factors], multiplier: float = 1.0) -> None:
-    """Put a frozen adapter under the layers, before `inject` or `attach`; it stays on at any s.
+    """Put a frozen adapter under the layers, before `inject` or `attach`; it is active at any s.
 
-    ValueError as `attach`.
+    ValueError as for `attach`.
     """
     _check_fit(model, factors)
     for name, f in factors.items():
@@ -260,7 +260,7 @@ def fix(model: nn.Module, factors: dict[str, Factors], multiplier: float = 1.0) 
 
 
 def detach(model: nn.Module) -> None:
-    """Take all adapters off again; the base's keys and classes are as before."""
+    """Remove all adapters; restores the base's keys and classes."""
     for layer in lora_layers(model).values():
         del layer.lora_A, layer.lora_B, layer.lora_mix
         del layer.lora_adapters, layer.lora_merged, layer.lora_cast
@@ -270,10 +270,10 @@ def detach(model: nn.Module) -> None:
 
 
 def set_strength(model: nn.Module, strength: float | Tensor | None) -> None:
-    """Set s for the forwards to come: a number, (b,) one per sample, or (b, k) one per adapter too.
+    """Set s for subsequent forwards: a number, (b,) per sample, or (b, k) per sample and adapter.
 
-    None switches the adapters off: what 0 computes, without their products. A tensor is kept, not
-    copied into: a backward that is still to come needs the old one.
+    None disables the adapters: the result of 0 without its cost. The previous tensor is replaced,
+    not overwritten: a pending backward still needs it.
     """
     if strength is None:
         model.lora_adapters.strength = None
@@ -283,7 +283,7 @@ def set_strength(model: nn.Module, strength: float | Tensor | None) -> None:
 
 
 def keep_strength(model: nn.Module):
-    """A `context_fn` for activation checkpointing: the recompute has its forward's strength."""
+    """A `context_fn` for activation checkpointing: recomputes with the strength of the forward."""
 
     @contextmanager
     def at(strength: Tensor | None):
@@ -301,18 +301,18 @@ def keep_strength(model: nn.Module):
 def cast_together(
     layers: Sequence[nn.Module], flat: nn.Parameter, dtype: torch.dtype
 ) -> Iterator[None]:
-    """Inside, the layers have their factors in `dtype` from one cast of `flat`.
+    """Inside, the layers use factors in `dtype` that come from a single cast of `flat`.
 
-    flat: what their lora_A and lora_B, in this order, are the first views of (memory.flatten).
-    Their gradients arrive in its gradient, by one cast and one sum where there were two of each
-    per layer. The backward belongs inside: what it computes again needs them.
+    flat: the buffer whose first views are the layers' lora_A and lora_B, in order (memory.flatten).
+    Gradients reach it through one cast and one sum instead of two of each per layer. Run the
+    backward inside too: recomputation needs the cast factors.
     """
     if flat.dtype == dtype:
         yield
         return
     params = [p for layer in layers for p in (layer.lora_A, layer.lora_B)]
     sizes = [p.numel() for p in params]
-    parts = flat.to(dtype).split([*sizes, flat.numel() - sum(sizes)])  # others may follow
+    parts = flat.to(dtype).split([*sizes, flat.numel() - sum(sizes)])  # more may follow
     cast = [part.view(p.shape) for part, p in zip(parts, params)]
     for layer, A, B in zip(layers, cast[::2], cast[1::2]):
         layer.lora_cast = A, B
@@ -324,10 +324,10 @@ def cast_together(
 
 
 def adapter_factors(model: nn.Module) -> dict[str, Factors]:
-    """{path: Factors} of the model's only adapter. ValueError when several are stacked."""
+    """{path: Factors} of the model's only adapter. ValueError if several are stacked."""
     layers = lora_layers(model)
     if layers and model.lora_adapters.count != 1:
-        raise ValueError(f"{model.lora_adapters.count} adapters are stacked; one was wanted")
+        raise ValueError(f"{model.lora_adapters.count} adapters are stacked; expected one")
     return {
         name: Factors(layer.lora_A.data, layer.lora_B.data, layer.lora_mix[0, 0].item())
         for name, layer in layers.items()
@@ -336,13 +336,13 @@ def adapter_factors(model: nn.Module) -> dict[str, Factors]:
 
 @torch.no_grad()
 def merge(model: nn.Module, strength: float | Tensor = 1.0) -> None:
-    """Fold the adapters into the weights: W + s · (α/r) · B A, summed in fp32, rounded once.
+    """Merge the adapters into the weights: W + s · (α/r) · B A, summed in fp32, rounded once.
 
-    strength: a number, or (k,) one per adapter. `unmerge` brings the old weights back to the bit.
+    strength: a number, or (k,) per adapter. `unmerge` restores the old weights bitwise.
     """
     for name, layer in lora_layers(model).items():
         if layer.lora_merged is not None:
-            raise ValueError(f"{name} is merged already")
+            raise ValueError(f"{name} is already merged")
         mix = layer.lora_mix
         s = torch.as_tensor(strength, dtype=torch.float32, device=mix.device).view(-1)
         m = s.expand(mix.shape[0]) @ mix  # (r,)

@@ -1,5 +1,5 @@
-"""Arithmetic of low-rank updates ΔW = scale · B A: their sum, their best approximation of a rank,
-and a trained adapter that begins as another one. Sums are of the products, never of A and B apart.
+"""Arithmetic of low-rank updates ΔW = scale · B A: sums, best approximations of a given rank, and
+initializing an adapter from another one. Sums are of the products B A, never of A and B separately.
 """
 
 from collections.abc import Sequence
@@ -11,14 +11,14 @@ from model.lora import Factors, lora_layers
 
 
 def concat(terms: Sequence[tuple[Factors, float]]) -> Factors:
-    """Σ wᵢ ΔWᵢ exactly: the A below one another, the wᵢ scaleᵢ Bᵢ side by side, scale 1.
+    """Σ wᵢ ΔWᵢ exactly: the Aᵢ concatenated in rows, the wᵢ scaleᵢ Bᵢ in columns, scale 1.
 
-    ValueError when the updates are of different shapes.
+    ValueError if the updates have different shapes.
     """
     sizes = {(f.A.shape[1:], f.B.shape[:1]) for f, _ in terms}
     if len(sizes) > 1:
         shown = " and ".join(f"{tuple(f.B.shape)} by {tuple(f.A.shape)}" for f, _ in terms)
-        raise ValueError(f"the updates are of different shapes: {shown}")
+        raise ValueError(f"the updates have different shapes: {shown}")
     A = torch.cat([_float(f.A) for f, _ in terms])
     B = torch.cat([_float(f.B) * (w * f.scale) for f, w in terms], dim=1)
     return Factors(A, B, 1.0)
@@ -29,11 +29,11 @@ def _float(x: Tensor) -> Tensor:
 
 
 def truncate(f: Factors, rank: int) -> tuple[Factors, float, float]:
-    """The nearest update of this rank, ‖what was cut off‖² and ‖ΔW‖² (Eckart and Young 1936).
+    """The nearest update of this rank, ‖truncated part‖² and ‖ΔW‖² (Eckart and Young 1936).
 
     From the SVD of the r×r middle of B A = Q_B (R_B R_Aᵀ) Q_Aᵀ, in float64; the singular values are
-    shared evenly between the new A and B. A convolution is the matrix out × (in · kh · kw). An
-    update of no higher rank stays as it is.
+    split evenly between the new A and B. A convolution counts as a matrix out × (in · kh · kw). An
+    update whose rank is not higher is returned unchanged.
     """
     A, B = f.A.flatten(1).double(), f.B.flatten(1).double()  # (r, n), (out, r)
     Q_A, R_A = torch.linalg.qr(A.T)  # (n, r), (r, r)
@@ -42,7 +42,7 @@ def truncate(f: Factors, rank: int) -> tuple[Factors, float, float]:
     whole = S.square().sum().item()
     if rank >= f.A.shape[0]:
         return f, 0.0, whole
-    rank = min(rank, len(S))  # it has no more, where more are stacked than a layer can have
+    rank = min(rank, len(S))  # stacked adapters may have more than the layer's full rank
     root = S[:rank].sqrt()
     A_new = (root[:, None] * (Vh[:rank] @ Q_A.T)).view(rank, *f.A.shape[1:])
     B_new = (Q_B @ U[:, :rank] * root).view(f.B.shape[0], rank, *f.B.shape[2:])
@@ -53,11 +53,12 @@ def truncate(f: Factors, rank: int) -> tuple[Factors, float, float]:
 
 @torch.no_grad()
 def start_from(model: nn.Module, factors: dict[str, Factors], what: str) -> float:
-    """Give the model's one fresh adapter the function of `factors`; returns the relative error.
+    """Initialize the model's single fresh adapter from `factors`; returns the relative error.
 
-    At its own rank and α: a file of lower rank is padded exactly (the further A stay random, their
-    B zero), one of higher rank is cut by SVD, and the error is ‖cut‖/‖ΔW‖ over all layers. Layers
-    that the file lacks stay fresh. ValueError: `what` has a layer that is not trained, or misfits.
+    The adapter keeps its rank and α: factors of lower rank are padded exactly (the remaining A stay
+    random, their B zero), of higher rank truncated by SVD; the error is ‖cut‖/‖ΔW‖ over all layers.
+    Layers not in `factors` stay fresh. ValueError if `what` adapts a layer that is not trained, or
+    has another shape.
     """
     layers, cut, whole = lora_layers(model), 0.0, 0.0
     for name, f in factors.items():

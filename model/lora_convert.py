@@ -1,11 +1,11 @@
-"""The command line of LoRA files: into another layout, together, at another rank, into a base.
+"""Command line for LoRA files: convert the layout, sum several, reduce the rank, merge into a base.
 
     python -m model.weights convert IN OUT [--format kohya] [--dtype fp16] [--rank 8]
     python -m model.weights concat A B ... OUT [--weights 1,0.5] [--format ...] [--dtype ...]
     python -m model.weights merge --model BASE --lora FILE [--strength 1] OUT [--dtype fp16]
 
-IN, A, B and FILE are LoRA files of any layout that model/lora_layouts.py reads, or folders of runs.
-OUT must not be there yet.
+IN, A, B and FILE are LoRA files in any layout that model/lora_layouts.py reads, or folders of runs.
+OUT must not exist yet.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from model.objectives import PORTABLE
 from model.weights import load_text, load_unet
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-HUB_FILES = (  # what makes a model on the hub
+HUB_FILES = (  # the required files of a model on the hub
     "scheduler/scheduler_config.json", "tokenizer/vocab.json", "tokenizer/merges.txt",
     "vae/config.json", "vae/diffusion_pytorch_model{}.safetensors",
     "unet/config.json", "unet/diffusion_pytorch_model{}.safetensors",
@@ -44,7 +44,7 @@ MAYBE = ("tokenizer/tokenizer_config.json", "tokenizer/special_tokens_map.json",
 
 
 def concat_parts(terms: Sequence[tuple[Parts, float]]) -> Parts:
-    """Σ weight · LoRA, layer by layer, exactly. ValueError names a layer of two shapes."""
+    """Σ weight · LoRA, layer by layer, exactly. ValueError names a layer with different shapes."""
     total: Parts = {}
     for part in dict.fromkeys(part for parts, _ in terms for part in parts):
         own = [(parts.get(part, {}), weight) for parts, weight in terms]
@@ -58,7 +58,7 @@ def concat_parts(terms: Sequence[tuple[Parts, float]]) -> Parts:
 
 
 def truncate_parts(parts: Parts, rank: int) -> tuple[Parts, float, tuple[float, str]]:
-    """All layers at `rank` at most; ‖cut‖/‖ΔW‖ over all of them, and of the worst with its name."""
+    """All layers truncated to `rank`; ‖cut‖/‖ΔW‖ over all; of the worst layer, and its name."""
     small, cut, whole, worst = {part: {} for part in parts}, 0.0, 0.0, (0.0, "")
     for part, factors in parts.items():
         for path, f in factors.items():
@@ -85,27 +85,27 @@ def run_convert(args: argparse.Namespace) -> None:
         if args.rank < 1:
             raise ValueError(f"--rank must be at least 1, got {args.rank}")
         parts, error, (most, path) = truncate_parts(parts, args.rank)
-        at = f"; most at {path}, {most:.3g}" if most else ""
-        print(f"rank {args.rank}: relative error {error:.3g} (Frobenius norm of what was cut){at}")
+        at = f"; largest at {path}, {most:.3g}" if most else ""
+        print(f"rank {args.rank}: relative error {error:.3g} (Frobenius norm){at}")
         metadata = {key: metadata[key] for key in metadata.keys() - {"rank", "alpha"}}
     _save(args, parts, metadata)
 
 
 def run_concat(args: argparse.Namespace) -> None:
-    """Of the metadata, what all of them agree on is kept; what a use needs is warned about."""
+    """Sum the LoRAs. Keeps the metadata they agree on; warns if what sample.py needs differs."""
     weights = [1.0] * len(args.loras) if args.weights is None else args.weights
     if len(weights) != len(args.loras):
         raise ValueError(f"--weights has {len(weights)} numbers for {len(args.loras)} LoRAs")
     read = [read_lora(file, "LORA") for file in args.loras]
     first, *others = [metadata for _, metadata in read]
     agreed = {k: v for k, v in first.items() if all(o.get(k) == v for o in others)}
-    step = f"{first.get('objective')}_t"  # of an objective that is used at one step, which
+    step = f"{first.get('objective')}_t"  # the timestep, of an objective that has one
     needed = ("objective", "multiplier", "base_model", "revision", "variant", "vae_path",
               "tokenizer_name", "prediction_type", "prompt", "base_lora", "background", "states",
               step)  # fmt: skip
     for key in needed:
         if key not in agreed and any(key in metadata for _, metadata in read):
-            warnings.warn(f"the LoRAs differ in {key}: the new file does not say it", stacklevel=2)
+            warnings.warn(f"the LoRAs differ in {key}: the new file omits it", stacklevel=2)
     agreed = {key: agreed[key] for key in agreed.keys() - {"rank", "alpha", "steps"}}
     parts = concat_parts([(parts, w) for (parts, _), w in zip(read, weights)])
     _save(args, parts, agreed)
@@ -116,10 +116,10 @@ def run_concat(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def merge_into(args: argparse.Namespace, folder: Path) -> str:
-    """Fill `folder` with the base in diffusers' layout, the LoRA folded in; returns what was done.
+    """Fill `folder` with the base merged with the LoRA, in the diffusers layout; returns a summary.
 
-    What the LoRA leaves alone is copied as it is: of a directory every part, of a hub repository
-    HUB_FILES and MAYBE. Weight files keep the variant's name.
+    Other components are copied unchanged: all of a directory's, or HUB_FILES and MAYBE of a hub
+    repository. Weight files keep the variant in their names.
     """
     base, files = args.model, {"variant": args.variant, "revision": args.revision}
     dtype, dot = DTYPES[args.dtype], f".{args.variant}" if args.variant else ""
@@ -127,16 +127,16 @@ def merge_into(args: argparse.Namespace, folder: Path) -> str:
     m = multiplier(metadata, args.strength)
     if not math.isfinite(m):
         raise ValueError(f"--strength must be a finite number, got {args.strength}")
-    # of concat a model for diffusers' InstructPix2Pix pipeline is made
+    # concat becomes a model for diffusers' InstructPix2Pix pipeline
     if metadata.get("objective") not in (None, "concat", *PORTABLE):
         warnings.warn(
-            f"{args.lora} is of the objective {metadata['objective']!a}, whose use has steps of "
-            "its own (sample.py): merged, other clients make no use of it",
+            f"{args.lora} has the objective {metadata['objective']!a}, which only sample.py can "
+            "apply: other clients cannot use the merged model",
             stacklevel=2,
         )
     if (vae := metadata.get("vae_path")) is not None:
         warnings.warn(
-            f"{args.lora} was trained with the autoencoder {vae}, which is not merged with it",
+            f"{args.lora} was trained with the autoencoder {vae}, which is not copied",
             stacklevel=2,
         )
     if under := metadata.get("base_lora"):
@@ -149,7 +149,7 @@ def merge_into(args: argparse.Namespace, folder: Path) -> str:
         index = locate(base, "model_index.json", args.revision)
         if index is None:
             raise FileNotFoundError(
-                f"{lacks(base, 'model_index.json', args.revision)}; a whole model was wanted"
+                f"{lacks(base, 'model_index.json', args.revision)}; expected a complete model"
             )
     except FileNotFoundError as error:
         raise FileNotFoundError(f"--model {error}") from error
@@ -160,7 +160,7 @@ def merge_into(args: argparse.Namespace, folder: Path) -> str:
         write_json(folder / part / "config.json", config)
         state = {key: tensor.to(dtype).contiguous() for key, tensor in state.items()}
         if bad := [key for key, tensor in state.items() if not tensor.isfinite().all()]:
-            raise ValueError(f"{bad[0]} of the {part}, merged, is beyond the range of {args.dtype}")
+            raise ValueError(f"merged {bad[0]} of the {part} exceeds the range of {args.dtype}")
         path = folder / part / f"{stem}{dot}.safetensors"
         save_file(state, path, metadata={"format": "pt"})
 
@@ -170,9 +170,9 @@ def merge_into(args: argparse.Namespace, folder: Path) -> str:
         merge(unet, m)
         detach(unet)
         state = unet.state_dict()
-        width = state["conv_in.weight"].shape[1]  # 8 where a before image enters
+        width = state["conv_in.weight"].shape[1]  # 8 if it takes a before image
         if width == 8 and parts["unet"].get("conv_in") is not None:
-            # that pipeline shows the UNet the before latent without its scaling factor
+            # that pipeline passes the before latent without the scaling factor
             vae = read_json(locate(base, "vae/config.json", args.revision))
             state["conv_in.weight"][:, 4:] *= vae.get("scaling_factor", 0.18215)
         write("unet", "diffusion_pytorch_model", {**unet.config, "in_channels": width}, state)
@@ -220,7 +220,7 @@ def run_merge(args: argparse.Namespace) -> None:
         except BaseException as error:
             shutil.rmtree(aside)
             if isinstance(error, FileNotFoundError) and error.errno is None:
-                raise ValueError(error) from error  # of an OSError write_aside would say it of OUT
+                raise ValueError(error) from error  # write_aside would make an OSError name OUT
             raise
 
     write_aside(args.out, fill)
@@ -232,7 +232,7 @@ def run_merge(args: argparse.Namespace) -> None:
 
 def numbers(text: str) -> list[float]:
     if not all(map(math.isfinite, values := floats(text))):
-        raise argparse.ArgumentTypeError(f"numbers such as 1,0.5 were wanted, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected numbers such as 1,0.5, got {text!r}")
     return values
 
 
@@ -247,11 +247,11 @@ def make_parser() -> Parser:
         return one
 
     layout = {"choices": LAYOUTS, "default": "diffusers", "help": "of OUT [diffusers]"}
-    one = command("convert", run_convert, "a LoRA file into another layout, precision or rank")
-    one.add_argument("lora", metavar="IN", help="LoRA file of any layout, or a run's folder")
+    one = command("convert", run_convert, "convert a LoRA file to another layout, dtype or rank")
+    one.add_argument("lora", metavar="IN", help="LoRA file in any layout, or a run's folder")
     one.add_argument("out", metavar="OUT", type=Path, help="a new .safetensors")
     one.add_argument("--format", **layout)
-    one.add_argument("--rank", type=int, help="cut every layer to this rank by SVD")
+    one.add_argument("--rank", type=int, help="truncate every layer to this rank by SVD")
 
     one = command("concat", run_concat, "the exact sum of several LoRAs, as one file")
     one.add_argument("loras", metavar="LORA", nargs="+", help="LoRA files or runs")
@@ -259,7 +259,7 @@ def make_parser() -> Parser:
     one.add_argument("--weights", type=numbers, metavar="1,0.5", help="of each [1]")
     one.add_argument("--format", **layout)
 
-    one = command("merge", run_merge, "a base with a LoRA folded in, as a model directory")
+    one = command("merge", run_merge, "merge a LoRA into a base, as a model directory")
     one.add_argument("out", metavar="OUT", type=Path, help="a new directory")
     one.add_argument("--model", required=True, metavar="BASE", help="directory or hub id")
     one.add_argument("--lora", required=True, metavar="FILE", help="LoRA file or a run's folder")
@@ -275,14 +275,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         refuse_file(args.out.parent, "OUT")
         if args.out.exists():
-            raise FileExistsError(f"OUT {args.out} is there already")
+            raise FileExistsError(f"OUT {args.out} already exists")
         if args.command != "merge" and args.out.suffix != ".safetensors":
-            raise ValueError(f"OUT {args.out} should end in .safetensors")
+            raise ValueError(f"OUT {args.out} must end in .safetensors")
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.run(args)
     except (ValueError, OSError, SafetensorError) as error:
         status = report(f"model.weights {args.command}", error)
-        return 1 if isinstance(error, SafetensorError) else status  # it could not be written
+        return 1 if isinstance(error, SafetensorError) else status  # 1: writing failed
     return 0
 
 

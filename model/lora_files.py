@@ -1,7 +1,7 @@
-"""LoRA files in and out. How each layout spells its keys is in model/lora_layouts.py.
+"""Reading and writing LoRA files. The keys of each layout are in model/lora_layouts.py.
 
-What this project adds to a file stands in the header entry `pairlora`, in every layout. Whatever is
-wrong with a file is one ValueError or FileNotFoundError with its name and the key.
+In every layout this project's metadata is the header entry `pairlora`. Every fault of a file is one
+ValueError or FileNotFoundError that names the file and the key.
 """
 
 import json
@@ -21,11 +21,11 @@ from model.lora_layouts import Parts, pack, strange_to_kohya, unpack
 from model.objectives import Knobs
 from model.text import TextEncoder
 
-LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers takes the one that ends so by itself
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for in a folder
 
 
 def file_of(layout: str) -> str:
-    """The name of a run's result in a layout: diffusers' current one has the plain name."""
+    """The name of a run's LoRA file in a layout: LORA_FILE itself for diffusers' current one."""
     stem, dot, kind = LORA_FILE.partition(".")
     return LORA_FILE if layout == "diffusers" else f"{stem}_{layout}{dot}{kind}"
 
@@ -39,11 +39,11 @@ def save_lora(
     dtype: torch.dtype = torch.float32,
     layout: str = "diffusers",
 ) -> None:
-    """Write the one adapter of each given model; `load_lora` returns `metadata` (JSON-able)."""
+    """Write the single adapter of each given model; `metadata` must be serializable as JSON."""
     parts = {}
     if unet is not None:
         parts["unet"] = adapter_factors(unet)
-    if text is not None:  # transformers >= 5.6 drops `text_model.`; clients want it
+    if text is not None:  # transformers >= 5.6 drops `text_model.`; clients expect it
         own = adapter_factors(text.model)
         parts["text_encoder"] = {f"text_model.{_flat(name)}": f for name, f in own.items()}
     write_lora(path, parts, metadata, dtype=dtype, layout=layout)
@@ -57,11 +57,11 @@ def write_lora(
     dtype: torch.dtype = torch.float32,
     layout: str = "diffusers",
 ) -> None:
-    """Write factors in a layout; equal ones are equal bytes. ValueError as `pack`."""
+    """Write factors in a layout; equal factors give equal bytes. ValueError as for `pack`."""
     tensors, header = pack(parts, layout, dtype)
     if layout == "kohya" and (strange := strange_to_kohya(parts)):
         warnings.warn(
-            f"kohya's own loader leaves out {', '.join(strange)}; ComfyUI and diffusers apply them",
+            f"kohya's own loader ignores {', '.join(strange)}; ComfyUI and diffusers apply them",
             stacklevel=2,
         )
     header["pairlora"] = json.dumps(metadata or {}, sort_keys=True)
@@ -69,7 +69,7 @@ def write_lora(
 
 
 def _sorted_header(file: bytes) -> bytes:
-    """A safetensors file with its header entries in order: equal LoRAs are equal bytes."""
+    """A safetensors file with its header entries sorted, so that equal LoRAs give equal bytes."""
     size = int.from_bytes(file[:8], "little")
     header = json.dumps(
         json.loads(file[8 : 8 + size]), sort_keys=True, separators=(",", ":")
@@ -79,7 +79,7 @@ def _sorted_header(file: bytes) -> bytes:
 
 
 def lora_path(run_or_file: str | Path, flag: str = "--lora") -> Path:
-    """The LoRA file meant by a run's folder, a checkpoint's folder, or the file itself."""
+    """The LoRA file of a run's folder or a checkpoint's folder, or the file itself."""
     path = Path(run_or_file)
     if path.is_dir():
         path = path / LORA_FILE
@@ -89,9 +89,9 @@ def lora_path(run_or_file: str | Path, flag: str = "--lora") -> Path:
 
 
 def read_lora(run_or_file: str | Path, flag: str = "--lora") -> tuple[Parts, dict]:
-    """({"unet": {path: Factors}, "text_encoder": {...}}, our metadata or {} if it is not ours).
+    """({"unet": {path: Factors}, "text_encoder": {...}}, our metadata or {} if there is none).
 
-    In any layout that model/lora_layouts.py knows, `.safetensors` or `.bin`.
+    Any layout that model/lora_layouts.py knows, as `.safetensors` or `.bin`.
     """
     path, header = lora_path(run_or_file, flag), {}
     tensors = dict(read_tensors(path))
@@ -113,7 +113,7 @@ def _flat(name: str) -> str:
 
 
 def factors_for(model: nn.Module, factors: dict[str, Factors]) -> dict[str, Factors]:
-    """The same factors under the names that this model's layers have here, and in their shapes.
+    """The same factors under the names, and in the shapes, of this model's layers.
 
     transformers >= 5.6 drops `text_model.`; some tools store a 1×1 convolution as a matrix or a
     matrix as a 1×1 convolution.
@@ -140,14 +140,14 @@ def apply_lora(
     text: TextEncoder | None = None,
     fixed: float | None = None,
 ) -> None:
-    """Stack a LoRA onto the models given or, with `fixed`, put it under them at that multiplier.
+    """Stack a LoRA onto the given models or, with `fixed`, put it under them at that multiplier.
 
-    ValueError names `what`, and a layer that the model does not have or a shape that does not fit.
+    ValueError names `what`, and a layer that the model does not have or a shape mismatch.
     """
     for part, model in (("unet", unet), ("text_encoder", text and text.model)):
         if model is not None and part in parts:
             factors = factors_for(model, parts[part])
-            # trained with the before latent as more channels
+            # trained with the before latent as additional channels
             wide = factors.get("conv_in") if part == "unet" else None
             if wide is not None and (extra := wide.A.shape[1] - unet.in_channels) > 0:
                 unet.widen(extra)
@@ -164,7 +164,7 @@ KINDS = {
     "captions": bool, "native_scale": bool, "resized": bool, "background": str,
     **{knob: (get_args(kind) or (kind,))[0] for knob, kind in get_type_hints(Knobs).items()},
 }  # fmt: skip
-STEPS = tuple(knob for knob in Knobs._fields if knob.endswith("_t"))  # that a use begins at
+STEPS = tuple(knob for knob in Knobs._fields if knob.endswith("_t"))  # where sampling starts
 
 
 def _is_number(value: object) -> bool:
@@ -180,7 +180,7 @@ def _fits(key: str, value: object) -> bool:
 
 
 def _check_metadata(metadata: dict, path: Path) -> None:
-    """ValueError for an entry of ours that is of another kind: a stranger may have written it."""
+    """ValueError for an entry of the wrong type or range: the file may come from anyone."""
     slope_offset = metadata.get("multiplier", [1, 0])
     wrong = [key for key in KINDS if not _fits(key, metadata.get(key))]
     if not (isinstance(slope_offset, list) and list(map(_is_number, slope_offset)) == [True, True]):
@@ -196,23 +196,23 @@ def _check_metadata(metadata: dict, path: Path) -> None:
 def load_lora(
     run_or_file: str | Path, *, unet: nn.Module | None = None, text: TextEncoder | None = None
 ) -> dict:
-    """Stack a LoRA file's adapters onto the models given. Returns its `pairlora` metadata.
+    """Stack a LoRA file's adapters onto the given models. Returns its `pairlora` metadata.
 
-    ValueError names a layer that the model does not have, or a shape that does not fit. A part of
-    the file whose model is not given is warned about.
+    ValueError names a layer that the model does not have, or a shape mismatch. Warns if the file
+    has a part whose model is not given.
     """
     parts, metadata = read_lora(run_or_file)
     apply_lora(parts, run_or_file, unet=unet, text=text)
     for part, model in (("unet", unet), ("text_encoder", text)):
         if part in parts and model is None:
             warnings.warn(
-                f"{run_or_file} also adapts the {part}, which is left as it is", stacklevel=2
+                f"{run_or_file} also adapts the {part}, which stays unchanged", stacklevel=2
             )
     return metadata
 
 
 def multiplier(metadata: dict, strength: float) -> float:
-    """The LoRA multiplier that a strength (0 = before, 1 = after) means for a LoRA."""
+    """The LoRA multiplier for a strength (0 = before, 1 = after)."""
     slope, offset = metadata.get("multiplier", (1.0, 0.0))
     return slope * strength + offset
 
@@ -221,27 +221,27 @@ def multiplier(metadata: dict, strength: float) -> float:
 
 
 def companion_entry(run_or_file: str | Path, strength: float) -> dict:
-    """What the metadata of a LoRA trained on top of this one keeps of it."""
+    """The entry about this LoRA in the metadata of one trained on top of it."""
     path = lora_path(run_or_file, "--base_lora")
     return {"path": str(path.resolve()), "strength": strength, "sha256": file_sha256(path)}
 
 
 def refuse_chain(path: str | Path, metadata: dict) -> None:
-    """ValueError if what is to lie under a LoRA was itself trained on top of another one."""
+    """ValueError if a base LoRA was itself trained on top of another one."""
     if metadata.get("base_lora"):
         raise ValueError(
             f"--base_lora {path} was itself trained on top of another LoRA, which it does not "
-            "hold: one file of both was wanted (python -m model.weights concat)"
+            "contain; expected one file of both (python -m model.weights concat)"
         )
 
 
 def find_companion(
     metadata: dict, given: str | Path | None = None, strength: float | None = None
 ) -> tuple[Path, float] | None:
-    """(file, strength) of the LoRA that belongs under the one of this metadata; None if none does.
+    """(file, strength) of the base LoRA under the LoRA of this metadata; None if there is none.
 
-    What is given comes before what was recorded; strength 0 takes the companion away. A companion
-    that is gone is a FileNotFoundError, one that was changed meanwhile a warning.
+    Arguments take precedence over the metadata; strength 0 disables the base LoRA.
+    FileNotFoundError if its file is gone; a warning if it has changed since.
     """
     entry = metadata.get("base_lora") or {}
     kinds = {"path": str, "sha256": str, "strength": int | float}
@@ -254,9 +254,9 @@ def find_companion(
         path = lora_path(given, "--base_lora")
     elif not (path := Path(entry["path"])).is_file():
         raise FileNotFoundError(
-            f"the LoRA was trained on top of {path}, which is not there: say with --base_lora "
-            "where it is, or leave it out with --base_lora_strength 0"
+            f"the LoRA was trained on top of {path}, which does not exist: say where it is with "
+            "--base_lora, or disable it with --base_lora_strength 0"
         )
     if entry and file_sha256(path) != entry["sha256"]:
-        warnings.warn(f"{path} is not the base LoRA of the training any more", stacklevel=2)
+        warnings.warn(f"{path} is no longer the base LoRA of the training", stacklevel=2)
     return path, strength

@@ -1,14 +1,14 @@
-"""How LoRA files spell a layer: three layouts to write, and their relatives to read.
+"""The key layouts of LoRA files: three to write, and their variants to read.
 
     diffusers    unet.<path>.lora_A.weight (r, in)  unet.<path>.lora_B.weight (out, r)
-                 α and mixed ranks in the header, as peft's LoraConfig spells them
+                 α and mixed ranks in the header, in the form of peft's LoraConfig
     attn_procs   diffusers of 2023: unet.<...>.attn1.processor.to_q_lora.down.weight, .up.weight,
                  unet.<path>.lora.down.weight outside attention; the scale is folded into `up`
     kohya        also A1111's and ComfyUI's: lora_unet_<path, _ for .>.lora_down.weight,
                  .lora_up.weight, .alpha; one α for the whole file, the rest folded into `lora_up`
 
-A part is "unet" or "text_encoder", a path the module's in the published checkpoint; those of the
-text encoder begin with `text_model.`, whatever the installed transformers calls it.
+A part is "unet" or "text_encoder", a path that of the module in published checkpoints; paths in the
+text encoder begin with `text_model.`, whatever the installed transformers version uses.
 """
 
 import json
@@ -24,8 +24,8 @@ LAYOUTS = ("diffusers", "attn_procs", "kohya")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Parts = dict[str, dict[str, Factors]]
 
-# kohya's names have `_` for every dot. These are all the module names on the way to a Linear or
-# Conv2d of SD's UNet and CLIP, so a name can be taken apart again; no other name is guessed at.
+# kohya's names have `_` for every dot. These are all module names on the path to a Linear or Conv2d
+# in SD's UNet and CLIP, so that such a name can be split again; other names are not guessed.
 WORDS = (
     r"down_blocks|mid_block|up_blocks|resnets|attentions|downsamplers|upsamplers"
     r"|transformer_blocks|attn1|attn2|to_q|to_k|to_v|to_out|ff|net|proj_in|proj_out|proj"
@@ -34,11 +34,11 @@ WORDS = (
     r"|mlp|fc1|fc2|\d+"
 )
 KOHYA_NAME = re.compile(rf"({WORDS})(?:_|$)")
-# where a path begins in files that do not say the part
+# first module of a path, in files whose keys do not name the part
 TOPS = {"down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out", "time_embedding"}
 TEXT_TOPS = {"text_model", "encoder"}
 
-KOHYA = re.compile(  # diffusers' own converter says te1 for SD too
+KOHYA = re.compile(  # diffusers' own converter writes te1 for SD too
     r"lora_(unet|te|te1)_(\w+)\.(lora_down\.weight|lora_up\.weight|lora_mid\.weight|alpha)"
 )
 PART = r"(?:base_model\.model\.)?(?:(unet|text_encoder)\.)?(?:base_model\.model\.)?"
@@ -58,16 +58,16 @@ PARTNERS = {"lora_A": "lora_B", "lora_down": "lora_up", ".down.": ".up."}
 def pack(parts: Parts, layout: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a file in this layout, and its header.
 
-    ValueError: a layout that is none, no layer at all, or a value too large for `dtype`.
+    ValueError: an unknown layout, no layers, or a value too large for `dtype`.
     """
     if layout not in LAYOUTS:
-        raise ValueError(f"{layout!r} is no layout of LoRA files; {', '.join(LAYOUTS)} are")
+        raise ValueError(f"{layout!r} is not a LoRA layout; expected one of {', '.join(LAYOUTS)}")
     tensors, config, common = {}, {}, _common_alpha(parts)
     for part, factors in parts.items():
         for path, f in factors.items():
             fold = 1.0
             if layout == "diffusers":
-                fold = 1.0 if f.scale > 0 else f.scale  # an α is above 0
+                fold = 1.0 if f.scale > 0 else f.scale  # α must be positive
                 down, up = (f"{part}.{path}.lora_{letter}.weight" for letter in "AB")
             elif layout == "attn_procs":
                 stem, fold = _old_stem(part, path), f.scale
@@ -80,7 +80,7 @@ def pack(parts: Parts, layout: str, dtype: torch.dtype) -> tuple[dict[str, Tenso
             for key, tensor in ((down, f.A), (up, B)):
                 tensors[key] = tensor.to("cpu", dtype, copy=True).contiguous()
                 if not tensors[key].isfinite().all():
-                    raise ValueError(f"{path} of the {part} is beyond the range of {dtype}")
+                    raise ValueError(f"{path} of the {part} exceeds the range of {dtype}")
         if layout == "diffusers":
             config |= _peft_config(part, factors)
     if not tensors:
@@ -96,7 +96,7 @@ def kohya_name(part: str, path: str) -> str:
 
 
 def strange_to_kohya(parts: Parts) -> list[str]:
-    """Layers that kohya's own loader has no place for: those outside ResNets and transformers."""
+    """Layers that kohya's own loader ignores: those outside ResNets and transformers."""
     inside = re.compile(r"(resnets|attentions|downsamplers|upsamplers|self_attn|mlp)\.")
     return [path for factors in parts.values() for path in factors if not inside.search(path)]
 
@@ -110,14 +110,14 @@ def _old_stem(part: str, path: str) -> str:
 
 
 def _common_alpha(parts: Parts) -> float:
-    """The commonest α above 0: clients misread a file whose α differ, and to some 0 means none."""
+    """The most common α > 0: clients misread files with mixed α, and some take 0 for none."""
     layers = [f for factors in parts.values() for f in factors.values()]
     return _commonest([f.scale * len(f.A) for f in layers if f.scale > 0] or [1.0])
 
 
 def _peft_config(part: str, factors: dict[str, Factors]) -> dict:
-    """r, lora_alpha, target_modules, and patterns for the layers that differ from the commonest."""
-    # peft matches the ends of paths: without the prefix they fit transformers of any age
+    """r, lora_alpha, target_modules, and patterns for layers that differ from the most common."""
+    # peft matches the ends of paths: without the prefix they match in any transformers version
     factors = {name.removeprefix("text_model."): f for name, f in factors.items()}
     ranks = {name: f.A.shape[0] for name, f in factors.items()}
     alphas = {n: (f.scale if f.scale > 0 else 1.0) * f.A.shape[0] for n, f in factors.items()}
@@ -143,7 +143,7 @@ def _commonest(values):
 
 
 def spelt(key: str) -> tuple[str, str, str] | None:
-    """(part, path, role) of a file's key, role being A, B, mid or alpha; None: in no layout."""
+    """(part, path, role) of a file's key; role: A, B, mid or alpha. None if it is in no layout."""
     if m := KOHYA.fullmatch(key):
         path = ".".join(KOHYA_NAME.findall(m[2]))
         part = "unet" if m[1] == "unet" else "text_encoder"
@@ -171,24 +171,24 @@ def _with_prefix(path: str) -> str:
 
 
 def unpack(tensors: dict[str, Tensor], peft: dict, file) -> Parts:
-    """{"unet": {path: Factors}, ...} of the tensors of `file` and its header's peft config.
+    """{"unet": {path: Factors}, ...} from the tensors of `file` and the peft config in its header.
 
-    ValueError names the file and the key that is stray, double, missing its partner or misshapen.
+    ValueError names the file and a key that is unknown, duplicate, incomplete or of a wrong shape.
     """
     keys: dict[tuple[str, str], dict[str, str]] = {}  # layer -> {role: key}
     for key, tensor in tensors.items():
         where = spelt(key)
         if where is None:
             raise ValueError(
-                f"{file} has the key {key}, which no known layout of an SD LoRA has "
-                "(diffusers', kohya's; LoHa, LoKr, DoRA and SDXL are not read)"
+                f"{file} has the key {key}, which is in no known layout of an SD LoRA "
+                "(diffusers, kohya; LoHa, LoKr, DoRA and SDXL are not supported)"
             )
         *layer, role = where
         roles = keys.setdefault(tuple(layer), {})
         if role in roles:
-            raise ValueError(f"{file} has {key}, which is {roles[role]} once more")
+            raise ValueError(f"{file} has {key}, which duplicates {roles[role]}")
         if tensor.dtype not in FLOATS:
-            raise ValueError(f"{file} has {key} in {tensor.dtype}; floating point was wanted")
+            raise ValueError(f"{file} has {key} in {tensor.dtype}; expected floating point")
         if not tensor.isfinite().all():
             raise ValueError(f"{file} has NaN or infinity in {key}")
         roles[role] = key
@@ -199,7 +199,7 @@ def unpack(tensors: dict[str, Tensor], peft: dict, file) -> Parts:
             role, key = next(iter(roles.items()))
             raise ValueError(f"{file} has {key} without {_partner(key, role, missing[0])}")
         A, B = tensors[roles["A"]], tensors[roles["B"]]
-        if "mid" in roles:  # LoCon's three factors: B · mid · A, A then being 1×1
+        if "mid" in roles:  # LoCon's three factors B · mid · A, where A is 1×1
             A = _with_mid(A, tensors[roles["mid"]], f"{file} has {roles['mid']}")
         r = A.shape[0] if A.dim() in (2, 4) else 0
         if r == 0:
@@ -212,7 +212,7 @@ def unpack(tensors: dict[str, Tensor], peft: dict, file) -> Parts:
         if "alpha" in roles:
             alpha = tensors[roles["alpha"]]
             if alpha.numel() != 1 or alpha.item() == 0:  # clients disagree on what 0 means
-                raise ValueError(f"{file} has {roles['alpha']}, which is not one number, and not 0")
+                raise ValueError(f"{file} has {roles['alpha']}, which is not one nonzero number")
             scale = alpha.item() / r
         elif ".lora_A" in roles["A"]:
             scale = _peft_scale(peft, part, path.removeprefix("text_model."), r, file)
@@ -225,7 +225,7 @@ def unpack(tensors: dict[str, Tensor], peft: dict, file) -> Parts:
 
 
 def _partner(key: str, role: str, wanted: str) -> str:
-    """How `key`'s file would spell the key of another role."""
+    """The key of the missing role, in the layout of `key`."""
     if role in ("alpha", "mid"):
         return key.split(".")[0] + (".lora_down.weight" if wanted == "A" else ".lora_up.weight")
     for a, b in PARTNERS.items():
@@ -234,7 +234,7 @@ def _partner(key: str, role: str, wanted: str) -> str:
 
 
 def _with_mid(A: Tensor, mid: Tensor, what: str) -> Tensor:
-    """A (q, in, 1, 1) under mid (r, q, kh, kw), as one A (r, in, kh, kw)."""
+    """A (q, in, 1, 1) followed by mid (r, q, kh, kw), as one A (r, in, kh, kw)."""
     if mid.dim() != 4 or A.dim() != 4 or A.shape[2:] != (1, 1) or mid.shape[1] != A.shape[0]:
         raise ValueError(f"{what} with shape {tuple(mid.shape)} on lora_down {tuple(A.shape)}")
     dtype = torch.promote_types(A.dtype, torch.float32)
@@ -242,9 +242,9 @@ def _with_mid(A: Tensor, mid: Tensor, what: str) -> Tensor:
 
 
 def _peft_scale(peft: dict, part: str, path: str, r: int, file) -> float:
-    """α/r as peft reads its config: a pattern is a regular expression for the end of a path."""
+    """α/r as peft reads its config: patterns are regular expressions for the end of a path."""
 
-    def said(name: str, default):  # one module alone is saved without the part's name
+    def said(name: str, default):  # a single part is saved without its name
         return peft.get(f"{part}.{name}", peft.get(name, default))
 
     try:

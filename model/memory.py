@@ -1,4 +1,4 @@
-"""Explicit memory: phases with measured peaks, flat buffers, activation checkpointing."""
+"""Memory: phases with measured peaks, flat buffers, activation checkpointing."""
 
 import gc
 import resource
@@ -14,12 +14,12 @@ from torch.utils.checkpoint import checkpoint
 from model.layers import ResBlock, TransformerBlock
 
 MIB = 2**20
-# the CPU's allocator; CUDA itself, at a graph or a kernel's loading, and Triton; cuBLAS, cuDNN
+# messages of the CPU allocator; of CUDA (graphs, module loading) and Triton; of cuBLAS and cuDNN
 FULL = ("allocate memory", "out of memory", "ALLOC_FAILED")
 
 
 def peak_mib(device: torch.device) -> float:
-    """Highest memory: on CUDA allocated since the last `phase` began, elsewhere RSS, ever."""
+    """Peak MiB: on CUDA those allocated since the last `phase` began, else the process's RSS."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / MIB
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -27,7 +27,7 @@ def peak_mib(device: torch.device) -> float:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """torch has a type of its own for what its allocator lacks; the rest is said in words."""
+    """torch has an exception type for its allocator only; other cases are found by message."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     if error.__context__ is not None and out_of_memory(error.__context__):  # as in a broken capture
@@ -36,13 +36,13 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def unless_full(compute: Callable, *inputs):
-    """`compute(*inputs)`; or None if memory did not suffice, with what it held given back."""
+    """`compute(*inputs)`; or None if it runs out of memory, after freeing what it held."""
     try:
         return compute(*inputs)
     except Exception as error:
         if not out_of_memory(error):
             raise
-    gc.collect()  # out here the error is gone, and with it the frames that held the activations
+    gc.collect()  # outside the handler: the error, whose frames hold the activations, is gone
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     return None
@@ -50,9 +50,9 @@ def unless_full(compute: Callable, *inputs):
 
 @contextmanager
 def phase(name: str, device: torch.device, log: Callable[..., None]) -> Iterator[None]:
-    """A part of the run that holds one big module. Logs seconds, peak and what is left at its end.
+    """A phase of the run that holds one big module. Logs its seconds, peak and remaining MiB.
 
-    The caller drops its references before the block ends; what they held is given back here.
+    The caller drops its references before the block ends; the memory is freed here.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -74,10 +74,10 @@ def phase(name: str, device: torch.device, log: Callable[..., None]) -> Iterator
 
 
 def flatten(params: Sequence[nn.Parameter]) -> nn.Parameter:
-    """One flat parameter whose storage, and whose gradient's, the given ones become views of.
+    """One flat parameter; the given ones, and their gradients, become views of its storage.
 
-    The given parameters stay the leaves that autograd knows and accumulates into; clipping, the
-    optimizer and a checkpoint see one tensor. They must share dtype and device.
+    The given parameters stay the autograd leaves; clipping, the optimizer and checkpoints see a
+    single tensor. They must share dtype and device.
     """
     flat = nn.Parameter(torch.cat([p.detach().flatten() for p in params]))
     flat.grad = torch.zeros_like(flat)
@@ -90,7 +90,7 @@ def flatten(params: Sequence[nn.Parameter]) -> nn.Parameter:
     return flat
 
 
-# What is computed again in the backward pass instead of kept, from the fastest to the smallest.
+# Modules recomputed in the backward, from the fastest level to the one with the least memory.
 LEVELS = {
     "none": (),
     "transformer": (TransformerBlock,),
@@ -101,11 +101,10 @@ LEVELS = {
 def checkpoint_activations(
     model: nn.Module, kinds: tuple[type, ...], context_fn: Callable | None = None
 ) -> int:
-    """Make all blocks of the given kinds, and no others, recompute their inside in the backward
-    pass; how many.
+    """Activation checkpointing for blocks of the given kinds, and no others; returns their number.
 
-    Chen et al. 2016 (arXiv 1604.06174). `context_fn` restores what the recompute must see again,
-    the strength of a LoRA for instance; a compiled graph has it as an input and needs no such help.
+    Chen et al. 2016 (arXiv 1604.06174). `context_fn` restores state for the recomputation, such as
+    the strength of a LoRA; a compiled graph has it as an input and does not need it.
     """
 
     def recomputed(forward: Callable) -> Callable:
@@ -120,7 +119,7 @@ def checkpoint_activations(
         return run
 
     for block in model.modules():
-        vars(block).pop("forward", None)  # of an earlier call: the class has its own
+        vars(block).pop("forward", None)  # undo an earlier call: the class has the original
     blocks = [m for m in model.modules() if isinstance(m, kinds)]
     for block in blocks:
         block.forward = recomputed(block.forward)

@@ -1,11 +1,11 @@
-"""States between a given before and after: a path of latents, its correction, its spacing.
+"""States between a given before and after: a path of latents, its correction and its spacing.
 
     z          latents of the two ends, (2, 4, h, w), scaled
     s          strengths, (n,): 0 = before, 1 = after
     states     s -> latents (n, 4, h, w); `inverted`, `blended`, or an edit of the before image
 
-A path alone need not meet its ends and need not move evenly: `renderer` mends the first, `respaced`
-the second. `fit` makes a LoRA of the one pair where none was trained on others.
+A path by itself may miss its ends and move unevenly: `renderer` corrects the first, `respaced` the
+second. `fit` trains a LoRA on this one pair if there is none from other pairs.
 """
 
 from collections.abc import Callable, Iterator
@@ -43,14 +43,14 @@ def slerp(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
     """
     u, v, w = x.double(), y.double(), s.double().view(-1, 1, 1, 1)
     theta = F.cosine_similarity(u.flatten(), v.flatten(), dim=0).clamp(-1, 1).acos()
-    if theta.sin() < 1e-6:  # parallel: the arc is the line; opposite: there is no one arc
+    if theta.sin() < 1e-6:  # parallel: the arc is the line; opposite: the arc is not unique
         return torch.lerp(u, v, w).to(x.dtype)
     arc = ((1 - w) * theta).sin() * u + (w * theta).sin() * v
     return (arc / theta.sin()).to(x.dtype)
 
 
 def adain(x: Tensor, x_a: Tensor, x_b: Tensor, s: Tensor) -> Tensor:
-    """x (n, 4, h, w) with each channel's mean and deviation at s between those of the ends.
+    """x (n, 4, h, w) with each channel's mean and std interpolated at s between the ends'.
 
     σ_s (x − μ(x)) / σ(x) + μ_s (Huang & Belongie 2017, arXiv 1703.06868, eq. 8), with μ_s and σ_s
     interpolated linearly as in DiffMorpher (Zhang et al. 2023, arXiv 2312.07409).
@@ -69,11 +69,11 @@ def adain(x: Tensor, x_a: Tensor, x_b: Tensor, s: Tensor) -> Tensor:
 
 @contextmanager
 def mixed_attention(unet: nn.Module, s: Tensor) -> Iterator[None]:
-    """Every self-attention reads the first and the last image of the batch, mixed by s (b,).
+    """Every self-attention uses K and V of the batch's first and last image, mixed by s (b,).
 
-    K_s = (1 − s) K_first + s K_last, and V alike (DiffMorpher). With s = 0 in the first row and 1
-    in the last, those two attend to themselves as ever: the ends' own trajectories go along in the
-    batch, and nothing has to be stored between the steps.
+    K_s = (1 − s) K_first + s K_last, and V likewise (DiffMorpher). With s = 0 in the first row and
+    1 in the last, those two attend to themselves as usual: the ends' trajectories run along in the
+    batch, so nothing needs to be stored between steps.
     """
     w = s.view(-1, 1, 1)
 
@@ -105,12 +105,12 @@ def inverted(
     attention: bool = True,
     chunk: int = 8,
 ) -> States:
-    """Both ends to noise by DDIM inversion, the arc between the two noises, and back.
+    """DDIM inversion of both ends, the arc between the two noises, and back.
 
-    The manner of DiffMorpher. `multiplier` gives for s (n,) the LoRA's multipliers, (n,) or one
-    column for each of several adapters, (n, k): their products B A are what is interpolated. The
-    ends are inverted with the multipliers they are sampled with. At most `chunk` frames and the two
-    ends go through the UNet at once.
+    As in DiffMorpher. `multiplier` maps s (n,) to the LoRA's multipliers, (n,) or, with a column
+    per adapter, (n, k): the products B A are what is interpolated. The ends are inverted at the
+    multipliers they are sampled with. The UNet processes at most `chunk` frames and the two ends at
+    a time.
     """
     ends = torch.tensor([0.0, 1.0], device=z.device)
     m_ends = multiplier(ends)
@@ -151,10 +151,10 @@ def renderer(
 ) -> tuple[Render, Tensor]:
     """(s (n,) -> frames (n, 3, H, W), the path's own two ends (2, 3, H, W)), all in [-1, 1].
 
-    z (2, 4, h, w) and pixels (2, 3, H, W) are the given ends. What the path misses of them is added
-    back, faded out linearly along the way: z(s) + (1−s)(z[0] − z(0)) + s(z[1] − z(1)) in the
-    latents, then in the pixels what the autoencoder loses. The first and the last frame are then
-    the given images. Latents larger than the pixels need (padding) are cut to them.
+    z (2, 4, h, w) and pixels (2, 3, H, W) are the given ends. The path's error at them is added
+    back, fading linearly along the way: z(s) + (1−s)(z[0] − z(0)) + s(z[1] − z(1)) in the latents,
+    then the autoencoder's loss in the pixels. The first and last frame are then exactly the given
+    images. Padding of the latents beyond the pixels is cropped.
     """
     height, width = pixels.shape[2:]
     picture = lambda latents: decode(pipe.vae, latents)[..., :height, :width]  # noqa: E731
@@ -180,15 +180,15 @@ def steps_between(frames: Tensor, distance: Callable[[Tensor, Tensor], float]) -
 
 
 def unevenness(frames: Tensor, distance: Callable[[Tensor, Tensor], float]) -> float:
-    """Deviation of the steps over their mean; 0 where nothing moves."""
+    """Standard deviation of the steps over their mean; 0 if nothing moves."""
     gaps = steps_between(frames, distance)
     return float(np.std(gaps) / max(np.mean(gaps), 1e-12))
 
 
 def respace(s: Tensor, gaps: list[float]) -> Tensor:
-    """New strengths (n,): where equal shares of the way are done, by gaps (n − 1,) between the old.
+    """New strengths (n,) that divide the path into equal lengths, by gaps (n − 1,) between the old.
 
-    The length of the way is linear between two of the old strengths.
+    The path length is taken as linear between two old strengths.
     """
     gone = np.concatenate([[0.0], np.cumsum(gaps)])
     if gone[-1] == 0:  # nothing moves
@@ -198,7 +198,7 @@ def respace(s: Tensor, gaps: list[float]) -> Tensor:
 
 
 def interpolated(known_s: Tensor, known: Tensor, s: Tensor) -> Tensor:
-    """Frames at s (n,), linearly between known ones (k, 3, H, W) at rising known_s (k,)."""
+    """Frames at s (n,), linearly between `known` (k, 3, H, W) at rising known_s (k,)."""
     right = torch.searchsorted(known_s, s).clamp(1, len(known_s) - 1)
     low, high = known_s[right - 1], known_s[right]
     w = ((s - low) / (high - low).clamp(min=1e-9)).view(-1, 1, 1, 1)
@@ -208,19 +208,20 @@ def interpolated(known_s: Tensor, known: Tensor, s: Tensor) -> Tensor:
 def respaced(
     render: Render, n: int, distance: Callable[[Tensor, Tensor], float], *, rounds: int
 ) -> tuple[Tensor, Tensor]:
-    """n strengths and their frames: evenly spaced in s, then up to `rounds` times by what is seen.
+    """n strengths and their frames: evenly spaced in s, then refined up to `rounds` times so that
+    the frames change evenly.
 
-    Each round looks for strengths of equal steps on what is known of the path, all frames so far
-    and straight lines between them, and renders there. The most even frames of all are kept (least
-    deviation of the steps over their mean). `respace` is repeated because a step is a chord: where
-    the path bends, shorter chords add up to a longer way.
+    Each round looks for strengths of equal steps on the path as known so far, all frames and linear
+    interpolation between them, and renders there. The most even frames are kept (by `unevenness`).
+    `respace` is iterated because a step is a chord: where the path bends, shorter chords add up to
+    a longer path.
     """
     s = torch.linspace(0, 1, n)
     frames = render(s)
     known_s, known = s, frames
     best, best_s, best_frames = unevenness(frames, distance), s, frames
     for _ in range(rounds):
-        if best < 0.01:  # beyond what anybody sees
+        if best < 0.01:  # imperceptible
             break
         trial, least = best_s, float("inf")
         for _ in range(20):
@@ -228,7 +229,7 @@ def respaced(
             if (uneven := unevenness(shown, distance)) < least:
                 least, s = uneven, trial
             gaps = steps_between(shown, distance)
-            trial = (trial + respace(trial, gaps)) / 2  # half the way: the whole may swing
+            trial = (trial + respace(trial, gaps)) / 2  # damped: a full step may oscillate
         frames = render(s)
         order = torch.cat([known_s, s]).argsort(stable=True)
         known_s, known = torch.cat([known_s, s])[order], torch.cat([known, frames])[order]
@@ -251,9 +252,9 @@ def fit(
     lr: float,
     seed: int,
 ) -> Pipeline:
-    """The pipeline with a LoRA (attn, ff) fitted to this pair; its losses fall, or it was in vain.
+    """The pipeline with a LoRA (attn, ff) fitted to this pair. ValueError if the loss diverges.
 
-    For the inverted path two adapters, one an image, as in DiffMorpher: ½‖e_a(x_t^a) − ε‖² +
+    For the inverted path two adapters, one per image, as in DiffMorpher: ½‖e_a(x_t^a) − ε‖² +
     ½‖e_b(x_t^b) − ε‖² with the same ε and t. For the direct path (`delta`) one:
     ‖D_1(z[0]) − z[1]‖².
     """

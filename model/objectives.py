@@ -1,17 +1,17 @@
-"""What a pair means: for each objective how it trains and, beside it, how it is used.
+"""What a pair means: for each objective its training loss and, beside it, its use (the edit).
 
     a, b       the before and the after latent, (b, 4, h, w), scaled
-    s          strength, (b,): 0 = before, 1 = after; of a state in between, its share of the way
+    s          strength, (b,): 0 = before, 1 = after, in between for an intermediate state
     e_m(x, t)  predict(x, t, m): the UNet with its LoRA at multiplier m (b,); m None is the base
 
-A loss takes `(predict, schedule, a, b, s, draws, knobs)` and gives its unreduced map, (n, 4, h, w)
+A loss takes `(predict, schedule, a, b, s, draws, knobs)` and returns an unreduced map, (n, 4, h, w)
 with n = b or 2b ([before half, after half]); train.py weights it by the mask and averages. An edit
-takes `(predict, schedule, z, s, how)` and gives the latent of z with the change at strength s.
-Neither sees the UNet, the LoRA, a file or a flag. `predict` repeats its context where a batch holds
-the pair twice, and takes more channels than four where the objective says so. A loss waits for no
-number (`.item()`, `if` on a tensor) and makes no random shape: so a step can be one CUDA graph. An
-edit draws with `noise_like(z, how.generator)`, a generator for each image. A new objective is two
-functions here and a line in OBJECTIVES.
+takes `(predict, schedule, z, s, how)` and returns the latent of z with the change at strength s.
+Neither sees the UNet, the LoRA, a file or a flag. `predict` repeats its context if a batch holds
+the pair twice, and takes more than four channels if the objective declares `extra`. A loss never
+synchronizes (`.item()`, `if` on a tensor) and has no data-dependent shapes, so that a step can be
+a CUDA graph. An edit draws noise with `noise_like(z, how.generator)`, one generator per image. A
+new objective is two functions here and a line in OBJECTIVES.
 """
 
 import math
@@ -39,12 +39,12 @@ class Draws(NamedTuple):
     """A step's randomness, the same for both sides of a pair."""
 
     eps: Tensor  # (b, 4, h, w)
-    t: Tensor  # (b,) int64, over all steps; an objective that wants a part of them scales it
+    t: Tensor  # (b,) int64, over all timesteps; an objective that uses a part of them rescales it
     u: Tensor | None = None  # (b,) in [0, 1)
 
 
 class Knobs(NamedTuple):
-    """Numbers that an objective may read, in training and in use: fields of the config too."""
+    """Options that an objective may read, in training and in use; also fields of the config."""
 
     delta_t: int = 300
     bridge_t: int = 600
@@ -61,10 +61,10 @@ class How(NamedTuple):
 
     steps: int = 30
     start: str = "invert"  # "invert": DDIM inversion of z; "noise": SDEdit, z plus noise
-    noise_level: float = 0.7  # share of the steps that is run: 1 forgets z ("noise") altogether
-    guided: Predict | None = None  # predict under classifier-free guidance; None: guidance 1
-    image_guidance: float = 1.0  # `concat`: how much more the before image counts than none
-    eta: float = 0.0  # `bridge`, `img2img`: how much of its noise is drawn anew in each step, 0..1
+    noise_level: float = 0.7  # share of the steps that is run: at 1, "noise" discards z
+    guided: Predict | None = None  # predict with classifier-free guidance; None: guidance 1
+    image_guidance: float = 1.0  # `concat`: guidance scale of the before image
+    eta: float = 0.0  # `bridge`, `img2img`: share of the noise that each step redraws, 0..1
     generator: Generators = None
     knobs: Knobs = Knobs()
 
@@ -80,7 +80,7 @@ def penalty(error: Tensor, knobs: Knobs) -> Tensor:
 
 
 def noise_steps(t: Tensor, schedule: Schedule, knobs: Knobs, t_min: int = 0) -> Tensor:
-    """t over all steps -> over the knob's t_min (or else this one) and up, evenly."""
+    """t over all timesteps -> evenly over t_min and up; knobs.t_min takes precedence."""
     t_min = t_min if knobs.t_min is None else knobs.t_min
     return t_min + t * (schedule.num_steps - t_min) // schedule.num_steps
 
@@ -88,8 +88,8 @@ def noise_steps(t: Tensor, schedule: Schedule, knobs: Knobs, t_min: int = 0) -> 
 def noise_loss(
     predict: Predict, schedule: Schedule, x_0: Tensor, m: Tensor, draws: Draws, knobs: Knobs
 ) -> Tensor:
-    """w(t) ‖e_m(x_t, t) − target‖², the loss of DDPM (eq. 14) at LoRA multiplier m; or another
-    `penalty` in the square's place."""
+    """w(t) ‖e_m(x_t, t) − target‖², the loss of DDPM (eq. 14) at LoRA multiplier m; or with another
+    `penalty` in place of the square."""
     t = noise_steps(draws.t, schedule, knobs)
     x_t = schedule.add_noise(x_0, draws.eps, t)
     pred = predict(x_t, t, m)
@@ -106,21 +106,21 @@ def twice(draws: Draws) -> Draws:
 
 
 def delta_steps(t, schedule, knobs):
-    """The one step τ, whatever is drawn."""
+    """The single timestep τ, whatever is drawn."""
     return torch.full_like(t, knobs.delta_t)
 
 
 def delta(predict: Predict, schedule: Schedule, z: Tensor, s: Tensor, knobs: Knobs) -> Tensor:
-    """D_s(z) = z + x̂_0(e_s) − x̂_0(e_0), both at √ā_τ z and the one step τ.
+    """D_s(z) = z + x̂_0(e_s) − x̂_0(e_0), both at √ā_τ z and the single timestep τ.
 
-    With ε-prediction this is z + √((1−ā_τ)/ā_τ) (e_0 − e_s). At s = 0 it is z exactly. One step and
-    no noise, in the manner of img2img-turbo (Parmar et al. 2024, arXiv 2403.12036), but the frozen
-    base's own answer is taken off, so only what the LoRA adds is left.
+    With ε-prediction this is z + √((1−ā_τ)/ā_τ) (e_0 − e_s). At s = 0 it is exactly z. One step and
+    no noise, as in img2img-turbo (Parmar et al. 2024, arXiv 2403.12036), but the frozen base's own
+    prediction is subtracted, so that only the LoRA's contribution remains.
     """
     t = delta_steps(torch.empty(len(z), dtype=torch.int64, device=z.device), schedule, knobs)
     signal, _ = schedule.roots(t, z)
     x = signal * z
-    with torch.no_grad():  # the frozen half has no gradient, and z none either
+    with torch.no_grad():  # neither the frozen base nor z needs a gradient
         e_0 = predict(x, t, None)
     e_s = predict(x, t, s)
     return z + (schedule.split(x, e_s, t)[0] - schedule.split(x, e_0, t)[0])
@@ -132,7 +132,7 @@ def delta_loss(predict, schedule, a, b, s, draws, knobs):
 
 
 def delta_edit(predict, schedule, z, s, how):
-    """D_s(z): two forward passes, nothing drawn. Multiplier s."""
+    """D_s(z): two forward passes, deterministic. Multiplier s."""
     return delta(predict, schedule, z, s, how.knobs)
 
 
@@ -140,7 +140,7 @@ def delta_edit(predict, schedule, z, s, how):
 
 
 def below(t, schedule, tau):
-    """t over all steps -> over 0..τ−1."""
+    """t over all timesteps -> over 0..τ−1."""
     return t * tau // schedule.num_steps
 
 
@@ -153,7 +153,7 @@ def bridge_steps(t, schedule, knobs):
 
 
 def apart(a: Tensor, b: Tensor, schedule: Schedule, t: Tensor, tau: int) -> Tensor:
-    """(a − b)/σ_τ, σ = √((1−ā)/ā) at the start of the path, step τ−1; t (b,) for its device."""
+    """(a − b)/σ_τ, σ = √((1−ā)/ā) at the path's start, timestep τ−1; t (b,) gives the device."""
     signal, noise = schedule.roots(torch.full_like(t, tau - 1), a)
     return (a - b) * signal / noise
 
@@ -161,14 +161,14 @@ def apart(a: Tensor, b: Tensor, schedule: Schedule, t: Tensor, tau: int) -> Tens
 def path_loss(predict, schedule, a, b, s, eps, t, tau, knobs):
     """‖v̂ − v‖² at x_t = √ā_t b + √(1−ā_t) ε̃,  ε̃ = ε + (a − b)/σ_τ,  0 ≤ t < τ.
 
-    v = √ā_t ε̃ − √(1−ā_t) b, whatever the network predicts: ‖x̂_0 − b‖²/(1−ā_t), which asks for
-    detail where little noise is left, and for the large shapes elsewhere (Salimans & Ho 2022, arXiv
-    2202.00512, section 4).
+    v = √ā_t ε̃ − √(1−ā_t) b, whatever the network predicts: equal to ‖x̂_0 − b‖²/(1−ā_t), which
+    emphasizes detail at low noise and large shapes elsewhere (Salimans & Ho 2022, arXiv 2202.00512,
+    section 4).
 
-    b under a noise that holds, beside ε, what separates a from b: at the start of the path x_t is
-    a under ε, at its end b. x_t/√ā_t = b + σ_t ε̃ is a straight line in σ, the one that img2img
-    walks (SDEdit, then the ODE of DDIM: Song et al. 2021, arXiv 2010.02502, eq. 14), bent to end in
-    b: a rectified flow (Liu et al. 2023, arXiv 2209.03003) with the base's own noise between
+    b with a noise that contains, besides ε, the difference of a and b: at the start of the path x_t
+    is a with noise ε, at its end it is b. x_t/√ā_t = b + σ_t ε̃ is a straight line in σ, as in
+    img2img (SDEdit, then the ODE of DDIM: Song et al. 2021, arXiv 2010.02502, eq. 14), but bent to
+    end in b: a rectified flow (Liu et al. 2023, arXiv 2209.03003) with the base's own noise between
     its ends, as in I²SB (Liu et al. 2023, arXiv 2302.05872).
     """
     eps = eps + apart(a, b, schedule, t, tau)
@@ -178,14 +178,14 @@ def path_loss(predict, schedule, a, b, s, eps, t, tau, knobs):
 
 
 def walk(predict, schedule, z, s, how, ts, order=1):
-    """From z noised at the first of the steps `ts` down the path to 0. Multiplier s.
+    """From z, noised at the first of the timesteps `ts`, down the path to 0. Multiplier s.
 
-    A step keeps b̂ and the noise ε̃ = (x_t/√ā_t − b̂)/σ_t: DDIM (eq. 12). At order 2 it is, in the
-    place of b̂, what b̂ will be in the middle of the step if it goes on changing as in the step
-    before: DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2).
+    Each step keeps b̂ and the noise ε̃ = (x_t/√ā_t − b̂)/σ_t: DDIM (eq. 12). Order 2 replaces b̂ by
+    its extrapolation to the middle of the step from its change over the previous one:
+    DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2).
 
-    With η the noise ε = ε̃ − (z − b̂)/σ_τ is √(1−η²) ε + η ε′, ε′ drawn anew: of the same size, it
-    forgets what the network guessed wrong before.
+    With η, the noise ε = ε̃ − (z − b̂)/σ_τ becomes √(1−η²) ε + η ε′ with fresh ε′: of the same
+    variance, it forgets earlier errors of the network.
     """
     tau, sigmas, before = ts[0] + 1, [sigma(schedule, t) for t in ts], None
     h = lambda i: math.log(sigmas[i - 1] / sigmas[i])  # noqa: E731, the length of the step to i
@@ -208,26 +208,26 @@ def walk(predict, schedule, z, s, how, ts, order=1):
 
 
 def img2img_loss(predict, schedule, a, b, s, draws, knobs):
-    """`path_loss` in an unmodified UNet: what it learns, the img2img of any client can use."""
+    """`path_loss` for an unmodified UNet, so that img2img in any client can use the LoRA."""
     t = img2img_steps(draws.t, schedule, knobs)
     return path_loss(predict, schedule, a, b, s, draws.eps, t, knobs.img2img_t, knobs)
 
 
 def img2img_edit(predict, schedule, z, s, how):
-    """`walk` as any client does, in even steps of t."""
+    """`walk` at evenly spaced timesteps, as any client does."""
     tau = how.knobs.img2img_t
     ts = torch.linspace(tau - 1, 0, min(how.steps, tau), dtype=torch.float64).round().long()
     return walk(how.guided or predict, schedule, z, s, how, ts.tolist())
 
 
 def beside(predict: Predict, z: Tensor) -> Predict:
-    """`predict` that sees the clean before latent z as four more channels."""
+    """`predict` with the clean before latent z as four additional channels."""
     return lambda x_t, t, m: predict(torch.cat([x_t, z], 1), t, m)
 
 
 def bridge_loss(predict, schedule, a, b, s, draws, knobs):
-    """`path_loss` from further back, with the clean before beside x_t: more is left to the noise,
-    and it decides what the before image leaves open, where `delta` averages."""
+    """`path_loss` from a noisier start, with the clean before latent beside x_t: the noise decides
+    what the before image leaves open, where `delta` would average."""
     t = bridge_steps(draws.t, schedule, knobs)
     return path_loss(beside(predict, a), schedule, a, b, s, draws.eps, t, knobs.bridge_t, knobs)
 
@@ -238,23 +238,23 @@ def bridge_edit(predict, schedule, z, s, how):
     return walk(beside(how.guided or predict, z), schedule, z, s, how, ts, order=2)
 
 
-# ---- concat: the before image as more channels ---------------------------------------------------
+# ---- concat: the before image as additional channels ---------------------------------------------
 
 
 def concat_loss(predict, schedule, a, b, s, draws, knobs):
-    """w(t) ‖e_s([b_t, a], t) − target‖², a as four more channels, zero for a share of the pairs.
+    """w(t) ‖e_s([b_t, a], t) − target‖², with a as four additional channels, dropped at random.
 
-    InstructPix2Pix (Brooks et al. 2023, arXiv 2211.09800), section 3.2; `image_dropout` is what its
-    guidance by the image needs (section 3.2.1).
+    InstructPix2Pix (Brooks et al. 2023, arXiv 2211.09800), section 3.2; its image guidance needs
+    `image_dropout` (section 3.2.1).
     """
-    if draws.u is not None:  # not so in validation
+    if draws.u is not None:  # None in validation
         a = a * (draws.u >= knobs.image_dropout).to(a.dtype).view(-1, 1, 1, 1)
     seeing = lambda x_t, t, m: predict(torch.cat([x_t, a], 1), t, m)  # noqa: E731
     return noise_loss(seeing, schedule, b, s, draws, knobs)
 
 
 def concat_edit(predict, schedule, z, s, how):
-    """From the base (multiplier 0) to s with z beside x_t, guided by g = `image_guidance`:
+    """From the base (multiplier 0) to s with z beside x_t, at image guidance g:
     e([x, 0]) + g (e([x, z]) − e([x, 0]))."""
 
     def guide(e: Predict) -> Predict:
@@ -271,11 +271,11 @@ def concat_edit(predict, schedule, z, s, how):
     return restore(guide(predict), schedule, z, torch.zeros_like(s), s, guided)
 
 
-# ---- canvas: before and after side by side in one picture ----------------------------------------
+# ---- canvas: before and after side by side in one image ------------------------------------------
 
 
 def on_canvas(predict: Predict, z: Tensor) -> Predict:
-    """`predict` for the right half of [z | x_t], z clean; the UNet's attention joins the halves."""
+    """`predict` for the right half of [z | x_t], z clean; attention connects the halves."""
 
     def right(x_t: Tensor, t: Tensor, m: Tensor | None) -> Tensor:
         both = predict(torch.cat([z, x_t], dim=3), t, m)  # (b, 4, h, 2w)
@@ -285,9 +285,9 @@ def on_canvas(predict: Predict, z: Tensor) -> Predict:
 
 
 def canvas_loss(predict, schedule, a, b, s, draws, knobs):
-    """w(t) ‖right half of e_s([a | b_t], t) − target‖². No new weights: any client can hold it.
+    """w(t) ‖right half of e_s([a | b_t], t) − target‖². No new weights: any client can load it.
 
-    In-context LoRA (Huang et al. 2024, arXiv 2410.23775), with the before half clean.
+    In-context LoRA (Huang et al. 2024, arXiv 2410.23775), with a clean before half.
     """
     return noise_loss(on_canvas(predict, a), schedule, b, s, draws, knobs)
 
@@ -315,20 +315,20 @@ def slider_edit(predict, schedule, z, s, how):
     return restore(predict, schedule, z, -torch.ones_like(s), 2 * s - 1, how)
 
 
-# ---- anchored: each side answers as the base does on the other -----------------------------------
+# ---- anchored: each side predicts what the base does on the other --------------------------------
 
 
 def anchored_steps(t, schedule, knobs):
-    """High ones, if not told otherwise."""
+    """High timesteps by default."""
     return noise_steps(t, schedule, knobs, t_min=500)
 
 
 def anchored_loss(predict, schedule, a, b, s, draws, knobs):
     """½ ‖e_{−s}(a_t) − e_0(b_t)‖² + ½ ‖e_s(b_t) − e_0(a_t)‖², the same ε and t, t high; e_0 fixed.
 
-    At b_t the answer e_0(a_t) puts the clean image at x̂_0(a_t) + (b − a): what the base sees in
-    the before, moved by the whole change. The idea of ADDifT (the trainer TrainTrain): what the
-    base is wrong about on both sides alike cancels, and the LoRA holds the difference alone.
+    At b_t the prediction e_0(a_t) puts the clean image at x̂_0(a_t) + (b − a): the base's estimate
+    of the before, plus the whole change. The idea of ADDifT (the trainer TrainTrain): errors of the
+    base that both sides share cancel, and the LoRA learns only the difference.
     """
     t = anchored_steps(draws.t, schedule, knobs)
     t, eps = torch.cat([t, t]), torch.cat([draws.eps, draws.eps])
@@ -338,7 +338,7 @@ def anchored_loss(predict, schedule, a, b, s, draws, knobs):
     return penalty(predict(x_t, t, torch.cat([-s, s])) - torch.cat([of_b, of_a]), knobs)
 
 
-# ---- after: what the ancestor did under the name of pairs ----------------------------------------
+# ---- after: what the ancestor project called pairs -----------------------------------------------
 
 
 def after_loss(predict, schedule, a, b, s, draws, knobs):
@@ -347,17 +347,17 @@ def after_loss(predict, schedule, a, b, s, draws, knobs):
 
 
 def after_edit(predict, schedule, z, s, how):
-    """From the base (multiplier 0) to s. So is `anchored` used."""
+    """From the base (multiplier 0) to s. Also the edit of `anchored`."""
     return restore(predict, schedule, z, torch.zeros_like(s), s, how)
 
 
 def restore(
     predict: Predict, schedule: Schedule, z: Tensor, m_before: Tensor, m: Tensor, how: How
 ) -> Tensor:
-    """Take z part of the way to noise as a before image, and bring it back at multiplier m.
+    """Take z, as a before image, part of the way to noise, and denoise it at multiplier m.
 
-    "invert" goes by DDIM inversion at m_before and guidance 1 (m = m_before then returns z, up to
-    the step size); "noise" by adding noise (SDEdit, Meng et al. 2022, arXiv 2108.01073).
+    "invert": by DDIM inversion at m_before and guidance 1 (m = m_before then returns z, up to the
+    step size); "noise": by adding noise (SDEdit, Meng et al. 2022, arXiv 2108.01073).
     """
     start = min(max(round((1 - how.noise_level) * how.steps), 0), how.steps - 1)
     if how.start == "invert":
@@ -381,16 +381,16 @@ class Objective(NamedTuple):
     loss: Callable
     edit: Callable
     multiplier: tuple[float, float] = (1.0, 0.0)  # strength s: LoRA multiplier m[0]·s + m[1]
-    extra: int = 0  # channels that it shows the UNet beyond the UNet's own
+    extra: int = 0  # additional input channels of the UNet
     noisy: bool = True  # whether the loss reads ε and t
-    steps: Callable = noise_steps  # the t at which the loss asks, of the t drawn
-    # what is given beside is warned of: the fields of `Knobs` that the loss reads, but for those of
-    # `penalty`, and the flags of an edit
+    steps: Callable = noise_steps  # drawn t -> the timesteps at which the loss evaluates the UNet
+    # the fields of `Knobs` that the loss reads (besides those of `penalty`), and the flags of an
+    # edit that it uses; other flags that are given cause a warning
     reads: tuple[str, ...] = NOISE
     uses: tuple[str, ...] = RESTORE
-    change_guidance: float = 1.0  # how it is used unless told otherwise
-    windows: bool = True  # whether its edit may ask for a large image window by window
-    portable: bool = False  # whether any client can apply it: it has no steps of its own at use
+    change_guidance: float = 1.0  # default in use
+    windows: bool = True  # whether its edit may process a large image in windows
+    portable: bool = False  # whether any client can apply it, without sampling steps of its own
 
 
 OBJECTIVES = {
@@ -424,7 +424,7 @@ PORTABLE = tuple(name for name, objective in OBJECTIVES.items() if objective.por
 class Task(NamedTuple):
     """What a run learns."""
 
-    name: str  # of OBJECTIVES
+    name: str  # a key of OBJECTIVES
     objective: Objective
     schedule: Schedule
     knobs: Knobs

@@ -29,9 +29,9 @@ def adamw(
 
 
 def step_if(ok: Tensor, opt: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-    """`opt.step()` where ok () is true: a fused optimizer decides it on the device, without a wait.
+    """`opt.step()` if ok () is true; a fused optimizer decides that on the device, without a sync.
 
-    A loss scale that is in use looks at the gradient itself, and moves.
+    An enabled loss scaler checks the gradient itself, and updates its scale.
     """
     if scaler.is_enabled():
         scaler.step(opt)
@@ -53,9 +53,9 @@ def learning_rate(
     cycles: int = 1,
     power: float = 1.0,
 ) -> float:
-    """At optimizer step 0, 1, ... of `steps`: the six schedules of the published trainers.
+    """The learning rate at step 0, 1, ... of `steps`, as the published trainers schedule it.
 
-    ValueError: no such schedule.
+    ValueError: unknown schedule.
     """
     if name == "constant":
         return peak
@@ -73,4 +73,4 @@ def learning_rate(
         return (peak - end) * (1 - done) ** power + end if done < 1 else end
     if name == "constant_with_warmup":
         return peak
-    raise ValueError(f"--lr_scheduler {name} has no formula in model/optim.py")
+    raise ValueError(f"--lr_scheduler {name} is not implemented in model/optim.py")

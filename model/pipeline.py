@@ -1,6 +1,6 @@
-"""A base model with its LoRA, put together: `predict`, pixels to latents and back, sampling.
+"""A base model with its LoRA: `predict`, pixels to latents and back, sampling.
 
-What train.py, sample.py and whatever else uses a trained model share.
+Shared by train.py, sample.py and everything else that uses a trained model.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -42,9 +42,9 @@ Context = Tensor | Callable[[Tensor | None], Tensor]  # (b, l, d), or a function
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device asked for, or the best there is; one of several GPUs becomes torch's current one.
+    """The requested device, else CUDA if available; an indexed GPU becomes torch's current device.
 
-    ValueError if it is not there, or has no float64.
+    ValueError if it is not available, or has no float64.
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -53,23 +53,23 @@ def pick_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
         torch.ones(1, device=device).item()
-    except Exception as error:  # torch has a kind of its own for every backend
+    except Exception as error:  # the type depends on the backend
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {name} is not available: {reason}") from error
     if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # streams and graphs are the current one's
+        torch.cuda.set_device(device)  # streams and graphs belong to the current device
     return device
 
 
 def pick_dtype(mixed_precision: str | None, device: torch.device) -> torch.dtype:
-    """bf16 on CUDA, fp32 elsewhere, unless told otherwise."""
+    """The dtype of --mixed_precision; by default bf16 on CUDA, fp32 elsewhere."""
     if mixed_precision is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return DTYPES[mixed_precision]
 
 
 def loaded(model: nn.Module, source: str) -> str:
-    """For a line on what is there now."""
+    """A description of a loaded model, for a line of output."""
     count, one = sum(p.numel() for p in model.parameters()), next(model.parameters())
     return f"{count:,} weights in {str(one.dtype).removeprefix('torch.')}, {source}, {one.device}"
 
@@ -78,12 +78,12 @@ def loaded(model: nn.Module, source: str) -> str:
 
 
 def predictor(unet: UNet, ctx: Context) -> Predict:
-    """`predict(x_t, t, m)`: the UNet with its LoRA at multipliers m (b,), the context bound.
+    """`predict(x_t, t, m)`: the UNet with its LoRA at multipliers m (b,), with the context bound.
 
-    m None is the base alone. A context (b, l, d) is repeated where x_t holds the batch several
-    times over; a function makes it from m (a trained text encoder has the LoRA's multipliers too).
-    A widened UNet that gets no more than x_t sees zeros beside it; ValueError if it gets more than
-    it takes. Computes in the UNet's dtype, answers in x_t's.
+    m None is the base alone. A context (b, l, d) is repeated if x_t holds the batch several times;
+    a function computes it from m (a trained text encoder has the LoRA's multipliers too). Missing
+    input channels of a widened UNet are zeros; ValueError if x_t has too many. Computes in the
+    UNet's dtype, returns x_t's.
     """
     dtype = unet.conv_in.weight.dtype
 
@@ -94,8 +94,8 @@ def predictor(unet: UNet, ctx: Context) -> Predict:
         c = c.to(dtype).repeat(len(x_t) // len(c), 1, 1)  # (b, l, d)
         if x_t.shape[1] > unet.in_channels:
             raise ValueError(
-                f"the objective shows the UNet {x_t.shape[1]} channels, which takes "
-                f"{unet.in_channels}: the LoRA was trained with another one"
+                f"the objective needs {x_t.shape[1]} input channels, but the UNet has "
+                f"{unet.in_channels}: the LoRA was trained with another objective"
             )
         x = F.pad(x_t, (0, 0, 0, 0, 0, unet.in_channels - x_t.shape[1]))  # (b, c_in, h, w)
         return unet(x.to(dtype), t, c).to(x_t.dtype)
@@ -104,7 +104,7 @@ def predictor(unet: UNet, ctx: Context) -> Predict:
 
 
 def text_context(text: TextEncoder, ids: Tensor, mask: Tensor | None) -> Callable:
-    """The context of a text encoder that carries a LoRA: ids (b, l), encoded at each call's m."""
+    """The context from a text encoder with a LoRA: encodes ids (b, l) at each call's m."""
 
     def ctx(m: Tensor | None) -> Tensor:
         times = 1 if m is None else len(m) // len(ids)
@@ -115,7 +115,7 @@ def text_context(text: TextEncoder, ids: Tensor, mask: Tensor | None) -> Callabl
 
 
 def guided_predictor(unet: UNet, ctx: Context, uncond: Context, scale: float) -> Predict:
-    """e(∅) + scale · (e(ctx) − e(∅)) in one pass of 2b; each context is that of one prompt.
+    """e(∅) + scale · (e(ctx) − e(∅)) in one pass of 2b; contexts of one prompt each.
 
     Classifier-free guidance, Ho & Salimans 2022 (arXiv 2207.12598), eq. 6.
     """
@@ -136,10 +136,10 @@ def guided_predictor(unet: UNet, ctx: Context, uncond: Context, scale: float) ->
 
 
 def exaggerated(predict: Predict, scale: float) -> Predict:
-    """e_0 + scale (e_m − e_0): what the LoRA adds to the base's answer counts `scale` times.
+    """e_0 + scale (e_m − e_0): the LoRA's contribution to the prediction, scaled.
 
-    Guidance by a weaker self (Karras et al. 2024, arXiv 2406.02507), here the base: what a LoRA
-    does by half, for lack of pairs or steps, it does in full.
+    Guidance by a weaker version of the model (Karras et al. 2024, arXiv 2406.02507), here the base:
+    strengthens a LoRA that is undertrained for lack of pairs or steps.
     """
     if scale == 1.0:
         return predict
@@ -155,13 +155,13 @@ def exaggerated(predict: Predict, scale: float) -> Predict:
 
 
 def padded(vae: VAE, pixels: Tensor) -> Tensor:
-    """pixels (b, 3, H, W), grown at the right and at the bottom to a size the autoencoder takes."""
+    """pixels (b, 3, H, W), padded right and bottom to multiples of the autoencoder's downscale."""
     f, (height, width) = vae.downscale, pixels.shape[2:]
     return F.pad(pixels, (0, -width % f, 0, -height % f), mode="replicate")
 
 
 def resized(pixels: Tensor, size: Sequence[int], mode: str = "bilinear") -> Tensor:
-    """pixels (b, 3, H, W) at another size; shrunk without aliasing, as training images are."""
+    """pixels (b, 3, H, W) at another size; antialiased, like the training images."""
     if pixels.shape[2:] == torch.Size(size):
         return pixels
     return F.interpolate(pixels, tuple(size), mode=mode, antialias=True)
@@ -182,7 +182,7 @@ def encode(vae: VAE, pixels: Tensor, tiles: Tiles | None = None) -> Tensor:
 
 @torch.no_grad()
 def decode(vae: VAE, z: Tensor, tiles: Tiles | None = None) -> Tensor:
-    """Scaled latents (b, 4, h, w) -> pixels (b, 3, H, W) fp32 on the CPU; one at a time."""
+    """Scaled latents (b, 4, h, w) -> pixels (b, 3, H, W) fp32 on the CPU; one image at a time."""
     weight = vae.encoder.conv_in.weight
 
     def picture(one: Tensor) -> Tensor:
@@ -195,16 +195,16 @@ def decode(vae: VAE, z: Tensor, tiles: Tiles | None = None) -> Tensor:
     return torch.cat([through(picture, one, alone, gives=vae.downscale) for one in z.split(1)])
 
 
-REACH = 0.2  # of 2: how large a change may be and still keep a third of the detail
+REACH = 0.2  # of 2: a change this large keeps a third of the detail
 
 
 def keep_detail(before: Tensor, seen: Tensor, changed: Tensor) -> Tensor:
-    """`changed` with what the autoencoder loses of the before image, where the image is unchanged.
+    """`changed` plus the detail of the before image that the autoencoder loses, where unchanged.
 
         x̂ = Dec(ẑ) + w (x − Dec(z)),   w = exp(−(|Dec(ẑ) − Dec(z)| / REACH)²) at every pixel
 
     before x, seen Dec(z), changed Dec(ẑ): (b, 3, H, W) in [-1, 1]; |.| is the largest of the three
-    channels. With ẑ = z it is the before image itself. It adds no change and takes none away.
+    channels. With ẑ = z the result is the before image itself. It neither adds nor removes change.
     """
     change = (changed - seen).abs().amax(1, keepdim=True)  # (b, 1, H, W)
     return changed + torch.exp(-((change / REACH) ** 2)) * (before - seen)
@@ -220,12 +220,11 @@ def at_strengths(
     fade: bool,
     detail: bool = True,
 ) -> list[Tensor]:
-    """pixels (b, 3, H, W), of latents z, with the change at each strength, each (b, 3, H, W).
+    """pixels (b, 3, H, W), with latents z, edited at each strength: a list of (b, 3, H, W).
 
-    `edit(s)` gives the latents at strength s, `decode` an image of latents. With `fade`, what lies
-    in [0, 1] is a cross-fade of the image and its edit at 1, for a LoRA that knows the two ends
-    alone: what came first cannot be learnt from them, and at other multipliers it was never
-    trained.
+    `edit(s)` gives the latents at strength s, `decode` an image. With `fade`, strengths in [0, 1]
+    are a cross-fade of the image and its edit at 1: a LoRA trained on before and after only cannot
+    know the order of changes, and was never trained at other multipliers.
     """
     seen = decode(z)  # (b, 3, H, W)
     before = pixels if detail else seen
@@ -237,7 +236,7 @@ def at_strengths(
     whole = edited(1.0) if fade and any(0 < s <= 1 for s in strengths) else before
 
     def at(s: float) -> Tensor:
-        if s == 0:  # nothing changed, though a path of many steps would redraw what it passes
+        if s == 0:  # exactly unchanged, although a multi-step path would regenerate the image
             return before
         return torch.lerp(before, whole, s) if fade and 0 < s <= 1 else edited(s)
 
@@ -257,7 +256,7 @@ def generate_latents(
 ) -> Tensor:
     """One latent of `shape` (4, h, w) per seed, (b, 4, h, w), from pure noise.
 
-    The noise is drawn on the CPU: a seed means the same on every device and in every batch.
+    The noise is drawn on the CPU: a seed gives the same noise on every device, in every batch.
     """
     device = schedule.alphas_cumprod.device
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -272,7 +271,7 @@ def generate_latents(
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The parts on one device, and what the LoRA's header says about itself ({} without a LoRA)."""
+    """The components on one device, and the LoRA's metadata ({} without a LoRA)."""
 
     base: str
     unet: UNet
@@ -280,10 +279,10 @@ class Pipeline:
     text: TextEncoder
     schedule: Schedule
     meta: dict
-    under: tuple[Path, float] | None = None  # a frozen LoRA under it, and its strength
+    under: tuple[Path, float] | None = None  # a frozen base LoRA and its strength
 
     def context(self, prompt: str) -> Context:
-        """(1, l, d), or a function of the multipliers where the LoRA reaches the text encoder."""
+        """(1, l, d), or a function of the multipliers if the LoRA adapts the text encoder."""
         ids = self.text.tokenize([prompt], self.meta.get("tokenizer_max_length"))
         mask = self.text.mask(ids) if self.meta.get("text_encoder_use_attention_mask") else None
         if hasattr(self.text.model, "lora_adapters"):
@@ -300,18 +299,18 @@ class Pipeline:
         return alone, guided_predictor(self.unet, ctx, self.context(""), guidance)
 
     def multiplier(self, strength: float) -> float:
-        """The LoRA multiplier that a strength (0 = before, 1 = after) means for this LoRA."""
+        """The LoRA multiplier for a strength (0 = before, 1 = after)."""
         return multiplier(self.meta, strength)
 
 
 @contextmanager
 def _named(in_header: bool, flag: str) -> Iterator[None]:
-    """Adds to the error about what is not there that no flag, but a LoRA's header, named it."""
+    """Note on a FileNotFoundError that a LoRA's header, not a flag, named the missing file."""
     try:
         yield
     except FileNotFoundError as error:
         if in_header:
-            error.add_note(f"the LoRA's header names it: say with {flag} where it is now")
+            error.add_note(f"the LoRA's header names it: say where it is now with {flag}")
         raise
 
 
@@ -331,9 +330,9 @@ def load_pipeline(
 ) -> Pipeline:
     """Base and LoRA; without `base`, the one the LoRA was trained on.
 
-    The VAE, the tokenizer and the prediction type are the training's unless they are given. A LoRA
-    that was trained on top of another one has that one under it again (`find_companion`).
-    The VAE and the text encoder stay in fp32. ValueError or FileNotFoundError name what is wrong.
+    VAE, tokenizer and prediction type default to those of the training. A LoRA that was trained on
+    top of another one is loaded with it (`find_companion`). The VAE and the text encoder stay in
+    fp32. ValueError or FileNotFoundError names the fault.
     """
     meta = read_lora(lora_path(lora))[1] if lora is not None else {}
     under = find_companion(meta, base_lora, base_lora_strength)
@@ -363,7 +362,7 @@ def load_pipeline(
     unet = load_unet(base, **files, dtype=dtype)
     quick_convs(unet)
     if unet.in_channels != 4:
-        raise ValueError(f"{base} has a UNet of {unet.in_channels} input channels; 4 are wanted")
+        raise ValueError(f"{base} has a UNet with {unet.in_channels} input channels; expected 4")
     if under is not None:
         apply_lora(parts, under[0], unet=unet, text=text, fixed=multiplier(said, under[1]))
     if lora is not None:

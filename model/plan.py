@@ -1,10 +1,10 @@
-"""What a training step will need, known before it runs: a step of fake tensors, counted.
+"""The memory of a training step, predicted before it runs by counting a step of fake tensors.
 
-A fake tensor has shape, dtype and device and no data. The real loss on the real UNet runs forward
-and backward with them, and every allocation that the real step would make is counted while it
-lives. So the figure knows of saved activations, of what the backward makes on its way, of blocks
-that compute their inside again, of any objective and LoRA. It is an eager step's: a compiled one,
-partitioned by torch's min-cut, needs less (tests/test_plan.py).
+A fake tensor has shape, dtype and device but no data. The real loss on the real UNet runs forward
+and backward with them, and every allocation of the real step is counted while it lives. The result
+thus covers saved activations, temporaries of the backward, activation checkpointing, and any
+objective and LoRA. It is for an eager step: a compiled one, partitioned by torch's min-cut, needs
+less (tests/test_plan.py).
 """
 
 import weakref
@@ -23,20 +23,20 @@ from model.memory import LEVELS, MIB, checkpoint_activations
 from model.objectives import Draws, Predict, Task
 from model.weighting import pair_loss, prior_loss
 
-# cuBLAS keeps 32 MiB on Hopper, 8 before (torch's notes on CUBLAS_WORKSPACE_CONFIG), for each
-# thread that uses it: the backward has one of its own
+# cuBLAS workspaces: 32 MiB on Hopper, 8 on older GPUs (torch's notes on CUBLAS_WORKSPACE_CONFIG),
+# per thread that uses it; the backward runs in its own
 CUBLAS = 2 * 32 * MIB
 GIB = 1024 * MIB
 COPYING = ("convolution", "scaled_dot_product")
 
 
 class Counted(TorchDispatchMode):
-    """Bytes of the storages made inside: alive now, at most; and the largest kernel's operands."""
+    """Bytes of storages allocated inside: alive, their peak; and the largest kernel's operands."""
 
     def __init__(self):
         super().__init__()
         self.live = self.peak = self.operands = 0
-        self.there = {}  # address of a storage: its size, and a reference that tells of its end
+        self.there = {}  # address of a storage: its size, and a weak reference with a callback
 
     def _freed(self, key: int) -> None:
         self.live -= self.there.pop(key)[0]
@@ -48,7 +48,7 @@ class Counted(TorchDispatchMode):
             taken = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
             self.operands = max(self.operands, sum(x.nbytes for x in taken + made))
         if any(result.alias_info for result in func._schema.returns):
-            return out  # a view, or in place
+            return out  # a view or an in-place result: no allocation
         for x in made:
             storage = x.untyped_storage()
             key = storage._cdata
@@ -61,17 +61,17 @@ class Counted(TorchDispatchMode):
 
 
 class Need(NamedTuple):
-    """Bytes that a step makes beside what is there before and after it."""
+    """Peak bytes that a step allocates on top of what exists before it."""
 
-    tensors: int  # at most alive
-    workspace: int  # of kernels, beside them
+    tensors: int
+    workspace: int  # of kernels, in addition
 
 
 @contextmanager
 def no_gradients(params: Sequence[nn.Parameter]):
-    """A backward inside leaves nothing: each gradient goes as soon as it is there.
+    """A backward inside leaves no gradients: each is freed as soon as it is computed.
 
-    As in the training, which adds it to what is there already.
+    As in training, which adds it to an existing buffer.
     """
 
     def drop(p: nn.Parameter) -> None:
@@ -90,11 +90,11 @@ def no_gradients(params: Sequence[nn.Parameter]):
 
 
 def measure(loss: Callable[[int], Tensor], params: Sequence[nn.Parameter], batch: int) -> Need:
-    """What `loss(batch)` and its backward will need; nothing is computed, nothing changes.
+    """What `loss(batch)` and its backward will need; computes and changes nothing.
 
-    Workspace is an estimate, and on CUDA only: cuDNN brings a convolution's operands into another
-    layout, attention's backward accumulates in fp32: as much again as the largest such call reads
-    and writes. And cuBLAS' own.
+    The workspace is an estimate, for CUDA only: cuDNN copies a convolution's operands into another
+    layout and attention's backward accumulates in fp32, so it is what the largest such call reads
+    and writes, plus cuBLAS's own.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), Counted() as counted, no_gradients(params):
         loss(batch).backward()
@@ -111,9 +111,9 @@ def trial(
     preserve: bool = False,
     prior: bool = False,
 ) -> Callable[[int], Tensor]:
-    """loss(b): the training's own for a micro-batch of b latents (f, 4, h, w) = shape.
+    """loss(b): the training loss for a micro-batch of b latents of `shape` (f, 4, h, w).
 
-    `predict(b)` has the context of b prompts bound. For its memory only: the latents are zeros.
+    `predict(b)` has the context of b prompts bound. Only for measuring: the latents are zeros.
     """
     device = task.schedule.alphas_cumprod.device
 
@@ -130,7 +130,8 @@ def trial(
 
 
 def frozen_bytes(device: torch.device, *things: nn.Module | Tensor | None) -> int:
-    """Of what lies on the device: tensors, and of modules what is not trained. Views count once."""
+    """Bytes on the device: of tensors, and of modules' frozen parameters and buffers. Shared
+    storage counts once."""
     tensors = []
     for thing in things:
         if isinstance(thing, nn.Module):
@@ -144,7 +145,7 @@ def frozen_bytes(device: torch.device, *things: nn.Module | Tensor | None) -> in
 class Plan(NamedTuple):
     micro: int  # samples per forward pass, a divisor of the batch
     level: str  # of LEVELS
-    bytes: int  # predicted, everything
+    bytes: int  # predicted total
     table: str
 
 
@@ -159,15 +160,15 @@ def plan_memory(
     budget: float,
     level: str = "none",
 ) -> Plan:
-    """Cut batch x accum samples so that a step fits into `budget` GiB, and tell how.
+    """Split batch x accum samples so that a step fits into `budget` GiB.
 
-    The first level of recomputing, from `level` on, at which one sample fits; there the largest
-    micro-batch that does. `held`: what is there all the time, {name: bytes}. Measured at 1 and at
-    the whole batch; what lies between cannot need more than the line between them, for the peak is
-    the largest of several moments, each of them linear in the batch. ValueError: nothing fits.
+    Chooses the first checkpointing level, from `level` on, at which one sample fits, then the
+    largest micro-batch that fits. `held`: permanent allocations, {name: bytes}. Measured at 1 and
+    at the whole batch; sizes between them need at most the linear interpolation, since the peak is
+    a maximum over moments that are each linear in the batch. ValueError: nothing fits.
     """
     cuts = [b for b in range(1, batch + 1) if batch % b == 0]
-    need, further, workspace = {}, {}, 0  # {level: bytes at every cut}, {level: of one sample more}
+    need, further, workspace = {}, {}, 0  # {level: bytes at every cut}, {level: per sample more}
     for name in list(LEVELS)[list(LEVELS).index(level) :]:
         checkpoint_activations(unet, LEVELS[name], keep_strength(unet))
         one = measure(loss, params, 1)
@@ -176,14 +177,14 @@ def plan_memory(
         need[name] = [one.tensors + further[name] * (b - 1) for b in cuts]
         workspace = max(workspace, whole.workspace)
     checkpoint_activations(unet, ())
-    set_strength(unet, 1.0)  # a fake one was left
+    set_strength(unet, 1.0)  # replace the fake tensor left there
     fixed = sum(held.values()) + workspace
     fits = [(n, i) for n in need for i, size in enumerate(need[n]) if fixed + size <= budget * GIB]
     if not fits:
         least = min(sizes[0] for sizes in need.values())
         raise ValueError(
-            f"--vram_gib {budget:g} is too little: a micro-batch of 1 that recomputes all needs "
-            f"{(fixed + least) / GIB:.3g} GiB, {fixed / GIB:.3g} of them without any activation"
+            f"--vram_gib {budget:g} is too little: micro-batch 1 with full recomputing needs "
+            f"{(fixed + least) / GIB:.3g} GiB, of which {fixed / GIB:.3g} without activations"
         )
     chosen = fits[0][0]
     i = max(i for name, i in fits if name == chosen)

@@ -1,9 +1,9 @@
-"""The reverse process: one function an algorithm, `(predict, x_T, schedule, steps, ...) -> x_0`.
+"""The reverse process: one function per sampler, `(predict, x_T, schedule, steps, ...) -> x_0`.
 
 `predict(x_t, t)` is the network with everything else bound: x_t (b, c, h, w), t (b,). A sampler
-starts at its `start`-th step (0: from pure noise, x_T ~ N(0, 1)); a later start takes an x_t that
-`schedule.add_noise` made at `timesteps(...)[start]`, which is how SDEdit enters (Meng et al. 2022).
-No state is kept between steps: what a step needs from the one before is a local variable.
+begins at step `start` (0: from pure noise, x_T ~ N(0, 1)); a later start takes an x_t from
+`schedule.add_noise` at `timesteps(...)[start]`, as in SDEdit (Meng et al. 2022). Samplers have no
+state: what a step needs from the previous one is a local variable.
 """
 
 import math
@@ -20,11 +20,11 @@ Generators = torch.Generator | list[torch.Generator] | None
 
 
 def timesteps(schedule: Schedule, steps: int, spacing: str = "leading") -> list[int]:
-    """`steps` values of t, falling; the spacings of Lin et al. 2023 (arXiv 2305.08891), table 2."""
+    """`steps` descending timesteps, in a spacing of Lin et al. 2023 (arXiv 2305.08891), table 2."""
     T = schedule.num_steps
     if not 1 <= steps <= T:
         raise ValueError(f"--steps must be between 1 and {T}, got {steps}")
-    # halves are rounded as diffusers' are, whose products are these to the last bit
+    # bitwise the same products as in diffusers, so that halves round the same way
     if spacing == "linspace":
         apart = (T - 1) / max(steps - 1, 1)
         rising = [round(i * apart) for i in range(steps)]
@@ -41,18 +41,18 @@ def timesteps(schedule: Schedule, steps: int, spacing: str = "leading") -> list[
         rising = [round(T - i * apart) - 1 for i in range(steps)][::-1]
     else:
         raise ValueError(f"unknown timestep spacing {spacing!r}")
-    return [min(t, T - 1) for t in reversed(rising)]  # an offset may step over the end
+    return [min(t, T - 1) for t in reversed(rising)]  # the offset may exceed T − 1
 
 
 def _alpha(schedule: Schedule, t: int) -> float:
-    """ā_t, and beyond the last step 1 or ā_0, as the checkpoint has it."""
+    """ā_t; beyond the last step 1 or ā_0, as the checkpoint's config says."""
     if t >= 0:
         return schedule.alphas_cumprod[t].item()
     return 1.0 if schedule.set_alpha_to_one else schedule.alphas_cumprod[0].item()
 
 
 def sigma(schedule: Schedule, t: float) -> float:
-    """σ = √((1−ā)/ā), linear in t between the training steps."""
+    """σ = √((1−ā)/ā), linear in t between the training timesteps."""
     lower = min(int(t), schedule.num_steps - 1)
     upper = min(lower + 1, schedule.num_steps - 1)
     a = schedule.alphas_cumprod[[lower, upper]].clamp(min=2**-24).tolist()  # ā = 0 has no σ
@@ -61,8 +61,8 @@ def sigma(schedule: Schedule, t: float) -> float:
 
 
 def even_in_sigma(schedule: Schedule, top: int, steps: int) -> list[int]:
-    """At most `steps` of the steps top..0, falling from one end to the other, about evenly in
-    σ^(1/ρ), ρ = 2: Karras et al. 2022 (arXiv 2206.00364), eq. 5."""
+    """At most `steps` of the timesteps top..0, descending, both ends included, about evenly spaced
+    in σ^(1/ρ), ρ = 2: Karras et al. 2022 (arXiv 2206.00364), eq. 5."""
     a = schedule.alphas_cumprod[: top + 1].cpu().clamp(min=2**-24)  # ā = 0 has no σ
     roots = ((1 - a) / a) ** 0.25  # (top + 1,), of σ = √((1−ā)/ā)
     wanted = torch.linspace(roots[-1], roots[0], steps, dtype=roots.dtype)
@@ -71,7 +71,7 @@ def even_in_sigma(schedule: Schedule, top: int, steps: int) -> list[int]:
 
 
 def _batch(t: float, x: Tensor) -> Tensor:
-    """t for every image: int64, except where a sampler stands between two steps."""
+    """t for every image: int64, or float64 between two training timesteps."""
     dtype = torch.int64 if float(t).is_integer() else torch.float64
     return torch.full((x.shape[0],), t, dtype=dtype, device=x.device)
 
@@ -82,8 +82,8 @@ def _clip(x_0: Tensor, schedule: Schedule) -> Tensor:
 
 
 def noise_like(x: Tensor, generator: Generators) -> Tensor:
-    """ε for x (b, ...); a CPU generator's is the same on every device. Of a list each image has
-    its own, and the noise it has alone."""
+    """ε for x (b, ...); from a CPU generator the same on every device. With a list each image has
+    its own generator, and thus the same noise as alone."""
     if isinstance(generator, list):
         return torch.cat([noise_like(*one) for one in zip(x.split(1), generator, strict=True)])
     device = x.device if generator is None else generator.device
@@ -99,7 +99,7 @@ def ddpm(
     start: int = 0,
     generator: Generators = None,
 ) -> Tensor:
-    """Ancestral sampling, DDPM eq. 6-7, on a subsequence of the steps (β rebuilt from ā)."""
+    """Ancestral sampling, DDPM eq. 6-7, on a subsequence of the timesteps (β recomputed from ā)."""
     ts = timesteps(schedule, steps, schedule.timestep_spacing or "leading")
     x = x_T
     for i in range(start, steps):
@@ -156,9 +156,10 @@ def ddim_invert(
 ) -> Tensor:
     """DDIM run backwards: the latent from which `ddim` at the same steps returns to x_0.
 
-    Song et al. 2021, section 4.3: the same update with the two noise levels exchanged, ε taken at
-    the noisier level's t. Stops at the noise level of step `start`: the result goes straight into
-    `ddim(..., start=start)`. Run it at guidance 1: guidance has no inverse.
+    Song et al. 2021, section 4.3: the same update with the two noise levels exchanged, ε evaluated
+    at the noisier level's t. Stops at the noise level of step `start`, so the result can go into
+    `ddim(..., start=start)`. `refine`: fixed-point iterations per step. Use guidance 1: guidance
+    has no inverse.
     """
     rising = timesteps(schedule, steps, schedule.timestep_spacing or "leading")[::-1]
     stride = schedule.num_steps // steps
@@ -177,7 +178,7 @@ def ddim_invert(
 
 
 def _split(schedule: Schedule, pred: Tensor, x: Tensor, a: float) -> tuple[Tensor, Tensor]:
-    """x̂_0 and ε̂ of an x at the noise level ā = a rather than at a step."""
+    """x̂_0 and ε̂ of x at the noise level ā = a, not necessarily a timestep's."""
     return schedule.split_at(x, pred, a**0.5, (1 - a) ** 0.5)
 
 
@@ -186,11 +187,11 @@ def dpm_solver(
 ) -> Tensor:
     """DPM-Solver++(2M), Lu et al. 2022 (arXiv 2211.01095), algorithm 2 (midpoint form)."""
     spacing, T = schedule.timestep_spacing or "linspace", schedule.num_steps
-    # the leading spacing's offset may make the last two one, between which nothing can be solved
+    # with the leading spacing's offset the last two timesteps may coincide: no step between them
     most = T - (spacing != "trailing") - (spacing == "leading" and schedule.steps_offset > 0)
     if steps > most:
         raise ValueError(f"--steps must be between 1 and {most} for dpm_solver, got {steps}")
-    # one step more than asked, and the last left out: the trajectory ends in σ = 0 instead
+    # one more than requested, without the last: the trajectory ends at σ = 0 instead
     ts = timesteps(schedule, steps if spacing == "trailing" else steps + 1, spacing)[:steps]
     sigmas = [sigma(schedule, t) for t in ts]
     x, x_0_before, h_before = x_T, None, None
@@ -215,7 +216,7 @@ def euler(
 ) -> Tensor:
     """Euler's method on dx/dσ = ε in x = x_0 + σ ε (Karras et al. 2022, arXiv 2206.00364, eq. 1).
 
-    With the linspace spacing it stands between the training steps: t is then a float.
+    With linspace spacing the steps lie between training timesteps: t is then a float.
     """
     spacing = schedule.timestep_spacing or "linspace"
     T = schedule.num_steps
@@ -224,7 +225,7 @@ def euler(
         ts = torch.linspace(T - 1, 0, steps, dtype=torch.float64).tolist()
     sigmas = [sigma(schedule, t) for t in ts] + [0.0]
     if start == 0 and spacing != "leading":
-        x = x_T * sigmas[0]  # σ and not √(1+σ²): the habit of the published pipelines
+        x = x_T * sigmas[0]  # σ, not √(1+σ²), as in the published pipelines
     else:
         x = x_T * (1 + sigmas[start] ** 2) ** 0.5
     for i in range(start, steps):

@@ -1,9 +1,9 @@
-"""The forward process of DDPM (Ho et al. 2020, arXiv 2006.11239) and what a network is to predict.
+"""The forward process of DDPM (Ho et al. 2020, arXiv 2006.11239) and the prediction targets.
 
-ā_t        alphas_cumprod, the share of the image's variance left at step t = 0..999
-x_0, x_t   the clean latent, and the same at step t
+ā_t        alphas_cumprod, the share of the image's variance left at timestep t = 0..999
+x_0, x_t   the clean latent, and the noised one at timestep t
 ε          eps, the noise; v = √ā_t ε − √(1−ā_t) x_0 (Salimans & Ho 2022, arXiv 2202.00512)
-pred       what the network says: an ε or a v (or an x_0), as `prediction_type` has it
+pred       the network's output: ε, v or x_0, according to `prediction_type`
 """
 
 import math
@@ -28,19 +28,19 @@ def make_betas(kind: str, start: float, end: float, steps: int) -> Tensor:
         return torch.tensor([min(1 - r, 0.999) for r in ratio], dtype=torch.float64)
     raise ValueError(
         f"scheduler config has beta_schedule={kind!r}; "
-        "known are linear, scaled_linear, squaredcos_cap_v2"
+        "expected linear, scaled_linear or squaredcos_cap_v2"
     )
 
 
 def zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Shift and scale √ā: the last step keeps nothing of the image (Lin et al. 2023, alg. 1)."""
+    """Shift and scale √ā so that ā is 0 at the last timestep (Lin et al. 2023, alg. 1)."""
     root = (1 - betas).cumprod(0).sqrt()
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])
     a_bar = root**2
     return 1 - torch.cat([a_bar[:1], a_bar[1:] / a_bar[:-1]])
 
 
-RANGES = {  # of the numbers in a scheduler config; whole where the bounds are
+RANGES = {  # of the numbers in a scheduler config; integers if the bounds are
     "beta_start": (0.0, 1.0),
     "beta_end": (0.0, 1.0),
     "num_train_timesteps": (1, 100_000),
@@ -50,67 +50,67 @@ RANGES = {  # of the numbers in a scheduler config; whole where the bounds are
 
 
 def _check(known: dict) -> None:
-    """ValueError for a value that is of another kind than its name says, or out of all range."""
+    """ValueError for a value of the wrong type or out of range."""
     for key, (low, high) in RANGES.items():
         kinds = (int,) if isinstance(low, int) else (int, float)
         value = known.get(key, low)
         if type(value) not in kinds or not low <= value <= high:
-            said = f"{key}={str(value)[:60]!r}; a number in {low}..{high} was wanted"
+            said = f"{key}={str(value)[:60]!r}; expected a number in {low}..{high}"
             raise ValueError(f"scheduler config has {said}")
     for key in ("set_alpha_to_one", "clip_sample", "thresholding", "rescale_betas_zero_snr"):
         if type(known.get(key, True)) is not bool:
-            said = f"{key}={str(known[key])[:60]!r}; true or false was wanted"
+            said = f"{key}={str(known[key])[:60]!r}; expected true or false"
             raise ValueError(f"scheduler config has {said}")
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """ā and the conventions of one checkpoint. Made by `Schedule.from_config`; moved by `to`."""
+    """ā and the conventions of one checkpoint. Created by `Schedule.from_config`; moved by `to`."""
 
     alphas_cumprod: Tensor  # (T,) float64
     prediction_type: str = "epsilon"
-    timestep_spacing: str | None = None  # None: each sampler's own habit
+    timestep_spacing: str | None = None  # None: each sampler's default
     steps_offset: int = 0
-    set_alpha_to_one: bool = True  # ā beyond the last step: 1, or else ā_0
+    set_alpha_to_one: bool = True  # ā beyond the last step: 1, else ā_0
     clip_sample: bool = False
     clip_sample_range: float = 1.0
 
     @classmethod
     def from_config(cls, config: dict) -> "Schedule":
-        """From the dictionary of a scheduler_config.json. ValueError names what is not understood.
+        """From the dictionary of a scheduler_config.json. ValueError names an unsupported entry.
 
-        A missing entry takes the default of the scheduler class that wrote the file, as diffusers
-        has it: DDIM and DDPM clip unless told not to, PNDM ends at ā_0, no other does either.
+        A missing entry takes diffusers' default for the scheduler class that wrote the file: DDIM
+        and DDPM clip, PNDM ends at ā_0; the others do neither.
         """
         known = {key: value for key, value in config.items() if value is not None}
         name = known.get("_class_name", "DDIMScheduler")
         _check(known)
         if known.get("thresholding"):
             raise ValueError(
-                "scheduler config asks for thresholding=true, which latents have no use for"
+                "scheduler config has thresholding=true, which is not supported for latents"
             )
         if known.get("variance_type", "fixed_small") != "fixed_small":
             raise ValueError(
                 f"scheduler config has variance_type={known['variance_type']!r}; "
-                "supported is 'fixed_small'"
+                "only 'fixed_small' is supported"
             )
         prediction_type = known.get("prediction_type", "epsilon")
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(
                 f"scheduler config has prediction_type={prediction_type!r}; "
-                f"known are {', '.join(PREDICTION_TYPES)}"
+                f"expected one of {', '.join(PREDICTION_TYPES)}"
             )
         spacing = known.get("timestep_spacing")
         if spacing not in (None, *SPACINGS):
             raise ValueError(
-                f"scheduler config has timestep_spacing={spacing!r}; known are {SPACINGS}"
+                f"scheduler config has timestep_spacing={spacing!r}; expected one of {SPACINGS}"
             )
         if "trained_betas" in known:
             try:
                 betas = torch.tensor(known["trained_betas"], dtype=torch.float64)
             except (TypeError, ValueError, RuntimeError, OverflowError) as error:
                 raise ValueError(
-                    "scheduler config has trained_betas that are no numbers"
+                    "scheduler config has trained_betas that are not numbers"
                 ) from error
         else:
             betas = make_betas(
@@ -120,7 +120,7 @@ class Schedule:
                 known.get("num_train_timesteps", 1000),
             )
         if betas.dim() != 1 or not len(betas) or not ((betas >= 0) & (betas <= 1)).all():
-            raise ValueError("scheduler config has betas that are no list of numbers in 0..1")
+            raise ValueError("scheduler config has betas that are not a list of numbers in 0..1")
         if known.get("rescale_betas_zero_snr"):
             betas = zero_terminal_snr(betas)
         return cls(
@@ -141,12 +141,12 @@ class Schedule:
         return len(self.alphas_cumprod)
 
     def roots(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """√ā_t and √(1 − ā_t), each (b, 1, 1, 1), rooted in float64."""
+        """√ā_t and √(1 − ā_t), each (b, 1, 1, 1), computed in float64."""
         a_t = self.alphas_cumprod[t].view(-1, 1, 1, 1)
         return a_t.sqrt().to(like.dtype), (1 - a_t).sqrt().to(like.dtype)
 
     def add_noise(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """Jump from clean to step t at once.
+        """Noise x_0 to timestep t, in one jump.
 
         x_t = √ā_t · x_0 + √(1 − ā_t) · ε          DDPM eq. 4
         """
@@ -159,7 +159,7 @@ class Schedule:
         return signal * eps - noise * x_0
 
     def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """What the network should say at x_t: ε, v or x_0."""
+        """What the network should predict at x_t: ε, v or x_0."""
         if self.prediction_type == "epsilon":
             return eps
         if self.prediction_type == "v_prediction":
@@ -167,13 +167,13 @@ class Schedule:
         return x_0
 
     def split(self, x_t: Tensor, pred: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """x̂_0 and ε̂: the clean latent and the noise that `pred` says x_t is made of."""
+        """x̂_0 and ε̂: the clean latent and the noise that `pred` implies for x_t."""
         return self.split_at(x_t, pred, *self.roots(t, x_t))
 
     def split_at(
         self, x: Tensor, pred: Tensor, signal: Tensor | float, noise: Tensor | float
     ) -> tuple[Tensor, Tensor]:
-        """The same of x = signal · x_0 + noise · ε, signal² + noise² = 1, at no step perhaps.
+        """The same for x = signal · x_0 + noise · ε, signal² + noise² = 1, at any noise level.
 
         ε:    x̂_0 = (x − noise · ε) / signal                             DDPM eq. 15
         v:    x̂_0 = signal · x − noise · v,   ε̂ = signal · v + noise · x

@@ -1,14 +1,14 @@
-"""Whole checkpoints in one file, as CompVis and Stability published them: sizes and names.
+"""Single-file checkpoints, as CompVis and Stability published them: network sizes and key names.
 
     model.diffusion_model.*          the UNet: input_blocks, middle_block, output_blocks
-    first_stage_model.*              the autoencoder; without the prefix in a file that is one alone
+    first_stage_model.*              the autoencoder; without the prefix in a file of its own
     cond_stage_model.transformer.*   SD 1.x: CLIP under transformers' names, `text_model.` or not
-    cond_stage_model.model.*         SD 2.x: OpenCLIP, whose q, k and v are one matrix
+    cond_stage_model.model.*         SD 2.x: OpenCLIP, with q, k and v in one matrix
     model_ema.*                      the UNet's averaged weights, read with --variant ema
 
-There is no config.json: sizes are read off the shapes. What leaves no trace in them is as
+There is no config.json: sizes are inferred from the shapes. What the shapes do not show is as
 published: 8 heads in SD 1.x, heads of width 64 in SD 2.x and in CLIP, 32 groups, SD's betas, a
-scaling factor of 0.18215. Names are made by rule, from a key in diffusers' layout to the file's.
+scaling factor of 0.18215. Names follow by rule, from a diffusers key to the file's key.
 """
 
 import math
@@ -23,7 +23,7 @@ from model.files import read_json, read_shapes, read_tensors
 
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 CLIP, OPEN_CLIP = f"{TEXT}transformer.", f"{TEXT}model."
-NOT_NEEDED = re.compile(  # averages, training losses, the schedule, heads that SD does not use
+NOT_NEEDED = re.compile(  # EMA, training losses, the schedule, heads that SD does not use
     r"model_ema\..+|(first_stage_model\.)?(loss|model_ema)\..+"
     r"|cond_stage_model\.([\w.]+\.)?(position_ids|attn_mask|logit_scale|text_projection(\.\w+)?)"
     r"|\w*alphas_cumprod(_prev)?|betas|posterior_\w+|lvlb_weights|logvar|v_pred|ztsnr"
@@ -36,7 +36,7 @@ class Part(NamedTuple):
     config: dict
     name: Callable[[str], str]
     prefix: str = ""
-    dropped: str | None = None  # prefix of layers that are there and not used
+    dropped: str | None = None  # prefix of layers in the file that are not used
 
 
 class Contents(NamedTuple):
@@ -54,19 +54,19 @@ class Contents(NamedTuple):
         return any(key.startswith(prefix) for key in self.shapes)
 
     def number(self, pattern: str) -> int:
-        """How many of pattern.format(0), pattern.format(1), ... there are in a row."""
+        """How many of pattern.format(0), pattern.format(1), ... exist consecutively."""
         return next(i for i in count() if pattern.format(i) not in self.shapes)
 
 
 def _read(path: Path, variant: str | None = None) -> Contents:
-    """ValueError for a file of another kind."""
+    """ValueError if the file is not an SD 1.x or 2.x checkpoint."""
     file = Contents(path, *read_shapes(path))
     if variant not in (None, "ema"):
         raise ValueError(
-            f"--variant {variant} is for directories and the hub; of {path} it can be `ema`"
+            f"--variant {variant} is for directories and the hub; for {path} it can only be `ema`"
         )
     if file.has("conditioner.embedders."):
-        raise ValueError(f"{path} is an SDXL checkpoint; Stable Diffusion 1.x or 2.x was wanted")
+        raise ValueError(f"{path} is an SDXL checkpoint; expected Stable Diffusion 1.x or 2.x")
     for prefix in ("label_emb.", "joint_blocks.", "double_blocks."):
         if file.has(UNET + prefix):
             raise ValueError(
@@ -74,7 +74,7 @@ def _read(path: Path, variant: str | None = None) -> Contents:
             )
     if file.has("down_blocks."):
         raise ValueError(
-            f"{path} is a file in diffusers' layout; the directory with its config.json was wanted"
+            f"{path} is a file in the diffusers layout; expected its directory with config.json"
         )
     return file
 
@@ -85,7 +85,7 @@ def _part_of(file: Contents, prefix: str, what: str) -> None:
 
 
 def _groups(widths: Iterable[int]) -> int:
-    """Of the norms: 32 in all that is published, of whose widths 32 is a divisor."""
+    """Groups of the norms: 32 in all published models, whose widths are multiples of 32."""
     return math.gcd(32, *widths)
 
 
@@ -114,7 +114,7 @@ ENDS = {
 
 def _unet_config(file: Contents) -> dict:
     block = f"{UNET}input_blocks.{{}}."
-    levels: list[list[int]] = [[]]  # the numbers of a level's blocks, its downsampler left out
+    levels: list[list[int]] = [[]]  # block numbers per level, without the downsampler
     for i in count(1):
         if not file.has(block.format(i)):
             break
@@ -164,12 +164,12 @@ def _unet_name(key: str, layers: list[int], up_attends: list[bool]) -> str:
         names[0] = RESNET[names[0]]
     if way == "mid_block":  # ResBlock, attention, ResBlock
         return ".".join(["middle_block", str(2 * i if role == "resnets" else 1), *names])
-    if way == "down_blocks":  # the first convolution is block 0, a downsampler ends a level
+    if way == "down_blocks":  # block 0 is the first convolution; a level ends with a downsampler
         start, n = 1 + sum(layers[:level]) + level, layers[level]
         if role == "downsamplers":
             return f"input_blocks.{start + n}.0.op.{names[-1]}"
         return ".".join([f"input_blocks.{start + i}.{int(role == 'attentions')}", *names])
-    more = [n + 1 for n in reversed(layers)]  # an upsampler is the last part of a level's last
+    more = [n + 1 for n in reversed(layers)]  # the upsampler is part of a level's last block
     start = sum(more[:level])
     if role == "upsamplers":
         last = start + more[level] - 1
@@ -178,7 +178,7 @@ def _unet_name(key: str, layers: list[int], up_attends: list[bool]) -> str:
 
 
 def unet_part(path: Path, variant: str | None = None) -> Part:
-    """The UNet; with variant `ema` its averaged weights, whose names have lost their dots."""
+    """The UNet; with variant `ema` its averaged weights, whose names have no dots."""
     file = _read(path, variant)
     _part_of(file, UNET, "UNet")
     config = _unet_config(file)
@@ -212,12 +212,12 @@ VAE_NAMES = (
 
 
 def vae_part(path: Path, variant: str | None = None) -> Part:
-    """The autoencoder of a checkpoint, or a file that is one alone, also in diffusers' layout."""
+    """The autoencoder of a checkpoint, or of its own file, in the original or diffusers layout."""
     file = _read(path, variant)
     prefix = VAE if file.has(VAE) else ""
     _part_of(file, f"{prefix}encoder.conv_in.", "autoencoder")
     theirs = file.has(f"{prefix}encoder.down_blocks.")
-    if theirs and (path.parent / "config.json").is_file():  # it may know another scaling factor
+    if theirs and (path.parent / "config.json").is_file():  # it may have another scaling factor
         return Part(read_json(path.parent / "config.json"), lambda key: key)
     block = "down_blocks.{}.resnets.{}" if theirs else "down.{}.block.{}"
     block = f"{prefix}encoder.{block}.conv1.weight"
@@ -241,7 +241,7 @@ def vae_part(path: Path, variant: str | None = None) -> Part:
             return prefix + key
         for pattern, new in VAE_NAMES:
             key = re.sub(pattern, new, key)
-        # the decoder counts its levels as the encoder does, from the widest picture down
+        # the decoder numbers its levels like the encoder, from the highest resolution down
         return prefix + re.sub(r"\.up\.(\d+)", lambda m: f".up.{levels - 1 - int(m[1])}", key)
 
     return Part(config, name, prefix)
@@ -263,9 +263,9 @@ OPEN_CLIP_NAMES = (
 
 
 def text_part(path: Path, variant: str | None = None) -> Part:
-    """The text encoder. SD 2.x takes OpenCLIP's last layer but one, so that the last is dropped.
+    """The text encoder. SD 2.x uses OpenCLIP's penultimate layer, so the last one is dropped.
 
-    A file that was made from diffusers' layout has lost that layer and the projection after it.
+    A file converted from the diffusers layout lacks that layer and the text projection.
     """
     file = _read(path, variant)
     _part_of(file, TEXT, "text encoder")
@@ -308,9 +308,9 @@ def text_part(path: Path, variant: str | None = None) -> Part:
 
 
 def renamer(part: Part, keys: Iterable[str]) -> Callable[[str], str | tuple[str, ...] | None]:
-    """The file's key -> the network's; several where a matrix is split into rows, in their order.
+    """The file's key -> the network's; several, in order, for a matrix that is split into rows.
 
-    None for what is known and not needed; a key that nobody knows comes back as it is.
+    None for known keys that are not needed; an unknown key is returned unchanged.
     """
     names: dict[str, tuple[str, ...]] = {}
     # transformers lists k, v, q; the rows of OpenCLIP's matrix are q, k, v
@@ -319,7 +319,7 @@ def renamer(part: Part, keys: Iterable[str]) -> Callable[[str], str | tuple[str,
     others = tuple({UNET, VAE, TEXT} - {part.prefix})
 
     def rename(old: str) -> str | tuple[str, ...] | None:
-        if ".attn_1." in old:  # a file made from diffusers' layout may have its names here
+        if ".attn_1." in old:  # a file converted from the diffusers layout may keep its names here
             old = old.replace(".to_out.0.", ".proj_out.").replace(".to_", ".")
         if old in names:
             return names[old] if len(names[old]) > 1 else names[old][0]
@@ -331,11 +331,11 @@ def renamer(part: Part, keys: Iterable[str]) -> Callable[[str], str | tuple[str,
 
 
 def scheduler_config(path: Path, prediction_type: str | None = None) -> dict:
-    """What a scheduler_config.json would say.
+    """The content of an equivalent scheduler_config.json.
 
-    The file may say what it predicts: by a key `v_pred`, or in its metadata (ModelSpec). Else
-    SD 1.x predicts ε, and SD 2.x either, without a word. There the spread of one bias tells the
-    published files apart (ComfyUI's rule): a guess, and warned about.
+    The file may name its prediction type, by a key `v_pred` or in its metadata (ModelSpec). If not,
+    SD 1.x predicts ε; SD 2.x may be either, and the standard deviation of one bias distinguishes
+    the published files (ComfyUI's rule): a guess, with a warning.
     """
     file = _read(path)
     _part_of(file, UNET, "UNet")
@@ -350,8 +350,8 @@ def scheduler_config(path: Path, prediction_type: str | None = None) -> dict:
         spread = [t.float().std(correction=0).item() for _, t in read_tensors(path, key.__eq__)]
         prediction_type = "v_prediction" if spread and spread[0] > 0.09 else "epsilon"
         warnings.warn(
-            f"{path} does not say what it predicts; {prediction_type} is a guess: "
-            "--prediction_type says it",
+            f"{path} does not say what it predicts; guessing {prediction_type}: "
+            "set --prediction_type to be sure",
             stacklevel=2,
         )
     return {

@@ -1,12 +1,12 @@
-"""Images larger than the networks were trained at: windows that overlap, their answers blended.
+"""Images larger than the networks were trained at: overlapping windows with blended outputs.
 
-    Tiles      the windows: their side, what neighbours share, how many go through at a time
-    through    a function of images on every window
+    Tiles      the windows: their side, overlap and batch size
+    through    apply a function of images to every window
     windowed   `predict` on every window
 
-A network sees no more than a window, of the size that it knows, so its memory is a window's however
-large the image is. The windows of `predict` are blended in every step, so what is drawn in one goes
-on in the next: MultiDiffusion (Bar-Tal et al. 2023, arXiv 2302.08113).
+A network sees only one window at a time, of a size that it knows, so its memory does not depend on
+the size of the image. The windows of `predict` are blended in every step, so that objects continue
+across them: MultiDiffusion (Bar-Tal et al. 2023, arXiv 2302.08113).
 """
 
 import math
@@ -20,15 +20,15 @@ from model.objectives import Predict
 
 
 class Tiles(NamedTuple):
-    """In latents."""
+    """In latent pixels."""
 
     side: int
-    overlap: int  # what neighbours share at the least
+    overlap: int  # of neighbours, at least
     batch: int = 1  # windows at a time
 
 
 def starts(length: int, tiles: Tiles) -> list[int]:
-    """Where windows begin that cover `length`, evenly spaced; [0] where one is enough."""
+    """Start positions of evenly spaced windows that cover `length`; [0] if one is enough."""
     if length <= tiles.side:
         return [0]
     spare = length - tiles.side
@@ -37,7 +37,7 @@ def starts(length: int, tiles: Tiles) -> list[int]:
 
 
 def fading(n: int, overlap: int) -> Tensor:
-    """A window's weights along a side, (n,): 1, and falling to its ends over `overlap`."""
+    """A window's weights along a side, (n,): 1, falling off towards both ends over `overlap`."""
     to_end = torch.minimum(torch.arange(n), torch.arange(n).flip(0)) + 0.5
     return (to_end / max(overlap, 1)).clamp(max=1)
 
@@ -45,9 +45,9 @@ def fading(n: int, overlap: int) -> Tensor:
 def through(
     f: Callable[[Tensor], Tensor], x: Tensor, tiles: Tiles, *, takes: int = 1, gives: int = 1
 ) -> Tensor:
-    """f on windows of x (b, c, H, W), its answers (k·b, c', ...) put together to (b, c', H', W').
+    """f on windows of x (b, c, H, W), its outputs (k·b, c', ...) blended into (b, c', H', W').
 
-    `takes`, `gives`: pixels a latent in x, and in the answers. Where one window is enough, f(x).
+    `takes`, `gives`: pixels per latent in x and in the outputs. If one window is enough, f(x).
     """
     h, w = x.shape[2] // takes, x.shape[3] // takes
     high, wide = min(h, tiles.side), min(w, tiles.side)
@@ -75,12 +75,12 @@ def through(
 
 
 def windowed(predict: Predict, tiles: Tiles | None) -> Predict:
-    """`predict` that asks for one window after the other."""
+    """`predict`, computed window by window."""
     if tiles is None:
         return predict
 
     def blended(x_t: Tensor, t: Tensor, m: Tensor | None) -> Tensor:
-        def ask(x: Tensor) -> Tensor:  # the batch, once for each window
+        def ask(x: Tensor) -> Tensor:  # x: the batch, once per window
             times = len(x) // len(t)
             return predict(x, t.repeat(times), None if m is None else m.repeat(times))
 

@@ -1,4 +1,4 @@
-"""The Stable Diffusion UNet (Rombach et al. 2022), built from a checkpoint's own config.json.
+"""The Stable Diffusion UNet (Rombach et al. 2022), built from a checkpoint's config.json.
 
 SD1.x and SD2.x, 4 (text to image), 8 (InstructPix2Pix) or 9 (inpainting) input channels.
 """
@@ -32,7 +32,7 @@ KNOWN = {
     "norm_eps": 1e-5,
     "flip_sin_to_cos": True,
     "freq_shift": 0,
-    "sample_size": None,  # the training size in latents; says nothing about the network
+    "sample_size": None,  # the training resolution in latents; no effect on the network
 }
 
 NEUTRAL = {
@@ -54,7 +54,7 @@ NEUTRAL = {
     "attention_type": ("default",),
     "class_embeddings_concat": (False,),
     "mid_block_only_cross_attention": (False,),
-    "addition_embed_type_num_heads": (64,),  # of no effect without an addition_embed_type
+    "addition_embed_type_num_heads": (64,),  # no effect without an addition_embed_type
 }
 
 
@@ -69,7 +69,7 @@ class TimeEmbedding(nn.Module):
 
 
 class Block(nn.Module):
-    """A level, or the middle: ResBlocks, a transformer after each (or none), maybe Down or Up."""
+    """A level, or the middle: ResBlocks, maybe each with a transformer; maybe Down or Up."""
 
     def __init__(
         self, resnets: list, attentions: list, *, down: Down | None = None, up: Up | None = None
@@ -97,8 +97,8 @@ class UNet(nn.Module):
 
         widths, n = list(cfg["block_out_channels"]), len(cfg["block_out_channels"])
         per_level = lambda value: list(value) if isinstance(value, list | tuple) else [value] * n  # noqa: E731
-        # `attention_head_dim` holds the *number* of heads in every SD checkpoint;
-        # `num_attention_heads`, where a newer file has it, means what it says and comes first.
+        # `attention_head_dim` is the *number* of heads in every SD checkpoint;
+        # `num_attention_heads`, in newer files, means what it says and takes precedence.
         heads = per_level(cfg["num_attention_heads"] or cfg["attention_head_dim"])
         depth = per_level(cfg["transformer_layers_per_block"])
         layers = per_level(cfg["layers_per_block"])
@@ -132,7 +132,7 @@ class UNet(nn.Module):
         self.conv_in = nn.Conv2d(self.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(widths[0], temb_dim)
 
-        skips, c = [widths[0]], widths[0]  # widths of what the down path leaves for the up path
+        skips, c = [widths[0]], widths[0]  # widths of the skip connections
         self.down_blocks = nn.ModuleList()
         for i, (width, kind) in enumerate(zip(widths, cfg["down_block_types"])):
             resnets = [res(c if j == 0 else width, width) for j in range(layers[i])]
@@ -158,9 +158,9 @@ class UNet(nn.Module):
 
     @torch.no_grad()
     def widen(self, channels: int) -> None:
-        """`channels` more inputs, whose weights are zero; the rest, the bias too, stays.
+        """Add `channels` input channels with zero weights to conv_in.
 
-        The output is what it was, whatever they hold, until an adapter of conv_in reads them
+        Their content does not change the output until an adapter of conv_in reads them
         (InstructPix2Pix, Brooks et al. 2023, arXiv 2211.09800, section 3.2).
         """
         conv = self.conv_in

@@ -12,7 +12,7 @@ KNOWN = {
     "block_out_channels": (128, 256, 512, 512),
     "layers_per_block": 2,
     "norm_num_groups": 32,
-    "scaling_factor": 0.18215,  # 1 / std of SD1's latents; older files do not write it down
+    "scaling_factor": 0.18215,  # 1 / std of SD1's latents; missing from older files
     "use_quant_conv": True,
     "use_post_quant_conv": True,
     "down_block_types": None,
@@ -27,7 +27,7 @@ NORM_EPS = 1e-6
 
 
 class ImageAttention(Attention):
-    """One-head self-attention over all pixels, with its norm and its skip."""
+    """Single-head self-attention over all pixels, with norm and skip."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__(channels, heads=1, qkv_bias=True)
@@ -51,7 +51,7 @@ class Mid(nn.Module):
 
 
 class Level(nn.Module):
-    """ResBlocks, then Down or Up where the level is not the last of its path."""
+    """ResBlocks, then Down or Up unless the level is the last of its path."""
 
     def __init__(self, c_in: int, c_out: int, layers: int, groups: int, resize: str | None):
         super().__init__()
@@ -130,7 +130,7 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """Latents here are *unscaled*; the UNet works on `scaling_factor` times them."""
+    """Latents here are *unscaled*; the UNet works on them times `scaling_factor`."""
 
     def __init__(self, config: dict):
         super().__init__()
@@ -140,7 +140,7 @@ class VAE(nn.Module):
         widths = list(cfg["block_out_channels"])
         layers, groups = cfg["layers_per_block"], cfg["norm_num_groups"]
         c = self.latent_channels = cfg["latent_channels"]
-        self.downscale = 2 ** (len(widths) - 1)  # 8 for SD: pixels per latent, each way
+        self.downscale = 2 ** (len(widths) - 1)  # 8 for SD: pixels per latent, in each dimension
         self.encoder = Encoder(cfg["in_channels"], widths, layers, groups, c)
         self.decoder = Decoder(cfg["out_channels"], widths, layers, groups, c)
         self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1) if cfg["use_quant_conv"] else nn.Identity()

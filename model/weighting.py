@@ -1,4 +1,4 @@
-"""From an objective's error map to one number: masks of the change, and what lies outside them."""
+"""From an objective's error map to a scalar loss: change masks, and preservation outside them."""
 
 import torch
 from torch import Tensor
@@ -17,10 +17,10 @@ def pair_loss(
     outside: float,
     preserve: float,
 ) -> tuple[Tensor, Tensor]:
-    """The loss (), and the error map (n, 4, h, w), of latents z (b, f, 4, h, w) at strengths s.
+    """The loss, (), and the error map, (n, 4, h, w), of latents z (b, f, 4, h, w) at strengths s.
 
-    `outside`: the weight of what is not in the mask (b, 1, h, w); `preserve`: that of a term which
-    holds the base's answer there.
+    `outside`: the error's weight outside the mask (b, 1, h, w); `preserve`: the weight of
+    `preservation` there.
     """
     ask, heard = listened(predict) if preserve else (predict, [])
     error = task.objective.loss(ask, task.schedule, z[:, 0], z[:, -1], s, draws, task.knobs)
@@ -31,7 +31,7 @@ def pair_loss(
 
 
 def prior_loss(task: Task, predict: Predict, z: Tensor, draws: Draws) -> Tensor:
-    """Prior preservation, (): the noise in class images z (b, 1, 4, h, w), at strength 1.
+    """Prior preservation, (): the noise loss of class images z (b, 1, 4, h, w) at multiplier 1.
 
     Ruiz et al. 2022 (arXiv 2208.12242), section 3.3.
     """
@@ -40,10 +40,10 @@ def prior_loss(task: Task, predict: Predict, z: Tensor, draws: Draws) -> Tensor:
 
 
 def weighted_mean(error: Tensor, mask: Tensor | None, outside: float) -> Tensor:
-    """The mean of (n, 4, h, w), n a multiple of the mask's b.
+    """The mean of error (n, 4, h, w), where n is a multiple of the mask's b.
 
-    With a mask (b, 1, h, w) it weighs 1 inside and `outside` elsewhere; each sample is divided by
-    its own weight, so that a small mask counts as much as a large one.
+    With a mask (b, 1, h, w): weight 1 inside, `outside` elsewhere. Each sample is normalized by its
+    total weight, so that small masks count as much as large ones.
     """
     if mask is None:
         return error.mean()
@@ -53,10 +53,10 @@ def weighted_mean(error: Tensor, mask: Tensor | None, outside: float) -> Tensor:
 
 
 def in_and_out(error: Tensor, mask: Tensor | None) -> Tensor:
-    """(3,): shares of the mean of (n, 4, h, w), inside the mask and outside it, and how much is in.
+    """(3,): the contributions to the mean error from inside and outside the mask; the coverage.
 
-    A share over its part of the pixels is the mean there. So it is too after both were averaged,
-    over micro-batches and processes, some of them without a pixel inside.
+    Contribution / coverage is the mean error inside. This also holds for averages of both over
+    micro-batches and processes, even if some have no pixel inside. error: (n, 4, h, w).
     """
     if mask is None:
         return error.new_zeros(3)
@@ -66,7 +66,7 @@ def in_and_out(error: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def listened(predict: Predict) -> tuple[Predict, list]:
-    """`predict`, and the list of (x_t, t, answer) it will have given with the LoRA on."""
+    """`predict`, and a list that records (x_t, t, output) of its calls with the LoRA active."""
     heard = []
 
     def listening(x_t: Tensor, t: Tensor, m: Tensor | None) -> Tensor:
@@ -79,11 +79,11 @@ def listened(predict: Predict) -> tuple[Predict, list]:
 
 
 def preservation(predict: Predict, heard: list, mask: Tensor) -> Tensor:
-    """‖e_s(x_t) − e_0(x_t)‖² outside the mask (b, 1, h, w), at all that the loss has asked."""
+    """‖e_s(x_t) − e_0(x_t)‖² outside the mask (b, 1, h, w), over all recorded calls."""
     terms = []
     for x_t, t, e_s in heard:
         with torch.no_grad():
             e_0 = predict(x_t, t, None)
-        apart = (e_s - e_0)[..., -mask.shape[3] :] ** 2  # (n, 4, h, w); of a canvas the right half
+        apart = (e_s - e_0)[..., -mask.shape[3] :] ** 2  # (n, 4, h, w); right half of a canvas
         terms.append(weighted_mean(apart, 1 - mask, 0.0))
     return torch.stack(terms).mean()

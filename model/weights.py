@@ -1,14 +1,14 @@
-"""Published checkpoints to modules, strictly.
+"""Strict loading of published checkpoints into modules.
 
-A checkpoint is a file (model/single_file.py), or a directory in the layout of diffusers, or a
-repository of that layout on the hub:
+A checkpoint is a single file (model/single_file.py), or a directory or hub repository in the
+diffusers layout:
 
     unet/config.json  unet/diffusion_pytorch_model[.VARIANT].safetensors  (or .index.json, shards)
     vae/...           text_encoder/config.json  text_encoder/model[.VARIANT].safetensors
     tokenizer/...     scheduler/scheduler_config.json
 
-Whatever is wrong with a file is one ValueError or FileNotFoundError with its name and the key.
-LoRA files are in model/lora_files.py; `load_lora` and `save_lora` can be had from here too. Their
+Every fault of a file is one ValueError or FileNotFoundError that names the file and the key. LoRA
+files are in model/lora_files.py; `load_lora` and `save_lora` can be imported from here too. Their
 command line (convert, concat, merge) is `python -m model.weights`: see model/lora_convert.py.
 """
 
@@ -54,7 +54,7 @@ __all__ = [
 # ---- tensors into modules ------------------------------------------------------------------------
 
 
-REST = "the rest of the file"  # what tells the sizes of a network in a single file
+REST = "the rest of the file"  # source of a network's sizes in a single file
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 CONVOLVED = OLD_ATTENTION.keys() | {"attn_1"}
@@ -63,7 +63,7 @@ CONVOLVED = OLD_ATTENTION.keys() | {"attn_1"}
 def _finite(tensor: Tensor, dtype: torch.dtype, path: Path, key: str) -> Tensor:
     if tensor.dtype not in FLOATS:
         raise ValueError(
-            f"{path} has {key} in {tensor.dtype}; float16, bfloat16 or float32 was wanted"
+            f"{path} has {key} in {tensor.dtype}; expected float16, bfloat16 or float32"
         )
     tensor = tensor.detach().to(dtype).contiguous()
     low, high = (edge.item() for edge in tensor.aminmax())  # both NaN if any element is
@@ -84,9 +84,10 @@ def load_strict(
 ) -> nn.Module:
     """Fill a module built on the meta device, tensor by tensor, each cast as it is read.
 
-    `rename` maps a file's key to the module's (None: known and not needed; several: its rows belong
-    to each in turn), `spell` a key of the module's to the file's. ValueError names file and key for
-    a tensor that is missing, extra, double, misshapen or not finite; `source` told the shapes.
+    `rename` maps a file's key to the module's (None: known and not needed; several: the tensor is
+    split into rows among them), `spell` a module's key to the file's. ValueError names file and key
+    of a tensor that is missing, extra, duplicate, non-finite or of a wrong shape; `source` is where
+    the expected shapes come from.
     """
     wanted = {key: tensor.shape for key, tensor in module.state_dict().items()}
     loaded: dict[str, Tensor] = {}
@@ -100,13 +101,13 @@ def load_strict(
                 if key not in wanted:
                     raise ValueError(f"{path} has {old}, which the network of {source} does not")
                 if key in loaded:
-                    raise ValueError(f"{path} has {old}, which was there before")
+                    raise ValueError(f"{path} has {old}, which is a duplicate")
                 if CONVOLVED & set(old.split(".")) and part.shape == (*wanted[key], 1, 1):
-                    part = part[:, :, 0, 0]  # the first VAEs had 1×1 convolutions for linears
+                    part = part[:, :, 0, 0]  # the first VAEs had 1×1 convolutions as linears
                 if part.shape != wanted[key]:
                     raise ValueError(
                         f"{path} has {old} with shape {tuple(tensor.shape)}; "
-                        f"{source} asks for {tuple(wanted[key])}"
+                        f"{source} requires {tuple(wanted[key])}"
                         + (f" {len(keys)} times" if len(keys) > 1 else "")
                     )
                 loaded[key] = _finite(part, dtype, path, old).to(device)
@@ -118,7 +119,7 @@ def load_strict(
             + (f" and {len(missing) - 1} more keys" if missing[1:] else "")
         )
     module.load_state_dict(loaded, strict=True, assign=True)
-    for name, buffer in module.named_buffers():  # what is not stored but computed
+    for name, buffer in module.named_buffers():  # computed, not stored
         if buffer.is_meta:
             assert name.endswith("position_ids"), name
             owner = module.get_submodule(name.rpartition(".")[0])
@@ -133,7 +134,7 @@ PER_LEVEL = {  # options of the UNet: a number, or a list of one per level
     "attention_head_dim",
     "num_attention_heads",
 }
-TEXT_OPTIONS = {  # what makes a CLIPTextModel, and what an absent one means; the rest is not read
+TEXT_OPTIONS = {  # the options of a CLIPTextModel with their defaults; others are ignored
     "vocab_size": 49408,
     "hidden_size": 512,
     "intermediate_size": 2048,
@@ -160,7 +161,7 @@ def _is_like(value: object, example: object, most: int) -> bool:
 
 
 def _check_kinds(config: dict, known: dict, path: Path) -> None:
-    """ValueError for an option whose value is not of the kind of its default."""
+    """ValueError for an option whose value is not of the type of its default."""
     per_level = PER_LEVEL if known is UNET_OPTIONS else ()
     for key, default in known.items():
         value = config.get(key)
@@ -173,14 +174,14 @@ def _check_kinds(config: dict, known: dict, path: Path) -> None:
         most = 64 if "layers" in key else 2**16  # more would take hours to build, then fail
         if not any(_is_like(value, kind, most) for kind in kinds):
             shown = repr(value) if len(repr(value)) < 60 else repr(value)[:60] + "..."
-            raise ValueError(f"{path} has {key} = {shown}; {wanted} was wanted")
+            raise ValueError(f"{path} has {key} = {shown}; expected {wanted}")
 
 
 def _build(network: Callable[[dict], nn.Module], config: dict, path: Path) -> nn.Module:
     try:
         with torch.device("meta"):
             module = network(config)
-    except Exception as error:  # a wrong value fails where it is first used, in any way
+    except Exception as error:  # an invalid value may fail anywhere, with any type
         raise ValueError(f"{path}: {first_line(error)}") from error
     for name, layer in module.named_modules():
         heads = getattr(layer, "heads", 1)
@@ -200,11 +201,11 @@ def _vae_key(key: str) -> str:
 
 
 def _network(network: type, config: dict, path: Path) -> nn.Module:
-    """The UNet or VAE that the config (of `path`) describes, without weights."""
+    """The UNet or VAE of a config (read from `path`), without weights."""
     wanted, known = CONFIGS[network]
     kind = config.get("_class_name", wanted)
     if kind != wanted:
-        raise ValueError(f"{path} describes a {kind}; a Stable Diffusion {wanted} was wanted")
+        raise ValueError(f"{path} describes a {kind}; expected a Stable Diffusion {wanted}")
     _check_kinds(config, known, path)
     return _build(network, config, path)
 
@@ -222,9 +223,9 @@ def _load_part(
 def _component(
     name_or_path: str | Path, folder: str, network: type, variant: str | None, revision: str | None
 ) -> tuple[nn.Module, list[Path]]:
-    """The UNet or VAE that a config.json describes, without weights, and the files with them."""
+    """The UNet or VAE of a config.json, without weights, and its weight files."""
     path, prefix = locate_component(name_or_path, folder, "config.json", revision)
-    module = _network(network, read_json(path), path)  # a wrong config need not fetch gigabytes
+    module = _network(network, read_json(path), path)  # fail before downloading gigabytes
     return module, weight_files(name_or_path, prefix, "diffusion_pytorch_model", variant, revision)
 
 
@@ -251,7 +252,7 @@ def load_vae(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> VAE:
-    """The autoencoder of a checkpoint, or of a file, directory or repository that is one alone."""
+    """The autoencoder of a checkpoint, or of a file, directory or repository of its own."""
     if path := single_file(name_or_path):
         return _load_part(VAE, vae_part(path, variant), path, dtype, device)
     module, files = _component(name_or_path, "vae", VAE, variant, revision)
@@ -259,7 +260,7 @@ def load_vae(
 
 
 def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None):
-    """The CLIP tokenizer of a checkpoint: vocab.json, merges.txt, and which token pads."""
+    """The CLIP tokenizer of a checkpoint: vocab.json, merges.txt, and the padding token."""
     from transformers import CLIPTokenizer
 
     vocab, prefix = locate_component(name_or_path, "tokenizer", "vocab.json", revision)
@@ -269,13 +270,13 @@ def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None):
     try:
         words = CLIPTokenizer.from_pretrained(vocab.parent, local_files_only=True)
         length = min(words.model_max_length, 77)
-        words("a", padding="max_length", max_length=length, truncation=True)  # or it fails later
+        words("a", padding="max_length", max_length=length, truncation=True)  # else it fails later
         return words
-    except Exception as error:  # the tokenizer's parser raises its own kinds
+    except Exception as error:  # the tokenizer's parser has its own types
         raise ValueError(f"{vocab.parent} is not a CLIP tokenizer: {first_line(error)}") from error
 
 
-CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # the words of SD 1.x, and of 2.x
+CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # the vocabulary of SD 1.x and 2.x
 
 
 def _tokenizer_for(single: Path, tokenizer: str | Path | None, open_clip: bool):
@@ -285,7 +286,7 @@ def _tokenizer_for(single: Path, tokenizer: str | Path | None, open_clip: bool):
         if open_clip and words.pad_token_id != 0:
             warnings.warn(
                 f"--tokenizer_name {tokenizer} pads with {words.pad_token!r}; "
-                f"{single} is of Stable Diffusion 2.x, which was trained with '!'",
+                f"{single} is Stable Diffusion 2.x, which was trained with '!'",
                 stacklevel=3,
             )
         return words
@@ -293,11 +294,11 @@ def _tokenizer_for(single: Path, tokenizer: str | Path | None, open_clip: bool):
         words = load_tokenizer(CLIP_TOKENIZER)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{single} has no tokenizer in it: give --tokenizer_name, a directory with vocab.json "
-            f"and merges.txt or a hub id; the usual one cannot be had: {error}"
+            f"{single} contains no tokenizer: give --tokenizer_name, a directory with vocab.json "
+            f"and merges.txt or a hub id; the default is not available: {error}"
         ) from error
     if open_clip:
-        words.pad_token = "!"  # OpenCLIP pads with 0, the number of this token
+        words.pad_token = "!"  # OpenCLIP pads with 0, the id of this token
     return words
 
 
@@ -310,9 +311,9 @@ def load_text(
     device: torch.device | str = "cpu",
     tokenizer: str | Path | None = None,
 ) -> TextEncoder:
-    """The CLIP text encoder and its tokenizer (or the `tokenizer` of a directory or hub id).
+    """The CLIP text encoder and its tokenizer (or `tokenizer`, a directory or hub id).
 
-    A single file has none: without `tokenizer`, the usual one comes from the hub.
+    A single file has none: without `tokenizer`, CLIP_TOKENIZER comes from the hub.
     """
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -325,24 +326,24 @@ def load_text(
         config = read_json(path)
     kinds = config.get("architectures") or ["CLIPTextModel"]
     if kinds != ["CLIPTextModel"]:
-        raise ValueError(f"{path} describes a {kinds}; a CLIPTextModel was wanted")
+        raise ValueError(f"{path} describes a {kinds}; expected a CLIPTextModel")
     _check_kinds(config, TEXT_OPTIONS, path)
     given = {key: config[key] for key in TEXT_OPTIONS if config.get(key) is not None}
     options = TEXT_OPTIONS | given
     if options["hidden_act"] not in ACTIVATIONS:
         raise ValueError(
             f"{path} has hidden_act = {options['hidden_act']!r}; "
-            f"{' or '.join(ACTIVATIONS)} was wanted"
+            f"expected {' or '.join(ACTIVATIONS)}"
         )
     width, heads = options["hidden_size"], options["num_attention_heads"]
     if width % heads:
         raise ValueError(f"{path}: {heads} num_attention_heads do not divide hidden_size = {width}")
-    # The token ids choose the pooled output, which nobody reads: those of the published files.
+    # These ids only affect the pooled output, which is not used: as in the published files.
     ids = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
     model = _build(lambda c: CLIPTextModel(CLIPTextConfig(**c)), options | ids, path)
     nested = any(key.startswith("text_model.") for key in model.state_dict())
 
-    def rename(key: str) -> str | None:  # files of any age into transformers of any age
+    def rename(key: str) -> str | None:  # any file into any transformers version
         if key.endswith("position_ids"):
             return None
         key = key.removeprefix("text_model.")
@@ -360,7 +361,7 @@ def load_text(
     last = max(words.get_vocab().values())
     if last >= options["vocab_size"]:
         raise ValueError(
-            f"the tokenizer {words.name_or_path} has token ids up to {last}; "
+            f"the tokenizer {words.name_or_path} has token ids up to {last}, but "
             f"{path} has vocab_size = {options['vocab_size']}"
         )
     return TextEncoder(model, words).eval()
@@ -371,7 +372,7 @@ def load_scheduler_config(
 ) -> dict:
     """scheduler/scheduler_config.json, for `Schedule.from_config`.
 
-    `prediction_type` stands in place of what is said there.
+    `prediction_type` overrides the file's.
     """
     if path := single_file(name_or_path):
         return single_file_scheduler(path, prediction_type)
@@ -380,5 +381,5 @@ def load_scheduler_config(
     return config if prediction_type is None else config | {"prediction_type": prediction_type}
 
 
-if __name__ == "__main__":  # the command line stands above this module, which does not import it
+if __name__ == "__main__":  # the command line imports this module, so it is not imported here
     runpy.run_module("model.lora_convert", run_name="__main__")

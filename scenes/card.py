@@ -1,4 +1,4 @@
-"""The embedded base model's card: its command, its figures and a sheet of pictures."""
+"""The embedded base model's card: its command, its metrics and a sheet of samples."""
 
 import argparse
 
@@ -19,7 +19,7 @@ from scenes.world import CHANGES, make_scene
 
 @torch.no_grad()
 def psnr_table(vae: VAE, count: int, device: torch.device) -> dict[str, tuple[float, float]]:
-    """State -> mean and standard error, in dB, of reconstructions of held-out scenes."""
+    """{state: (mean, standard error)} of the PSNR in dB of reconstructed held-out scenes."""
     table = {}
     for name in ("none", *CHANGES):
         state = {} if name == "none" else {name: 1.0}
@@ -36,7 +36,8 @@ def psnr_table(vae: VAE, count: int, device: torch.device) -> dict[str, tuple[fl
 def sample_sheet(
     unet: UNet, text: TextEncoder, vae: VAE, schedule: Schedule, steps: int
 ) -> Image.Image:
-    """Reconstructions of held-out scenes; eight seeds of five prompts by DDIM, guidance 3."""
+    """Reconstructions of held-out scenes; samples of five prompts, eight seeds each (DDIM, guidance
+    3)."""
     rows, names = [], []
     for state in ({}, {"solar": 1.0}, {"snow": 1.0}):
         real = [render(make_scene(HELD_OUT_SCENES + i), state) for i in range(4)]
@@ -57,7 +58,7 @@ def sample_sheet(
 
 
 def command(args: argparse.Namespace) -> str:
-    """What trains the same model again."""
+    """The command that trains the same model again."""
     places = ("out", "work")
     given = [f"--{k} {v}" for k, v in vars(args).items() if k not in places]
     return " ".join(["python -m scenes.train_base --out scenes/base", *given])

@@ -1,4 +1,4 @@
-"""What the embedded base model learns from: scenes in every state, with their captions."""
+"""The training data of the embedded base model: scenes in every state, with captions."""
 
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -11,13 +11,13 @@ from tqdm import tqdm
 from scenes.paint import render
 from scenes.world import caption, make_scene
 
-HELD_OUT = ("solar", "snow", "craters")  # of the UNet and the text encoder
+HELD_OUT = ("solar", "snow", "craters")  # from the UNet and the text encoder
 FIRST_SCENE = 2_000_000_000  # pairs of scenes.render have smaller seeds
-HELD_OUT_SCENES = 3_000_000_000  # what the figures of the card are measured on
+HELD_OUT_SCENES = 3_000_000_000  # first seed of the scenes that the card's metrics use
 
 
 def draw_state(seed: int, changes: tuple[str, ...]) -> dict[str, float]:
-    """None, one or two changes at any time; half of the times are the end, which captions name."""
+    """Zero to two changes with their times; half of the times are 1, as captions describe them."""
     rng = np.random.default_rng([seed, 5])
     count = rng.choice(3, p=[0.2, 0.6, 0.2])
     times = np.where(rng.random(count) < 0.5, 1.0, rng.random(count))

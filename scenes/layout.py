@@ -1,4 +1,4 @@
-"""The embedded base model's networks, and its files: the layout of published checkpoints."""
+"""The embedded base model's configs, and saving it in the layout of published checkpoints."""
 
 from pathlib import Path
 

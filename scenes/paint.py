@@ -1,7 +1,7 @@
-"""A scene in one of its states as a picture: polygons, shadows, light, drawn large and made small.
+"""Rendering a scene in one of its states: polygons, shadows, light, supersampled.
 
-A change adds, moves or recolours objects and touches nothing else, so every pixel outside its mask
-is equal in all states.
+A change adds, moves or recolours objects and nothing else, so every pixel outside its mask is equal
+in all states.
 """
 
 import math
@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from scenes.world import CHANGES, DURATION, House, Scene, craters, felled, new_houses, so_far
 
-SUN = np.array([0.018, 0.022])  # where shadows fall, per unit of height
+SUN = np.array([0.018, 0.022])  # offset of shadows, per unit of height
 WATER, MUD, ROAD = np.array([62, 96, 132]), np.array([121, 116, 98]), np.array([142, 140, 136])
 PANEL, GRAVEL = np.array([36, 50, 92]), np.array([74, 80, 104])
 PITCH = 0.1  # of the rows of panels
@@ -23,9 +23,9 @@ SNOW = np.array([238, 242, 247])
 def render(
     scene: Scene, state: dict[str, float] | None = None, *, outcome: int = 0, size: int = 64
 ) -> np.ndarray:
-    """The scene's picture, (size, size, 3) uint8. `state` is {change: time}; {} is summer, dry.
+    """The scene's image, (size, size, 3) uint8. `state` is {change: time}; {} is summer, dry.
 
-    Of a scene of a larger extent, so many times larger.
+    A scene of a larger extent gives an image that many times as large.
     """
     time = dict.fromkeys(CHANGES, 0.0) | (state or {})
     if unknown := sorted(set(time) - set(CHANGES)):
@@ -38,7 +38,7 @@ def render(
     def snowy(colour: np.ndarray, cover: float) -> np.ndarray:
         return colour + (SNOW - colour) * cover * time["snow"]
 
-    hedge = np.array([104, 136, 76])  # between fields, where no polygon has the pixel
+    hedge = np.array([104, 136, 76])  # background, visible between fields
     paint.polygon([(0, 0), (side, 0), (side, side), (0, side)], snowy(hedge, 0.95))
     for f in scene.fields:
         colour = f.colour
@@ -50,7 +50,7 @@ def render(
         if f.kind == "bare" and time["solar"] > 0:
             _panels(paint, f.corners, time["solar"], snowy(PANEL, 0.9), snowy(GRAVEL, 0.9), side)
 
-    if time["flood"] > 0:  # the water comes out of its bed by the same distance everywhere
+    if time["flood"] > 0:  # the water rises by the same distance everywhere
         paint.blob(scene.water, scene.width + 0.13 * time["flood"], MUD)
     paint.blob(scene.water, scene.width, WATER)
     for road in scene.roads:
@@ -82,7 +82,7 @@ def render(
     for i, tree in enumerate(scene.trees):
         radius = tree.radius * (1 - gone.get(i, 0.0))
         colour = tree.colour
-        if not tree.evergreen:  # darker leaves turn redder: the before image tells
+        if not tree.evergreen:  # darker leaves turn redder, so the before image determines it
             colour = colour + time["autumn"] * np.array([122 - tree.colour[0] / 4, 4, -18])
         if radius > 0:
             paint.disc(tree.at, radius, snowy(colour, 0.5 if tree.evergreen else 0.65))
@@ -105,8 +105,8 @@ def _furrows(paint, corners, colour) -> None:
 def _panels(paint, corners, time, panel, gravel, side) -> None:
     """Rows of panels on gravel over a whole field, built one after the other from the north.
 
-    All of it follows from what is to be seen: rows run as the fields do, and a row's turn comes
-    by its place in the picture, whatever of its field lies outside.
+    Determined by what is visible: rows follow the field's direction, and when a row is built
+    depends on its position in the image, even if its field extends beyond it.
     """
     a, along, across = corners[0], corners[1] - corners[0], corners[3] - corners[0]
     depth = float(np.hypot(*across))
@@ -131,11 +131,11 @@ def _draw_house(paint, house: House, done: float, roof: np.ndarray) -> None:
     for step in (0.35, 0.7, 1.0):
         paint.polygon(box + step * shadow, np.array([70, 72, 66]))
     paint.polygon(box, roof)
-    paint.polygon([house.at - u, house.at + u, box[2], box[3]], roof - 24)  # the side in the shade
+    paint.polygon([house.at - u, house.at + u, box[2], box[3]], roof - 24)  # the shaded side
 
 
 class _Paint:
-    """A canvas of `side` units of `size` pixels, drawn four times too large and averaged down."""
+    """A canvas of `side` units of `size` pixels, drawn at four times the size and averaged down."""
 
     def __init__(self, size: int, side: int):
         self.size, self.scale = side * size, 4 * size
@@ -168,5 +168,5 @@ def _rgb(colour: np.ndarray) -> tuple[int, int, int]:
 
 
 def change_mask(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Where two states differ at all: (H, W) bool."""
+    """The pixels in which two states differ: (H, W) bool."""
     return (before != after).any(axis=-1)

@@ -1,10 +1,10 @@
-"""The embedded base with a UNet that has learnt nothing: the control of every ablation.
+"""The embedded base with an untrained UNet: the control of every ablation.
 
     python -m scenes.random_base --out data/random_base
 
-Autoencoder, text encoder and tokenizer are the trained ones, so that all of a run's difference to
-one on the base is what the UNet knows. A LoRA of high rank on a random network is nearly a network
-of its own: without this arm, a good number says nothing about the base.
+Autoencoder, text encoder and tokenizer are the trained ones, so that a run differs from one on the
+base only in what the UNet knows. A LoRA of high rank on a random network is nearly a network of its
+own: without this arm, a good result says nothing about the base.
 """
 
 import argparse
@@ -24,24 +24,24 @@ WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
 
 
 def refuse_other(out: Path) -> None:
-    """FileExistsError if `out`, which is to be replaced, is there and no model's folder."""
+    """FileExistsError if `out`, which will be replaced, exists and is not a model's folder."""
     refuse_file(out, "--out")
     if out.exists() and any(out.iterdir()) and not (out / "model_index.json").is_file():
         raise FileExistsError(
-            f"--out {out} is not empty and has no model_index.json: a new folder was wanted, or a "
-            "model's to be replaced"
+            f"--out {out} is not empty and has no model_index.json; expected a new folder, or a "
+            "model's folder to replace"
         )
 
 
 def write_random_base(base: Path, out: Path, seed: int = 0) -> Path:
-    """A copy of `base` whose UNet has fresh weights of this seed, in fp16 as the base's."""
+    """A copy of `base` with fresh UNet weights from this seed, in fp16 like the base's."""
     config = read_json(base / "unet" / "config.json")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         state = {key: tensor.half() for key, tensor in UNet(config).state_dict().items()}
 
     def write(folder: Path) -> None:
-        other = shutil.ignore_patterns("README.md", "samples.png")  # they are the trained one's
+        other = shutil.ignore_patterns("README.md", "samples.png")  # of the trained model
         shutil.copytree(base, folder, ignore=other)
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
 
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         for name in ("model_index.json", "unet/config.json"):
             if not (args.base / name).is_file():
                 raise FileNotFoundError(
-                    f"--base {args.base} has no {name}; a directory in diffusers' layout was wanted"
+                    f"--base {args.base} has no {name}; expected a directory in diffusers layout"
                 )
         if args.base.resolve() in (args.out.resolve(), *args.out.resolve().parents):
             raise FileExistsError(f"--out {args.out} is in --base {args.base}, which is copied")

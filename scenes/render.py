@@ -1,11 +1,11 @@
-"""Small aerial scenes with changes whose truth is known: pairs to learn from and to judge by.
+"""Small aerial scenes with changes of known ground truth: pairs for training and evaluation.
 
     python -m scenes.render --change solar --pairs 64 --seed 0 --out data/solar
     python -m scenes.render --change flood --pairs 8 --times 0,0.25,0.5,0.75,1 --out data/flood
 
-What a scene holds is in `world.py`, how it looks in `paint.py`. A change has a time in [0, 1].
+The content of a scene is in `world.py`, its rendering in `paint.py`. A change has a time in [0, 1].
 `urban`, `clearing` and `craters` are random given the scene (each outcome seed is one truth); the
-others follow from what the before image shows.
+others are determined by the before image.
 """
 
 import argparse
@@ -34,9 +34,9 @@ def write_pairs(
     outcomes: int = 1,
     captions: bool = False,
 ) -> None:
-    """before/ after/ mask/ of `pairs` scenes; with `captions`, NAME.txt beside each after image.
+    """Write before/ after/ mask/ of `pairs` scenes; with `captions`, NAME.txt beside after images.
 
-    `times` adds a folder per time (its true states in between), `outcomes` > 1 adds the folders
+    `times` adds a folder per time (the true intermediate states), `outcomes` > 1 adds folders
     outcome-1, outcome-2, ... with other truths of the same scenes.
     """
     if change not in CHANGES:
@@ -64,20 +64,20 @@ def write_pairs(
 
 
 def time_list(text: str) -> tuple[float, ...]:
-    """ "0,0.5,1" -> (0.0, 0.5, 1.0); each has a folder of its own"""
+    """ "0,0.5,1" -> (0.0, 0.5, 1.0); each must give a folder name of its own"""
     times = floats(text) if text else []
     if not all(0 <= time <= 1 for time in times):
         raise argparse.ArgumentTypeError(
-            f"numbers in 0..1 with commas between them were wanted, such as 0,0.5,1, got {text!r}"
+            f"expected comma-separated numbers in 0..1 such as 0,0.5,1, got {text!r}"
         )
     if len({f"{time:.2f}" for time in times}) < len(times):
-        raise argparse.ArgumentTypeError(f"times that differ by 0.01 were wanted, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected times that differ by 0.01, got {text!r}")
     return tuple(times)
 
 
 def check(args: argparse.Namespace) -> None:
-    """ValueError or FileExistsError naming the flag that no pairs could be drawn with."""
-    # the scenes of one seed end where those of the next begin, and seed 2000's trained the base
+    """ValueError or FileExistsError names an invalid flag."""
+    # each seed has 1,000,000 scenes, and those of seed 2000 trained the base
     bounds = {
         "pairs": (1, 1_000_000), "seed": (0, 1999), "size": (1, 2048), "extent": (1, 16),
         "outcomes": (1, 1000),
@@ -99,17 +99,17 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--change", required=True, choices=CHANGES)
     parser.add_argument("--pairs", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0, help="other seeds are other scenes")
+    parser.add_argument("--seed", type=int, default=0, help="other seeds give other scenes")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--size", type=int, default=64, help="pixels")
     parser.add_argument(
         "--extent",
         type=int,
         default=1,
-        help="scenes so many times larger, each way, of --size each",
+        help="scenes this many times larger in each dimension, in units of --size",
     )
     parser.add_argument(
-        "--times", type=time_list, default=(), metavar="0,0.5,1", help="states in between"
+        "--times", type=time_list, default=(), metavar="0,0.5,1", help="intermediate states"
     )
     parser.add_argument("--outcomes", type=int, default=1, help="truths per scene, if random")
     parser.add_argument("--captions", action="store_true", help="NAME.txt beside each after image")

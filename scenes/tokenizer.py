@@ -1,4 +1,4 @@
-"""CLIP's byte-level BPE tokenizer, learnt on captions and written in its files."""
+"""CLIP's byte-level BPE tokenizer, trained on captions and written to CLIP's files."""
 
 import json
 import re
@@ -15,9 +15,9 @@ def write_text(path: Path, content: dict) -> None:
 
 
 def learn_merges(captions: list[str], count: int) -> list[tuple[str, str]]:
-    """Byte-pair encoding (Sennrich et al. 2016): join the commonest pair, again and again.
+    """Byte-pair encoding (Sennrich et al. 2016): repeatedly merge the most common pair.
 
-    Ties go to the first in the alphabet: the library's trainer takes them in any order.
+    Ties are broken alphabetically: the library's trainer takes them in any order.
     """
     words = Counter(word for text in captions for word in re.findall(r"\w+|[^\w\s]+", text))
     split = {word: (*word[:-1], word[-1] + "</w>") for word in words}
@@ -42,9 +42,9 @@ def learn_merges(captions: list[str], count: int) -> list[tuple[str, str]]:
 
 
 def write_tokenizer(folder: Path, captions: list[str], merges: int = 200) -> int:
-    """CLIP's tokenizer with merges learnt on captions. Returns the vocabulary size.
+    """Write CLIP's tokenizer with merges learnt from captions. Returns the vocabulary size.
 
-    Every byte has its token, alone and at a word's end, so any prompt can be written.
+    Every byte has a token, alone and at the end of a word, so any prompt can be encoded.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pairs = learn_merges(captions, merges)

@@ -1,11 +1,11 @@
-"""The embedded base model: Stable Diffusion's architecture, small, trained from scratch on scenes.
+"""The embedded base model: a small Stable Diffusion architecture, trained from scratch on scenes.
 
     python -m scenes.train_base --out scenes/base           (make base)
 
 Tokenizer (BPE on the captions), autoencoder, then UNet and text encoder together, saved in the
 layout of published checkpoints and loaded like one. The UNet and the text encoder never see the
-changes in HELD_OUT; the autoencoder, a general part, sees the looks of all. Training state lies in
-`--work`; the same command goes on where it was stopped. Every draw comes from (seed, step).
+changes in HELD_OUT; the autoencoder, a general-purpose part, sees images of all. The training state
+is in `--work`; the same command resumes a stopped training. Every draw comes from (seed, step).
 """
 
 import argparse
@@ -42,7 +42,7 @@ from scenes.world import CHANGES
 
 
 def compiled(loss: Callable, device: torch.device) -> Callable:
-    """On a GPU only: a CPU would compile for longer than it trains."""
+    """torch.compile on a GPU only: on a CPU compiling would take longer than training."""
     return torch.compile(loss, dynamic=False) if device.type == "cuda" else loss
 
 
@@ -61,9 +61,9 @@ def fit(
     ema_decay: float = 0.999,
     save_every: int = 500,
 ) -> float:
-    """Train `network` on loss(step) with AdamW, cosine, EMA; it is left with the averaged weights.
+    """Train `network` on loss(step) with AdamW, cosine schedule and EMA; it ends with EMA weights.
 
-    The state is in work/NAME.pt, from which a stopped training goes on. Returns the seconds taken.
+    The state is in work/NAME.pt, from which a stopped training resumes. Returns the seconds taken.
     """
     file = work / f"{name}.pt"
     weights = [p for p in network.parameters() if p.requires_grad]
@@ -119,7 +119,7 @@ def fit(
 
 
 def vae_loss(vae: VAE, images: Tensor, *, seed: int, size: int, device: torch.device) -> Callable:
-    """Squared and absolute error, and a little KL to N(0, 1) (Kingma & Welling 2013, eq. 10)."""
+    """Squared and absolute error, and a small KL to N(0, 1) (Kingma & Welling 2013, eq. 10)."""
 
     images = images.to(device)
 
@@ -152,7 +152,7 @@ def posterior(vae: VAE, images: Tensor, device: torch.device) -> tuple[Tensor, T
 
 
 def whiten(vae: VAE, mean: Tensor, std: Tensor) -> None:
-    """Make each latent channel mean 0 and variance 1 over the scenes, inside the 1×1 convolutions.
+    """Normalize each latent channel to mean 0, variance 1 over the scenes, in the 1×1 convolutions.
 
     encode: mean' = (mean − μ)/σ, logvar' = logvar − 2 ln σ;      decode: z = σ z' + μ
     """
@@ -182,7 +182,7 @@ def unet_loss(
     size: int,
     device: torch.device,
 ) -> Callable:
-    """ε-loss with min-SNR-5 weights; a tenth of the captions is empty, for guidance."""
+    """ε-loss with min-SNR-5 weights; a tenth of the captions is dropped, for guidance."""
     mean, std = (x.to(device) for x in latents)
     prompts = ["", *sorted(set(captions))]
     ids, numbers = text.tokenize(prompts).to(device), {said: i for i, said in enumerate(prompts)}
@@ -285,7 +285,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="the model's folder, replaced")
     parser.add_argument("--work", type=Path, default=Path("runs/base"), help="training state")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--images", type=int, default=12000, help="scenes of the UNet")
+    parser.add_argument("--images", type=int, default=12000, help="training scenes of the UNet")
     parser.add_argument("--vae_steps", type=int, default=4000)
     parser.add_argument("--vae_batch", type=int, default=16)
     parser.add_argument("--unet_steps", type=int, default=3600)
@@ -294,11 +294,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--held_out", type=int, default=128, help="scenes of the card's figures")
     parser.add_argument(
         "--mixed_precision", choices=("no", "bf16"), default="no",
-        help="bf16 autocast: on a GPU, or a CPU with AMX (on others it is many times slower)",
+        help="bf16 autocast: for a GPU, or a CPU with AMX (many times slower on other CPUs)",
     )  # fmt: skip
     args = parser.parse_args(argv)
     try:
-        refuse_other(args.out)  # before the hours, not after them
+        refuse_other(args.out)  # fail before hours of training rather than after
         refuse_file(args.work, "--work")
         args.out.parent.mkdir(parents=True, exist_ok=True)
         print(train_base(args))

@@ -1,8 +1,8 @@
-"""What a scene holds and what becomes of it: fields, water, roads, trees, houses; no pixel yet.
+"""The content of a scene and its changes: fields, water, roads, trees, houses; no pixels yet.
 
-A scene lies in a square of side 1, or `extent`, fixed by its seed: fields in a rotated frame,
-roads, a river or a lake, woods, houses. `urban`, `clearing` and `craters` are random given the
-scene: each outcome seed is one truth.
+A scene fills a square of side 1, or `extent`, and is a function of its seed: fields in a rotated
+frame, roads, a river or a lake, woods, houses. `urban`, `clearing` and `craters` are random given
+the scene: each outcome seed is one truth.
 """
 
 import math
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-CHANGES = {  # name: what a caption says
+CHANGES = {  # name: its phrase in captions
     "urban": "with new houses",
     "flood": "flooded",
     "autumn": "in autumn",
@@ -32,7 +32,7 @@ LEAVES, NEEDLES = np.array([66, 106, 52]), np.array([38, 74, 58])
 
 @dataclass(frozen=True)
 class Field:
-    corners: np.ndarray  # (4, 2): its rectangle in the rotated frame, in x, y
+    corners: np.ndarray  # (4, 2): a rectangle of the rotated frame, in x, y
     kind: str  # bare, crop or meadow
     colour: np.ndarray
 
@@ -62,8 +62,8 @@ class Scene:
     roads: list[np.ndarray]  # each (2, 2)
     trees: list[Tree]
     houses: list[House]
-    light: np.ndarray  # (4, 4), or so many times more: brightness of the corners of a coarse grid
-    extent: int = 1  # the square's side; things are of the same size in all
+    light: np.ndarray  # (4 extent, 4 extent): brightness at the corners of a coarse grid
+    extent: int = 1  # the square's side; objects have the same size in all
 
 
 # ---- the scene -----------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def make_scene(seed: int, extent: int = 1) -> Scene:
 
 
 def _split(rng, box) -> tuple[list, list]:
-    """Halve rectangles until they are fields; the cuts come back longest first, as (2, 2) lines."""
+    """Split rectangles until they are fields; returns the cuts too, longest first, as (2, 2)."""
     done, cuts, todo = [], [], [box]
     while todo:
         a, b, c, d = todo.pop(0)
@@ -121,7 +121,7 @@ def _split(rng, box) -> tuple[list, list]:
 
 
 def _fields(rng, quads, extent: int) -> list[Field]:
-    """A fifth to a half of what is visible is bare: the place where solar farms come."""
+    """A fifth to a half of the visible area is bare: where solar farms are built."""
     grid = np.stack(np.meshgrid(*[(np.arange(24 * extent) + 0.5) / 24] * 2), axis=-1).reshape(-1, 2)
     share = np.array([extent**2 * _inside(grid, quad).mean() for quad in quads])
     bare, order = set(), rng.permutation(len(quads))
@@ -146,7 +146,7 @@ def _inside(points: np.ndarray, quad: np.ndarray) -> np.ndarray:
 
 
 def _to_water(at: np.ndarray, water: np.ndarray, width: float) -> float:
-    """Distance of a point from the water's edge; the course is dense enough for its points."""
+    """Distance of a point to the water's edge; the course's points are dense enough."""
     return float(np.hypot(*(water - at).T).min()) - width
 
 
@@ -189,7 +189,7 @@ def _free(at, houses, trees, roads, water, width, extent) -> bool:
 
 
 def _trees(rng, roads, water, width, houses, extent: int) -> list[Tree]:
-    """One to three woods and some trees that stand alone."""
+    """One to three woods and some single trees."""
     places = list(rng.uniform(0.02, extent - 0.02, (extent**2 * rng.integers(3, 8), 2)))
     for _ in range(extent**2 * rng.integers(1, 4)):
         centre, spread = rng.uniform(0.1, extent - 0.1, 2), rng.uniform(0.05, 0.09)
@@ -215,7 +215,7 @@ def _trees(rng, roads, water, width, houses, extent: int) -> list[Tree]:
 
 
 def new_houses(scene: Scene, outcome: int) -> list[tuple[float, House]]:
-    """(when its building starts, house) of one outcome of `urban`."""
+    """(start of its construction, house) in one outcome of `urban`."""
     rng = np.random.default_rng([scene.seed, 2, outcome])
     side = scene.extent
     wanted, houses = side**2 * rng.integers(6, 13), list(scene.houses)
@@ -231,7 +231,7 @@ def new_houses(scene: Scene, outcome: int) -> list[tuple[float, House]]:
 
 
 def felled(scene: Scene, outcome: int) -> dict[int, float]:
-    """Index of a tree -> when its felling starts, in one outcome of `clearing`."""
+    """{index of a tree: start of its felling} in one outcome of `clearing`."""
     rng = np.random.default_rng([scene.seed, 3, outcome])
     front = rng.standard_normal(2)
     order = sorted(range(len(scene.trees)), key=lambda i: scene.trees[i].at @ front)
@@ -240,7 +240,7 @@ def felled(scene: Scene, outcome: int) -> dict[int, float]:
 
 
 def craters(scene: Scene, outcome: int) -> list[tuple[float, np.ndarray, float]]:
-    """(when it appears, centre, radius) of one outcome of `craters`: anywhere on dry open land."""
+    """(time of appearance, centre, radius) in one outcome of `craters`, on dry open land."""
     rng = np.random.default_rng([scene.seed, 6, outcome])
     side = scene.extent
     wanted, found = side**2 * rng.integers(5, 11), []
@@ -267,12 +267,12 @@ def _starts(count: int) -> np.ndarray:
 
 
 def so_far(time: float, start: float) -> float:
-    """How much of what began at `start` is done at that time, 0..1."""
+    """Progress, 0..1, at `time` of what began at `start`."""
     return float(np.clip((time - start) / DURATION, 0, 1))
 
 
 def caption(scene: Scene, state: dict[str, float] | None = None) -> str:
-    """What is to be seen: "an aerial view of fields with a river and woods, in autumn"."""
+    """For example "an aerial view of fields with a river and woods, in autumn"."""
     water = "a river" if len(scene.water) > 1 else "a lake"
     woods = "woods" if len(scene.trees) > 15 else "trees"
     seen = [CHANGES[name] for name, time in sorted((state or {}).items()) if time > 0.5]
@@ -280,6 +280,6 @@ def caption(scene: Scene, state: dict[str, float] | None = None) -> str:
 
 
 def surroundings(seed: int, change: str) -> dict[str, float]:
-    """The state a pair's scene is in apart from the change: three of ten are in autumn."""
+    """The state of a pair's scene apart from the change: three of ten are in autumn."""
     rng = np.random.default_rng([seed, 4])
     return {"autumn": 1.0} if rng.random() < 0.3 and change not in ("autumn", "snow") else {}

@@ -133,16 +133,16 @@ def test_lines_of_an_arms_file(tmp_path):
         ("a: --seed 3", "--seed is set for each run"),
         ("a: --output_dir=x", "--output_dir is set for each run"),
         ("common: --overwrite", "--overwrite is set for each run"),
-        ("a: --push_to_hub", "--push_to_hub is for a run of its own"),
+        ("a: --push_to_hub", "--push_to_hub is for single runs and not allowed"),
         ("evaluate: --lora x", "--lora is set for each run"),
         ("evaluate: --nosuch", "unrecognized arguments: --nosuch"),
         ("evaluate: --strengths 0,x", "got '0,x'"),
         ("first.evaluate: --samples two", "invalid int value: 'two'"),
-        ("a --lora_rank 4", "a line is `name: --flag value ...`"),
-        ("--lora_rank 4", "a line is `name: --flag value ...`"),
+        ("a --lora_rank 4", "expected `name: --flag value ...`"),
+        ("--lora_rank 4", "expected `name: --flag value ...`"),
         ("b.evaluate: --samples 2", "there is no arm 'b' yet"),
-        ("first: --lora_rank 4", "'first' is in line 6 already"),
-        ("..: --lora_rank 4", "a name begins with a letter or a digit"),
+        ("first: --lora_rank 4", "'first' is already defined in line 6"),
+        ("..: --lora_rank 4", "a name must begin with a letter or digit"),
     ],
 )
 def test_a_bad_line_is_one_sentence_with_its_number(lab, capsys, line, said):
@@ -166,7 +166,7 @@ def test_files_that_are_no_arms(lab, capsys):
     for file in (lab.file.with_name("none"), lab.file.parent):
         assert ablate.main([str(file)]) == 2
         err = capsys.readouterr().err
-        assert re.match(rf"ablate\.py: {file}: \w.*; a file of arms was wanted\n$", err)
+        assert re.match(rf"ablate\.py: {file}: \w.*; expected a file of arms\n$", err)
     lab.file.write_text("evaluate: --before_data_dir x\na:\n  --instance_data_dir x\n")
     with pytest.raises(SystemExit) as stop:
         ablate.main([str(lab.file), "--out", str(lab.out)])
@@ -288,7 +288,7 @@ def test_some_arms_alone(lab, capsys):
     assert lab.run(changed, "--only", "a") == 0 and not lab.started
     assert [len(arm["runs"]) for arm in lab.results()["arms"].values()] == [1, 1, 0]
     assert lab.run(arms, "--only", "a", "d*") == 2
-    assert "--only d* is no arm of" in capsys.readouterr().err
+    assert "--only d* matches no arm of" in capsys.readouterr().err
 
 
 def test_an_interrupted_ablation_goes_on(lab, monkeypatch, capsys):
@@ -307,7 +307,7 @@ def test_an_interrupted_ablation_goes_on(lab, monkeypatch, capsys):
         patch.setattr(runs.Run, "save_checkpoint", interrupted)
         assert lab.run(arms) == 130
     assert [name for _, name in lab.names()] == ["a/seed0", "a/seed0", "b/seed0"]
-    assert "goes on" in capsys.readouterr().err
+    assert "the same command continues" in capsys.readouterr().err
     assert list(lab.results()["arms"]["a"]["runs"]) == ["0"]  # what was done is written already
     monkeypatch.setattr(runs.Run, "save_checkpoint", lambda *a: calls.append(a[1]) or real(*a))
     calls.clear()
@@ -408,7 +408,7 @@ def test_a_program_that_outlives_the_ablation_keeps_its_folder(tmp_path, monkeyp
         held.close()  # as the end of this process would
         assert ablate.main(again) == 2
         said = capsys.readouterr().err
-        assert said.count("\n") == 1 and f"--out {out} is being written by another process" in said
+        assert said.count("\n") == 1 and f"--out {out} is in use by another process" in said
     started.join()
     durable.lock(out, "--out").close()
 

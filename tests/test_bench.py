@@ -116,7 +116,7 @@ def test_the_report_takes_ratios_within_a_round(tmp_path):
 @pytest.mark.parametrize(
     "argv, said",
     [
-        (["--only", "nothing"], "--only nothing leaves no case; there are train-cpu-scenes"),
+        (["--only", "nothing"], "--only nothing matches no case; there are train-cpu-scenes"),
         (
             ["--quick", "--only", "nothing"],
             "there are train-cpu-tenth-64-b2-fp32, encode-cpu-tenth-64-b2-fp32, "
@@ -151,7 +151,7 @@ def test_a_file_is_no_folder(argv, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(main.__globals__, "measure", None)
     (file := tmp_path / "file").write_text("mine")
     assert main([*argv, str(file)]) == 2
-    said = f"python -m bench: {argv[-1]} {file}: {file} is a file, a folder was wanted\n"
+    said = f"python -m bench: {argv[-1]} {file}: {file} is a file; expected a folder\n"
     assert capsys.readouterr().err == said and file.read_text() == "mine"
 
 
@@ -169,7 +169,7 @@ def test_the_help_says_where_the_page_goes(capsys):
         (["--steps", "0"], "bench.scale: --steps must be at least 1, got 0"),
         (["--args=--nosuch"], "bench.scale --args: unrecognized arguments: --nosuch"),
         (["--args='open"], "bench.scale: --args 'open: no closing quotation"),
-        (["--data", "FILE"], "FILE is a file, a folder was wanted"),
+        (["--data", "FILE"], "FILE is a file; expected a folder"),
     ],
 )
 def test_mistakes_of_scale_are_said(argv, said, tmp_path, monkeypatch, capsys):

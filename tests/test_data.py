@@ -941,7 +941,7 @@ def test_what_is_not_trained_on_is_told(tmp_path):
     (root / "a" / "1.txt").write_text("a caption")
     (said,) = passed_over(TrainConfig(frames_dir=str(root)))
     left = f"{root / 'a' / 'd.gif'}, {root / 'c.mp4'}"
-    assert said == f"--frames_dir: 2 files that are no images are left out: {left}"
+    assert said == f"--frames_dir: skipping 2 files that are not images: {left}"
     times = [tmp_path / name for name in ("2016", "2019", "2024")]
     for folder, names in zip(times, ("ab", "a", "acd")):
         for name in names:
@@ -949,8 +949,8 @@ def test_what_is_not_trained_on_is_told(tmp_path):
     (times[1] / "b.jp2").write_bytes(b"no image")
     cfg = TrainConfig(sequence_dirs=[str(folder) for folder in times], allow_unmatched=True)
     assert [*passed_over(cfg)] == [
-        "--allow_unmatched: 3 places that lack a state are skipped",
-        f"--sequence_dirs: 1 files that are no images are left out: {times[1] / 'b.jp2'}",
+        "--allow_unmatched: skipping 3 places that lack a state",
+        f"--sequence_dirs: skipping 1 files that are not images: {times[1] / 'b.jp2'}",
     ]
 
 

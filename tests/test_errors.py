@@ -134,7 +134,7 @@ TRAIN = {
     "--validation_images nowhere.png --num_validation_images=1":
         "--validation_images nowhere.png does not exist",
     "--validation_images pairs/before --num_validation_images=1":
-        "--validation_images pairs/before is no file",
+        "--validation_images pairs/before is not a file",
     "--instance_prompt=caf\udce9": r"the prompt 'caf\udce9' is not UTF-8 text",
     "--validation_prompt=caf\udce9 --num_validation_images=1":
         r"the prompt 'caf\udce9' is not UTF-8 text",
@@ -143,7 +143,7 @@ TRAIN = {
     "--background=beforish": "--background is 'beforish', expected a colour",
     "--cache_dir=notes.txt": "notes.txt",
     # the base model
-    "--pretrained_model_name_or_path=notes.txt": "notes.txt is a file; a directory in diffusers'",
+    "--pretrained_model_name_or_path=notes.txt": "notes.txt is a file; expected a directory in the",
     "--pretrained_model_name_or_path=./nowhere": "'./nowhere' is neither a directory nor a hub",
     "--pretrained_model_name_or_path=empty": "empty has no scheduler/scheduler_config.json",
     "--pretrained_model_name_or_path=xl": "xl/unet/config.json",
@@ -185,9 +185,9 @@ TRAIN = {
     "--pretrained_model_name_or_path='no weights'": "no weights has no unet/",
     # the run's folder
     "--output_dir=": "--output_dir is empty",
-    "--output_dir=notes.txt": "--output_dir notes.txt: notes.txt is a file, a folder was wanted",
+    "--output_dir=notes.txt": "--output_dir notes.txt: notes.txt is a file; expected a folder",
     "--output_dir=notes.txt/run": "--output_dir notes.txt/run: notes.txt is a file",
-    "--output_dir=run": "--output_dir run holds a run already: choose another folder",
+    "--output_dir=run": "--output_dir run already holds a run: choose another folder",
     "--output_dir=run --overwrite --before_data_dir=nowhere": "Before images root doesn't exist",
     "--output_dir=run --overwrite --resume_from_checkpoint=latest": "are mutually exclusive",
     "--output_dir=run --overwrite --lora_rank=33": "--lora_rank 33 does not fit",
@@ -201,7 +201,7 @@ TRAIN = {
     "the run in run had another config: lora_rank was 2 and is 3",
     "--output_dir=damaged --resume_from_checkpoint=latest --max_train_steps=3":
     "damaged/checkpoint-2 is damaged: optimizer.safetensors has changed; damaged/checkpoint-1 is "
-    "damaged: state.json is missing; no other is there: --overwrite starts anew",
+    "damaged: state.json is missing; there is no other: --overwrite starts again",
     "--output_dir='wrong header' --resume_from_checkpoint=latest --max_train_steps=3":
     "wrong header/config.json is damaged",
     # --config
@@ -311,11 +311,11 @@ COMMON = {
     "--lora kohya.safetensors": "has the key lora_unet_x.lora_up.weight",
     "--model sd --lora misfit.safetensors": "conv_in has A (2, 3, 3, 3) and B",
     "--model nowhere": "'nowhere' is neither a directory nor a hub repository",
-    "--model notes.txt": "notes.txt is a file; a directory in diffusers' layout was wanted",
+    "--model notes.txt": "notes.txt is a file; expected a directory in the diffusers layout",
     "--model xl": "xl/unet/config.json",
     "--vae_path nowhere": "'nowhere' is neither",
-    "--out notes.txt": "--out notes.txt: notes.txt is a file, a folder was wanted",
-    "--out notes.txt/new": "--out notes.txt/new: notes.txt is a file, a folder was wanted",
+    "--out notes.txt": "--out notes.txt: notes.txt is a file; expected a folder",
+    "--out notes.txt/new": "--out notes.txt/new: notes.txt is a file; expected a folder",
     "--out ''": "--out: expected a path, got ''",
     "--prompt caf\udce9": r"the prompt 'caf\udce9' is not UTF-8 text",
     "--strength 1e300": "--strength must be in -1000000..1000000, got 1e+300",
@@ -346,7 +346,7 @@ EDIT = {
     "--input ''": "--input: expected a path, got ''",
     "--out pairs/before": "--out pairs/before is among the images of --input pairs/before",
     "--out pairs/before/made": "--out pairs/before/made is among the images of --input pairs",
-    "--out pairs/after": "--out pairs/after holds 0.png, which would be replaced, and no sample.",
+    "--out pairs/after": "--out pairs/after holds 0.png, which would be replaced, but no sample.",
     "--strengths 0,1e39": "distinct numbers within ±1000000, such as 0,0.5,1, got '0,1e39'",
     "--strengths 0,0,1": "distinct numbers within ±1000000, such as 0,0.5,1, got '0,0,1'",
     "--strengths 0.5,0.50000001": "distinct numbers within ±1000000",
@@ -419,7 +419,7 @@ def test_sample_without_what_it_needs(place, argv, sentence):
 def test_a_folder_that_cannot_be_written_is_told_before_the_work(place, monkeypatch, main, argv):
     """Before anything else is looked at."""
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    assert f"--out new: {place} cannot be written to" in complaint(
+    assert f"--out new: {place} is not writable" in complaint(
         place, main, [*words(argv), "--out", "new"]
     )
 
@@ -453,7 +453,7 @@ def test_an_error_without_words_is_named(capsys, error, said):
         ("--resolution 100", "--resolution must be a positive multiple of 8, got 100"),
         ("--resolution=-8", "--resolution must be a positive multiple of 8, got -8"),
         ("--resolution nan", "--resolution: invalid int value: 'nan'"),
-        ("--out notes.txt", "--out notes.txt: notes.txt is a file, a folder was wanted"),
+        ("--out notes.txt", "--out notes.txt: notes.txt is a file; expected a folder"),
         ("--bef x", "unrecognized arguments: --bef x"),
     ],
 )

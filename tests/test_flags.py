@@ -382,7 +382,7 @@ def allow_unmatched(lab, patch):
     stops("no partner", **dirs)(lab, patch)
     folder = lab.run(**dirs, allow_unmatched=True)
     assert column(folder) == column(lab.run())
-    assert "1 images without a partner are skipped" in lab.said[folder]
+    assert "skipping 1 images without a partner" in lab.said[folder]
 
 
 def max_pairs(lab, patch):
@@ -668,7 +668,7 @@ def init_lora(lab, patch):
         for name, delta in deltas(words, part).items():
             torch.testing.assert_close(deltas(folder, part)[name], delta, rtol=1e-5, atol=1e-7)
     folder = lab.run(**frozen, lora_rank=1, init_lora=start)
-    assert "unet cut to rank 1, relative error 0." in lab.said[folder]
+    assert "unet truncated to rank 1, relative error 0." in lab.said[folder]
     changes(beside={"pair_objective": "after"}, init_lora=start)[1](lab, patch)
     stops(f"--init_lora {start} adapts down_blocks.0", init_lora=start,
           lora_targets="conv_in")(lab, patch)  # fmt: skip
@@ -891,7 +891,7 @@ def max_grad_norm(lab, patch):
 def tokenizer_max_length(lab, patch):
     changes(2, tokenizer_max_length=5)[1](lab, patch)
     assert meta(lab.run(tokenizer_max_length=5))["tokenizer_max_length"] == 5
-    stops("--tokenizer_max_length is 78, the text encoder takes 77",
+    stops("--tokenizer_max_length is 78, but the text encoder takes at most 77",
           tokenizer_max_length=78)(lab, patch)  # fmt: skip
 
 
@@ -946,9 +946,15 @@ def on_nan(lab, patch):
     patch.setitem(train.OBJECTIVES, "delta", usual._replace(loss=loss))
     cfg = lab.config()
     code, lines = status(command(cfg))
-    assert code == 1 and "not finite at step 2 of" in lines[-1] and "at t 300" in lines[-1]
+    assert (
+        code == 1
+        and "non-finite loss or gradient at step 2 of" in lines[-1]
+        and "at t 300" in lines[-1]
+    )
     calls.clear()
-    with pytest.warns(UserWarning, match="not finite at step 2 .*: skipped, 1 in all so far"):
+    with pytest.warns(
+        UserWarning, match="non-finite loss or gradient at step 2 .*: skipped, 1 in total so far"
+    ):
         skipped = lab.fresh(on_nan="skip")
     assert column(skipped, "skipped") == [0, 1, 1] and column(skipped)[1] is None
     assert column(skipped)[0] == column(lab.run())[0] and column(skipped)[2] > 0
@@ -1294,7 +1300,7 @@ FLAGS = {
     "compile": effect(compiled),
     "channels_last": effect(channels_last),
     # what it does is in test_train.py, on a stand-in for CUDA, and in test_gpu.py
-    "cuda_graph": sentence("--cuda_graph is for CUDA, the device is cpu", cuda_graph=True),
+    "cuda_graph": sentence("--cuda_graph requires CUDA, but the device is cpu", cuda_graph=True),
     "deterministic": effect(deterministic),
     "device": effect(device),
     "enable_xformers_memory_efficient_attention": accepted(

@@ -152,7 +152,7 @@ HEAD = "common: --before_data_dir a --after_data_dir b\nevaluate: --before_data_
 def test_an_arm_cannot_have_the_name_of_a_result(tmp_path, name):
     """Its folder would be replaced by that file."""
     (tmp_path / "arms.txt").write_text(f"{HEAD}{name}:\n")
-    with pytest.raises(ValueError, match=r"arms\.txt:3: .* is what the ablation itself writes"):
+    with pytest.raises(ValueError, match=r"arms\.txt:3: .* is the name of a file that the abl"):
         ablate.read_arms(tmp_path / "arms.txt")
 
 
@@ -248,7 +248,7 @@ def test_a_report_shows_no_file_from_elsewhere(run, tmp_path, name):
 def test_a_report_follows_no_link(run, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
     (run / "samples" / "000001.png").symlink_to(tmp_path / "secret.png")
-    with pytest.raises(ValueError, match=r"000001\.png is a link"):
+    with pytest.raises(ValueError, match=r"000001\.png is a symlink"):
         report.write_report(run)
 
 

@@ -145,7 +145,7 @@ def test_by_id_then_from_the_cache(repo, local, tmp_path):
     for answer, repo_id in ((absent, "me/other"), (revision, name)):
         assert answer == (
             f"FileNotFoundError: {repo_id} is not in the hub's cache, and the hub cannot be "
-            "reached (HF_HUB_OFFLINE is set); a local directory in diffusers' layout works too"
+            "reached (HF_HUB_OFFLINE is set); a local directory in the diffusers layout works too"
         )
 
     # the hub has gone away in the meantime: nothing listens at its address any more
@@ -289,9 +289,9 @@ def test_train_by_id(repo, sd1, tmp_path):
     "name, token, said",
     [
         ("me/x", None, "an upload needs a token: the variable HF_TOKEN or `hf auth login`"),
-        ("me/x", "two words", "no token has; check HF_TOKEN"),
-        ("no/such/name", TOKEN, "'no/such/name' is no name of a repository (OWNER/NAME)"),
-        ("a b", None, "'a b' is no name of a repository (OWNER/NAME)"),
+        ("me/x", "two words", "the hub token contains invalid characters; check HF_TOKEN"),
+        ("no/such/name", TOKEN, "'no/such/name' is not a valid repository name (OWNER/NAME)"),
+        ("a b", None, "'a b' is not a valid repository name (OWNER/NAME)"),
     ],
 )
 def test_an_upload_that_cannot_begin(name, token, said, tmp_path, monkeypatch, capsys):
@@ -313,16 +313,16 @@ def test_what_is_no_finished_run_is_not_published(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(uploads, "publish", None)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: TOKEN)
     assert uploads.main([str(tmp_path), "me/x"]) == 2
-    assert "has no config.json: the folder of a run was wanted" in capsys.readouterr().err
+    assert "has no config.json; expected the folder of a run" in capsys.readouterr().err
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "summary.json").write_text('{"status": "stopped"}')
     assert uploads.main([str(tmp_path), "me/x"]) == 2
-    assert "is stopped: a finished one was wanted" in capsys.readouterr().err
+    assert "is stopped; expected a finished run" in capsys.readouterr().err
 
 
 def test_a_readme_of_somebody_is_not_replaced(tmp_path):
     (tmp_path / "README.md").write_text("# My notes")
-    with pytest.raises(ValueError, match=r"README\.md is none that was made here"):
+    with pytest.raises(ValueError, match=r"README\.md was not written by PairLoRA"):
         uploads.write_card(tmp_path, "me/x")
     assert (tmp_path / "README.md").read_text() == "# My notes"
 

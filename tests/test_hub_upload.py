@@ -137,11 +137,11 @@ def test_without_a_token_nothing_starts(cfg, tmp_path, monkeypatch):
         assert code == 2 and "check --hub_token" in err and "two words" not in err
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         code, _, err = status(replace(cfg, hub_model_id="no/such/name"))
-        assert code == 2 and "'no/such/name' is no name of a repository (--hub_model_id)" in err
+        assert code == 2 and "'no/such/name' is not a valid repository name (--hub_model_id)" in err
         assert not hub.uploaded
     huggingface_hub.close_session()  # and its open connections
     code, _, err = status(cfg)  # the hub has gone
-    assert code == 1 and "the hub did not open the repository me/pairs: " in err
+    assert code == 1 and "the hub cannot open the repository me/pairs: " in err
     assert len(err.splitlines()) == 1 and "127.0.0.1" not in err and not run.exists()
     code, _, err = status(replace(cfg, push_to_hub=False, hub_model_id=None), "--hub_token", "x")
     assert code == 2 and "--hub_token needs --push_to_hub" in err
@@ -155,7 +155,7 @@ def test_an_upload_that_fails_keeps_all_and_can_be_tried_again(cfg, step, tmp_pa
     with at(Hub({}, token=TOKEN, faults=faults), monkeypatch) as hub:
         code, out, err = status(replace(cfg, output_dir=str(run)))
         last = err.splitlines()[-1]
-        assert code == 1 and f"{run} is whole, but its upload to me/pairs failed: " in last
+        assert code == 1 and f"{run} is complete, but its upload to me/pairs failed: " in last
         assert TOKEN not in out + err and "Traceback" not in err and "%" not in err
         assert "it answered 403; check --hub_token" in last
         assert hub.uploaded == {"me/pairs": {}} and (run / LORA_FILE).is_file()
@@ -223,14 +223,14 @@ def test_each_objective_says_how_it_is_used(objective):
 
 
 def test_the_card_says_how_large_things_are():
-    assert "with a short side of 512 pixels" in card(resolution=512, resized=True)
-    assert "256 x 256 pixels of them, at full size" in card(resolution=256, resized=False)
-    assert "pixels" not in card(objective="dreambooth").split("## Strength")[0]
+    assert "with a short side of 512 px" in card(resolution=512, resized=True)
+    assert "256 x 256 px crops at native resolution" in card(resolution=256, resized=False)
+    assert "px" not in card(objective="dreambooth").split("## Strength")[0]
 
 
 def test_each_client_gets_its_file():
     assert "pytorch_lora_weights_kohya" not in card()
-    assert "All of them: `pytorch_lora_weights_kohya.safetensors`" in card(("diffusers", "kohya"))
+    assert "All three: `pytorch_lora_weights_kohya.safetensors`" in card(("diffusers", "kohya"))
     both = card(("diffusers", "attn_procs"))
     assert "ComfyUI: `pytorch_lora_weights_attn_procs.safetensors`" in both
     assert "--format kohya" in both and "weight is 2 * strength - 1" in both

@@ -155,7 +155,7 @@ def test_merged_equals_unmerged_and_comes_back_to_the_bit(sd1, dtype):
             delta = torch.einsum("or,r...->o...", f.B.flatten(1), f.A)
             whole = (weights[f"{name}.weight"] + delta).to(dtype)
             assert torch.equal(unet.get_submodule(name).weight, whole)
-        with pytest.raises(ValueError, match="merged already"):
+        with pytest.raises(ValueError, match="already merged"):
             merge(unet)
         unmerge(unet)
         assert all(torch.equal(v, weights[k]) for k, v in unet.state_dict().items())
@@ -183,7 +183,7 @@ def test_several_adapters_at_once(sd1, unet):
         assert relative(unet(*args), by_hand(*args)) < 1e-6  # the factors m are fp32
         merge(unet, torch.tensor([0.6, -1.5]))
         assert relative(unet(*args), by_hand(*args)) < 1e-6
-    with pytest.raises(ValueError, match="is merged; unmerge before another adapter is added"):
+    with pytest.raises(ValueError, match="is merged; unmerge it before adding another adapter"):
         attach(unet, f_one)
     unmerge(unet)
     with torch.no_grad():  # a number, or one for each sample, is for all of them
@@ -392,7 +392,7 @@ def test_bad_files_are_one_sentence(tmp_path, sd1, unet):
         "stray.weight, which": {**good, "stray.weight": good[key].clone()},
         "without": {k: v for k, v in good.items() if k != key},
         "NaN": {**good, key: good[key] * float("nan")},
-        "no Linear or Conv2d": {k.replace("attn1", "attn9"): v for k, v in good.items()},
+        "not a Linear or Conv2d": {k.replace("attn1", "attn9"): v for k, v in good.items()},
         "the layer is": {**good, key: good[key][:, :-1].contiguous()},
         "and B": {**good, other: good[other][:-1].contiguous()},
     }

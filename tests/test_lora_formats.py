@@ -260,7 +260,7 @@ def test_kohya_files_have_one_alpha(tmp_path, sd1):
         kept += same
     assert kept
     inject(conv := load_unet(sd1), "attn,conv_in", 2)
-    with pytest.warns(UserWarning, match="kohya's own loader leaves out conv_in;"):
+    with pytest.warns(UserWarning, match="kohya's own loader ignores conv_in;"):
         save_lora(path, unet=conv, layout="kohya")
 
 
@@ -276,7 +276,7 @@ def test_half_precision(tmp_path, sd1, dtype, tolerance):
         load_lora(path, unet=unet_2, text=text_2)
         assert_same(outputs(unet, text), outputs(unet_2, text_2), tolerance)
     next(iter(lora_layers(unet).values())).lora_B.data.fill_(1e5)
-    with pytest.raises(ValueError, match=r"down_blocks.* is beyond the range of torch\.float16"):
+    with pytest.raises(ValueError, match=r"down_blocks.* exceeds the range of torch\.float16"):
         save_lora(path, unet=unet, dtype=torch.float16)
 
 
@@ -501,13 +501,13 @@ CONV = "lora_unet_down_blocks_0_resnets_0_conv1"
 BAD = {
     "stray": (lambda t: {**t, "lora_te_logit_scale": torch.ones(1)}, "has the key lora_te_logit"),
     "sdxl": (lambda t: {**t, "lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha": torch.ones(1)},
-             "lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha, which no known layout"),
+             "lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha, which is in no known layout"),
     "no up": (lambda t: {k: v for k, v in t.items() if k != f"{Q}.lora_up.weight"},
               f"{Q}.lora_down.weight without {Q}.lora_up.weight"),
     "alpha alone": (lambda t: {**t, f"{Q.replace('to_q', 'to_v')}.alpha": torch.ones(())},
                     "to_v.alpha without .*to_v.lora_down.weight"),
     "twice": (lambda t: {**t, f"unet.{spelt(Q + '.alpha')[1]}.lora_A.weight": torch.ones(2, 2)},
-              "once more"),
+              "which duplicates"),
     "shape of up": (lambda t: {**t, f"{Q}.lora_up.weight": torch.ones(32, 7)},
                     f"{Q}.lora_up.weight with shape .32, 7. beside {Q}.lora_down.weight"),
     "alpha 0": (lambda t: {**t, f"{CONV}.alpha": torch.zeros(())}, "alpha, which is not one"),
@@ -515,7 +515,7 @@ BAD = {
     "mid": (lambda t: {**t, f"{CONV}.lora_mid.weight": torch.ones(2, 9, 3, 3)},
             f"{CONV}.lora_mid.weight with shape"),
     "integers": (lambda t: {**t, f"{Q}.lora_up.weight": torch.ones(32, 2, dtype=torch.int8)},
-                 "torch.int8; floating point was wanted"),
+                 "torch.int8; expected floating point"),
     "loha": (lambda t: {**t, f"{Q}.hada_w1_a": torch.ones(2, 2)}, "LoHa"),
 }  # fmt: skip
 
@@ -700,9 +700,9 @@ def test_the_command_line_says_what_is_wrong(tmp_path, sd1, capsys):
     (there := tmp_path / "there.safetensors").write_text("mine")
     new, merge = tmp_path / "new.safetensors", ("merge", tmp_path / "m", "--lora")
     for argv, words in {
-        ("convert", lora, there): "is there already",
-        ("convert", lora, tmp_path / "new"): "should end in .safetensors",
-        ("convert", lora, lora / "new.safetensors"): "is a file, a folder was wanted",
+        ("convert", lora, there): "already exists",
+        ("convert", lora, tmp_path / "new"): "must end in .safetensors",
+        ("convert", lora, lora / "new.safetensors"): "is a file; expected a folder",
         ("convert", tmp_path / "none", new): "IN .*none: no pytorch_lora_weights",
         ("convert", lora, new, "--rank", 0): "--rank must be at least 1, got 0",
         ("convert", lora, new, "--format", "a1111"): "invalid choice: 'a1111'",
@@ -789,12 +789,12 @@ def test_a_lora_is_used_on_top_of_what_it_was_trained_on(tmp_path, sd1, capsys):
     assert none is None
     under.rename(moved := tmp_path / "moved.safetensors")
     with pytest.raises(
-        FileNotFoundError, match=r"on top of .*under\.safetensors, which is not the"
+        FileNotFoundError, match=r"on top of .*under\.safetensors, which does not exist"
     ):
         off()
     assert_same(off(base_lora=moved)[0], expected)
     save_lora(under, unet=top)
-    with pytest.warns(UserWarning, match="is not the base LoRA of the training any more"):
+    with pytest.warns(UserWarning, match="is no longer the base LoRA of the training"):
         off()
     code, text_said = said(capsys, "merge", "--model", sd1, "--lora", lora, tmp_path / "m")
     assert code == 0 and "which is not merged with it: merge that one first" in text_said

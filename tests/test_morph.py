@@ -430,7 +430,7 @@ MISTAKES = {
     "--after {root}/notes.txt": "notes.txt cannot be read as an image",
     "--after {root}/odd_after.png": "their aspect ratios differ by",
     "--out {root}/after": "is the folder of --after",
-    "--out {root}/notes.txt": "is a file, a folder was wanted",
+    "--out {root}/notes.txt": "is a file; expected a folder",
     "--resolution 4": "--resolution must be at least 8, got 4",
     "--resolution 1000000": "would be 1000000x1000000 at --resolution 1000000, which is",
     "--noise_level 0": "--noise_level must be in (0, 1], got 0.0",

@@ -455,7 +455,9 @@ def test_a_fresh_lora_changes_nothing(sd1, name):
     assert torch.equal(fresh(x, t, ONES), fresh(x, t, None))
     torch.testing.assert_close(fresh(x, t, ONES), plain(x[:, :4], t, ONES), rtol=0, atol=1e-12)
     if extra:
-        with pytest.raises(ValueError, match="shows the UNet 8 channels, which takes 4"):
+        with pytest.raises(
+            ValueError, match="the objective needs 8 input channels, but the UNet has 4"
+        ):
             plain(x, t, ONES)
 
 

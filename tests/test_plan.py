@@ -177,7 +177,7 @@ def test_the_cut_that_fits(monkeypatch):
         assert f"accumulation: {micro} x {12 // micro}, recomputing {level}" in got.table
         assert f"predicted peak: {predicted} of" in got.table
     assert plan(100, "transformer")[:2] == (6, "transformer")  # at least what was asked for
-    said = r"--vram_gib 0.01 is too little: a micro-batch of 1 that recomputes all needs 0.0107 GiB"
+    said = r"--vram_gib 0.01 is too little: micro-batch 1 with full recomputing needs 0.0107 GiB"
     with pytest.raises(ValueError, match=said):
         plan(10.24)
 

@@ -130,11 +130,11 @@ def test_mistakes_are_one_sentence(tmp_path, run, capsys):
     for folder, wrong in {
         tmp_path / "none": f"{tmp_path / 'none'} has no config.json",
         network / "config.json": "config.json has no config.json",
-        network: f"{network / 'config.json'} is no training's",
+        network: f"{network / 'config.json'} is not a training config",
     }.items():
         assert report.main([str(folder)]) == 2
         said = capsys.readouterr().err
-        assert said.count("\n") == 1 and f"{wrong}; a run's folder was wanted" in said
+        assert said.count("\n") == 1 and f"{wrong}; expected a run's folder" in said
     assert len(list(network.iterdir())) == 1
     (run / "strengths" / "strengths.json").write_text("[1")
     assert report.main([str(run)]) == 2

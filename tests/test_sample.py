@@ -373,7 +373,7 @@ def test_what_the_header_names_and_is_gone(tmp_path, sd1, images, capsys, part, 
     for more, told in (([], True), ([flag, str(tmp_path / "lost")], False)):
         assert sample.main(args + more) == 2
         said = capsys.readouterr().err
-        assert (f"the LoRA's header names it: say with {flag} where it is now" in said) is told
+        assert (f"the LoRA's header names it: say where it is now with {flag}" in said) is told
 
 
 def test_the_base_elsewhere_is_used_as_it_was_trained_with(tmp_path, sd1):

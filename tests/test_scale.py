@@ -93,7 +93,9 @@ def test_a_run_with_its_contexts_and_latents_on_disk_is_the_same(
 
 def test_prompts_that_are_cut_are_one_warning(sd1):
     text, long = load_text(sd1), "a " * 200
-    with pytest.warns(UserWarning, match=r"a prompt of \d+ tokens is cut to \d+: .* and 2 more$"):
+    with pytest.warns(
+        UserWarning, match=r"a prompt of \d+ tokens is truncated to \d+: .* and 2 more$"
+    ):
         ids = text.tokenize([long + "b", "a square", long, long + "c"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

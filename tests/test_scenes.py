@@ -181,7 +181,7 @@ def refused(program, argv, capsys) -> str:
     "flag, value, said",
     [
         *(("--times", t, f"numbers in 0..1 .* got '{t}'") for t in ("foo", "0.25,", "nan", "5")),
-        ("--times", "0.251,0.252", "times that differ by 0.01 were wanted, got '0.251,0.252'"),
+        ("--times", "0.251,0.252", "expected times that differ by 0.01, got '0.251,0.252'"),
         *(("--seed", seed, f"--seed must be in 0..1999, got {seed}") for seed in (-1, 2000)),
         *(("--size", size, f"--size must be in 1..2048, got {size}") for size in (0, -5)),
         *(("--pairs", pairs, f"--pairs must be in 1..1000000, got {pairs}") for pairs in (0, -2)),
@@ -203,7 +203,7 @@ def test_a_file_is_no_folder(tmp_path, capsys, monkeypatch, program, argv):
     (file := tmp_path / "file").write_text("mine")
     for out in (file, file / "x"):
         said = refused(program, [*argv, "--out", out], capsys)
-        assert f"--out {out}: {file} is a file, a folder was wanted" in said
+        assert f"--out {out}: {file} is a file; expected a folder" in said
     assert file.read_text() == "mine"
 
 

@@ -414,7 +414,7 @@ STRANGERS = {
     "conditioner.embedders.0.transformer.text_model.final_layer_norm.bias": "is an SDXL checkpoint",
     f"{UNET}label_emb.0.0.weight": "label_emb.*, which Stable Diffusion 1.x and 2.x do not have",
     f"{UNET}joint_blocks.0.x.weight": "joint_blocks.*, which Stable Diffusion",
-    "down_blocks.0.resnets.0.conv1.weight": "is a file in diffusers' layout",
+    "down_blocks.0.resnets.0.conv1.weight": "is a file in the diffusers layout",
 }
 
 
@@ -495,7 +495,7 @@ def test_the_usual_tokenizer(roots, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     sentence = refusal(load_text, file)
-    assert sentence.startswith(f"{file} has no tokenizer in it: give --tokenizer_name, a directory")
+    assert sentence.startswith(f"{file} contains no tokenizer: give --tokenizer_name, a directory")
     assert "openai/clip-vit-large-patch14 is not in the hub's cache" in sentence
 
 
@@ -521,7 +521,7 @@ def test_what_the_base_predicts(roots, tmp_path):
         assert predicts("sd2", {"v_pred": empty}, asked="epsilon") == "epsilon"
     spread = torch.tensor([1.0, -1.0]).repeat(16)
     for size, kind in ((0.08, "epsilon"), (0.10, "v_prediction")):
-        with pytest.warns(UserWarning, match=f"{kind} is a guess: --prediction_type says it"):
+        with pytest.warns(UserWarning, match=f"guessing {kind}: set --prediction_type"):
             assert predicts("sd2", {bias: size * spread}) == kind
 
 
@@ -588,5 +588,5 @@ def test_what_training_says_of_more_channels(roots, tmp_path, capsys):
              f"--output_dir={tmp_path / 'run'}", "--resolution=16", "--lora_rank=2",
              "--device=cpu", f"--tokenizer_name={roots['inpaint']}"]  # fmt: skip
     assert train.main([f"--pretrained_model_name_or_path={file}", *flags]) == 2
-    assert capsys.readouterr().err.endswith(f"{file} has a UNet of 9 input channels, not 4\n")
+    assert capsys.readouterr().err.endswith(f"{file} has a UNet with 9 input channels, not 4\n")
     assert not (tmp_path / "run").exists()

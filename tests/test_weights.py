@@ -271,7 +271,7 @@ def with_element(value):
 
 
 TENSORS = {  # what becomes of the tensor, and what is said about it
-    "narrow": (lambda t: t[:, :-1].contiguous(), "with shape (", "its config.json asks for ("),
+    "narrow": (lambda t: t[:, :-1].contiguous(), "with shape (", "its config.json requires ("),
     "transposed": (lambda t: torch.cat([t, t]).t().contiguous(), "with shape ("),
     "flat": (lambda t: t.flatten(), "with shape ("),
     "empty": (lambda t: t[:0].contiguous(), "with shape (0, "),
@@ -279,7 +279,7 @@ TENSORS = {  # what becomes of the tensor, and what is said about it
     "inf": (with_element(float("inf")), "has NaN or infinity"),
     "-inf": (with_element(-float("inf")), "has NaN or infinity"),
     "half_inf": (lambda t: with_element(float("inf"))(t.half()), "has NaN or infinity"),
-    "int64": (lambda t: t.long(), "in torch.int64; float16, bfloat16 or float32 was wanted"),
+    "int64": (lambda t: t.long(), "in torch.int64; expected float16, bfloat16 or float32"),
     "int8": (lambda t: t.to(torch.int8), "in torch.int8"),
     "bool": (lambda t: t > 0, "in torch.bool"),
     "float8": (lambda t: t.to(torch.float8_e4m3fn), "in torch.float8_e4m3fn"),
@@ -336,13 +336,13 @@ def test_a_key_in_two_shards_and_under_two_names(root):
     first, second, _ = sorted(index.parent.glob("*-of-*"))
     key = next(iter(read_state(first)))
     rewrite(second, lambda state: {**state, key: torch.zeros(1)})
-    assert refusal(load_unet, root) == f"{second} has {key}, which was there before"
+    assert refusal(load_unet, root) == f"{second} has {key}, which is a duplicate"
 
     new = "encoder.mid_block.attentions.0.to_q.bias"
     old = new.replace("to_q", "query")
     path = weights_file(root, "vae")
     rewrite(path, lambda state: {**state, old: state[new].clone()})
-    assert "which was there before" in refusal(load_vae, root)
+    assert "which is a duplicate" in refusal(load_vae, root)
 
 
 def test_a_number_too_large_for_the_dtype(root):
@@ -425,7 +425,7 @@ def test_an_index_of_pickles_reaches_only_its_own_folder(root, folder, shard):
     content["weight_map"]["x"] = shard
     write_json(index, content)
     sentence = refusal(LOAD[folder], root)
-    assert f"{index} names the shard" in sentence and "a plain NAME.bin was wanted" in sentence
+    assert f"{index} names the shard" in sentence and "expected a plain NAME.bin" in sentence
 
 
 @pytest.mark.parametrize(
@@ -480,9 +480,11 @@ def test_a_wrong_variant_says_what_there_is(root, folder):
 def test_a_component_that_is_absent(root, folder):
     weights_file(root, folder).unlink()
     name = weights_file(Path(), folder).as_posix()
-    assert refusal(LOAD[folder], root) == f"{root} has no {name}; no weights are there"
+    assert refusal(LOAD[folder], root) == f"{root} has no {name}; it has no weights"
     shutil.rmtree(root / folder)
-    assert f"{root} has no {folder}/config.json; a checkpoint" in refusal(LOAD[folder], root)
+    assert f"{root} has no {folder}/config.json; expected a checkpoint" in refusal(
+        LOAD[folder], root
+    )
 
 
 def test_other_files_that_are_absent(root, tmp_path):
@@ -495,9 +497,11 @@ def test_other_files_that_are_absent(root, tmp_path):
     for name in (tmp_path / "nowhere", "nowhere", "./nowhere/at", "a/b/c"):
         assert f"{str(name)!r} is neither a directory nor" in refusal(load_unet, name)
     file = weights_file(root, "unet")
-    assert f"{file} is a file in diffusers' layout; the directory" in refusal(load_unet, file)
+    assert f"{file} is a file in the diffusers layout; expected its directory" in refusal(
+        load_unet, file
+    )
     (tmp_path / "notes.txt").write_text("not a checkpoint")
-    assert "notes.txt is a file; a directory" in refusal(load_unet, tmp_path / "notes.txt")
+    assert "notes.txt is a file; expected a directory" in refusal(load_unet, tmp_path / "notes.txt")
 
 
 # ---- config.json ---------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""What is trained: a LoRA in fp32 on the frozen networks, as one flat parameter, and its AdamW.
+"""What is trained: an fp32 LoRA on frozen networks, as one flat parameter, and its AdamW.
 
-read_given    the LoRA files a run begins with: one that lies beneath, one that is gone on from
-adapt         the networks' LoRA layers, flat; AdamW; all as a checkpoint left it
+read_given    the LoRA files a run begins with: --base_lora (frozen, beneath), --init_lora
+adapt         the LoRA layers as one flat parameter, and AdamW; restored from a checkpoint if given
 rate          the learning rate of a step
 """
 
@@ -25,32 +25,32 @@ from training.checkpoint import restore
 
 
 class Given(NamedTuple):
-    """LoRA files as {"unet": {path: Factors}, ...}, {} where there is none."""
+    """LoRA files as {"unet": {path: Factors}, ...}, {} if there is none."""
 
-    under: dict  # --base_lora: beneath what is trained, frozen
+    under: dict  # --base_lora: frozen, beneath the trained LoRA
     under_at: float  # its multiplier
-    start: dict  # --init_lora: what the LoRA is at first
+    start: dict  # --init_lora: the initial weights
 
     def put_under(self, cfg: TrainConfig, **model: nn.Module) -> None:
-        """--base_lora on `unet=` or `text=`."""
+        """Attach --base_lora to `unet=` or `text=`."""
         if self.under:
             apply_lora(self.under, cfg.base_lora, **model, fixed=self.under_at)
 
 
 def read_given(cfg: TrainConfig, *, fresh: bool) -> Given:
-    """--base_lora and, for a fresh run, --init_lora. ValueError names what cannot be used."""
+    """Read --base_lora and, for a fresh run, --init_lora. ValueError names what cannot be used."""
     under, under_at, start = {}, 1.0, {}
     if cfg.base_lora is not None:
         under, said = read_lora(cfg.base_lora, "--base_lora")
         refuse_chain(cfg.base_lora, said)
         under_at = multiplier(said, cfg.base_lora_strength)
-        print(f"--base_lora {cfg.base_lora} is on, frozen, at multiplier {under_at:g}")
+        print(f"--base_lora {cfg.base_lora} is active, frozen, at multiplier {under_at:g}")
     if cfg.init_lora is not None and fresh:
         start, said = read_lora(cfg.init_lora, "--init_lora")
         if said.get("base_lora") and cfg.base_lora is None:
             warnings.warn(
-                f"--init_lora {cfg.init_lora} was trained on top of another LoRA, which is not on "
-                "here: --base_lora puts it there",
+                f"--init_lora {cfg.init_lora} was trained on top of another LoRA, which is not "
+                "active here; add it with --base_lora",
                 stacklevel=2,
             )
         if "text_encoder" in start and not cfg.train_text_encoder:
@@ -63,11 +63,11 @@ def read_given(cfg: TrainConfig, *, fresh: bool) -> Given:
 
 class Trained(NamedTuple):
     unet: UNet
-    params: list[nn.Parameter]  # A and B of each layer with a LoRA, views of
+    params: list[nn.Parameter]  # A and B of each LoRA layer, views of `flat`
     flat: nn.Parameter
     opt: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler  # of the loss, on in fp16
-    state: dict  # state.json of the checkpoint gone on from, else {}
+    scaler: torch.amp.GradScaler  # enabled in fp16
+    state: dict  # state.json of the checkpoint resumed from, else {}
 
 
 def adapt(
@@ -78,22 +78,23 @@ def adapt(
     extra: int,
     checkpoint: Path | None,
 ) -> Trained:
-    """The UNet `extra` input channels wider and with a LoRA; `text` has its own, if it is trained.
+    """Widen the UNet by `extra` input channels and inject a LoRA, in place.
 
-    In place. The weights are random, then --init_lora's, then the checkpoint's.
+    `text`: a trained text encoder, which has its LoRA already. Initial weights: the checkpoint's,
+    else --init_lora's, else random.
     """
     given.put_under(cfg, unet=unet)
     targets = cfg.lora_targets
     if extra:
         unet.widen(4 + extra - unet.in_channels)  # --base_lora may have widened it
-        targets += ",conv_in"  # what reads the new channels
+        targets += ",conv_in"  # the layer that reads the new channels
     generator = seeded_for(cfg.seed, "LoRA")
     inject(unet, targets, cfg.lora_rank, cfg.lora_alpha, generator=generator)
     adapted = {"unet": unet} | ({"text_encoder": text.model} if text else {})
     for part, factors in given.start.items():
         model, what = adapted[part], f"--init_lora {cfg.init_lora}"
         if error := start_from(model, factors_for(model, factors), what):
-            print(f"{what}: {part} cut to rank {cfg.lora_rank}, relative error {error:.2g}")
+            print(f"{what}: {part} truncated to rank {cfg.lora_rank}, relative error {error:.2g}")
     layers = [layer for model in adapted.values() for layer in lora_layers(model).values()]
     params = [p for layer in layers for p in (layer.lora_A, layer.lora_B)]
     flat = flatten(params)
@@ -112,7 +113,7 @@ def adapt(
 
 
 def rate(cfg: TrainConfig, step: int, steps: int, world: int = 1) -> float:
-    """The learning rate of a step of so many processes."""
+    """The learning rate of a step; --scale_lr counts the images of all `world` processes."""
     images = world * cfg.train_batch_size * cfg.gradient_accumulation_steps
     scale = images if cfg.scale_lr else 1
     return learning_rate(

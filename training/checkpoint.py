@@ -1,4 +1,4 @@
-"""What a checkpoint holds besides its LoRA, and what a LoRA file says about itself."""
+"""What a checkpoint holds besides its LoRA, and the metadata of a LoRA file."""
 
 from pathlib import Path
 
@@ -15,8 +15,8 @@ from model.schedule import Schedule
 
 
 def save_state(folder: Path, opt: torch.optim.Optimizer, state: dict) -> None:
-    """optimizer.safetensors and state.json, beside the LoRA."""
-    moments = next(iter(opt.state.values()), {})  # of the one flat parameter, once it has moved
+    """Write optimizer.safetensors and state.json, beside the LoRA."""
+    moments = next(iter(opt.state.values()), {})  # of the flat parameter; {} before the first step
     tensors = {key: value for key, value in moments.items() if torch.is_tensor(value)}
     (folder / "optimizer.safetensors").write_bytes(save(tensors))
     rest = {key: value for key, value in moments.items() if key not in tensors}
@@ -24,9 +24,9 @@ def save_state(folder: Path, opt: torch.optim.Optimizer, state: dict) -> None:
 
 
 def restore(checkpoint: Path, adapted: dict, opt: torch.optim.Optimizer, scaler) -> dict:
-    """Weights, optimizer and loss scale as they were; returns state.json.
+    """Restore weights, optimizer and loss scale; returns state.json.
 
-    ValueError names a file that does not fit, as after --resume_changed.
+    ValueError names a file that does not match the model, as after --resume_changed.
     """
     parts, _ = read_lora(checkpoint / LORA_FILE)
     for part, model in adapted.items():
@@ -39,7 +39,7 @@ def restore(checkpoint: Path, adapted: dict, opt: torch.optim.Optimizer, scaler)
                 if mine.shape != its.shape:
                     raise ValueError(
                         f"{checkpoint / LORA_FILE} has {name} with shape {tuple(its.shape)}; "
-                        f"{tuple(mine.shape)} was wanted"
+                        f"expected {tuple(mine.shape)}"
                     )
                 mine.data.copy_(its)
     state = read_json(checkpoint / "state.json")
@@ -61,9 +61,9 @@ def lora_metadata(
     states: int,
     resized: bool,
 ) -> dict:
-    """What whoever uses the LoRA must know.
+    """The metadata needed to use the LoRA.
 
-    prompts: what it was trained at. resized: whether its images were brought to --resolution.
+    prompts: those of the training. resized: whether its images were resized to --resolution.
     """
     base = cfg.pretrained_model_name_or_path
     slope, offset = OBJECTIVES[objective].multiplier
@@ -71,7 +71,7 @@ def lora_metadata(
     kept = ("revision", "variant", "resolution", "native_scale", "background",
             "tokenizer_max_length", "text_encoder_use_attention_mask")  # fmt: skip
 
-    def found(path: str | None) -> str | None:  # from wherever it is used
+    def found(path: str | None) -> str | None:  # valid from any working directory
         return str(Path(path).resolve()) if path and is_local(path) else path
 
     return {
@@ -82,7 +82,7 @@ def lora_metadata(
         "vae_path": found(cfg.vae_path),
         "tokenizer_name": found(cfg.tokenizer_name),
         "prompt": next(iter(prompts)) if len(prompts) == 1 else cfg.instance_prompt,
-        "captions": len(prompts) > 1,  # each image had one
+        "captions": len(prompts) > 1,  # one per image
         "rank": cfg.lora_rank,
         "alpha": cfg.lora_alpha or cfg.lora_rank,
         "targets": cfg.lora_targets,
@@ -90,6 +90,6 @@ def lora_metadata(
         "base_lora": cfg.base_lora and companion_entry(cfg.base_lora, cfg.base_lora_strength),
         **{key: getattr(cfg, key) for key in kept},
         **knobs._asdict(),
-        "states": states,  # 2: it knows the ends alone
+        "states": states,  # 2: before and after only
         "resized": resized,
     }

@@ -1,4 +1,4 @@
-"""A step that fits the memory there is: planned before it starts, cut smaller where it does not."""
+"""Steps that fit into memory: planned before the training, split further on out-of-memory."""
 
 import warnings
 from collections.abc import Callable
@@ -28,9 +28,10 @@ def plan_step(
     looked_at: list[Apart],
     level: str,
 ) -> Plan:
-    """--vram_gib: how a step is cut, and what it computes twice.
+    """--vram_gib: the micro-batch and the level of activation checkpointing.
 
-    Of this process' share of a step, by a trial of its loss and by what lies there beside it.
+    Planned for this process's share of a step, from a trial of its loss and the memory in use
+    besides. `level`: the least checkpointing to consider.
     """
     device, latents, unet = items.latents.device, items.latents, trained.unet
     attempt = trial(
@@ -71,10 +72,10 @@ def plan_step(
 
 class Fitted:
     """`compute(micro, *inputs)`, which adds the gradient of a step's `mine` samples to flat.grad,
-    `micro` of them at a time; with `graph` played back as one CUDA graph.
+    in micro-batches of `micro`; with `graph` it is replayed as one CUDA graph.
 
-    Where memory does not suffice, it is done again with half as many at a time, in the end without
-    the graph, and goes on so: the result is the same. MemoryError where one is too much.
+    On out-of-memory it retries, for this and all later steps, with about half the micro-batch,
+    finally without the graph: the result is the same. MemoryError if one sample does not fit.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class Fitted:
         self.graph = Replayed(self.compute) if graph else None
 
     def __call__(self, done: int, *inputs: tuple | None) -> Tensor:
-        """`done`: the step's number, for the warning."""
+        """`done`: the step number, for the warning."""
         while (found := unless_full(self.graph or self.compute, *inputs)) is None:
             self.flat.grad.zero_()
             then = f"from here on {self.smaller()}; the result is the same"
@@ -93,17 +94,17 @@ class Fitted:
         return found
 
     def smaller(self) -> str:
-        """Take less from here on; what, in words."""
+        """Reduce memory from here on; returns how, in words."""
         if self.micro > 1:
             self.micro = max(k for k in range(1, self.micro // 2 + 1) if self.mine % k == 0)
             self.release()
-            return f"its {self.mine} images go through the network {self.micro} at a time"
+            return f"its {self.mine} images are processed {self.micro} at a time"
         if self.graph:
             self.graph = None
-            return "the step is not one CUDA graph, which takes more"
-        raise MemoryError("one image is too much")
+            return "steps run without a CUDA graph, which needs more memory"
+        raise MemoryError("a single image does not fit")
 
     def release(self) -> None:
-        """Give back what the graph holds; it is captured anew."""
+        """Free the graph's memory; it will be captured again."""
         if self.graph:
             self.graph.reset()

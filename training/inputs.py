@@ -1,4 +1,4 @@
-"""What a run trains on, and how long: pairs found, class images made, latents encoded."""
+"""What a run trains on, and how long: find pairs, generate class images, encode latents."""
 
 import math
 from collections import Counter
@@ -37,26 +37,26 @@ from sequences import find_clips, find_sequences, is_clip
 class Data(NamedTuple):
     train: list[Pair]
     held_out: list[Pair]  # never trained on
-    shown: list[Pair]  # what the pictures of the run are of
+    shown: list[Pair]  # for the sample images of the run
 
 
 class Items(NamedTuple):
-    """What a step is drawn from."""
+    """The data that steps are drawn from."""
 
     pairs: list[Pair]  # n
-    views: int  # of each
+    views: int  # per pair
     latents: Latents  # n · views
-    class_latents: Latents | None  # of prior preservation
+    class_latents: Latents | None  # for prior preservation
 
 
 class Size(NamedTuple):
-    """How many images a step takes, and how many steps a run."""
+    """Images per step, and steps per run."""
 
-    mine: int  # images of a step, on this rank
-    micro: int  # of them through the network at a time
-    total: int  # on all ranks
+    mine: int  # images of a step on this rank
+    micro: int  # micro-batch: images per forward pass
+    total: int  # images of a step on all ranks
     steps: int
-    show_every: int  # steps
+    show_every: int  # steps between samples
 
 
 def size_of(cfg: TrainConfig, pairs: int, world: int) -> Size:
@@ -69,7 +69,10 @@ def size_of(cfg: TrainConfig, pairs: int, world: int) -> Size:
 
 
 def find_data(cfg: TrainConfig) -> Data:
-    """Shown are held-out pairs, the given images, or some training pairs, in this order."""
+    """Pairs to train on, to hold out and to sample from.
+
+    `shown`: --validation_images, else held-out pairs, else some training pairs.
+    """
     how = {"mask_dir": cfg.mask_dir, "allow_unmatched": cfg.allow_unmatched}
     if not config.is_pairs(cfg):
         return Data(find_singles(cfg.instance_data_dir, **how), [], [])
@@ -80,7 +83,7 @@ def find_data(cfg: TrainConfig) -> Data:
     else:
         dirs = cfg.before_data_dir, cfg.after_data_dir
         pairs = find_pairs(*dirs, **how)
-    places = list(dict.fromkeys(pair.before for pair in pairs))  # of a sequence, all states or none
+    places = list(dict.fromkeys(pair.before for pair in pairs))  # all states of a sequence or none
     if cfg.validation_pairs >= len(places):
         raise ValueError(
             f"--validation_pairs {cfg.validation_pairs} leaves none of {len(places)} pairs to train"
@@ -94,24 +97,24 @@ def find_data(cfg: TrainConfig) -> Data:
         return Data(pairs, held_out, spread(whole, cfg.num_validation_images))
     for path in cfg.validation_images:
         if not Path(path).is_file():
-            fault = "is no file" if Path(path).exists() else "does not exist"
-            raise FileNotFoundError(f"--validation_images {path} {fault}; images were wanted")
+            fault = "is not a file" if Path(path).exists() else "does not exist"
+            raise FileNotFoundError(f"--validation_images {path} {fault}; expected images")
     paths = [Path(path) for path in cfg.validation_images][: cfg.num_validation_images]
     for path in paths:
-        load_image(path)  # a broken one is told before the latents are made
+        load_image(path)  # fails on a broken image before the latents are encoded
     given = [Pair(name=path.stem, before=None, after=path) for path in paths]
     return Data(pairs, held_out, given)
 
 
 def passed_over(cfg: TrainConfig) -> Iterator[str]:
-    """A line on what lies in the folders of pairs and is not trained on."""
+    """A line for each kind of file in the data folders that is not used."""
     sides, times = (cfg.before_data_dir, cfg.after_data_dir), cfg.sequence_dirs or []
     if cfg.allow_unmatched and all(sides) and (skipped := sum(map(len, unmatched(*sides)))):
-        yield f"--allow_unmatched: {skipped} images without a partner are skipped"
+        yield f"--allow_unmatched: skipping {skipped} images without a partner"
     if cfg.allow_unmatched and times:
         states = Counter(name for folder in times for name in by_name(folder, "--sequence_dirs"))
         if skipped := sum(n < len(times) for n in states.values()):
-            yield f"--allow_unmatched: {skipped} places that lack a state are skipped"
+            yield f"--allow_unmatched: skipping {skipped} places that lack a state"
     given, most = len(cfg.validation_images or ()), cfg.num_validation_images
     if given > most > 0:
         yield f"--num_validation_images {most}: of {given} --validation_images the first are shown"
@@ -123,17 +126,17 @@ def passed_over(cfg: TrainConfig) -> Iterator[str]:
         if flag == "--frames_dir":
             others = [file for file in others if not is_clip(file, folder)]
         if others:
-            yield f"{flag}: {len(others)} files that are no images are left out: {shown(others)}"
+            yield f"{flag}: skipping {len(others)} files that are not images: {shown(others)}"
 
 
 def spread(items: list, k: int) -> list:
-    """k of the items, or all, evenly spaced."""
+    """At most k of the items, evenly spaced."""
     k = min(k, len(items))
     return [items[i * len(items) // k] for i in range(k)]
 
 
 def make_dataset(cfg: TrainConfig, pairs: list[Pair]) -> PairDataset:
-    """In as many views as there is something random about them."""
+    """The dataset; with --views views per pair if a view is random, else one."""
     crop = {
         "center_crop": cfg.center_crop,
         "random_flip": cfg.random_flip,
@@ -145,41 +148,41 @@ def make_dataset(cfg: TrainConfig, pairs: list[Pair]) -> PairDataset:
     }
     dataset = PairDataset(pairs, cfg.resolution, views=cfg.views, **crop)
     if dataset.deterministic:
-        dataset.views = 1  # in place: every file was opened for its size
+        dataset.views = 1  # in place: a new dataset would open every file again
     return dataset
 
 
 def doubts(
     cfg: TrainConfig, dataset: PairDataset, size: Size, *, draws: str | None
 ) -> Iterator[str]:
-    """A sentence for each thing that will hardly turn out as it was meant. `draws`: the objective,
-    if it is one that learns to draw."""
+    """A warning for each setting that is probably not intended. `draws`: the objective's name, if
+    it learns to generate detail."""
     n, small = len(dataset.pairs), dataset.smaller_than(cfg.resolution)
     if 2 * small > n:
         yield (
-            f"{small} of {n} images have fewer pixels than --resolution {cfg.resolution}: they are "
-            "enlarged, and learnt as soft as that"
+            f"{small} of {n} images are smaller than --resolution {cfg.resolution}: they are "
+            "upscaled, and the LoRA learns their blur"
         )
-    elif draws and dataset.enlarged:  # it has the detail that it was shown
+    elif draws and dataset.enlarged:  # it generates the level of detail that it is trained on
         yield (
-            f"--random_scale {cfg.random_scale:g} enlarges {dataset.enlarged} of {n} images beyond "
-            f"their own pixels: what {draws} draws will be as soft as they are then"
+            f"--random_scale {cfg.random_scale:g} upscales {dataset.enlarged} of {n} images beyond "
+            f"native resolution: {draws} will generate equally blurred images"
         )
     if dataset.coverage < 1:
         enough = math.ceil(dataset.views / dataset.coverage)
         yield (
-            f"{dataset.views} crops of each image have {dataset.coverage:.0%} of the images' "
-            f"pixels: --views {enough} would have as many as there are"
+            f"{dataset.views} crops per image cover only {dataset.coverage:.0%} of the pixels; "
+            f"--views {enough} would match the full area"
         )
     if cfg.lr_scheduler != "constant" and cfg.lr_warmup_steps >= size.steps:
         yield (
-            f"--lr_warmup_steps {cfg.lr_warmup_steps} do not end within {size.steps} steps: "
+            f"--lr_warmup_steps {cfg.lr_warmup_steps} does not end within {size.steps} steps: "
             f"--learning_rate {cfg.learning_rate:g} is never reached"
         )
 
 
 def make_gallery(cfg: TrainConfig, pairs: list[Pair]) -> PairDataset:
-    """Pairs to look at, centre-cropped."""
+    """Pairs for validation, centre-cropped."""
     return PairDataset(
         pairs,
         cfg.resolution,
@@ -190,10 +193,10 @@ def make_gallery(cfg: TrainConfig, pairs: list[Pair]) -> PairDataset:
 
 
 def class_images(cfg: TrainConfig, device: torch.device, log: Callable) -> list[Pair]:
-    """The images of --class_data_dir; what is missing to --num_class_images is generated first.
+    """The images of --class_data_dir, after generating what is missing to --num_class_images.
 
-    Prior preservation, Ruiz et al. 2022 (arXiv 2208.12242), section 3.3: what the base itself draws
-    for the class prompt.
+    Prior preservation, Ruiz et al. 2022 (arXiv 2208.12242), section 3.3: images that the base model
+    generates from the class prompt.
     """
     folder = Path(cfg.class_data_dir)
     some = folder.is_dir() and find_images(folder, "--class_data_dir")
@@ -240,21 +243,21 @@ def encode_all(
     share: tuple[int, int] = (0, 1),
     wait: Callable[[], None] = lambda: None,
 ) -> Latents:
-    """The scaled posteriors of all images. `place`: on the device what is only looked at.
+    """The scaled posteriors of all images. `place`: where they are kept, as --latents_on.
 
-    With --cache_dir each rank of `share` = (rank, world) makes its part, and all `wait`.
+    With --cache_dir each rank of `share` = (rank, world) encodes its part, and all `wait`.
     """
 
     def encode(pixels: Tensor) -> tuple[Tensor, Tensor]:
         found = unless_full(vae.encode, pixels.to(device))
-        if found is None:  # in halves then
+        if found is None:  # out of memory: retry in halves
             if len(pixels) == 1:
-                raise MemoryError("one image is too much")
+                raise MemoryError("a single image does not fit")
             return tuple(map(torch.cat, zip(*map(encode, pixels.chunk(2)))))
         mean, logvar = found
         return mean * vae.scaling_factor, logvar + 2 * math.log(vae.scaling_factor)
 
-    # two sets of weights under one name are told apart by their sum
+    # the sum distinguishes different weights under one name
     weights = sum(p.double().abs().sum().item() for p in vae.parameters())
     return cache_latents(
         images,

@@ -1,7 +1,7 @@
-"""What the network is told: every prompt of a run, and its context.
+"""The text conditioning: every prompt of a run, and its context.
 
-load_prompts -> Prompts     each prompt through the text encoder once, and the encoder goes; or,
-                            where it is trained, the encoder with its LoRA
+load_prompts -> Prompts     encodes each prompt once, then frees the text encoder; if that is
+                            trained, keeps it, with its LoRA
 """
 
 import hashlib
@@ -27,7 +27,7 @@ MANY = 1000  # prompts
 
 @dataclass(frozen=True)
 class Prompts:
-    """p different prompts; `contexts` or, where it is trained, the encoder `text`."""
+    """p different prompts, with their `contexts` or, if it is trained, the text encoder `text`."""
 
     row: dict[str, int]
     ids: Tensor  # (p, l)
@@ -38,16 +38,16 @@ class Prompts:
 
     @property
     def many(self) -> bool:
-        """Too many for their contexts to lie on the device."""
+        """Whether there are too many contexts to keep them on the device."""
         return self.contexts is not None and self.contexts.place != "device"
 
     def rows(self, prompts: list[str]) -> Tensor:
-        """Their rows (k,), for `context`."""
+        """The prompts' rows, (k,), for `context`."""
         at = "cpu" if self.many else self.device
         return torch.tensor([self.row[said] for said in prompts], device=at)
 
     def context(self, rows: Tensor) -> Context:
-        """Of the prompts in these rows (b,); encoded at every call where the encoder is trained."""
+        """For the prompts in these rows (b,); encoded at every call if the encoder is trained."""
         if self.text is None:
             return send(self.contexts.take(rows)["ctx"], self.device)  # (b, l, d)
         mask = None if self.mask is None else self.mask[rows]
@@ -57,21 +57,21 @@ class Prompts:
         return self.context(self.rows([said]))
 
     def like(self, b: int) -> Context:
-        """As the context of b prompts, without a look at any: for its memory."""
+        """A stand-in for the context of b prompts, of the same size: for planning memory."""
         if self.contexts is None:
             return self.context(torch.zeros(b, dtype=torch.int64, device=self.device))
         return torch.zeros(b, *self.contexts.shapes["ctx"], device=self.device)
 
 
 def prompts_of(cfg: TrainConfig, pairs: list[Pair]) -> list[str]:
-    """The caption of each pair, else --instance_prompt."""
+    """Each pair's caption, else --instance_prompt."""
     return [pair.caption or cfg.instance_prompt for pair in pairs]
 
 
 def load_prompts(
     cfg: TrainConfig, prompts: Iterable[str], device: torch.device, given: Given
 ) -> Prompts:
-    """Each different prompt once. ValueError where the encoder cannot take as long ones."""
+    """Each different prompt once. ValueError if --tokenizer_max_length is too large."""
     base = cfg.pretrained_model_name_or_path
     files = {"variant": cfg.variant, "revision": cfg.revision, "device": device}
     text = load_text(base, **files, tokenizer=cfg.tokenizer_name)
@@ -81,7 +81,7 @@ def load_prompts(
     if (cfg.tokenizer_max_length or 0) > most:
         raise ValueError(
             f"--tokenizer_max_length is {cfg.tokenizer_max_length}, "
-            f"the text encoder takes {most} at most"
+            f"but the text encoder takes at most {most}"
         )
     given.put_under(cfg, text=text)
     row = {said: i for i, said in enumerate(dict.fromkeys(prompts))}
@@ -105,9 +105,9 @@ def encode_prompts(
     place: str,
     cache_dir: str | None,
 ) -> Rows:
-    """The context of every prompt, ids (p, l), once: a table of `ctx` (l, d).
+    """The context of every prompt, ids (p, l), encoded once: a table of `ctx` (l, d).
 
-    On the device; at `place` where there are MANY: a hundred thousand of SD's are 22 GiB.
+    On the device, or at `place` if there are more than MANY: 100,000 of SD 1.x take 22 GiB.
     """
 
     @torch.no_grad()
@@ -116,7 +116,7 @@ def encode_prompts(
         return text.encode(ids[cut], None if mask is None else mask[cut]).float().cpu()
 
     first = encoded(range(1))  # (1, l, d)
-    key = first.numpy().tobytes()  # tells encoders, and LoRAs on them, apart
+    key = first.numpy().tobytes()  # identifies the encoder and any LoRA on it
 
     def name(part: range) -> str:
         made_of = key + ids[part.start : part.stop].cpu().numpy().tobytes()

@@ -1,11 +1,10 @@
-"""Several processes as one run: torchrun starts them, torch.distributed joins them.
+"""Several processes as one run: torchrun starts them, torch.distributed connects them.
 
     torchrun --nproc_per_node=2 train.py ...
 
-Each process is a rank with a device of its own and a share of every step. Rank 0 leads: it alone
-writes, draws pictures and speaks. What is averaged over the ranks comes out with the same bits on
-all of them, so that their weights stay equal without being looked at. One process alone needs none
-of this, and every method here then does nothing.
+Each process is a rank with its own device and a share of every step. Rank 0 leads: it alone writes
+files, generates samples and prints. An all-reduce gives the same bits on all ranks, so their
+weights stay equal without a check. With a single process every method here is a no-op.
 """
 
 import os
@@ -25,15 +24,15 @@ from torch import Tensor
 
 from durable import read_or_empty
 
-# A rank that dies is noticed at once, by its closed connections and by torchrun; this is for what
-# rank 0 does while the others wait, and making class images may take hours.
+# A dead rank is noticed at once, by its closed connections and by torchrun; this timeout is for
+# work of rank 0 that the others wait for: generating class images may take hours.
 PATIENCE = timedelta(days=1)
-GRACE = 5.0  # seconds for rank 0 to say what went wrong, before another does
+GRACE = 5.0  # seconds for rank 0 to report an error before another rank does
 VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Ranks:
-    """What the environment says; `join` connects the processes."""
+    """Rank and world size, from the environment; `join` connects the processes."""
 
     def __init__(self):
         self.world = int(os.environ.get("WORLD_SIZE") or 1)
@@ -44,12 +43,12 @@ class Ranks:
         self._sent: tuple | None = None  # of `delayed_maximum`
 
     def join(self) -> None:
-        """Wait until all ranks are there. ValueError where the launcher has set only a part."""
+        """Wait for all ranks. ValueError if the launcher's environment variables are incomplete."""
         if self.world == 1 or self._store is not None:
             return
         if missing := [name for name in VARIABLES if not os.environ.get(name)]:
             raise ValueError(
-                f"WORLD_SIZE is {self.world}, and {', '.join(missing)} not set: start several "
+                f"WORLD_SIZE is {self.world}, but {', '.join(missing)} not set: start several "
                 "processes with torchrun, or unset it"
             )
         both = torch.cuda.is_available() and dist.is_nccl_available()
@@ -65,42 +64,42 @@ class Ranks:
             self.barrier()
 
     def _meet(self, store: dist.Store) -> dist.Store:
-        """The part of the store that is this start's own, under a name that rank 0 makes up.
+        """A part of the store for this launch only, under a name that rank 0 generates.
 
-        torchrun keeps one store through its restarts, with the addresses of those that died in it,
-        and its count of restarts may differ from machine to machine.
+        torchrun keeps one store across restarts, including the addresses of dead processes, and
+        its restart count may differ between machines.
         """
         mine = uuid.uuid4().hex
         if not self.leads:
             store.set(f"hello {self.rank}", mine)
-            start = store.get(f"start {mine}").decode()  # waits for it
+            start = store.get(f"start {mine}").decode()  # blocks until it is set
             store.set(f"{start} {self.rank}", "here")
             return dist.PrefixStore(start, store)
         for rank in range(1, self.world):
             while not store.check([f"{mine} {rank}"]):
-                if store.check([f"hello {rank}"]):  # of one that died, perhaps, and not the last
+                if store.check([f"hello {rank}"]):  # may be from a dead process: poll on
                     store.set(f"start {store.get(f'hello {rank}').decode()}", mine)
                 time.sleep(0.02)
         return dist.PrefixStore(mine, store)
 
     def close(self) -> None:
-        """At a good end; after a bad one the others may be gone."""
+        """Disconnect after success; after a failure the other ranks may be gone."""
         if self._store is not None:
             if self._sent is not None:
                 self._sent[0].wait()
             dist.destroy_process_group()
 
     def device(self, name: str | None) -> str | None:
-        """The name of this rank's own, given --device; a GPU becomes the current one."""
+        """The name of this rank's device, given --device; a GPU becomes torch's current one."""
         if self.world == 1:
             return name
         if name not in (None, "cuda", "cpu"):
-            raise ValueError(f"--device {name} for {self.world} processes: cuda or cpu was wanted")
+            raise ValueError(f"--device {name} for {self.world} processes: expected cuda or cpu")
         if name == "cpu" or not torch.cuda.is_available():
             return name
         local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= there:
-            raise ValueError(f"{local + 1} processes on this machine, or more, and {there} GPUs")
+            raise ValueError(f"at least {local + 1} processes on this machine, but {there} GPUs")
         torch.cuda.set_device(local)
         return f"cuda:{local}"
 
@@ -112,7 +111,7 @@ class Ranks:
         return type(pick)(*(x[self.rank * size : (self.rank + 1) * size] for x in pick))
 
     def all_reduce_mean(self, *tensors: Tensor) -> None:
-        """Each becomes, in place, its mean over the ranks."""
+        """All-reduce: each becomes, in place, its mean over the ranks."""
         if self.world == 1:
             return
         with _together():
@@ -121,13 +120,13 @@ class Ranks:
                 one /= self.world
 
     def broadcast(self, tensor: Tensor) -> None:
-        """It becomes, in place, what it is on rank 0."""
+        """Broadcast rank 0's values, in place."""
         if self.world > 1:
             with _together():
                 dist.broadcast(tensor, 0)
 
     def broadcast_object(self, make: Callable):
-        """What `make` gives on rank 0; the others do not call it."""
+        """The result of `make` on rank 0, broadcast; the other ranks do not call it."""
         box = [make() if self.leads else None]
         if self.world > 1:
             with _together():
@@ -135,21 +134,21 @@ class Ranks:
         return box[0]
 
     def maximum(self, number: int) -> int:
-        """The largest that a rank gives."""
+        """The maximum over the ranks."""
         if self.world == 1:
             return number
-        box = torch.tensor([number])  # in host memory: a GPU that waits would spin
+        box = torch.tensor([number])  # in host memory: a waiting NCCL kernel would occupy the GPU
         with _together():
             dist.all_reduce(box, dist.ReduceOp.MAX)
         return int(box)
 
     def barrier(self) -> None:
-        """For all of them."""
+        """Wait for all ranks."""
         self.maximum(0)
 
     @contextmanager
     def leader_first(self) -> Iterator[None]:
-        """Rank 0 goes through the block, then the others do."""
+        """Rank 0 runs the block first, then the others do."""
         if not self.leads:
             self.barrier()
         yield
@@ -157,9 +156,10 @@ class Ranks:
             self.barrier()
 
     def delayed_maximum(self, number: int) -> int:
-        """The largest number that a rank gave at the call before, 0 at first; alike on all ranks.
+        """The maximum over the ranks of the previous call's `number`, 0 at first.
 
-        One call late, so that nobody waits: it has come meanwhile. Of one process alone, at once.
+        Delayed by one call, so that the asynchronous all-reduce has finished and no rank blocks.
+        With one process it is `number` itself.
         """
         if self.world == 1:
             return number
@@ -173,7 +173,7 @@ class Ranks:
         return said
 
     def restarted(self, folder: str | Path) -> bool:
-        """Whether torchrun starts again what it has started in this folder (--max-restarts)."""
+        """Whether torchrun is restarting a run that it started in this folder (--max-restarts)."""
         if self.maximum(int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)) == 0:
             return False
         return read_or_empty(Path(folder) / "revision.json").get("launch", "") == launch_id()
@@ -181,38 +181,38 @@ class Ranks:
     # ---- one voice -------------------------------------------------------------------------------
 
     def reports(self) -> bool:
-        """Whether it is for this rank to say what went wrong: one does, rank 0 if it can."""
+        """Whether this rank should report the error: exactly one does, rank 0 if it can."""
         if self._store is None:
             return True
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, when it sees the first one end
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it once a process has ended
         try:
             until = time.monotonic() + (0 if self.leads else GRACE)
             while time.monotonic() < until and not self._store.check(["told"]):
                 time.sleep(0.05)
             return self._store.add("told", 1) == 1
-        except RuntimeError:  # the store was a process' that is gone
+        except RuntimeError:  # the process that hosted the store is gone
             return True
 
 
 @contextmanager
 def _together() -> Iterator[None]:
-    """ConnectionError where another rank has ended: gloo and NCCL say it in many ways."""
+    """ConnectionError if another rank has ended: gloo and NCCL raise various RuntimeErrors."""
     try:
         yield
     except RuntimeError as error:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's; there is a summary to write
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's: write the summary first
         why = re.sub(r"^\[[^]]*\] ", "", str(error).splitlines()[0]).split(". ")[0]
-        raise ConnectionError(f"another process of the run has ended, or is lost: {why}") from error
+        raise ConnectionError(f"another process of the run has ended or is lost: {why}") from error
 
 
 def launch_id() -> str | None:
-    """What started this process: the same for all that one torchrun starts, and starts again."""
+    """An id of the torchrun that started this process, the same across its restarts; else None."""
     name = os.environ.get("TORCHELASTIC_RUN_ID")
     return f"process {os.getppid()} on {socket.gethostname()}" if name == "none" else name
 
 
 class NullRun:
-    """What the other ranks have where rank 0 has the run's folder: it writes nothing."""
+    """The other ranks' stand-in for rank 0's `Run`: it writes nothing."""
 
     started = None
 

@@ -1,4 +1,4 @@
-"""A run from outside: its folder opened, torch's settings for the time, what is said at its end."""
+"""The frame of a run: opening its folder, torch's settings meanwhile, its summary and errors."""
 
 import os
 from collections.abc import Iterator
@@ -15,14 +15,14 @@ from runs import FILES, Run
 from training.ranks import NullRun, Ranks
 from training.trackers import pick_tracker
 
-# how this folder was opened and where it went: not kept, so that --config repeats the run only
+# how the folder was opened and the upload: not saved, so that --config repeats only the training
 ONCE = ("overwrite", "resume_from_checkpoint", "resume_changed",
         "push_to_hub", "hub_token", "hub_model_id")  # fmt: skip
 
 
 def refuse_overlap(cfg: TrainConfig) -> None:
-    """ValueError where what is written would be trained on, or would replace what is read;
-    FileExistsError where a file is in a folder's place."""
+    """ValueError if output would be trained on, or would overwrite input; FileExistsError if a file
+    is in place of a folder."""
     flags = ("before_data_dir", "after_data_dir", "mask_dir", "frames_dir", "instance_data_dir")
     read = [(flag, getattr(cfg, flag)) for flag in flags if getattr(cfg, flag) is not None]
     read += [("sequence_dirs", folder) for folder in cfg.sequence_dirs or ()]
@@ -42,7 +42,7 @@ def refuse_overlap(cfg: TrainConfig) -> None:
     for flag in ("cache_dir", "class_data_dir"):
         if getattr(cfg, flag) is not None:
             refuse_file(Path(getattr(cfg, flag)), f"--{flag}")
-    fresh = cfg.resume_from_checkpoint is None  # what goes on has read --init_lora
+    fresh = cfg.resume_from_checkpoint is None  # a resumed run does not read --init_lora again
     for flag in ("base_lora", "init_lora") if fresh else ("base_lora",):
         file = getattr(cfg, flag)
         if file is not None and Path(file).resolve().is_relative_to(out):
@@ -52,7 +52,7 @@ def refuse_overlap(cfg: TrainConfig) -> None:
 
 
 def open_run(cfg: TrainConfig, ranks: Ranks) -> Run | NullRun:
-    """The run's folder, on rank 0; all ranks go on from the checkpoint that is found there."""
+    """Open the run's folder, on rank 0; all ranks resume from the checkpoint found there."""
     if ranks.leads:
         refuse_overlap(cfg)
         told = asdict(replace(cfg, **{name: getattr(TrainConfig, name) for name in ONCE}))
@@ -74,7 +74,7 @@ def open_run(cfg: TrainConfig, ranks: Ranks) -> Run | NullRun:
 
 @contextmanager
 def settings(cfg: TrainConfig) -> Iterator[None]:
-    """--allow_tf32 and --deterministic inside, and what was before after it."""
+    """Apply --allow_tf32 and --deterministic; restores the previous settings on exit."""
     precision = torch.get_float32_matmul_precision()
     deterministic = torch.are_deterministic_algorithms_enabled()
     try:
@@ -91,10 +91,10 @@ def settings(cfg: TrainConfig) -> Iterator[None]:
 
 @contextmanager
 def summarized(run: Run | NullRun, leads: bool, device: torch.device) -> Iterator[None]:
-    """Writes summary.json however the block ends.
+    """Write summary.json however the block ends.
 
-    Memory that did not suffice becomes a MemoryError with what needs less, and an error of a run
-    that can go on tells from where.
+    An out-of-memory error becomes a MemoryError that suggests what needs less, and an error of a
+    resumable run names the last good checkpoint.
     """
     status = "crashed"
     try:
@@ -107,7 +107,7 @@ def summarized(run: Run | NullRun, leads: bool, device: torch.device) -> Iterato
         if out_of_memory(error):
             error = MemoryError(
                 f"out of memory on {device}: --gradient_checkpointing, a smaller --resolution or "
-                "--mixed_precision bf16 needs less; --vram_gib plans for what is there"
+                "--mixed_precision bf16 needs less; --vram_gib plans for a given amount"
             )
         resumable = leads and (run.started or run.checkpoint)
         if resumable and not isinstance(error, ValueError):
@@ -116,6 +116,6 @@ def summarized(run: Run | NullRun, leads: bool, device: torch.device) -> Iterato
     finally:
         try:
             run.finish(status, peak_mib=round(peak_mib(device), 1))
-        except OSError:  # must not hide the error of a run that has failed, perhaps the same one
+        except OSError:  # must not hide the original error of a failed run
             if status == "finished":
                 raise

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the end of a step, a checkpoint and a summary, instead of an end anywhere."""
+"""Ctrl-C and SIGTERM: finish the step, write a checkpoint and a summary, then stop."""
 
 import contextlib
 import os
@@ -7,7 +7,7 @@ import threading
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGINT or SIGTERM came; the exit status for it is 128 + `number`."""
+    """SIGINT or SIGTERM was received; the exit status is 128 + `number`."""
 
     def __init__(self, number: int, said: str = ""):
         super().__init__(said or f"stopped by {signal.Signals(number).name}")
@@ -15,12 +15,13 @@ class Stopped(KeyboardInterrupt):
 
 
 class Stop:
-    """Within it Ctrl-C and SIGTERM raise `Stopped`, or wait in `asked` where `waits` is set.
+    """In this context Ctrl-C and SIGTERM raise `Stopped` or, if `waits` is set, only set `asked`.
 
-    A second signal ends the process at once, whatever it is doing.
+    A second signal ends the process at once.
 
-    One of several processes is `quiet`: it says no word of that, and where it ends by an error no
-    signal keeps it from writing its last, as a launcher sends one to all when the first ends.
+    `quiet`, for one of several processes: it prints nothing and, after an error, ignores further
+    signals while it writes its summary, since the launcher signals all processes once one has
+    ended.
     """
 
     def __init__(self, quiet: bool = False):
@@ -30,9 +31,9 @@ class Stop:
         self._before: dict = {}
 
     def __enter__(self) -> "Stop":
-        if threading.current_thread() is threading.main_thread():  # others have no say in signals
+        if threading.current_thread() is threading.main_thread():  # others cannot set handlers
             for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) not in (signal.SIG_IGN, None):  # nohup and the like
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):  # as under nohup
                     self._before[number] = signal.signal(number, self._came)
         return self
 
@@ -47,5 +48,5 @@ class Stop:
         if not self.waits:
             raise Stopped(number)
         if not self.quiet:
-            with contextlib.suppress(OSError):  # print may be in the middle of printing
+            with contextlib.suppress(OSError):  # not print(): the signal may interrupt one
                 os.write(2, b"\nstopping after this step; a second signal ends the run at once\n")

@@ -1,4 +1,4 @@
-"""What the loop counts and tells: sums on the device, the seconds of a step, a bar or lines."""
+"""What the loop counts and reports: sums on the device, time per step, a progress bar or lines."""
 
 import math
 import time
@@ -14,12 +14,11 @@ from progress import no_bars
 
 
 class Tally:
-    """What the loop counts on the device and reads where a line of metrics is due."""
+    """Sums that the loop accumulates on the device and reads when it logs."""
 
     def __init__(self, device: torch.device, sums: list[float] | None = None):
-        # since the last line: 4 sums of what was found (loss; the error's shares inside and outside
-        # the mask, and how much is inside), and of how many steps; the first bad step; in all:
-        # steps skipped
+        # since the last log: 4 sums (loss; the error's shares inside and outside the mask; the
+        # coverage), the number of good steps, the first bad step; over the whole run: steps skipped
         self.sums = torch.tensor(sums or [0.0] * 7, device=device)
 
     def add(self, ok: Tensor, found: Tensor, done: int) -> None:
@@ -29,9 +28,9 @@ class Tally:
         self.sums[6] += ~ok
 
     def read(self) -> tuple[list[float], int, int]:
-        """Means, NaN of nothing; steps skipped; first bad step or 0.
+        """Means (NaN if over nothing), steps skipped, first bad step or 0.
 
-        The means: loss; error inside, outside the mask; coverage.
+        The means: loss; error inside and outside the mask; coverage.
         """
         *found, count, bad, skipped = self.sums.tolist()
         self.sums[5] = 0.0
@@ -45,26 +44,26 @@ class Tally:
 
 
 def not_finite(where: str, drawn: tuple[Tensor, Tensor], pairs: list[Pair], task: Task) -> str:
-    """That loss or gradient is not finite there, with the step's first ten pairs and their t."""
+    """The message about a non-finite loss or gradient, with the step's first ten pairs and t."""
     index, t = drawn
     steps = task.objective.steps(t, task.schedule, task.knobs).tolist()
     at = [
         f"{shown([pairs[i % len(pairs)].name])} at t {u}"
         for i, u in zip(index.tolist()[:10], steps)
     ]
-    return f"loss or gradient is not finite at {where} ({', '.join(at)})"
+    return f"non-finite loss or gradient at {where} ({', '.join(at)})"
 
 
 class Trend:
-    """Tells once that a training diverges: its loss is far above what it began with."""
+    """Detects divergence, once: the loss is far above its initial value."""
 
-    WINDOW, FAR = 200, 2.0  # images whose mean hardly ever comes near this factor by chance
+    WINDOW, FAR = 200, 2.0  # over so many images the mean rarely reaches this factor by chance
 
     def __init__(self):
         self.sum, self.images, self.first = 0.0, 0, None
 
     def add(self, loss: float, images: int) -> float | None:
-        """The mean over so many images; the factor, where one is to be told."""
+        """Add a mean loss over `images`; returns the factor over the initial, to warn about."""
         if not math.isfinite(loss):
             return None
         self.sum, self.images = self.sum + loss * images, self.images + images
@@ -79,25 +78,25 @@ class Trend:
 
 
 class Pace:
-    """How fast it goes, and for how long still: a bar, or a line for each tenth of the run."""
+    """Speed and time left: a progress bar, or a line for each tenth of the run."""
 
     def __init__(self, name: str, first: int, steps: int):
         self.first, self.steps = first, steps
         self.began = self.clock = time.perf_counter()
-        # time left by the mean so far: pictures and checkpoints, which it counts, will come again
+        # no smoothing: the mean includes samples and checkpoints, which will recur
         how = {"total": steps, "initial": first, "unit": "step", "smoothing": 0}
         self.bar = tqdm(desc=name, disable=no_bars(), **how)
 
     def step_ms(self, count: int) -> float:
-        """Of each of the `count` steps since the clock was set."""
+        """Milliseconds per step, over the `count` steps since the clock was set."""
         return 1e3 * (time.perf_counter() - self.clock) / count
 
     def restart(self) -> None:
-        """Set the clock: saving is not training time."""
+        """Reset the clock: saving does not count as training time."""
         self.clock = time.perf_counter()
 
     def say(self, done: int, logged: int, loss: float, lr: float, step_ms: float) -> None:
-        """After `done` steps, where a line of metrics was last due after `logged`."""
+        """Report after `done` steps; the previous report was after `logged`."""
         self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.1e}")
         if self.bar.disable and 10 * done // self.steps > 10 * logged // self.steps:
             took = time.perf_counter() - self.began

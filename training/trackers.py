@@ -1,6 +1,6 @@
-"""Where a run's numbers go besides metrics.jsonl: tensorboard, or Weights & Biases.
+"""Where a run's metrics go besides metrics.jsonl: tensorboard, or Weights & Biases.
 
-Both are packages that this project does without: they are looked for when they are asked for.
+Both packages are optional and imported only on request.
 """
 
 import importlib.util
@@ -14,9 +14,9 @@ from durable import write_json
 
 
 def pick_tracker(name: str | None, logging_dir: str, config: dict) -> Callable | None:
-    """What opens it, given the run's folder and the first step that will be told.
+    """A function that opens the tracker, given the run's folder and the first step to be logged.
 
-    ValueError where its package is not installed.
+    ValueError if its package is not installed.
     """
     if name in (None, "none"):
         return None
@@ -45,7 +45,7 @@ class Tensorboard:
 
 
 class Wandb:
-    """One of its runs, in the project `pairlora` or WANDB_PROJECT; a resumed run goes on in it."""
+    """A wandb run in the project `pairlora` or WANDB_PROJECT; a resumed run continues it."""
 
     def __init__(self, folder: Path, first_step: int, config: dict):
         import wandb
@@ -62,10 +62,10 @@ class Wandb:
                 id=known,
                 resume="allow",
             )
-        except Exception as error:  # no key, no network, a project that is not one's own
+        except Exception as error:  # no API key, no network, no access to the project
             why = str(error) or type(error).__name__
             raise ValueError(
-                f"--report_to wandb: {why} (WANDB_MODE=offline asks no network)"
+                f"--report_to wandb: {why} (WANDB_MODE=offline needs no network)"
             ) from error
         write_json(kept, {"id": self.run.id})
 

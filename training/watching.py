@@ -1,4 +1,4 @@
-"""What one looks at while a run goes on: pictures, and the loss on pairs it never trains on."""
+"""Validation during a run: sample images, and the loss on held-out pairs."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,15 +29,15 @@ from model.unet import UNet
 from model.vae import VAE
 from pairs import Pair
 
-STRENGTHS = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25]  # of the report's slider
+STRENGTHS = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25]  # for the report's slider
 
 
 @dataclass(frozen=True)
 class Apart:
-    """Pairs that are looked at, not trained on: their latents and prompts; images if shown."""
+    """Pairs for validation: their latents and prompts, and their images if they are shown."""
 
     pairs: list[Pair]
-    images: list[dict]  # items of a PairDataset, as their files may be gone by the end
+    images: list[dict]  # items of a PairDataset: the files may be gone by the end of the run
     z: Tensor | None  # (k, f, 4, h, w), posterior means
     prompts: list[str]
 
@@ -45,26 +45,26 @@ class Apart:
 @dataclass(frozen=True)
 class Watch:
     unet: UNet
-    vae: VAE  # in host memory between two pictures
+    vae: VAE  # in host memory except while sampling
     schedule: Schedule
     objective: Objective
     knobs: Knobs
     context_of: Callable[[str], Context]
     seed: int
-    fade: bool  # how states in between are shown: see `at_strengths`
+    fade: bool  # how intermediate states are rendered: see `at_strengths`
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
-        """The VAE on the device; nothing compiled, as the shapes are not the loop's."""
+        """The VAE on the device; eager, as the shapes differ from the training loop's."""
         self.vae.to(self.schedule.alphas_cumprod.device)
         try:
             with torch.no_grad(), torch.compiler.set_stance("force_eager"):
                 yield
-        finally:  # out of memory, too
+        finally:  # also on out-of-memory
             self.vae.to("cpu")
 
     def edited(self, shown: Apart, i: int, strengths: list[float]) -> list[Image.Image]:
-        """The i-th of what is shown, with the change."""
+        """The i-th shown image with the change, at each strength."""
         z = shown.z[i : i + 1, 0]  # (1, 4, h, w)
         predict = predictor(self.unet, self.context_of(shown.prompts[i]))
         guided = exaggerated(predict, self.objective.change_guidance)
@@ -79,7 +79,7 @@ class Watch:
         return [to_image(one) for (one,) in images]
 
     def sheet(self, shown: Apart, column: str) -> Image.Image:
-        """before | generated | after."""
+        """A contact sheet: before | generated | after."""
         rows = []
         with self.drawing():
             for i in range(len(shown.pairs)):
@@ -89,7 +89,7 @@ class Watch:
         return contact_sheet(rows, ["before", column, "after"], names)
 
     def drawn(self, prompt: str, shape: tuple, count: int, label: str) -> Image.Image:
-        """Images from the prompt, where there are no pairs to show. shape: (4, h, w)."""
+        """A sheet of `count` images from the prompt, for runs without pairs. shape: (4, h, w)."""
         seeds = range(self.seed, self.seed + count)
         with self.drawing():
             predict = guided_predictor(self.unet, self.context_of(prompt), self.context_of(""), 7.5)
@@ -98,7 +98,7 @@ class Watch:
         return contact_sheet([images], [str(seed) for seed in seeds], [f"{prompt}, {label}"])
 
     def strengths(self, shown: Apart, folder: Path) -> None:
-        """strengths/: the first three at several strengths, for report.html."""
+        """Write strengths/: the first three images at several strengths, for report.html."""
         folder.mkdir()
         images = []
         for i, pair in enumerate(shown.pairs[:3]):
@@ -115,7 +115,7 @@ class Watch:
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")
     def held_out_loss(self, held_out: Apart) -> dict:
-        """The loss on held-out pairs, with the same noise every time, in ten bins of t."""
+        """The loss on held-out pairs, with the same noise every time, in ten bins of timesteps."""
         num_steps, by_t = self.schedule.num_steps, []
         bins = num_steps * torch.arange(11 if self.objective.noisy else 2) // 10
         for low, high in pairwise(bins.tolist()):
@@ -136,6 +136,6 @@ class Watch:
 
 
 def ends(shown: Apart, i: int) -> list[Tensor]:
-    """Before and after, (3, H, W); one of --validation_images has no partner, and is a before."""
+    """Before and after, each (3, H, W); for one of --validation_images the before alone."""
     item = shown.images[i]
     return [item[side] for side in ("before", "after") if side in item]
