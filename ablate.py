@@ -154,8 +154,8 @@ def call(program: str, flags: Sequence[str], log: Path, threads: int | None, hel
     if status in (130, -signal.SIGINT):
         raise KeyboardInterrupt
     if status:
-        said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1]
-        raise ValueError(f"{program} failed with status {status}: {said} (full log: {log})")
+        last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1]
+        raise ValueError(f"{program} failed with status {status}: {last} (full log: {log})")
     for line in log.read_bytes()[start:].decode(errors="replace").splitlines():
         if line.startswith("warning: "):
             print(f"{log.with_suffix('')}: {line}", flush=True)
@@ -173,8 +173,8 @@ def run(job: Job, threads: int | None, held: int) -> dict:
         call("evaluate.py", [*job.arm.evaluate, *own], log, threads, held)
         write_json(judged / "flags.json", asked(job))
     values = comparison.figures(read_or_empty(judged / "evaluation.json"), job.run)
-    told = ", ".join(f"{k} {v:.{comparison.COLUMNS[k][0]}f}" for k, (v, _) in values.items())
-    print(f"{title(job)}: {'kept: ' if kept else ''}{told}", flush=True)
+    figures = ", ".join(f"{k} {v:.{comparison.COLUMNS[k][0]}f}" for k, (v, _) in values.items())
+    print(f"{title(job)}: {'kept: ' if kept else ''}{figures}", flush=True)
     return values
 
 
@@ -294,13 +294,13 @@ def ablate(path: Path, seeds: list[int], out: Path, workers: int, only: list[str
             raise ValueError(f"--only {pattern} matches no arm of {path}; they are {names}")
     ways = {tuple(arm.evaluate): arm for arm in reversed(arms)}  # the first arm of each
     for arm in ways.values():  # fail before hours of training rather than after
-        told = f"{path}:{arm.line}: evaluate.py for {arm.name}"
-        args = judge_parser(told).parse_args([*NEEDED[:2], *arm.evaluate])
+        where = f"{path}:{arm.line}: evaluate.py for {arm.name}"
+        args = judge_parser(where).parse_args([*NEEDED[:2], *arm.evaluate])
         try:
             check(args)
             find_held_out(args)
         except (ValueError, OSError) as error:
-            raise ValueError(f"{told}: {error}") from error
+            raise ValueError(f"{where}: {error}") from error
     refuse_file(out, "--out")
     refuse_others(out, ("table.md", "plot.png", "sheet.png"), "results.json")
     other = read_or_empty(out / "results.json").get("file")

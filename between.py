@@ -256,8 +256,8 @@ def adapted(
 ) -> tuple[Pipeline, str]:
     """The pipeline with --lora_after or the fitted LoRA, and the method. z (2, 4, h, w)."""
     if args.objective:
-        said = {"objective": args.objective, "multiplier": OBJECTIVES[args.objective].multiplier}
-        pipe = replace(pipe, meta=pipe.meta | said)
+        meta = {"objective": args.objective, "multiplier": OBJECTIVES[args.objective].multiplier}
+        pipe = replace(pipe, meta=pipe.meta | meta)
     method = method_of(args, objective := pipe.meta.get("objective"))
     uses = OBJECTIVES[objective].uses if objective in OBJECTIVES else ()
     reads = {
@@ -279,8 +279,8 @@ def adapted(
         ("batch_size", False, "another command: morph makes frames one by one"),
     ):
         if not used and getattr(args, name) != usual[name]:
-            said = f"--no-{name}" if usual[name] is True else f"--{name} {getattr(args, name)}"
-            warnings.warn(f"{said} has no effect without {wanted}", stacklevel=2)
+            flag = f"--no-{name}" if usual[name] is True else f"--{name} {getattr(args, name)}"
+            warnings.warn(f"{flag} has no effect without {wanted}", stacklevel=2)
     if args.fit_steps and method != "blend":
         how = {"steps": args.fit_steps, "rank": args.lora_rank, "lr": args.learning_rate}
         with torch.enable_grad():

@@ -20,7 +20,7 @@ from cli import Parser
 from cli import report as fail
 from data import MAX_ASPECT, aspect_gap, by
 from durable import refuse_file, refuse_read_only, save_image
-from images import contact_sheet, load_image, load_mask, shown
+from images import contact_sheet, listed, load_image, load_mask
 from pairs import by_name, find_pairs, left_out, read_caption, refuse_among, refuse_missing
 
 NO_CHANGE = 0.5  # mean absolute difference, of 255: that of saving as JPEG twice
@@ -94,10 +94,10 @@ class Report:
         return sum(stops for stops, *_ in self.findings)
 
     def __str__(self) -> str:
-        lines = [f"{what:<13}{said}" for what, said in self.counts]
+        lines = [f"{what:<13}{count}" for what, count in self.counts]
         for stops, what, which, advice in sorted(self.findings, key=lambda f: not f[0]):
             lines += ["", f"{'PROBLEM' if stops else 'remark':<13}{what}: {len(which)}"]
-            lines += [f"{'':<13}{line}" for line in (shown(which), f"-> {advice}")]
+            lines += [f"{'':<13}{line}" for line in (listed(which), f"-> {advice}")]
         return "\n".join(lines)
 
 
@@ -118,7 +118,7 @@ def check(
     report = Report()
     for side, groups in sides.items():
         number = sum(map(len, groups.values()))
-        report.counts.append((side, f"{number} images in {shown([folders[side]])}"))
+        report.counts.append((side, f"{number} images in {listed([folders[side]])}"))
 
     found: dict[str, list[str]] = {}
     lonely = "images without a partner"
@@ -137,8 +137,8 @@ def check(
     sheet, sizes, measured = [], [], 0
     hashes: dict[str, dict[bytes, list[str]]] = {"before": {}, "after": {}}
 
-    def note(what: str, said: str) -> None:
-        found.setdefault(what, []).append(said)
+    def note(what: str, example: str) -> None:
+        found.setdefault(what, []).append(example)
 
     for name in kept:
         images = {}
@@ -168,9 +168,10 @@ def check(
         sizes.append(after.size)
         for side, image in images.items():
             if image.size != after.size:
-                said = f"{name} ({side} {by(image.size)}, after {by(after.size)})"
+                example = f"{name} ({side} {by(image.size)}, after {by(after.size)})"
                 other_frame = aspect_gap(image.size, after.size) > MAX_ASPECT
-                note("images of another shape" if other_frame else "images of another size", said)
+                what = "shape" if other_frame else "size"
+                note(f"images of another {what}", example)
         if aspect_gap(before.size, after.size) > MAX_ASPECT:
             continue
         report.usable += 1
@@ -193,7 +194,9 @@ def check(
             sheet.append((name, *tiles))
 
     for side, known in hashes.items():
-        same = [" = ".join(shown([n]) for n in group) for group in known.values() if len(group) > 1]
+        same = [
+            " = ".join(listed([n]) for n in group) for group in known.values() if len(group) > 1
+        ]
         found[f"identical {side} images"] = same
     span = " to ".join(dict.fromkeys(by(f(sizes)) for f in (min, max))) if sizes else "none read"
     report.counts.append(("pairs", f"{report.usable} of {len(names)} usable, {span} pixels"))
@@ -250,10 +253,10 @@ def main(argv: list[str] | None = None) -> int:
             args.out.mkdir(parents=True, exist_ok=True)
             path = args.out / "check-data.png"
             rows = [(b, a, ImageChops.difference(b, a)) for _, b, a in sheet]
-            names = [shown([name]) for name, _, _ in sheet]
+            names = [listed([name]) for name, _, _ in sheet]
             sheet = contact_sheet(rows, ["before", "after", "difference"], names, TILE)
             save_image(sheet, path)
-            report.counts.append(("look at", shown([path])))
+            report.counts.append(("look at", listed([path])))
         print(report, flush=True)
     except (OSError, ValueError, MemoryError) as error:
         return fail("check_data.py", error)

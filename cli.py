@@ -61,16 +61,16 @@ def report(prog: str, error, *, aloud: bool = True) -> int:
     Anything that looks like an access token is masked. Nothing is printed if nobody reads the
     output any more, or if another process has printed it already (not `aloud`).
     """
-    said = str(error)
+    message = str(error)
     if isinstance(error, BrokenPipeError):
-        said = f"the output is no longer read: {error}"
-    elif not said:  # Python's own MemoryError has no message
-        said = "out of memory" if isinstance(error, MemoryError) else type(error).__name__
-    told = "; ".join([said, *getattr(error, "__notes__", [])])
-    told = re.sub(r"\bhf_\w+", "hf_***", " ".join(told.split()))
+        message = f"the output is no longer read: {error}"
+    elif not message:  # Python's own MemoryError has no message
+        message = "out of memory" if isinstance(error, MemoryError) else type(error).__name__
+    line = "; ".join([message, *getattr(error, "__notes__", [])])
+    line = re.sub(r"\bhf_\w+", "hf_***", " ".join(line.split()))
     if aloud:
         with contextlib.suppress(OSError):
-            print(f"{prog}: {told}", file=sys.stderr, flush=True)
+            print(f"{prog}: {line}", file=sys.stderr, flush=True)
     if isinstance(error, BrokenPipeError):  # else the interpreter's flush at exit fails again
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):

@@ -46,9 +46,9 @@ def figures(result: dict, folder: Path) -> dict[str, tuple[float, float | None]]
         found["between"] = measures.summary([sum(row) / len(row) for row in reached])
         found["over fade"] = measures.summary([sum(row) / len(row) for row in over])
     if samples := result.get("samples"):
-        apart = [value["distance"] for value in samples.values() if "distance" in value]
+        distances = [value["distance"] for value in samples.values() if "distance" in value]
         found["best sample"] = samples["best_psnr"]
-        found["statistics"] = {"mean": sum(apart) / len(apart), "se": None}
+        found["statistics"] = {"mean": sum(distances) / len(distances), "se": None}
     found["training s"] = {"mean": training_seconds(folder), "se": None}
     return {k: (v["mean"], v["se"]) for k, v in found.items() if v and v["mean"] is not None}
 
@@ -57,9 +57,9 @@ def least_distance(results: Iterable[dict]) -> list[str]:
     """A sentence on the `statistics` of true outcomes, or nothing."""
     for result in results:
         values = [one for one in result.get("samples", {}).values() if "distance" in one]
-        apart = [one["distance_of_truth"] for one in values]
-        if apart and None not in apart:
-            mean = sum(apart) / len(apart)
+        distances = [one["distance_of_truth"] for one in values]
+        if distances and None not in distances:
+            mean = sum(distances) / len(distances)
             return [f"Statistics of true outcomes against as many others: {mean:.2f}."]
     return []
 
@@ -114,8 +114,8 @@ def table(
     for name, values in summary.items():
         cells = [figure(values.get(column), COLUMNS[column][0]) for column in columns]
         missing = f" of {len(seeds)}" if len(runs[name]) < len(seeds) else ""
-        told = map(plain, flags[name].values())
-        cells = [name, *told, *cells, f"{len(runs[name])}{missing}"]
+        own = map(plain, flags[name].values())
+        cells = [name, *own, *cells, f"{len(runs[name])}{missing}"]
         lines.append(f"| {' | '.join(cells)} |")
     seeded = "over the seeds; of an arm with one seed, " if len(seeds) > 1 else ""
     meaning = [f"- {name}: {COLUMNS[name][1]}" for name in columns]

@@ -22,10 +22,10 @@ def knob(
     below: float | None = None,
 ):
     """A field with its help text and bounds: least ≤ x ≤ most, above < x < below."""
-    told = {"help": help, "group": group, "choices": choices}
+    about = {"help": help, "group": group, "choices": choices}
     return field(
         default=default,
-        metadata=told | {"least": least, "most": most, "above": above, "below": below},
+        metadata=about | {"least": least, "most": most, "above": above, "below": below},
     )
 
 
@@ -478,12 +478,12 @@ def without_effect(cfg: TrainConfig, reads: Sequence[str]) -> list[str]:
     ]
     default = {f.name: f.default for f in dataclasses.fields(cfg)}
     given = [name for name in default if getattr(cfg, name) != default[name]]
-    said = [
+    sentences = [
         f"--{name} {getattr(cfg, name)} has no effect without {wanted}"
         for name, read, wanted in rules
         if not read and name in given
     ]
-    return said + [
+    return sentences + [
         f"--{name} {getattr(cfg, name)} has no effect with --{stronger}"
         for name, stronger in INSTEAD.items()
         if {name, stronger} <= set(given)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageColor
 from torch import Tensor
 
-from images import image_size, load_image, load_mask, shown, to_tensor
+from images import image_size, listed, load_image, load_mask, to_tensor
 from pairs import Pair, file_hash, find_pairs  # noqa: F401, a data set's two steps are at hand together
 
 MAX_ASPECT = 0.02  # 768x383 is 768x384 with a row lost; beyond 2 % the framing differs
@@ -99,8 +99,8 @@ def change_mask(before: Tensor, after: Tensor) -> Tensor:
     The maximum difference over the channels, averaged over 5 × 5 pixels, so that noise and edges
     that are a pixel off count little.
     """
-    apart = (after - before).abs().amax(0, keepdim=True)  # (1, H, W) in [0, 2]
-    smooth = F.avg_pool2d(apart, 5, stride=1, padding=2, count_include_pad=False)
+    difference = (after - before).abs().amax(0, keepdim=True)  # (1, H, W) in [0, 2]
+    smooth = F.avg_pool2d(difference, 5, stride=1, padding=2, count_include_pad=False)
     return ((smooth - 0.1) / (0.3 - 0.1)).clamp(0, 1)
 
 
@@ -154,7 +154,7 @@ class PairDataset(torch.utils.data.Dataset):
             self.sizes.append(sizes["after"])
             if native_scale and min(sizes["after"]) < resolution:
                 raise ValueError(
-                    f"{shown([pair.name])} is {by(sizes['after'])}, too small for crops of "
+                    f"{listed([pair.name])} is {by(sizes['after'])}, too small for crops of "
                     f"--resolution {resolution} at its native scale"
                 )
             base = min(sizes["after"]) if native_scale else resolution
@@ -163,21 +163,21 @@ class PairDataset(torch.utils.data.Dataset):
             most = max(math.prod(sizes["after"]), Image.MAX_IMAGE_PIXELS or math.inf)
             if width * height > most:
                 raise ValueError(
-                    f"pair {shown([pair.name])}: after, {by(sizes['after'])}, would be "
+                    f"pair {listed([pair.name])}: after, {by(sizes['after'])}, would be "
                     f"{by((width, height))} with a short side of {min(width, height)}, too large"
                 )
             for side, size in sizes.items():
                 text = f"{side} is {by(size)}, after is {by(sizes['after'])}"
                 if (gap := aspect_gap(size, sizes["after"])) > MAX_ASPECT:
                     raise ValueError(
-                        f"pair {shown([pair.name])}: {text}; their aspect ratios differ by "
+                        f"pair {listed([pair.name])}: {text}; their aspect ratios differ by "
                         f"{gap:.1%}, expected at most {MAX_ASPECT:.0%}"
                     )
                 if size != sizes["after"]:
                     unequal.append(f"{pair.name} ({text})")
         if unequal:
             warnings.warn(
-                f"{len(unequal)} images are resized to match after: {shown(unequal)}",
+                f"{len(unequal)} images are resized to match after: {listed(unequal)}",
                 stacklevel=2,
             )
 

@@ -211,8 +211,8 @@ def open_pipeline(args: argparse.Namespace, *, captioned: bool = False) -> Pipel
     for sentence in without_effect(args, pipe):
         warnings.warn(sentence, stacklevel=2)
     if pipe.meta.get("captions") and not (captioned or prompt_of(args, pipe)):
-        said = f"--lora {args.lora} was trained with a caption for each image but is used without"
-        warnings.warn(f"{said}: pass --prompt", stacklevel=2)
+        message = f"--lora {args.lora} was trained with a caption per image but is used without one"
+        warnings.warn(f"{message}: pass --prompt", stacklevel=2)
     kind = pipe.meta.get("objective", "of unknown objective")
     lora = f", LoRA {args.lora} ({kind})" if args.lora else ""
     if pipe.under:
@@ -226,8 +226,8 @@ def without_effect(args: argparse.Namespace, pipe: Pipeline) -> Iterator[str]:
     if args.revision is not None and is_local(pipe.base):
         yield f"--revision {args.revision} has no effect: {pipe.base} is a local directory"
     if args.base_lora_strength and not pipe.under:
-        said = f"--base_lora_strength {args.base_lora_strength:g} has no effect"
-        yield f"{said}: there is no LoRA under this one"
+        message = f"--base_lora_strength {args.base_lora_strength:g} has no effect"
+        yield f"{message}: there is no LoRA under this one"
     if (strength := getattr(args, "strength", 1.0)) != 1.0:
         if getattr(args, "strengths", None) is not None:
             yield f"--strength {strength:g} has no effect with --strengths"
@@ -304,8 +304,8 @@ def warn_of_unread(args: argparse.Namespace, objective: str) -> None:
     starts = values if swept == "start" else [args.start]
     fixed = "seed" in uses and not any(draws_anew(objective, start) for start in starts)
     if args.seed != usual["seed"] and fixed:
-        said = f"--seed {args.seed} has no effect on {objective} without --start noise"
-        warnings.warn(said, stacklevel=2)
+        message = f"--seed {args.seed} has no effect on {objective} without --start noise"
+        warnings.warn(message, stacklevel=2)
 
 
 def states_between(pipe: Pipeline) -> str:

@@ -80,8 +80,8 @@ def find_held_out(args: argparse.Namespace) -> HeldOut:
             f"but --between_times {len(args.between_times)} times"
         )
     if not distinct(args.between_times):
-        said = " ".join(f"{time:g}" for time in args.between_times)
-        raise ValueError(f"--between_times must be distinct numbers within ±{MOST:.0f}, got {said}")
+        got = " ".join(f"{time:g}" for time in args.between_times)
+        raise ValueError(f"--between_times must be distinct numbers within ±{MOST:.0f}, got {got}")
     if not {0.0, 1.0} <= set(args.strengths):
         raise ValueError(f"--strengths must include 0 and 1, got {args.strengths}")
     if args.samples < 1 or (args.outcome_dirs and args.samples < 2):
@@ -136,8 +136,8 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
     wanted = sorted({*strengths, *between})
     # a LoRA of two states is cross-faded in between, which is ordered whatever it has learnt
     fades = (args.between or states_between(pipe)) == "fade" and 0 <= wanted[0] <= wanted[-1] <= 1
-    told = prompt_of(args, pipe)
-    prompts = [told if args.prompt is not None else pair.caption or told for pair in pairs]
+    usual = prompt_of(args, pipe)
+    prompts = [usual if args.prompt is not None else pair.caption or usual for pair in pairs]
     rows, pictures = [], []
     bar = tqdm(total=len(pairs), desc="evaluate", disable=no_bars())
     for part in batches(prompts, lambda _: args.batch_size):
@@ -210,12 +210,12 @@ def warn_of_gaps(result: dict, masked: bool) -> None:
     """Warns if "gap closed" leaves out some of the pairs, or is undefined."""
     for place, gap in result["gap_closed"].items():
         if missing := result["pairs"] - gap["n"]:
-            said = f"{missing} of {result['pairs']} pairs have no pixels {place} their mask"
-            warnings.warn(f"{said} and are not counted there", stacklevel=3)
+            message = f"{missing} of {result['pairs']} pairs have no pixels {place} their mask"
+            warnings.warn(f"{message} and are not counted there", stacklevel=3)
         if gap["mean"] is None and gap["n"]:
-            said = f"{place}, the autoencoder's error exceeds the change, so no gap can be closed"
+            message = f"{place}, the autoencoder's error exceeds the change: no gap can be closed"
             more = "" if masked else ": pass --mask_dir to measure where the change is"
-            warnings.warn(said + more, stacklevel=3)
+            warnings.warn(message + more, stacklevel=3)
 
 
 def compare(
@@ -242,8 +242,8 @@ def compare_between(
     found = {}
     for time, truth in truths.items():
         fade = (1 - time) * at[0.0] + time * at[1.0]
-        said = {"predicted": at[time], "fade": fade, "before": before}
-        found[f"{time:g}"] = {name: psnr(mse(image, truth)) for name, image in said.items()}
+        states = {"predicted": at[time], "fade": fade, "before": before}
+        found[f"{time:g}"] = {name: psnr(mse(image, truth)) for name, image in states.items()}
     return found
 
 

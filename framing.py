@@ -71,8 +71,8 @@ def scale_in_doubt(
 ) -> Iterator[str]:
     """A sentence if images are so large that their scale may differ from the training's, and no
     flag or header tells."""
-    trained, told = pipe.meta.get("resolution"), pipe.meta.get("native_scale")
-    if not trained or told or pipe.meta.get("resized") or args.resolution:
+    trained, native = pipe.meta.get("resolution"), pipe.meta.get("native_scale")
+    if not trained or native or pipe.meta.get("resized") or args.resolution:
         return
     if large := sum(min(size) > 2 * trained for size in sizes):
         yield (
@@ -104,9 +104,9 @@ def smaller(frame: Framing) -> Framing:
         return frame._replace(tiles=tiles._replace(batch=1))
     side = tiles.side if tiles else math.ceil(max(height, width) / unit)
     if side <= least:
-        said = f"an image of {by((width, height))} pixels does not fit in memory"
-        raise MemoryError(f"{said}: pass a lower --resolution")
+        what = f"an image of {by((width, height))} pixels does not fit in memory"
+        raise MemoryError(f"{what}: pass a lower --resolution")
     side = max(math.ceil(side / 2), least)
-    said = f"processing images of {by((width, height))} in windows of {side * unit} pixels"
-    warnings.warn(f"out of memory: {said}", stacklevel=3)
+    what = f"processing images of {by((width, height))} in windows of {side * unit} pixels"
+    warnings.warn(f"out of memory: {what}", stacklevel=3)
     return frame._replace(tiles=windows(side, batch=1))

@@ -57,7 +57,7 @@ def model_card(
     title = repo.rpartition("/")[2]
     base, objective, prompt = meta["base_model"], meta["objective"], meta["prompt"]
     local = is_local(base)
-    said = escaped(Path(base).name if local else base)
+    shown_base = escaped(Path(base).name if local else base)
     what = (
         "has learnt what images have in common"
         if objective == "dreambooth"
@@ -66,7 +66,7 @@ def model_card(
     parts = [
         front_matter(meta),
         f"# {escaped(title)}",
-        f"A LoRA on {said}{' (a local checkpoint)' if local else ''} that {what}. "
+        f"A LoRA on {shown_base}{' (a local checkpoint)' if local else ''} that {what}. "
         "Trained with PairLoRA.",
         f"Prompt: {escaped(prompt) or '(empty)'}",
         *([size_told(meta)] if objective != "dreambooth" and "resized" in meta else []),
@@ -186,8 +186,8 @@ def diffusers_part(repo: str, meta: dict, local: bool) -> list[str]:
         f'pipe.set_adapters("change", {multiplier(meta)})',
         f"image = pipe({printable(meta['prompt'])!r}{given}).images[0]",
     ]
-    told = "The pipeline's own `strength` is how far the image is noised."
-    return [fenced("\n".join(code), "python"), *([told] if edits else [])]
+    remark = "The pipeline's own `strength` is how far the image is noised."
+    return [fenced("\n".join(code), "python"), *([remark] if edits else [])]
 
 
 def others_part(repo: str, meta: dict, layouts: list[str]) -> list[str]:

@@ -30,7 +30,7 @@ class Frame:
         return self.path.with_suffix(suffix)
 
 
-def shown(names: Sequence[object], limit: int = 10) -> str:
+def listed(names: Sequence[object], limit: int = 10) -> str:
     """Names for a one-line message: newlines and undecodable bytes in them are escaped."""
     texts = [str(name) for name in names[:limit]]
     texts = [text if text.isprintable() else ascii(text) for text in texts]
@@ -48,13 +48,13 @@ def _reading(path: Path | str) -> Iterator[None]:
                 raise ValueError("the file is empty")
             yield
     except FileNotFoundError:
-        raise FileNotFoundError(f"image file doesn't exist: {shown([path])}") from None
+        raise FileNotFoundError(f"image file doesn't exist: {listed([path])}") from None
     except Exception as error:  # Pillow's readers raise nearly any type
         reason = f"{error}" or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
             reason = "unknown format or broken header"
         raise ValueError(
-            f"{shown([path])} cannot be read as an image: {' '.join(reason.split())}"
+            f"{listed([path])} cannot be read as an image: {' '.join(reason.split())}"
         ) from error
 
 
@@ -94,13 +94,13 @@ def _opened(path: Path | Frame | str) -> Iterator[Image.Image]:
 
 def _png_with_exif(path: Path | str) -> bool:
     """Whether any chunk of a PNG may hold its orientation, including chunks after the pixels."""
-    told = (b"Raw profile type exif", b"XML:com.adobe.xmp")
+    chunks = (b"Raw profile type exif", b"XML:com.adobe.xmp")
     with open(path, "rb") as file:
         file.seek(8)
         while len(head := file.read(8)) == 8:
             length, kind = int.from_bytes(head[:4], "big"), head[4:]
             start = file.read(min(length, 32)) if kind in (b"tEXt", b"zTXt", b"iTXt") else b""
-            if kind == b"eXIf" or start.startswith(told):
+            if kind == b"eXIf" or start.startswith(chunks):
                 return True
             file.seek(length + 4 - len(start), os.SEEK_CUR)
     return False
@@ -157,10 +157,11 @@ def _refuse_tiff(image: Image.Image) -> None:
     if image.format != "TIFF":
         return
     tags, bands = image.tag_v2, len(image.getbands())
-    told, bits, extra = tags.get(277, 1), tags.get(258, (1,)), tags.get(338)
-    if told > 1 and bands == 1:
-        raise ValueError(f"it has {told} bands and does not say which are red, green and blue")
-    if tags.get(284) == 2 and told > 1 and max(bits) > 8 and image.info.get("compression") == "raw":
+    samples, bits, extra = tags.get(277, 1), tags.get(258, (1,)), tags.get(338)
+    if samples > 1 and bands == 1:
+        raise ValueError(f"it has {samples} bands and does not say which are red, green and blue")
+    planar = tags.get(284) == 2 and samples > 1
+    if planar and max(bits) > 8 and image.info.get("compression") == "raw":
         raise ValueError(
             f"Pillow misreads an uncompressed planar TIFF of {max(bits)} bits; expected a "
             "compressed or interleaved one"

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data import PairDataset
-from images import shown
+from images import listed
 from model.draws import Pick
 from progress import no_bars
 from rows import Rows, make_rows
@@ -246,7 +246,7 @@ def _encoded(
                 for state, m, s in zip(states, *latents):
                     if not (m.isfinite().all() and s.isfinite().all()):
                         raise ValueError(
-                            f"the VAE's latents of {shown([item['name']])} ({state}) are not "
+                            f"the VAE's latents of {listed([item['name']])} ({state}) are not "
                             "finite: run the VAE in float32 or bfloat16"
                         )
             done["mean"].append(mean)

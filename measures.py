@@ -256,14 +256,14 @@ def distances(ours: np.ndarray, truth: np.ndarray) -> dict:
     m = as_many(ours.shape[1], truth.shape[1])
     sigma = max(float(truth.std()), 1e-12)
     among = turns(truth.shape[1], m)
-    apart = [
+    distances = [
         distance(ours[:, mine].ravel(), truth[:, some].ravel())
         for mine, _ in turns(ours.shape[1], m)
         for some, _ in among
     ]
     others = [distance(truth[:, some].ravel(), truth[:, other].ravel()) for some, other in among]
     least = float(np.mean(others)) / sigma if truth.shape[1] > 1 else None
-    return {"distance": float(np.mean(apart)) / sigma, "distance_of_truth": least}
+    return {"distance": float(np.mean(distances)) / sigma, "distance_of_truth": least}
 
 
 def best(ours: np.ndarray, truth: np.ndarray) -> dict:

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from durable import file_sha256
-from images import Frame, shown
+from images import Frame, listed
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 SIDES = ("--before_data_dir", "--after_data_dir")
@@ -69,7 +69,7 @@ def refuse_among(outs: Sequence[Path], folders: Sequence[tuple[str, Path | str]]
             there = os.path.realpath(out)
             if there in real or Path(there).is_relative_to(home):
                 raise ValueError(
-                    f"--out {shown([out])} is among the images of {flag} {shown([folder])}; "
+                    f"--out {listed([out])} is among the images of {flag} {listed([folder])}; "
                     "choose another folder"
                 )
 
@@ -82,9 +82,9 @@ def real_folders(files: Sequence[Path]) -> set[str]:
 def existing(folder: Path | str, flag: str) -> Path:
     folder = Path(folder)
     if not folder.exists():
-        raise FileNotFoundError(f"{flag} doesn't exist: {shown([folder])}")
+        raise FileNotFoundError(f"{flag} doesn't exist: {listed([folder])}")
     if not folder.is_dir():
-        raise NotADirectoryError(f"{flag} is a file, expected a folder: {shown([folder])}")
+        raise NotADirectoryError(f"{flag} is a file, expected a folder: {listed([folder])}")
     return folder
 
 
@@ -106,7 +106,7 @@ def _files(folder: Path | str, flag: str) -> list[Path]:
                 if path.is_dir() if link else entry.is_dir():
                     if (links := links + link) > MAX_LINKS:
                         raise ValueError(
-                            f"{flag} {shown([folder])} has more than {MAX_LINKS} linked folders"
+                            f"{flag} {listed([folder])} has more than {MAX_LINKS} linked folders"
                         )
                     walk(path, f"{prefix}{entry.name}/", above | {real})
                 # a dangling link is listed, so that loading reports it; a pipe would block reading
@@ -132,7 +132,7 @@ def _one_each(folder: Path | str, flag: str) -> dict[str, Path]:
     for name, paths in groups.items():
         if len(paths) > 1:
             raise ValueError(
-                f"{flag}: {len(paths)} files are named {shown([name])}, not one: {shown(paths)}"
+                f"{flag}: {len(paths)} files are named {listed([name])}, not one: {listed(paths)}"
             )
     return {name: paths[0] for name, paths in groups.items()}
 
@@ -141,7 +141,7 @@ def _case_hint(left: Sequence[str], right: Sequence[str]) -> str:
     folded = {name.casefold(): name for name in right}
     for name in left:
         if (other := folded.get(name.casefold(), name)) != name:
-            return f"; {shown([name])} and {shown([other])} differ only in case"
+            return f"; {listed([name])} and {listed([other])} differ only in case"
     return ""
 
 
@@ -152,17 +152,17 @@ def read_caption(*images: Path | None) -> str | None:
             continue
         if (size := path.stat().st_size) > 4 * MAX_CAPTION + 1000:  # not worth reading
             raise ValueError(
-                f"caption {shown([path])} has {size} bytes; the limit is {MAX_CAPTION} characters"
+                f"caption {listed([path])} has {size} bytes; the limit is {MAX_CAPTION} characters"
             )
         try:
             text = path.read_bytes().decode("utf-8-sig").strip()  # -sig: Notepad writes a BOM
         except UnicodeDecodeError:
-            raise ValueError(f"caption {shown([path])} is not UTF-8 text") from None
+            raise ValueError(f"caption {listed([path])} is not UTF-8 text") from None
         if not text:
-            raise ValueError(f"caption {shown([path])} is empty: write one, or delete the file")
+            raise ValueError(f"caption {listed([path])} is empty: write one, or delete the file")
         if len(text) > MAX_CAPTION:
             raise ValueError(
-                f"caption {shown([path])} has {len(text)} characters; the limit is {MAX_CAPTION}"
+                f"caption {listed([path])} has {len(text)} characters; the limit is {MAX_CAPTION}"
             )
         return text
     return None
@@ -180,7 +180,7 @@ def find_masks(
             hint += "; --allow_unmatched accepts them"
         raise ValueError(
             f"{len(missing)} of {len(names)} images have no mask in --mask_dir "
-            f"{shown([mask_dir])}: {shown(missing)}{hint}"
+            f"{listed([mask_dir])}: {listed(missing)}{hint}"
         )
     return masks
 
@@ -189,7 +189,9 @@ def refuse_missing(before_dir: Path | str, after_dir: Path | str, flags: Sequenc
     """FileNotFoundError with the message of the script this project descends from."""
     for word, folder, flag in zip(("Before", "After"), (before_dir, after_dir), flags):
         if not os.path.exists(folder):
-            raise FileNotFoundError(f"{word} images root doesn't exist: {shown([folder])} ({flag})")
+            raise FileNotFoundError(
+                f"{word} images root doesn't exist: {listed([folder])} ({flag})"
+            )
 
 
 def _both_sides(
@@ -200,7 +202,7 @@ def _both_sides(
     if os.path.samefile(before_dir, after_dir):
         two = " and ".join(flags) if flags[0] != flags[1] else f"two of {flags[0]}"
         raise ValueError(
-            f"{two} are the same folder, so there is no change to learn: {shown([after_dir])}"
+            f"{two} are the same folder, so there is no change to learn: {listed([after_dir])}"
         )
     return before, after
 
@@ -232,14 +234,14 @@ def find_pairs(
     hint = _case_hint(*lonely)
     if not names:
         held = [
-            f"{shown([folder])} holds {len(side)} images ({shown(list(side), 3) or 'none'})"
+            f"{listed([folder])} holds {len(side)} images ({listed(list(side), 3) or 'none'})"
             for folder, side in ((before_dir, before), (after_dir, after))
         ]
         raise ValueError(f"No matching image pairs found: {held[0]}, {held[1]}{hint}")
     if any(lonely) and not allow_unmatched:
         parts = [
             f"{len(only)} of {len(side)} {word} images {'has' if len(only) == 1 else 'have'} "
-            f"no partner in {shown([other])}: {shown(only)}"
+            f"no partner in {listed([other])}: {listed(only)}"
             for only, side, word, other in (
                 (lonely[0], before, "before", after_dir),
                 (lonely[1], after, "after", before_dir),
@@ -264,7 +266,7 @@ def find_singles(
     """Every image in a folder as a Pair without a before. Errors as in `find_pairs`."""
     images = _one_each(folder, flag)
     if not images:
-        raise ValueError(f"{flag} holds no images: {shown([folder])}")
+        raise ValueError(f"{flag} holds no images: {listed([folder])}")
     masks = find_masks(list(images), mask_dir, allow_unmatched) if mask_dir is not None else {}
     return [Pair(n, None, path, masks.get(n), read_caption(path)) for n, path in images.items()]
 

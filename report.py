@@ -73,7 +73,7 @@ def write_report(run: Path) -> Path:
     lora = run / "pytorch_lora_weights.safetensors"
     parts = [rows(facts(config, summary))]
     if pictures.exists():
-        show = lambda told: strengths(run / "strengths", told)  # noqa: E731
+        show = lambda content: strengths(run / "strengths", content)  # noqa: E731
         parts += ["<h2>Strength</h2>", made_of(pictures, show)]
     # an evaluation that is older than the LoRA belongs to an earlier training in this folder
     if judged.exists() and lora.exists() and judged.stat().st_mtime_ns > lora.stat().st_mtime_ns:
@@ -119,12 +119,12 @@ def read(path: Path, otherwise: dict | None = None) -> dict:
 
 def made_of(path: Path, part: Callable[[dict], str]) -> str:
     """A part of the page from a JSON file. ValueError names the file if its content is invalid."""
-    told = read(path)
+    content = read(path)
     try:
-        return part(told)
+        return part(content)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        said = str(error) if isinstance(error, ValueError) else repr(error)
-        raise ValueError(f"{path} is damaged: {said}") from error
+        message = str(error) if isinstance(error, ValueError) else repr(error)
+        raise ValueError(f"{path} is damaged: {message}") from error
 
 
 # ---- parts ---------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from images import shown
+from images import listed
 
 MIB, GIB = 2**20, 2**30
 # of free memory: the network and its activations still need the rest
@@ -67,12 +67,12 @@ class Rows:
                     size = len(view) // len(index)
                     part = view[k * size : (k + 1) * size]
                     if os.preadv(file.fileno(), [part], shard.begin[name] + row * size) < size:
-                        raise OSError(f"{shown([shard.path])} is truncated: delete it")
+                        raise OSError(f"{listed([shard.path])} is truncated: delete it")
         for name, rows in found.items():
             if not rows.isfinite().all():
                 first = index[~rows.flatten(1).isfinite().all(1)][0].item()
                 path = self.shards[first // self.shard_size].path
-                raise OSError(f"{shown([path])}: {name} is not finite: delete it")
+                raise OSError(f"{listed([path])}: {name} is not finite: delete it")
         return found
 
     def __str__(self) -> str:
@@ -105,7 +105,7 @@ def open_shard(path: Path, n: int, fits: Callable[[dict], bool]) -> Shard | None
         reason = "has other shapes"
     except Exception as error:  # safetensors has its own types, and a bad file raises others too
         reason = f"cannot be read ({error})"
-    warnings.warn(f"cache file {shown([path])} {reason}: rebuilding it", stacklevel=3)
+    warnings.warn(f"cache file {listed([path])} {reason}: rebuilding it", stacklevel=3)
     return None
 
 
@@ -115,7 +115,7 @@ def load_shard(path: Path) -> dict[str, Tensor] | None:
     if all(tensor.isfinite().all() for tensor in tensors.values()):
         return tensors
     reason = "has values that are not finite"
-    warnings.warn(f"cache file {shown([path])} {reason}: rebuilding it", stacklevel=3)
+    warnings.warn(f"cache file {listed([path])} {reason}: rebuilding it", stacklevel=3)
     return None
 
 

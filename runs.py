@@ -163,7 +163,7 @@ class Run:
         kept = [row for row in rows if row["step"] <= self.resume_step]
         text = b"".join(map(json_bytes, kept))
         write_aside(self.folder / "metrics.jsonl", lambda aside: aside.write_bytes(text))
-        remove(self.folder / "summary.json")  # of a run that goes on: it is not finished now
+        remove(self.folder / "summary.json")  # of the resumed run: it is no longer finished
         write_json(self.folder / "revision.json", {**revision(), **fingerprints})
         write_json(self.folder / "config.json", self._config)
         (self.folder / BEGINNING).unlink(missing_ok=True)
@@ -225,8 +225,8 @@ class Run:
             )
         other = [k for k in sorted(now) if k not in FREE and old.get(k) != now[k]]
         if other and self.checkpoint is not None:
-            told = ", ".join(f"{k} was {old.get(k)!r} and is {now[k]!r}" for k in other)
-            self._differs(f"another config: {told}")
+            changes = ", ".join(f"{k} was {old.get(k)!r} and is {now[k]!r}" for k in other)
+            self._differs(f"another config: {changes}")
 
     def _compare_data(self, fingerprints: dict) -> None:
         if self.checkpoint is None or not (self.folder / "revision.json").exists():
@@ -290,9 +290,9 @@ class Run:
         except OSError as error:
             raise naming(error, self.folder / "metrics.jsonl") from error
         if self._tracker is not None and row["kind"] in ("train", "eval"):
-            said = {"train": "", "eval": "held_out/"}[row["kind"]]
-            numbers = {said + k: v for k, v in row.items() if isinstance(v, int | float)}
-            del numbers[f"{said}step"]
+            prefix = {"train": "", "eval": "held_out/"}[row["kind"]]
+            numbers = {prefix + k: v for k, v in row.items() if isinstance(v, int | float)}
+            del numbers[f"{prefix}step"]
             self._tracker.log(numbers, row["step"])
 
     def save_checkpoint(

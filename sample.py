@@ -41,9 +41,9 @@ from framing import frame_of, scale_in_doubt
 from images import (
     colour_profile,
     contact_sheet,
+    listed,
     load_image,
     place_on_map,
-    shown,
     thumbnail,
     to_image,
     to_tensor,
@@ -121,7 +121,7 @@ def inputs_of(args: argparse.Namespace) -> tuple[list[Path], list[Path]]:
         if not files:
             raise ValueError(f"--input {source} holds no images")
         if others := left_out(source, "--input"):
-            print(f"--input: {len(others)} files that are not images are skipped: {shown(others)}")
+            print(f"--input: {len(others)} files that are not images are skipped: {listed(others)}")
         refuse_among([out], [("--input", source)])
     elif source.is_file():
         files, root = [source], source.parent
@@ -158,11 +158,13 @@ def edit(args: argparse.Namespace) -> None:
     for file, stem in zip(files, stems):
         if f"{stem}{endings[0][0]}".lower() == "sheet.png":
             raise ValueError(
-                f"--input {shown([file])} has the name of the contact sheet, which would overwrite "
-                "its result: rename it"
+                f"--input {listed([file])} has the name of the contact sheet, which would "
+                "overwrite its result: rename it"
             )
         if len(os.fsencode(stem.name)) + max(map(len, tails)) > 255:
-            raise ValueError(f"--input {shown([file])}: the file names of its results are too long")
+            raise ValueError(
+                f"--input {listed([file])}: the file names of its results are too long"
+            )
     refuse_others(out, (*(f"{stem}{tail}" for stem in stems for tail in tails), "sheet.png"), MARK)
     sizes = [load_image(file).size for file in files]  # all are read before anything is written
     places = [place_on_map(file) if args.format == "tif" else None for file in files]

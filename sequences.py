@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from images import Frame, frame_count, shown
+from images import Frame, frame_count, listed
 from pairs import SUFFIXES, Pair, existing, find_images, find_masks, find_pairs, read_caption
 
 MAX_FRAMES = 10_000  # of an animated file, whose header may claim any number
@@ -100,7 +100,7 @@ def find_clips(folder: Path | str, stride: int = 1, *, mask_dir: Path | str | No
         elif is_clip(entry, root):
             if (count := frame_count(entry)) > MAX_FRAMES:
                 raise ValueError(
-                    f"--frames_dir: {shown([entry])} has {count} frames, expected at most "
+                    f"--frames_dir: {listed([entry])} has {count} frames, expected at most "
                     f"{MAX_FRAMES} in one file: use a folder of frames for more"
                 )
             name, frames = entry.stem, [Frame(entry, i) for i in range(count)]
@@ -108,11 +108,11 @@ def find_clips(folder: Path | str, stride: int = 1, *, mask_dir: Path | str | No
             continue
         name = unicodedata.normalize("NFC", name)  # like the masks' names
         if name in clips:
-            raise ValueError(f"--frames_dir: two clips are named {shown([name])}, expected one")
+            raise ValueError(f"--frames_dir: two clips are named {listed([name])}, expected one")
         clips[name] = frames
     if not clips:
         raise ValueError(
-            f"--frames_dir holds no clips (folders of frames or animated files): {shown([folder])}"
+            f"--frames_dir holds no clips (folders of frames or animated files): {listed([folder])}"
         )
     masks = find_masks(list(clips), mask_dir, False) if mask_dir is not None else {}
     pairs = []
@@ -120,7 +120,7 @@ def find_clips(folder: Path | str, stride: int = 1, *, mask_dir: Path | str | No
         taken = frames[::stride]
         if len(taken) < 2:
             raise ValueError(
-                f"--frames_dir: {shown([name])} has {len(frames)} frames, "
+                f"--frames_dir: {listed([name])} has {len(frames)} frames, "
                 f"expected at least {stride + 1} at --frame_stride {stride}"
             )
         pairs += _states(name, taken, _shares(range(len(taken))), masks.get(name))

@@ -63,7 +63,7 @@ from training.ranks import NullRun, Ranks, launch_id
 from training.session import open_run, settings, summarized
 from training.stop import Stop, Stopped
 from training.tally import Pace, Tally, Trend, not_finite
-from training.watching import Apart, Watch
+from training.watching import ValidationPairs, Watch
 
 LEAST_SCALE = 2**-14  # of the loss in fp16: reached after thirty overflows in a row
 
@@ -185,12 +185,12 @@ def run_phases(
             class_latents = encode(whole, **shared)
         items = Items(pairs, dataset.views, latents, class_latents)
 
-        def look_at(some: list[Pair], prompts: list[str], *, images: bool) -> Apart:
+        def look_at(some: list[Pair], prompts: list[str], *, images: bool) -> ValidationPairs:
             if not some:
-                return Apart([], [], None, [])
+                return ValidationPairs([], [], None, [])
             gallery = make_gallery(cfg, some)
             kept = [gallery[i] for i in range(len(some))] if images else []
-            return Apart(some, kept, encode(gallery).mean, prompts)
+            return ValidationPairs(some, kept, encode(gallery).mean, prompts)
 
         shown = look_at(shown, shown_prompts, images=True)
         held_out = look_at(held_out, held_out_prompts, images=False)

@@ -189,8 +189,8 @@ def _check_metadata(metadata: dict, path: Path) -> None:
         if metadata.get(key, 2) not in range(1, 1000):
             wrong.append(key)
     if wrong:
-        said = ascii(metadata[wrong[0]])
-        raise ValueError(f"{path} has the metadata {wrong[0]} = {said[:60]}")
+        value = ascii(metadata[wrong[0]])
+        raise ValueError(f"{path} has the metadata {wrong[0]} = {value[:60]}")
 
 
 def load_lora(

@@ -244,15 +244,15 @@ def _with_mid(A: Tensor, mid: Tensor, what: str) -> Tensor:
 def _peft_scale(peft: dict, part: str, path: str, r: int, file) -> float:
     """α/r as peft reads its config: patterns are regular expressions for the end of a path."""
 
-    def said(name: str, default):  # a single part is saved without its name
+    def setting(name: str, default):  # a single part is saved without its name
         return peft.get(f"{part}.{name}", peft.get(name, default))
 
     try:
-        pattern = said("alpha_pattern", None) or {}
+        pattern = setting("alpha_pattern", None) or {}
         hits = (v for p, v in pattern.items() if p == path or re.match(rf"(.*\.)?({p})$", path))
-        alpha = next(hits, said("lora_alpha", r))
+        alpha = next(hits, setting("lora_alpha", r))
         assert type(alpha) in (int, float) and 0 < alpha < 1e9
-        scale = alpha / (math.sqrt(r) if said("use_rslora", False) else r)
+        scale = alpha / (math.sqrt(r) if setting("use_rslora", False) else r)
     except (AssertionError, ArithmeticError, AttributeError, TypeError, ValueError, re.error) as e:
         raise ValueError(f"{file} has a header without a usable lora_alpha of {path}") from e
     return scale

@@ -57,7 +57,7 @@ def adain(x: Tensor, x_a: Tensor, x_b: Tensor, s: Tensor) -> Tensor:
     """
 
     def statistics(y: Tensor) -> Tensor:
-        one = y[0, 0].numel() == 1  # of which torch has no deviation
+        one = y[0, 0].numel() == 1  # torch's std of one value is NaN
         std = y.std((2, 3), keepdim=True, correction=0 if one else 1)
         return torch.stack([y.mean((2, 3), keepdim=True), std])
 

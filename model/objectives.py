@@ -152,7 +152,7 @@ def bridge_steps(t, schedule, knobs):
     return below(t, schedule, knobs.bridge_t)
 
 
-def apart(a: Tensor, b: Tensor, schedule: Schedule, t: Tensor, tau: int) -> Tensor:
+def path_offset(a: Tensor, b: Tensor, schedule: Schedule, t: Tensor, tau: int) -> Tensor:
     """(a − b)/σ_τ, σ = √((1−ā)/ā) at the path's start, timestep τ−1; t (b,) gives the device."""
     signal, noise = schedule.roots(torch.full_like(t, tau - 1), a)
     return (a - b) * signal / noise
@@ -171,7 +171,7 @@ def path_loss(predict, schedule, a, b, s, eps, t, tau, knobs):
     end in b: a rectified flow (Liu et al. 2023, arXiv 2209.03003) with the base's own noise between
     its ends, as in I²SB (Liu et al. 2023, arXiv 2302.05872).
     """
-    eps = eps + apart(a, b, schedule, t, tau)
+    eps = eps + path_offset(a, b, schedule, t, tau)
     x_t = schedule.add_noise(b, eps, t)
     b_hat, eps_hat = schedule.split(x_t, predict(x_t, t, s), t)
     return penalty(schedule.velocity(b_hat, eps_hat, t) - schedule.velocity(b, eps, t), knobs)
@@ -201,7 +201,7 @@ def walk(predict, schedule, z, s, how, ts, order=1):
             b_hat, eps = b_hat + lean, eps - lean / sigmas[i]  # of the same x_t
         before = seen
         if how.eta:
-            way = apart(z, b_hat, schedule, at(t), tau)
+            way = path_offset(z, b_hat, schedule, at(t), tau)
             fresh = noise_like(z, how.generator)
             eps = (1 - how.eta**2) ** 0.5 * (eps - way) + how.eta * fresh + way
         x = schedule.add_noise(b_hat, eps, at(ts[i + 1]))

@@ -144,11 +144,11 @@ def exaggerated(predict: Predict, scale: float) -> Predict:
     if scale == 1.0:
         return predict
 
-    def apart(x_t: Tensor, t: Tensor, m: Tensor) -> Tensor:
+    def scaled(x_t: Tensor, t: Tensor, m: Tensor) -> Tensor:
         e_0 = predict(x_t, t, torch.zeros_like(m))
         return e_0 + scale * (predict(x_t, t, m) - e_0)
 
-    return apart
+    return scaled
 
 
 # ---- latents -------------------------------------------------------------------------------------
@@ -337,16 +337,16 @@ def load_pipeline(
     meta = read_lora(lora_path(lora))[1] if lora is not None else {}
     under = find_companion(meta, base_lora, base_lora_strength)
     if under is not None:
-        parts, said = read_lora(under[0], "--base_lora")
-        refuse_chain(under[0], said)
+        parts, meta = read_lora(under[0], "--base_lora")
+        refuse_chain(under[0], meta)
     base_told = False  # by the LoRA's header
     vae_told = vae_path is None
     vae_path = vae_path or meta.get("vae_path")
     predicted = prediction_type or meta.get("prediction_type")
     if base is None:
         if "base_model" not in meta:
-            said = f", and {lora} does not say what it was trained on" if lora is not None else ""
-            raise ValueError(f"--model is missing{said}")
+            why = f", and {lora} does not say what it was trained on" if lora is not None else ""
+            raise ValueError(f"--model is missing{why}")
         base = meta["base_model"]
         revision, variant = revision or meta.get("revision"), variant or meta.get("variant")
         base_told = True
@@ -364,7 +364,7 @@ def load_pipeline(
     if unet.in_channels != 4:
         raise ValueError(f"{base} has a UNet with {unet.in_channels} input channels; expected 4")
     if under is not None:
-        apply_lora(parts, under[0], unet=unet, text=text, fixed=multiplier(said, under[1]))
+        apply_lora(parts, under[0], unet=unet, text=text, fixed=multiplier(meta, under[1]))
     if lora is not None:
         load_lora(lora, unet=unet, text=text)
     return Pipeline(base, unet, vae, text, schedule, meta, under)

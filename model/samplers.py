@@ -26,8 +26,8 @@ def timesteps(schedule: Schedule, steps: int, spacing: str = "leading") -> list[
         raise ValueError(f"--steps must be between 1 and {T}, got {steps}")
     # bitwise the same products as in diffusers, so that halves round the same way
     if spacing == "linspace":
-        apart = (T - 1) / max(steps - 1, 1)
-        rising = [round(i * apart) for i in range(steps)]
+        stride = (T - 1) / max(steps - 1, 1)
+        rising = [round(i * stride) for i in range(steps)]
     elif spacing == "leading":
         rising = [i * (T // steps) + schedule.steps_offset for i in range(steps)]
         if steps > T // 2 and rising[-1] < 0.7 * T:  # as in the published pipelines
@@ -37,8 +37,8 @@ def timesteps(schedule: Schedule, steps: int, spacing: str = "leading") -> list[
                 stacklevel=2,
             )
     elif spacing == "trailing":
-        apart = T - (T - T / steps)
-        rising = [round(T - i * apart) - 1 for i in range(steps)][::-1]
+        stride = T - (T - T / steps)
+        rising = [round(T - i * stride) - 1 for i in range(steps)][::-1]
     else:
         raise ValueError(f"unknown timestep spacing {spacing!r}")
     return [min(t, T - 1) for t in reversed(rising)]  # the offset may exceed T − 1

@@ -55,12 +55,12 @@ def _check(known: dict) -> None:
         kinds = (int,) if isinstance(low, int) else (int, float)
         value = known.get(key, low)
         if type(value) not in kinds or not low <= value <= high:
-            said = f"{key}={str(value)[:60]!r}; expected a number in {low}..{high}"
-            raise ValueError(f"scheduler config has {said}")
+            problem = f"{key}={str(value)[:60]!r}; expected a number in {low}..{high}"
+            raise ValueError(f"scheduler config has {problem}")
     for key in ("set_alpha_to_one", "clip_sample", "thresholding", "rescale_betas_zero_snr"):
         if type(known.get(key, True)) is not bool:
-            said = f"{key}={str(known[key])[:60]!r}; expected true or false"
-            raise ValueError(f"scheduler config has {said}")
+            problem = f"{key}={str(known[key])[:60]!r}; expected true or false"
+            raise ValueError(f"scheduler config has {problem}")
 
 
 @dataclass(frozen=True)

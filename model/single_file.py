@@ -339,12 +339,12 @@ def scheduler_config(path: Path, prediction_type: str | None = None) -> dict:
     """
     file = _read(path)
     _part_of(file, UNET, "UNet")
-    said = file.metadata.get("modelspec.prediction_type", "")
-    if prediction_type is None and ("v_pred" in file.shapes or said in ("v", "v_prediction")):
+    stated = file.metadata.get("modelspec.prediction_type", "")
+    if prediction_type is None and ("v_pred" in file.shapes or stated in ("v", "v_prediction")):
         prediction_type = "v_prediction"
     config = _unet_config(file)
     may_be_v = config["use_linear_projection"] and config["in_channels"] == 4
-    if prediction_type is None and may_be_v and said != "epsilon":
+    if prediction_type is None and may_be_v and stated != "epsilon":
         last = file.number(f"{UNET}output_blocks.{{}}.0.in_layers.0.weight") - 1
         key = f"{UNET}output_blocks.{last}.1.transformer_blocks.0.norm1.bias"
         spread = [t.float().std(correction=0).item() for _, t in read_tensors(path, key.__eq__)]

@@ -19,11 +19,11 @@ class TextEncoder(nn.Module):
 
         ValueError names a prompt that is not valid UTF-8.
         """
-        for said in prompts:
+        for prompt in prompts:
             try:
-                said.encode()
+                prompt.encode()
             except UnicodeEncodeError:
-                raise ValueError(f"the prompt {said[:60]!r} is not UTF-8 text") from None
+                raise ValueError(f"the prompt {prompt[:60]!r} is not UTF-8 text") from None
         positions = self.model.config.max_position_embeddings
         length = min(max_length or self.tokenizer.model_max_length, positions)
         ids, cut = [], []
@@ -38,7 +38,7 @@ class TextEncoder(nn.Module):
             )
             ids.append(padded.input_ids)
             whole = map(len, self.tokenizer(some).input_ids)
-            cut += [(tokens, said) for tokens, said in zip(whole, some) if tokens > length]
+            cut += [(tokens, prompt) for tokens, prompt in zip(whole, some) if tokens > length]
         if cut:
             more = f" and {len(cut) - 1} more" if len(cut) > 1 else ""
             warnings.warn(

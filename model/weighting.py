@@ -84,6 +84,6 @@ def preservation(predict: Predict, heard: list, mask: Tensor) -> Tensor:
     for x_t, t, e_s in heard:
         with torch.no_grad():
             e_0 = predict(x_t, t, None)
-        apart = (e_s - e_0)[..., -mask.shape[3] :] ** 2  # (n, 4, h, w); right half of a canvas
-        terms.append(weighted_mean(apart, 1 - mask, 0.0))
+        squares = (e_s - e_0)[..., -mask.shape[3] :] ** 2  # (n, 4, h, w); right half of a canvas
+        terms.append(weighted_mean(squares, 1 - mask, 0.0))
     return torch.stack(terms).mean()

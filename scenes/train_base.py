@@ -185,7 +185,7 @@ def unet_loss(
     """ε-loss with min-SNR-5 weights; a tenth of the captions is dropped, for guidance."""
     mean, std = (x.to(device) for x in latents)
     prompts = ["", *sorted(set(captions))]
-    ids, numbers = text.tokenize(prompts).to(device), {said: i for i, said in enumerate(prompts)}
+    ids, numbers = text.tokenize(prompts).to(device), {p: i for i, p in enumerate(prompts)}
     prompt_of = torch.tensor([numbers[caption] for caption in captions], device=device)
 
     def of(x_0: Tensor, eps: Tensor, t: Tensor, ctx: Tensor) -> Tensor:

@@ -526,7 +526,7 @@ def test_at_native_scale_crops_are_the_images_own_pixels(coordinates):
 
 
 def test_native_scale_needs_images_as_large_as_the_crops(coordinates):
-    said = "xy is 200x120, too small for crops of --resolution 128 with --native_scale"
+    said = "xy is 200x120, too small for crops of --resolution 128 at its native scale"
     with pytest.raises(ValueError, match=said):
         PairDataset(coordinates, 128, native_scale=True)
     whole = PairDataset(coordinates, 120, native_scale=True, center_crop=True)

@@ -332,7 +332,7 @@ def test_a_pairs_caption_is_its_prompt(monkeypatch, tmp_path, sd1, scenes, capsy
     calls.clear()
     assert evaluate.main(flags(lora, folder, tmp_path / "out", "--seed", 1)) == 0
     assert not {seed for _, some in calls for seed in some} & set(seeds)
-    assert "with a caption for each image but is used without" in capsys.readouterr().out
+    assert "with a caption per image but is used without" in capsys.readouterr().out
 
 
 def test_the_gap_and_its_error():

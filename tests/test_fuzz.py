@@ -24,7 +24,7 @@ import cli
 import config
 from data import PairDataset
 from durable import MANIFEST, json_bytes, save_image, seal
-from images import image_size, load_image, place_on_map, shown
+from images import image_size, listed, load_image, place_on_map
 from md import code
 from model.files import read_json, read_tensors
 from model.lora import inject
@@ -300,7 +300,7 @@ def test_latent_shards(place, content):
 @given(st.text(st.characters()))
 def test_text_in_messages_and_reports(text):
     """One printable line, and code in Markdown that ends where it should."""
-    assert shown([text]).isprintable()
+    assert listed([text]).isprintable()
     assert code(text).isprintable() and code(text)[1:-1].count("`") == 0
     assert json.loads(json_bytes({"a": text}).decode("utf-8")) == {"a": text}
     seen["text"] += 1

@@ -23,7 +23,7 @@ import cli
 import config
 import durable
 from data import PairDataset
-from images import contact_sheet, image_size, load_image, shown
+from images import contact_sheet, image_size, listed, load_image
 from md import code
 from model import lora_files
 from model.files import read_json, read_tensors
@@ -295,7 +295,7 @@ def test_file_names(tmp_path, name):
     dirs = tmp_path / "pairs" / "before", tmp_path / "pairs" / "after"
     pairs = find_pairs(*dirs)
     assert len(pairs) == 1 and PairDataset(pairs, 32)[0]["after"].shape == (3, 32, 32)
-    assert shown([name]).isprintable()
+    assert listed([name]).isprintable()
     durable.write_json(tmp_path / "names.json", {"name": pairs[0].name})
     assert json.loads((tmp_path / "names.json").read_text("utf-8")) == {"name": pairs[0].name}
     (dirs[0] / f"{name}.png").write_bytes(b"")

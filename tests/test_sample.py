@@ -33,7 +33,7 @@ from model.unet import UNet
 from model.vae import VAE
 from model.weights import load_text, load_unet, load_vae, save_lora
 from tests.checkpoints import make_checkpoint
-from training.watching import Apart, Watch
+from training.watching import ValidationPairs, Watch
 
 META = {"objective": "delta", "multiplier": [1.0, 0.0], "delta_t": 599, "prompt": "a square"}
 
@@ -246,7 +246,7 @@ def test_an_objective_is_used_as_it_works_best_unless_told_otherwise(
     watch = Watch(pipe.unet, pipe.vae, pipe.schedule, spied, Knobs(), lambda _: context, 0, True)
     pixels = torch.zeros(3, 8 * pipe.vae.downscale, 8 * pipe.vae.downscale)
     with torch.no_grad():
-        watch.edited(Apart([None], [{"before": pixels}], z[:, None], [""]), 0, [1.0])
+        watch.edited(ValidationPairs([None], [{"before": pixels}], z[:, None], [""]), 0, [1.0])
     assert told == [0]
 
 

@@ -41,13 +41,13 @@ def read_given(cfg: TrainConfig, *, fresh: bool) -> Given:
     """Read --base_lora and, for a fresh run, --init_lora. ValueError names what cannot be used."""
     under, under_at, start = {}, 1.0, {}
     if cfg.base_lora is not None:
-        under, said = read_lora(cfg.base_lora, "--base_lora")
-        refuse_chain(cfg.base_lora, said)
-        under_at = multiplier(said, cfg.base_lora_strength)
+        under, meta = read_lora(cfg.base_lora, "--base_lora")
+        refuse_chain(cfg.base_lora, meta)
+        under_at = multiplier(meta, cfg.base_lora_strength)
         print(f"--base_lora {cfg.base_lora} is active, frozen, at multiplier {under_at:g}")
     if cfg.init_lora is not None and fresh:
-        start, said = read_lora(cfg.init_lora, "--init_lora")
-        if said.get("base_lora") and cfg.base_lora is None:
+        start, meta = read_lora(cfg.init_lora, "--init_lora")
+        if meta.get("base_lora") and cfg.base_lora is None:
             warnings.warn(
                 f"--init_lora {cfg.init_lora} was trained on top of another LoRA, which is not "
                 "active here; add it with --base_lora",

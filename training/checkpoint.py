@@ -67,7 +67,7 @@ def lora_metadata(
     """
     base = cfg.pretrained_model_name_or_path
     slope, offset = OBJECTIVES[objective].multiplier
-    said = f"0 = before, 1 = after; LoRA multiplier = {slope:g} * strength + {offset:g}"
+    meaning = f"0 = before, 1 = after; LoRA multiplier = {slope:g} * strength + {offset:g}"
     kept = ("revision", "variant", "resolution", "native_scale", "background",
             "tokenizer_max_length", "text_encoder_use_attention_mask")  # fmt: skip
 
@@ -77,7 +77,7 @@ def lora_metadata(
     return {
         "objective": objective,
         "multiplier": [slope, offset],
-        "strength": said,
+        "strength": meaning,
         "base_model": found(base),
         "vae_path": found(cfg.vae_path),
         "tokenizer_name": found(cfg.tokenizer_name),

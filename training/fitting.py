@@ -15,7 +15,7 @@ from model.vae import VAE
 from training.adapting import Trained
 from training.inputs import Items
 from training.prompts import Prompts
-from training.watching import Apart
+from training.watching import ValidationPairs
 
 
 def plan_step(
@@ -25,7 +25,7 @@ def plan_step(
     prompts: Prompts,
     trained: Trained,
     vae: VAE,
-    looked_at: list[Apart],
+    looked_at: list[ValidationPairs],
     level: str,
 ) -> Plan:
     """--vram_gib: the micro-batch and the level of activation checkpointing.
@@ -50,7 +50,7 @@ def plan_step(
         "autoencoder": (vae,),
         "latents": (
             *(x for rows in tables for x in rows.tensors.values()),
-            *(apart.z for apart in looked_at),
+            *(some.z for some in looked_at),
         ),
         "contexts": prompts.contexts.tensors.values() if prompts.contexts else (),
     }

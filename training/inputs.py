@@ -15,7 +15,7 @@ import config
 from config import TrainConfig
 from data import PairDataset
 from durable import save_image
-from images import load_image, shown, to_image
+from images import listed, load_image, to_image
 from latents import Latents, cache_latents
 from model.memory import phase, unless_full
 from model.pipeline import DTYPES, decode, generate_latents, load_pipeline, pick_dtype
@@ -62,7 +62,7 @@ class Size(NamedTuple):
 def size_of(cfg: TrainConfig, pairs: int, world: int) -> Size:
     mine = cfg.train_batch_size * cfg.gradient_accumulation_steps
     total = world * mine
-    in_steps = lambda epochs: math.ceil(epochs * pairs / total)  # noqa: E731, one runs into the next
+    in_steps = lambda epochs: math.ceil(epochs * pairs / total)  # noqa: E731, a step may span two
     steps = cfg.max_train_steps or in_steps(cfg.num_train_epochs or 0) or 200
     show_every = cfg.validation_steps or in_steps(cfg.validation_epochs)
     return Size(mine, cfg.train_batch_size, total, steps, show_every)
@@ -88,9 +88,9 @@ def find_data(cfg: TrainConfig) -> Data:
         raise ValueError(
             f"--validation_pairs {cfg.validation_pairs} leaves none of {len(places)} pairs to train"
         )
-    apart = set(spread(places, cfg.validation_pairs))
-    kept = set([place for place in places if place not in apart][: cfg.max_pairs])
-    held_out = [pair for pair in pairs if pair.before in apart]
+    held_places = set(spread(places, cfg.validation_pairs))
+    kept = set([place for place in places if place not in held_places][: cfg.max_pairs])
+    held_out = [pair for pair in pairs if pair.before in held_places]
     pairs = [pair for pair in pairs if pair.before in kept]
     whole = [pair for pair in held_out or pairs if pair.strength == 1]
     if cfg.validation_images is None:
@@ -126,7 +126,7 @@ def passed_over(cfg: TrainConfig) -> Iterator[str]:
         if flag == "--frames_dir":
             others = [file for file in others if not is_clip(file, folder)]
         if others:
-            yield f"{flag}: skipping {len(others)} files that are not images: {shown(others)}"
+            yield f"{flag}: skipping {len(others)} files that are not images: {listed(others)}"
 
 
 def spread(items: list, k: int) -> list:

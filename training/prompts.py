@@ -44,7 +44,7 @@ class Prompts:
     def rows(self, prompts: list[str]) -> Tensor:
         """The prompts' rows, (k,), for `context`."""
         at = "cpu" if self.many else self.device
-        return torch.tensor([self.row[said] for said in prompts], device=at)
+        return torch.tensor([self.row[prompt] for prompt in prompts], device=at)
 
     def context(self, rows: Tensor) -> Context:
         """For the prompts in these rows (b,); encoded at every call if the encoder is trained."""
@@ -53,8 +53,8 @@ class Prompts:
         mask = None if self.mask is None else self.mask[rows]
         return text_context(self.text, self.ids[rows], mask)
 
-    def of(self, said: str) -> Context:
-        return self.context(self.rows([said]))
+    def of(self, prompt: str) -> Context:
+        return self.context(self.rows([prompt]))
 
     def like(self, b: int) -> Context:
         """A stand-in for the context of b prompts, of the same size: for planning memory."""
@@ -75,8 +75,8 @@ def load_prompts(
     base = cfg.pretrained_model_name_or_path
     files = {"variant": cfg.variant, "revision": cfg.revision, "device": device}
     text = load_text(base, **files, tokenizer=cfg.tokenizer_name)
-    said = f" with the tokenizer of {cfg.tokenizer_name}" if cfg.tokenizer_name else ""
-    print(f"text encoder  {loaded(text.model, base)}{said}")
+    tokenizer = f" with the tokenizer of {cfg.tokenizer_name}" if cfg.tokenizer_name else ""
+    print(f"text encoder  {loaded(text.model, base)}{tokenizer}")
     most = text.model.config.max_position_embeddings
     if (cfg.tokenizer_max_length or 0) > most:
         raise ValueError(
@@ -84,7 +84,7 @@ def load_prompts(
             f"but the text encoder takes at most {most}"
         )
     given.put_under(cfg, text=text)
-    row = {said: i for i, said in enumerate(dict.fromkeys(prompts))}
+    row = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
     ids = text.tokenize(list(row), cfg.tokenizer_max_length).to(device)  # (p, l)
     mask = text.mask(ids) if cfg.text_encoder_use_attention_mask else None
     if cfg.train_text_encoder:

@@ -164,13 +164,13 @@ class Ranks:
         if self.world == 1:
             return number
         with _together():
-            said = 0
+            largest = 0
             if self._sent is not None:
                 self._sent[0].wait()
-                said = int(self._sent[1])
+                largest = int(self._sent[1])
             box = torch.tensor([number])
             self._sent = dist.all_reduce(box, dist.ReduceOp.MAX, async_op=True), box
-        return said
+        return largest
 
     def restarted(self, folder: str | Path) -> bool:
         """Whether torchrun is restarting a run that it started in this folder (--max-restarts)."""

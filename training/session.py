@@ -55,15 +55,15 @@ def open_run(cfg: TrainConfig, ranks: Ranks) -> Run | NullRun:
     """Open the run's folder, on rank 0; all ranks resume from the checkpoint found there."""
     if ranks.leads:
         refuse_overlap(cfg)
-        told = asdict(replace(cfg, **{name: getattr(TrainConfig, name) for name in ONCE}))
+        fields = asdict(replace(cfg, **{name: getattr(TrainConfig, name) for name in ONCE}))
         run = Run(
             cfg.output_dir,
-            told,
+            fields,
             resume=cfg.resume_from_checkpoint,
             overwrite=cfg.overwrite,
             changed=cfg.resume_changed,
             usual=asdict(TrainConfig()),
-            tracker=pick_tracker(cfg.report_to, cfg.logging_dir, told),
+            tracker=pick_tracker(cfg.report_to, cfg.logging_dir, fields),
         )
     else:
         run = NullRun(cfg.output_dir)

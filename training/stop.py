@@ -9,8 +9,8 @@ import threading
 class Stopped(KeyboardInterrupt):
     """SIGINT or SIGTERM was received; the exit status is 128 + `number`."""
 
-    def __init__(self, number: int, said: str = ""):
-        super().__init__(said or f"stopped by {signal.Signals(number).name}")
+    def __init__(self, number: int, message: str = ""):
+        super().__init__(message or f"stopped by {signal.Signals(number).name}")
         self.number = number
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from images import shown
+from images import listed
 from model.objectives import Task
 from pairs import Pair
 from progress import no_bars
@@ -48,7 +48,7 @@ def not_finite(where: str, drawn: tuple[Tensor, Tensor], pairs: list[Pair], task
     index, t = drawn
     steps = task.objective.steps(t, task.schedule, task.knobs).tolist()
     at = [
-        f"{shown([pairs[i % len(pairs)].name])} at t {u}"
+        f"{listed([pairs[i % len(pairs)].name])} at t {u}"
         for i, u in zip(index.tolist()[:10], steps)
     ]
     return f"non-finite loss or gradient at {where} ({', '.join(at)})"
@@ -101,5 +101,5 @@ class Pace:
         if self.bar.disable and 10 * done // self.steps > 10 * logged // self.steps:
             took = time.perf_counter() - self.began
             left = (self.steps - done) * took / (done - self.first)
-            said = f"step {done}/{self.steps}  loss {loss:.4f}  {step_ms:.0f} ms/step"
-            print(f"{said}  {tqdm.format_interval(left)} left", flush=True)
+            line = f"step {done}/{self.steps}  loss {loss:.4f}  {step_ms:.0f} ms/step"
+            print(f"{line}  {tqdm.format_interval(left)} left", flush=True)

@@ -33,7 +33,7 @@ STRENGTHS = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25]  # for the report's slider
 
 
 @dataclass(frozen=True)
-class Apart:
+class ValidationPairs:
     """Pairs for validation: their latents and prompts, and their images if they are shown."""
 
     pairs: list[Pair]
@@ -63,7 +63,7 @@ class Watch:
         finally:  # also on out-of-memory
             self.vae.to("cpu")
 
-    def edited(self, shown: Apart, i: int, strengths: list[float]) -> list[Image.Image]:
+    def edited(self, shown: ValidationPairs, i: int, strengths: list[float]) -> list[Image.Image]:
         """The i-th shown image with the change, at each strength."""
         z = shown.z[i : i + 1, 0]  # (1, 4, h, w)
         predict = predictor(self.unet, self.context_of(shown.prompts[i]))
@@ -78,7 +78,7 @@ class Watch:
         images = at_strengths(partial(decode, self.vae), pixels, z, strengths, edit, fade=self.fade)
         return [to_image(one) for (one,) in images]
 
-    def sheet(self, shown: Apart, column: str) -> Image.Image:
+    def sheet(self, shown: ValidationPairs, column: str) -> Image.Image:
         """A contact sheet: before | generated | after."""
         rows = []
         with self.drawing():
@@ -97,7 +97,7 @@ class Watch:
             images = [to_image(decode(self.vae, one)[0]) for one in z]
         return contact_sheet([images], [str(seed) for seed in seeds], [f"{prompt}, {label}"])
 
-    def strengths(self, shown: Apart, folder: Path) -> None:
+    def strengths(self, shown: ValidationPairs, folder: Path) -> None:
         """Write strengths/: the first three images at several strengths, for report.html."""
         folder.mkdir()
         images = []
@@ -114,17 +114,17 @@ class Watch:
 
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")
-    def held_out_loss(self, held_out: Apart) -> dict:
+    def held_out_loss(self, held_out: ValidationPairs) -> dict:
         """The loss on held-out pairs, with the same noise every time, in ten bins of timesteps."""
         num_steps, by_t = self.schedule.num_steps, []
         bins = num_steps * torch.arange(11 if self.objective.noisy else 2) // 10
         for low, high in pairwise(bins.tolist()):
             rng, errors = seeded_for(self.seed, "held out"), []
-            for z, said, pair in zip(held_out.z, held_out.prompts, held_out.pairs):
+            for z, prompt, pair in zip(held_out.z, held_out.prompts, held_out.pairs):
                 z = z[:, None]  # (f, 1, 4, h, w)
                 eps = torch.randn(z[0].shape, generator=rng).to(z.device)
                 t = torch.randint(low, high, (1,), generator=rng).to(z.device)
-                predict = predictor(self.unet, self.context_of(said))
+                predict = predictor(self.unet, self.context_of(prompt))
                 s, draws = z.new_tensor([pair.strength]), Draws(eps, t)
                 error = self.objective.loss(
                     predict, self.schedule, z[0], z[-1], s, draws, self.knobs
@@ -135,7 +135,7 @@ class Watch:
         return {"loss": sum(by_t) / len(by_t), "pairs": len(held_out.pairs), **by_t_named}
 
 
-def ends(shown: Apart, i: int) -> list[Tensor]:
+def ends(shown: ValidationPairs, i: int) -> list[Tensor]:
     """Before and after, each (3, H, W); for one of --validation_images the before alone."""
     item = shown.images[i]
     return [item[side] for side in ("before", "after") if side in item]
