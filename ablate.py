@@ -39,6 +39,7 @@ from arms import NEEDED, Arm, judge_parser, read_arms
 from cli import Parser, report
 from config import TrainConfig
 from durable import (
+    file_sha256,
     lock,
     read_or_empty,
     refuse_file,
@@ -50,6 +51,7 @@ from durable import (
 )
 from editing import check
 from evaluate import find_held_out
+from model.lora_files import lora_path
 from pairs import find_singles, fingerprint
 from training.inputs import find_data
 from training.session import ONCE
@@ -94,8 +96,8 @@ def make_jobs(path: Path, arms: list[Arm], seeds: list[int], out: Path) -> list[
 
 
 def changed(job: Job) -> list[str]:
-    """The fields in which an existing run differs from the requested one; "data" and "class_data"
-    if those do.
+    """The fields in which an existing run differs from the requested one; "data", "class_data"
+    and "base_lora" if their files do.
 
     A field missing from an older run counts as its default.
     """
@@ -108,6 +110,7 @@ def changed(job: Job) -> list[str]:
     are = {
         "data": trained_on(json.dumps({k: now[k] for k in DATA})),
         "class_data": class_images(job.cfg.class_data_dir, job.cfg.num_class_images),
+        "base_lora": base_lora(job.cfg.base_lora),
     }
     return other + [k for k, v in are.items() if None not in (v, were.get(k)) and v != were[k]]
 
@@ -126,6 +129,13 @@ def class_images(folder: str | None, count: int) -> str | None:
     with contextlib.suppress(OSError, ValueError):
         found = find_singles(folder, flag="--class_data_dir") if folder is not None else []
         return fingerprint(found[: max(count, 1)]) if len(found) >= max(count, 1) else None
+
+
+@cache
+def base_lora(run_or_file: str | None) -> str | None:
+    """sha256 of the file of --base_lora; None if it cannot be read."""
+    with contextlib.suppress(OSError, ValueError):
+        return run_or_file and file_sha256(lora_path(run_or_file, "--base_lora"))
 
 
 @cache

@@ -489,3 +489,17 @@ def test_other_class_images_are_another_run(lab, tmp_path, pairs, capsys):
 def test_an_arm_that_goes_on_with_what_was_changed_is_kept(lab):
     assert lab.run("a: --resume_changed\n") == 0
     assert lab.run("a: --resume_changed\n") == 0 and not lab.started
+
+
+def test_another_lora_beneath_is_another_run(lab, tmp_path, capsys):
+    """By its bytes: a run of the same name that was trained again, say."""
+    assert lab.run("under:\nover: --lora_rank 4\n") == 0
+    loras = [lab.out / name / "seed0" / LORA for name in ("under", "over")]
+    under = tmp_path / "under.safetensors"
+    shutil.copy(loras[0], under)
+    arms = f"under:\nover: --lora_rank 4\na: --base_lora {under}\n"
+    assert lab.run(arms) == 0 and lab.run(arms) == 0 and not lab.started
+    shutil.copy(loras[1], under)
+    ablate.base_lora.cache_clear()
+    assert lab.run(arms) == 0 and lab.names()[0] == ("train.py", "a/seed0")
+    assert "again, other base_lora" in capsys.readouterr().out

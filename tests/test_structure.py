@@ -137,8 +137,8 @@ ARROWS = {
     "comparison": ["images", "md", "measures"],
     "arms": ["cli", "evaluate"],
     "ablate": [
-        "arms", "comparison", "cli", "config", "durable", "editing", "evaluate", "pairs",
-        "training.inputs", "training.session",
+        "arms", "comparison", "cli", "config", "durable", "editing", "evaluate", "model.lora_files",
+        "pairs", "training.inputs", "training.session",
     ],
 }  # fmt: skip
 ROOTS = ("check_data", "hub", "sample", "train", "evaluate", "ablate")  # what a user starts
