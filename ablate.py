@@ -17,8 +17,6 @@ and data are kept, partial ones resumed, changed ones run again. Output: table.m
 plot.png and sheet.png, rewritten after every run.
 """
 
-import contextlib
-import dataclasses
 import json
 import os
 import shlex
@@ -29,17 +27,12 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from fnmatch import fnmatchcase
-from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
-import cli
 import comparison
-from arms import NEEDED, Arm, judge_parser, read_arms
+from arms import NEEDED, judge_parser, read_arms
 from cli import Parser, report
-from config import TrainConfig
 from durable import (
-    file_sha256,
     lock,
     read_or_empty,
     refuse_file,
@@ -51,99 +44,11 @@ from durable import (
 )
 from editing import check
 from evaluate import find_held_out
-from model.lora_files import lora_path
-from pairs import find_singles, fingerprint
-from training.inputs import find_data
-from training.session import ONCE
+from jobs import SHOWN, Job, changed, evaluation_key, is_done, is_trained, make_jobs, plain, title
 
 ROOT = Path(__file__).parent
-SHOWN = 6  # pairs in sheet.png
 
 # ---- one run -------------------------------------------------------------------------------------
-
-
-DATA = ("before_data_dir", "after_data_dir", "mask_dir", "instance_data_dir", "frames_dir",
-        "frame_stride", "sequence_dirs", "sequence_times", "allow_unmatched", "use_image_pairs",
-        "validation_pairs", "max_pairs")  # fmt: skip
-HOW = {"output_dir", *ONCE}  # where and how a run is opened
-
-
-def plain(cfg: TrainConfig) -> dict:
-    """The config as in config.json, without the fields in HOW."""
-    fields = json.loads(json.dumps(dataclasses.asdict(cfg)))
-    return {key: value for key, value in fields.items() if key not in HOW}
-
-
-class Job(NamedTuple):
-    arm: Arm
-    seed: int
-    folder: Path  # OUT/NAME/seedN
-    run: Path  # the same, or the run of an earlier arm with the same training flags
-    cfg: TrainConfig  # the parsed training flags
-    training: threading.Lock  # held while the run is being trained
-
-
-def make_jobs(path: Path, arms: list[Arm], seeds: list[int], out: Path) -> list[Job]:
-    """All arms of the first seed, then all of the next. Exits with one sentence on a bad flag."""
-    jobs, runs = [], {}
-    for seed in seeds:
-        for arm in arms:
-            cfg = cli.parse([*arm.train, "--seed", str(seed)], prog=f"{path}:{arm.line}")
-            folder = out / arm.name / f"seed{seed}"
-            run, lock = runs.setdefault(json.dumps(plain(cfg)), (folder, threading.Lock()))
-            jobs.append(Job(arm, seed, folder, run, cfg, lock))
-    return jobs
-
-
-def changed(job: Job) -> list[str]:
-    """The fields in which an existing run differs from the requested one; "data", "class_data"
-    and "base_lora" if their files do.
-
-    A field missing from an older run counts as its default.
-    """
-    there, now = read_or_empty(job.run / "config.json"), plain(job.cfg)
-    if not there:
-        return []
-    old = {k: v for k, v in {**plain(TrainConfig()), **there}.items() if k not in HOW}
-    other = [k for k in sorted(old | now) if old.get(k) != now.get(k)]
-    were = read_or_empty(job.run / "revision.json")
-    are = {
-        "data": trained_on(json.dumps({k: now[k] for k in DATA})),
-        "class_data": class_images(job.cfg.class_data_dir, job.cfg.num_class_images),
-        "base_lora": base_lora(job.cfg.base_lora),
-    }
-    return other + [k for k, v in are.items() if None not in (v, were.get(k)) and v != were[k]]
-
-
-@cache
-def trained_on(fields: str) -> str | None:
-    """The current fingerprint of the pairs of a config with these DATA fields (JSON); None if they
-    cannot be read, which train.py will report."""
-    with contextlib.suppress(OSError, ValueError):
-        return fingerprint(find_data(TrainConfig(**json.loads(fields))).train)
-
-
-@cache
-def class_images(folder: str | None, count: int) -> str | None:
-    """The same for --class_data_dir; None if some images are still to be generated."""
-    with contextlib.suppress(OSError, ValueError):
-        found = find_singles(folder, flag="--class_data_dir") if folder is not None else []
-        return fingerprint(found[: max(count, 1)]) if len(found) >= max(count, 1) else None
-
-
-@cache
-def base_lora(run_or_file: str | None) -> str | None:
-    """sha256 of the file of --base_lora; None if it cannot be read."""
-    with contextlib.suppress(OSError, ValueError):
-        return run_or_file and file_sha256(lora_path(run_or_file, "--base_lora"))
-
-
-@cache
-def judged_on(flags: tuple[str, ...]) -> str | None:
-    """The same for the held-out pairs that evaluate.py finds with these flags."""
-    with contextlib.suppress(OSError, ValueError):
-        args = judge_parser("").parse_args([*NEEDED[:2], *flags])
-        return find_held_out(args).fingerprint()
 
 
 def call(program: str, flags: Sequence[str], log: Path, threads: int | None, held: int) -> None:
@@ -176,56 +81,21 @@ def run(job: Job, threads: int | None, held: int) -> dict:
     with job.training:
         train(job, threads, held)
     judged, log = job.folder / "evaluation", job.folder.with_suffix(".log")
-    kept = settled(job)
+    kept = is_done(job)
     if not kept:
         remove(judged / "flags.json")  # or a kill could leave new results beside the old flags
         own = ["--lora", str(job.run), "--out", str(judged), "--pictures", str(SHOWN)]
         call("evaluate.py", [*job.arm.evaluate, *own], log, threads, held)
-        write_json(judged / "flags.json", asked(job))
+        write_json(judged / "flags.json", evaluation_key(job))
     values = comparison.figures(read_or_empty(judged / "evaluation.json"), job.run)
     figures = ", ".join(f"{k} {v:.{comparison.COLUMNS[k][0]}f}" for k, (v, _) in values.items())
     print(f"{title(job)}: {'kept: ' if kept else ''}{figures}", flush=True)
     return values
 
 
-def asked(job: Job) -> dict:
-    """What is evaluated, and how. Includes when the run ended: a later run must be evaluated."""
-    end = (job.run / "summary.json").stat().st_mtime_ns
-    return {"flags": job.arm.evaluate, "run": str(job.run), "end": end}
-
-
-def settled(job: Job) -> bool:
-    """Whether the run is finished, and evaluated as the arms file says."""
-    judged = job.folder / "evaluation"
-    if not (trained(job) and read_or_empty(judged / "flags.json") == asked(job)):
-        return False
-    now = judged_on(tuple(job.arm.evaluate))
-    same = now in (None, read_or_empty(judged / "evaluation.json").get("data"))
-    return same and usable(judged, job.run)
-
-
-def trained(job: Job) -> bool:
-    return read_or_empty(job.run / "summary.json").get("status") == "finished" and not changed(job)
-
-
-def usable(judged: Path, run: Path) -> bool:
-    """Whether an existing evaluation has all the numbers and pictures that are needed."""
-    result, pictures = read_or_empty(judged / "evaluation.json"), judged / "pictures"
-    try:
-        figures = comparison.figures(result, run)
-        names = [row["name"] for row in result["per_pair"]]
-        numbers = [f"{value:g}" for pair in figures.values() for value in pair if value is not None]
-        whole = {"data", "pairs"} <= result.keys() and numbers and len(names) == result["pairs"]
-    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
-        return False
-    kinds = ("before", "predicted", "after")
-    files = [pictures / f"{i:03d}-{k}.png" for i in range(len(names[:SHOWN])) for k in kinds]
-    return bool(whole) and all(path.is_file() for path in files)
-
-
 def train(job: Job, threads: int | None, held: int) -> None:
     """Train the run unless it is finished and unchanged."""
-    if trained(job):
+    if is_trained(job):
         return
     other, there = changed(job), (job.run / "config.json").exists()
     why = f"again, other {', '.join(other)}" if other else "resumed" if there else "new"
@@ -233,10 +103,6 @@ def train(job: Job, threads: int | None, held: int) -> None:
     how = ["--overwrite"] if other else ["--resume_from_checkpoint", "latest"]
     own = ["--seed", str(job.seed), "--output_dir", str(job.run), *how]
     call("train.py", [*job.arm.train, *own], job.run.with_suffix(".log"), threads, held)
-
-
-def title(job: Job) -> str:
-    return f"{job.arm.name}, seed {job.seed}"
 
 
 # ---- what is left --------------------------------------------------------------------------------
@@ -255,7 +121,7 @@ def differing(jobs: list[Job]) -> dict[str, dict[str, str]]:
     return found
 
 
-def leave(path: Path, jobs: list[Job], done: list, failed: list, out: Path) -> str:
+def write_results(path: Path, jobs: list[Job], done: list, failed: list, out: Path) -> str:
     """Write table.md, results.json, plot.png and sheet.png of the runs so far; returns the table.
 
     `done` holds pairs of a job and its figures, `failed` of a job and the reason.
@@ -318,10 +184,10 @@ def ablate(path: Path, seeds: list[int], out: Path, workers: int, only: list[str
         raise FileExistsError(f"--out {out} holds the ablation of {other}: choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     with lock(out, "--out") as held:  # not signed: a child process may outlive us and hold it
-        return work_off(path, jobs, out, workers, only, held.fileno())
+        return run_jobs(path, jobs, out, workers, only, held.fileno())
 
 
-def work_off(
+def run_jobs(
     path: Path, jobs: list[Job], out: Path, workers: int, only: list[str], held: int
 ) -> int:
     """Exit status as above."""
@@ -331,7 +197,7 @@ def work_off(
 
     def work(job: Job) -> dict | str | None:
         chosen = not only or any(fnmatchcase(job.arm.name, pattern) for pattern in only)
-        if stop.is_set() or not (chosen or settled(job)):
+        if stop.is_set() or not (chosen or is_done(job)):
             return None
         try:
             return run(job, threads, held)
@@ -354,7 +220,7 @@ def work_off(
                     failed.append((job, result))
                 elif result is not None:
                     done.append((job, result))
-                text = leave(path, jobs, done, failed, out)
+                text = write_results(path, jobs, done, failed, out)
         except KeyboardInterrupt:
             stop.set()
             print("stopped; the same command continues from here", file=sys.stderr, flush=True)

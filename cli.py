@@ -13,7 +13,8 @@ import types
 import typing
 from pathlib import Path
 
-from config import TrainConfig, check
+from config import TrainConfig
+from config_check import check
 
 PATHS = {"DIR", "FILE", "IMAGE", "IMAGE_OR_DIR", "RUN_OR_FILE"}  # metavars
 

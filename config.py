@@ -5,8 +5,6 @@ down to `lora_rank` are those of the DreamBooth-LoRA script this project descend
 """
 
 import dataclasses
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
@@ -323,18 +321,6 @@ class TrainConfig:
     local_rank: int = knob(-1, "set by old launchers and ignored; the environment decides")
 
 
-SOURCES = ("before_data_dir", "sequence_dirs", "frames_dir", "instance_data_dir")
-OF_PAIRS = (
-    "pair_objective", "validation_pairs", "validation_images", "max_pairs", "mask_from_change",
-)  # fmt: skip
-OF_OBJECTIVES = ("delta_t", "bridge_t", "img2img_t", "image_dropout")
-OF_NOISE = ("t_min", "snr_gamma")  # prior preservation reads them too
-LOOKS = ("validation_steps", "validation_epochs")
-# The first is ignored if the second is given
-INSTEAD = {"num_train_epochs": "max_train_steps", "validation_epochs": "validation_steps"}
-MAY_BE_EMPTY = ("instance_prompt", "validation_prompt", "class_prompt")
-
-
 def is_pairs(cfg: TrainConfig) -> bool:
     """Whether it trains on changes: pairs, sequences or clips."""
     sources = (cfg.before_data_dir, cfg.after_data_dir, cfg.sequence_dirs, cfg.frames_dir)
@@ -355,136 +341,3 @@ def limits(f: dataclasses.Field) -> str:
     if least is not None:
         return f"at least {least}"
     return "" if above is None else f"above {above}"
-
-
-def within(value: float, f: dataclasses.Field) -> bool:
-    least, most, above, below = (f.metadata[key] for key in ("least", "most", "above", "below"))
-    return (
-        (least is None or value >= least)
-        and (most is None or value <= most)
-        and (above is None or value > above)
-        and (below is None or value < below)
-    )
-
-
-def check(cfg: TrainConfig) -> TrainConfig:
-    """The same config if it is valid. ValueError: one sentence naming the flag."""
-
-    def need(condition: bool, sentence: str) -> None:
-        if not condition:
-            raise ValueError(sentence)
-
-    for f in dataclasses.fields(cfg):
-        value, choices = getattr(cfg, f.name), f.metadata["choices"]
-        if choices and value is not None:
-            need(value in choices, f"--{f.name} must be {' or '.join(choices)}, got {value!r}")
-        if isinstance(value, float):
-            need(math.isfinite(value), f"--{f.name} must be a finite number, got {value}")
-        if limits(f) and value is not None:
-            need(within(value, f), f"--{f.name} must be {limits(f)}, got {value}")
-        # an empty path would mean the current folder, never what an unset $VARIABLE was meant for
-        need(value != "" or f.name in MAY_BE_EMPTY, f"--{f.name} is empty")
-    pairs = is_pairs(cfg)
-    need(
-        pairs or cfg.instance_data_dir is not None,
-        "nothing to train on: give --before_data_dir and --after_data_dir, or --instance_data_dir",
-    )
-    given = [name for name in SOURCES if getattr(cfg, name) is not None]
-    need(len(given) < 2, f"{' and '.join(f'--{name}' for name in given)} are mutually exclusive")
-    if pairs and not cfg.sequence_dirs and not cfg.frames_dir:
-        for one, other in (("after", "before"), ("before", "after")):
-            given = getattr(cfg, f"{one}_data_dir") is not None
-            asker = f"--{one}_data_dir" if given else "--use_image_pairs"
-            there = getattr(cfg, f"{other}_data_dir") is not None
-            need(there, f"{asker} needs --{other}_data_dir")
-    for name in OF_PAIRS:
-        unused = getattr(cfg, name) == getattr(TrainConfig, name)
-        need(pairs or unused, f"--{name} needs --before_data_dir and --after_data_dir")
-    if cfg.with_prior_preservation:
-        need(cfg.class_data_dir is not None, "--with_prior_preservation needs --class_data_dir")
-        need(bool(cfg.class_prompt), "--with_prior_preservation needs --class_prompt")
-    else:
-        need(cfg.class_data_dir is None, "--class_data_dir needs --with_prior_preservation")
-        need(cfg.class_prompt is None, "--class_prompt needs --with_prior_preservation")
-    need(
-        cfg.resolution > 0 and cfg.resolution % 8 == 0,
-        f"--resolution must be a positive multiple of 8, got {cfg.resolution}",
-    )
-    need(
-        cfg.latents_on != "disk" or cfg.cache_dir is not None,
-        "--latents_on disk needs --cache_dir",
-    )
-    masked = cfg.mask_dir is not None or cfg.mask_from_change
-    need(
-        masked or cfg.preserve_weight == 0,
-        "--preserve_weight needs --mask_dir or --mask_from_change",
-    )
-    need(
-        not (cfg.pre_compute_text_embeddings and cfg.train_text_encoder),
-        "--pre_compute_text_embeddings cannot be combined with --train_text_encoder, which changes "
-        "them",
-    )
-    need(
-        cfg.class_labels_conditioning is None,
-        "--class_labels_conditioning is for DeepFloyd IF; Stable Diffusion has no class labels",
-    )
-    need(
-        not (cfg.overwrite and cfg.resume_from_checkpoint),
-        "--overwrite and --resume_from_checkpoint are mutually exclusive",
-    )
-    need(cfg.push_to_hub or cfg.hub_token is None, "--hub_token needs --push_to_hub")
-    need(
-        cfg.hub_token is None or cfg.report_to != "wandb",
-        "--hub_token cannot be combined with --report_to wandb, which records the command line: "
-        "set HF_TOKEN instead",
-    )
-    return cfg
-
-
-def without_effect(cfg: TrainConfig, reads: Sequence[str]) -> list[str]:
-    """A sentence for each flag that was given but is not read; `reads`: the objective's knobs.
-
-    Warnings, not errors: an arm of an ablation may switch off what an earlier flag tunes.
-    """
-    prior = cfg.with_prior_preservation
-    restarts = "cosine_with_restarts"
-    looked = cfg.num_validation_images or cfg.validation_pairs
-    unmatchable = is_pairs(cfg) or cfg.mask_dir is not None
-    random_views = not cfg.center_crop or cfg.random_flip or cfg.random_scale > 1
-    rules = [
-        ("mask_outside", cfg.mask_dir or cfg.mask_from_change, "--mask_dir or --mask_from_change"),
-        ("sequence_times", cfg.sequence_dirs, "--sequence_dirs"),
-        ("frame_stride", cfg.frames_dir, "--frames_dir"),
-        ("base_lora_strength", cfg.base_lora is not None, "--base_lora"),
-        ("allow_unmatched", unmatchable and not cfg.frames_dir, "folders of pairs, or --mask_dir"),
-        ("views", random_views, "random crops, --random_flip or --random_scale"),
-        ("huber_c", cfg.loss == "huber", "--loss huber"),
-        ("recompute", cfg.gradient_checkpointing, "--gradient_checkpointing"),
-        ("lr_warmup_steps", cfg.lr_scheduler != "constant", "--lr_scheduler constant_with_warmup"),
-        ("lr_num_cycles", cfg.lr_scheduler == restarts, f"--lr_scheduler {restarts}"),
-        ("lr_power", cfg.lr_scheduler == "polynomial", "--lr_scheduler polynomial"),
-        ("hub_model_id", cfg.push_to_hub, "--push_to_hub"),
-        ("logging_dir", cfg.report_to == "tensorboard", "--report_to tensorboard"),
-        ("resume_changed", cfg.resume_from_checkpoint is not None, "--resume_from_checkpoint"),
-        *((knob, knob in reads, "an objective that reads it") for knob in OF_OBJECTIVES),
-        *((knob, prior or knob in reads, "a loss on noise") for knob in OF_NOISE),
-        ("prior_loss_weight", prior, "--with_prior_preservation"),
-        ("num_class_images", prior, "--with_prior_preservation"),
-        ("prior_generation_precision", prior, "--with_prior_preservation"),
-        ("sample_batch_size", prior, "--with_prior_preservation"),
-        ("validation_prompt", cfg.num_validation_images, "--num_validation_images"),
-        ("validation_images", cfg.num_validation_images, "--num_validation_images"),
-        *((name, looked, "--num_validation_images or --validation_pairs") for name in LOOKS),
-    ]
-    default = {f.name: f.default for f in dataclasses.fields(cfg)}
-    given = [name for name in default if getattr(cfg, name) != default[name]]
-    sentences = [
-        f"--{name} {getattr(cfg, name)} has no effect without {wanted}"
-        for name, read, wanted in rules
-        if not read and name in given
-    ]
-    return sentences + [
-        f"--{name} {getattr(cfg, name)} has no effect with --{stronger}"
-        for name, stronger in INSTEAD.items()
-        if {name, stronger} <= set(given)
-    ]

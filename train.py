@@ -22,6 +22,7 @@ from torch import Tensor
 import cli
 import config
 from config import TrainConfig
+from config_check import check, without_effect
 from durable import remove, save_image, write_aside
 from hub import find_token, open_repository, publish
 from latents import Batch, one_ahead
@@ -74,8 +75,8 @@ def train(cfg: TrainConfig, ranks: Ranks | None = None) -> Path:
     ValueError or OSError for what the user can fix; FloatingPointError or MemoryError for failures
     during the run; Stopped (a KeyboardInterrupt) for Ctrl-C and SIGTERM.
     """
-    config.check(cfg)
-    for sentence in config.without_effect(cfg, OBJECTIVES[config.objective_of(cfg)].reads):
+    check(cfg)
+    for sentence in without_effect(cfg, OBJECTIVES[config.objective_of(cfg)].reads):
         warnings.warn(sentence, stacklevel=2)
     ranks = ranks or Ranks()
     ranks.join()

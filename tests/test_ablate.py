@@ -24,6 +24,7 @@ import evaluate
 import md
 import runs
 import train
+from jobs import base_lora, class_images, judged_on, make_jobs, trained_on
 from model import memory
 from tests.pairs import write_pairs
 
@@ -180,7 +181,7 @@ def test_files_that_are_no_arms(lab, capsys):
 @pytest.mark.parametrize("file", ARMS_FILES, ids=lambda path: path.stem)
 def test_the_arms_files_of_the_experiments(file):
     """Each makes sense, has the control, and make knows what it needs."""
-    jobs = ablate.make_jobs(file, ablate.read_arms(file), [0], Path("out"))
+    jobs = make_jobs(file, ablate.read_arms(file), [0], Path("out"))
     bases = [job.cfg.pretrained_model_name_or_path for job in jobs]
     assert "data/random_base" in bases and "scenes/base" in bases
     parser = evaluate.make_parser()
@@ -267,11 +268,11 @@ def test_other_data_are_another_run(lab, tmp_path, pairs, capsys):
     assert lab.run(arms) == 0
     judged = ["evaluate.py"]
     for folder, again in zip(ours[::-1], (judged, judged, ["train.py", *judged])):
-        ablate.trained_on.cache_clear(), ablate.judged_on.cache_clear()
+        trained_on.cache_clear(), judged_on.cache_clear()
         capsys.readouterr()
         assert lab.run(arms) == 0 and not lab.started
         Image.new("RGB", (32, 32), (9, 9, 9)).save(folder / "after" / "0.png")
-        ablate.trained_on.cache_clear(), ablate.judged_on.cache_clear()
+        trained_on.cache_clear(), judged_on.cache_clear()
         assert lab.run(arms) == 0 and [program for program, _ in lab.names()] == again
     assert "a, seed 0: training (again, other data)" in capsys.readouterr().out
 
@@ -481,7 +482,7 @@ def test_other_class_images_are_another_run(lab, tmp_path, pairs, capsys):
     )
     assert lab.run(arms) == 0 and lab.run(arms) == 0 and not lab.started
     Image.new("RGB", (32, 32), (9, 9, 9)).save(tmp_path / "class" / "0.png")
-    ablate.class_images.cache_clear()
+    class_images.cache_clear()
     assert lab.run(arms) == 0 and lab.names()[0][0] == "train.py"
     assert "again, other class_data" in capsys.readouterr().out
 
@@ -500,6 +501,6 @@ def test_another_lora_beneath_is_another_run(lab, tmp_path, capsys):
     arms = f"under:\nover: --lora_rank 4\na: --base_lora {under}\n"
     assert lab.run(arms) == 0 and lab.run(arms) == 0 and not lab.started
     shutil.copy(loras[1], under)
-    ablate.base_lora.cache_clear()
+    base_lora.cache_clear()
     assert lab.run(arms) == 0 and lab.names()[0] == ("train.py", "a/seed0")
     assert "again, other base_lora" in capsys.readouterr().out

@@ -22,6 +22,7 @@ from safetensors.torch import save
 
 import cli
 import config
+import config_check
 from data import PairDataset
 from durable import MANIFEST, json_bytes, save_image, seal
 from images import image_size, listed, load_image, place_on_map
@@ -241,10 +242,10 @@ def test_config_files(place, data):
     path = write(place / "c.json", data.draw(changed(valid) | mutated(json.dumps(valid).encode())))
 
     def read():
-        return config.check(config.TrainConfig(**cli.read_file(str(path))))
+        return config_check.check(config.TrainConfig(**cli.read_file(str(path))))
 
     cfg = tried("--config", read)
-    assert cfg is None or isinstance(config.without_effect(cfg, ()), list)
+    assert cfg is None or isinstance(config_check.without_effect(cfg, ()), list)
 
 
 @fuzzed

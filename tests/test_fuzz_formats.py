@@ -22,6 +22,7 @@ import durable
 import md
 import report
 from data import PairDataset
+from jobs import make_jobs, usable
 from model.lora import inject
 from model.lora_convert import main as convert
 from model.lora_files import load_lora, save_lora
@@ -274,7 +275,7 @@ def test_arms_files(place, data):
     def read():
         with contextlib.redirect_stderr(said):
             arms = ablate.read_arms(path)
-            return ablate.make_jobs(path, arms, [0, 1], place / "out")
+            return make_jobs(path, arms, [0, 1], place / "out")
 
     try:
         jobs = tried("arms", read)
@@ -302,7 +303,7 @@ def test_what_an_evaluation_left(place):
     def check(content, rows):
         write(folder / "metrics.jsonl", metrics if rows is None else rows)
         write(folder / "evaluation" / "evaluation.json", content)
-        ok = tried("figures", lambda: ablate.usable(folder / "evaluation", folder) or None)
+        ok = tried("figures", lambda: usable(folder / "evaluation", folder) or None)
         if ok:
             found = comparison.figures(
                 durable.read_or_empty(folder / "evaluation" / "evaluation.json"), folder

@@ -24,6 +24,7 @@ import comparison
 import report
 from data import PairDataset
 from images import load_image
+from jobs import make_jobs
 from model.lora import inject
 from model.lora_convert import main as convert
 from model.lora_files import save_lora
@@ -178,7 +179,7 @@ def test_odd_texts_in_arms_files(tmp_path, capsys, name):
     path = tmp_path / "arms.txt"
     if name.splitlines() == [name] and "\udcff" not in name and name != "-rf":
         path.write_text(f"{HEAD}a: --instance_prompt {quoted}\nb:\n", encoding="utf-8")
-        jobs = ablate.make_jobs(path, ablate.read_arms(path), [0], tmp_path)
+        jobs = make_jobs(path, ablate.read_arms(path), [0], tmp_path)
         assert jobs[0].cfg.instance_prompt == name
         shown = ablate.differing(jobs)
         assert shown["a"]["instance_prompt"] == name
@@ -188,7 +189,7 @@ def test_odd_texts_in_arms_files(tmp_path, capsys, name):
         assert len(rows) == 1 and rows[0].count(" | ") == text.splitlines()[2].count(" | ")
     path.write_text(f"{HEAD}{name}: --lora_rank 4\n", encoding="utf-8", errors="surrogateescape")
     with contextlib.suppress(ValueError):
-        for job in ablate.make_jobs(path, ablate.read_arms(path), [0], tmp_path / "out"):
+        for job in make_jobs(path, ablate.read_arms(path), [0], tmp_path / "out"):
             assert job.folder.parent.parent == tmp_path / "out"
 
 

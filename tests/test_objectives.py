@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-import config
+import config_check
 from model.lora import inject, keep_strength, lora_layers, set_strength
 from model.memory import LEVELS, checkpoint_activations
 from model.objectives import (
@@ -504,7 +504,7 @@ def test_an_objective_says_what_it_reads_and_uses(name):
     predict = lambda x, t, m: x[:, :4]  # noqa: E731
     objective.loss(predict, schedule(), a, b, ONES, draws, knobs)
     assert knobs.read - {"loss", "huber_c"} == set(objective.reads)
-    assert set(objective.reads) <= {*config.OF_OBJECTIVES, *config.OF_NOISE}
+    assert set(objective.reads) <= {*config_check.OF_OBJECTIVES, *config_check.OF_NOISE}
     how = Asked(How(steps=3, start="noise", guided=predict, generator=torch.Generator()))
     objective.edit(predict, schedule(), a, ONES, how)
     flags = {"guided": {"guidance", "change_guidance"}, "generator": {"seed"}, "knobs": set()}
