@@ -42,7 +42,7 @@ from durable import (
     write_json,
     write_text,
 )
-from editing import check
+from edit_flags import check
 from evaluate import find_held_out
 from jobs import SHOWN, Job, changed, evaluation_key, is_done, is_trained, make_jobs, plain, title
 

@@ -17,15 +17,8 @@ from torch import Tensor
 
 from data import MAX_ASPECT, aspect_gap, by
 from durable import read_or_empty, refuse_others, save_image, write_aside, write_json
-from editing import (
-    defaults,
-    draws_anew,
-    editor,
-    finite,
-    objective_of,
-    open_pipeline,
-    prompt_of,
-)
+from edit_flags import defaults, draws_anew, objective_of, prompt_of
+from editing import editor, finite, open_pipeline
 from framing import brought_to
 from images import contact_sheet, eight_bit, load_image, to_image, to_tensor
 from measures import mse, path, perceived, psnr, structure

@@ -29,23 +29,20 @@ from tqdm import tqdm
 from cli import Parser
 from data import PairDataset
 from durable import read_or_empty, refuse_others, save_image, write_json, write_text
-from editing import (
+from edit_flags import (
     MOST,
     add_common_flags,
     add_edit_flags,
-    batches,
     check,
     distinct,
     draws_anew,
-    edit_pixels,
     exit_status,
     numbers,
     objective_of,
-    open_pipeline,
     prompt_of,
-    states_between,
     warn_of_unread,
 )
+from editing import batches, edit_pixels, open_pipeline, states_between
 from evaluation_table import table
 from framing import Framing, frame_of, within_memory
 from images import contact_sheet, eight_bit, to_image

@@ -23,20 +23,17 @@ from tqdm import tqdm
 import between
 from cli import Parser
 from durable import refuse_others, save_image, write_json
-from editing import (
+from edit_flags import (
     add_common_flags,
     add_edit_flags,
-    batches,
     check,
-    edit_pixels,
     exit_status,
-    finite,
     numbers,
     objective_of,
-    open_pipeline,
     prompt_of,
     warn_of_unread,
 )
+from editing import batches, edit_pixels, finite, open_pipeline
 from framing import frame_of, scale_in_doubt
 from images import (
     colour_profile,

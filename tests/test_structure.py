@@ -93,14 +93,16 @@ ARROWS = {
         "model.memory", "model.pipeline", "model.vae",
     ],
     "framing": ["data", "model.memory", "model.objectives", "model.pipeline", "model.tiles"],
+    "edit_flags": [
+        "cli", "durable", "model.files", "model.memory", "model.objectives", "model.pipeline",
+    ],
     "editing": [
-        "cli", "durable", "framing", "model.files", "model.memory", "model.objectives",
+        "edit_flags", "framing", "model.files", "model.memory", "model.objectives",
         "model.pipeline", "model.tiles",
     ],
     "between": [
-        "data", "durable", "editing", "framing", "images", "measures", "model.lora_files",
-        "model.morph",
-        "model.objectives", "model.pipeline",
+        "data", "durable", "edit_flags", "editing", "framing", "images", "measures",
+        "model.lora_files", "model.morph", "model.objectives", "model.pipeline",
     ],
     "training.checkpoint": [
         "config", "durable", "model.files", "model.lora", "model.lora_files", "model.objectives",
@@ -141,7 +143,7 @@ ARROWS = {
         "arms", "cli", "comparison", "config", "durable", "evaluate", "model.lora_files", "pairs",
         "training.inputs", "training.session",
     ],
-    "ablate": ["arms", "comparison", "cli", "durable", "editing", "evaluate", "jobs"],
+    "ablate": ["arms", "comparison", "cli", "durable", "edit_flags", "evaluate", "jobs"],
 }  # fmt: skip
 ROOTS = ("check_data", "hub", "sample", "train", "evaluate", "ablate")  # what a user starts
 FOLDERS = ("scenes", "bench", "docs", "tests")  # on top of all: nothing outside them imports them
