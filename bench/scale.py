@@ -71,10 +71,10 @@ def one(argv: list[str], processor_time: bool) -> dict:
 
     def timed(stage: Callable, name: str):
 
-        def run(*args):
+        def run(*args, **more):
             start = clock()
             try:
-                return stage(*args)
+                return stage(*args, **more)
             finally:
                 spent[name] += clock() - start
 

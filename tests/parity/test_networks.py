@@ -113,7 +113,7 @@ def test_text(tmp_path, family):
     theirs = CLIPTextModel.from_pretrained(root, subfolder="text_encoder", dtype=torch.float64)
     pipe = StableDiffusionPipeline.from_pretrained(root, safety_checker=None)
     prompts = ["", "a photo of a lake, Ünïcode 漢 & 3 emoji 🏠", "long " * 100]
-    with pytest.warns(UserWarning, match="is cut to 77"):
+    with pytest.warns(UserWarning, match="is truncated to 77"):
         ids = ours.tokenize(prompts)
     expected = pipe.tokenizer(
         prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
