@@ -274,7 +274,8 @@ class TrainConfig:
     )
     validation_pairs: int = knob(
         0,
-        "pairs held out of training for validation; if 0, the pictures show training pairs",
+        "pairs held out of training for the pictures and the held-out loss (of 32 at most); if 0, "
+        "the pictures show training pairs",
         least=0,
     )
     validation_images: tuple[str, ...] | None = knob(

@@ -10,8 +10,8 @@ from config import TrainConfig, limits
 HEAD = """# The flags of train.py
 
 Written by `make docs` from [config.py](../config.py), where each is a field; a switch has `--x`
-and `--no-x`. Order: these defaults, then `--config FILE`, then flags. A flag that another one
-switches off is warned of, and what cannot go together stops with one sentence.
+and `--no-x`. Order: these defaults, then `--config FILE`, then flags. A flag that has no effect is
+warned about; flags that cannot be combined stop with one sentence.
 """
 
 
