@@ -337,8 +337,8 @@ def load_pipeline(
     meta = read_lora(lora_path(lora))[1] if lora is not None else {}
     under = find_companion(meta, base_lora, base_lora_strength)
     if under is not None:
-        parts, meta = read_lora(under[0], "--base_lora")
-        refuse_chain(under[0], meta)
+        parts, under_meta = read_lora(under[0], "--base_lora")
+        refuse_chain(under[0], under_meta)
     base_told = False  # by the LoRA's header
     vae_told = vae_path is None
     vae_path = vae_path or meta.get("vae_path")
@@ -364,7 +364,7 @@ def load_pipeline(
     if unet.in_channels != 4:
         raise ValueError(f"{base} has a UNet with {unet.in_channels} input channels; expected 4")
     if under is not None:
-        apply_lora(parts, under[0], unet=unet, text=text, fixed=multiplier(meta, under[1]))
+        apply_lora(parts, under[0], unet=unet, text=text, fixed=multiplier(under_meta, under[1]))
     if lora is not None:
         load_lora(lora, unet=unet, text=text)
     return Pipeline(base, unet, vae, text, schedule, meta, under)
