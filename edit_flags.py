@@ -217,7 +217,7 @@ def warn_of_unread(args: argparse.Namespace, objective: str) -> None:
             warnings.warn(f"--{flag} {value} has no effect on {objective}", stacklevel=2)
     swept, values = getattr(args, "sweep", None) or ("", [])
     if swept and (value := getattr(args, swept)) != usual[swept]:
-        warnings.warn(f"--{swept} {value} has no effect beside --sweep {swept}=...", stacklevel=2)
+        warnings.warn(f"--{swept} {value} has no effect with --sweep {swept}=...", stacklevel=2)
     starts = values if swept == "start" else [args.start]
     fixed = "seed" in uses and not any(draws_anew(objective, start) for start in starts)
     if args.seed != usual["seed"] and fixed:

@@ -104,11 +104,11 @@ def find_held_out(args: argparse.Namespace) -> HeldOut:
     )
 
 
-def trained_on(lora: str) -> set[str]:
-    """The `image_hashes` of the pairs of the run that left this LoRA, where its folder has them."""
+def training_images(lora: str) -> set[str]:
+    """The `image_hashes` of the pairs this LoRA was trained on, if its run's folder has them."""
     folder = Path(lora) if Path(lora).is_dir() else Path(lora).parent
-    known = read_or_empty(folder / "revision.json").get("images")
-    return {*known} if isinstance(known, list) else set()
+    hashes = read_or_empty(folder / "revision.json").get("images")
+    return {one for one in hashes if isinstance(one, str)} if isinstance(hashes, list) else set()
 
 
 def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
@@ -169,8 +169,8 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
             bar.update()
     bar.close()
 
-    before = trained_on(args.lora)
-    if known := sum(one in before for one in image_hashes(pairs)):
+    trained = training_images(args.lora)
+    if trained and (known := sum(one in trained for one in image_hashes(pairs))):
         warnings.warn(
             f"{known} of these {len(pairs)} pairs are among those {args.lora} was trained on",
             stacklevel=2,

@@ -88,7 +88,7 @@ def trained_on(fields: str) -> str | None:
 
 @cache
 def class_images(folder: str | None, count: int) -> str | None:
-    """The same for --class_data_dir; None if some images are still to be generated."""
+    """The fingerprint of --class_data_dir; None if some images are still to be generated."""
     with contextlib.suppress(OSError, ValueError):
         found = find_singles(folder, flag="--class_data_dir") if folder is not None else []
         return fingerprint(found[: max(count, 1)]) if len(found) >= max(count, 1) else None
@@ -103,7 +103,7 @@ def base_lora(run_or_file: str | None) -> str | None:
 
 @cache
 def judged_on(flags: tuple[str, ...]) -> str | None:
-    """The same for the held-out pairs that evaluate.py finds with these flags."""
+    """The fingerprint of the held-out pairs that evaluate.py finds with these flags."""
     with contextlib.suppress(OSError, ValueError):
         args = judge_parser("").parse_args([*NEEDED[:2], *flags])
         return find_held_out(args).fingerprint()

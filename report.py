@@ -19,6 +19,7 @@ import cli
 from durable import write_text
 from images import image_size, load_image
 from md import figure
+from runs import is_config
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -65,7 +66,7 @@ def write_report(run: Path) -> Path:
     """Write RUN/report.html from the folder's files. ValueError or OSError names what is missing
     or damaged."""
     config, summary = read(run / "config.json"), read(run / "summary.json", {})
-    if "instance_prompt" not in config:  # a network's config.json, for example
+    if not is_config(config):
         raise ValueError(f"{run / 'config.json'} is not a training config; expected a run's folder")
     pictures = run / "strengths" / "strengths.json"
     sheets = sorted((run / "samples").glob("[0-9]*.png"))

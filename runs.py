@@ -110,7 +110,7 @@ class Run:
             )
 
     def _refuse_strangers(self) -> None:
-        if self.checkpoint is None and "instance_prompt" not in self._read("config.json"):
+        if self.checkpoint is None and not is_config(self._read("config.json")):
             raise FileExistsError(
                 f"--output_dir {self.folder} has a config.json that is not a training run's, which "
                 "would be replaced: choose another folder"
@@ -349,6 +349,11 @@ class Run:
         losses = [(step, loss) for step, loss in losses if loss is not None]
         if len(losses) > 1:
             save_image(curve(losses, "loss"), self.folder / "loss.png")
+
+
+def is_config(content: dict) -> bool:
+    """Whether a config.json is a training run's, not that of a network, for example."""
+    return "instance_prompt" in content
 
 
 def _step(checkpoint: Path) -> int:

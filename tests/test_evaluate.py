@@ -437,6 +437,7 @@ def test_pairs_that_were_trained_on_are_counted(tmp_path, sd1, scenes, capsys):
         assert evaluate.main(argv) == 0
         said = f"{len(pairs) - 1} of these {len(pairs)} pairs are among those {given} was trained"
         assert said in capsys.readouterr().out
-    (lora / "revision.json").write_text(json.dumps({"images": None}))
-    assert evaluate.main(flags(lora, held_out, tmp_path / "out", "--strengths", "0,1")) == 0
-    assert "trained on" not in capsys.readouterr().out
+    for other in (None, [["a"], 1], "x"):
+        (lora / "revision.json").write_text(json.dumps({"images": other}))
+        assert evaluate.main(flags(lora, held_out, tmp_path / "out", "--strengths", "0,1")) == 0
+        assert "trained on" not in capsys.readouterr().out

@@ -574,3 +574,19 @@ def test_large_inputs_are_held_few_at_a_time(tmp_path, sd1, images, monkeypatch)
     monkeypatch.setattr(sample, "AT_ONCE", 2 * 32 * 32)
     run("edit", "--lora", lora, "--input", images, "--out", tmp_path / "out")
     assert max(held) == 2 and sum(held) == 8
+
+
+def test_flags_that_another_one_switches_off_are_warned_of(tmp_path, sd1, images, capsys):
+    """A knob that is swept, and a LoRA that has nothing to say of noise alone."""
+    lora = write_lora(tmp_path / "run", sd1, objective="slider", multiplier=[2.0, -1.0])
+    sweep = ("sweep", "--lora", lora, "--input", images / "a.png", "--sweep", "steps=1,2")
+    for more, warned in (((), False), (("--steps", 9), True)):
+        run(*sweep, *more, "--out", tmp_path / "grid")
+        said = "--steps 9 has no effect with --sweep steps=..." in capsys.readouterr().out
+        assert said is warned
+    make = ("generate", "--num", 1, "--width", 32, "--height", 32, "--steps", 1)
+    for name, objective, warned in (("run", "slider", False), ("other", "delta", True)):
+        if warned:
+            lora = write_lora(tmp_path / name, sd1, objective=objective)
+        run(*make, "--lora", lora, "--out", tmp_path / "made")
+        assert ("a LoRA of delta is for `sample.py edit`" in capsys.readouterr().out) is warned

@@ -243,11 +243,21 @@ def test_a_model_is_replaced_but_not_the_one_that_is_copied(tmp_path, capsys):
         ("generate PROMPT=x RUN=runs/typo", "--lora 'runs/typo'", "--model"),
         ("generate PROMPT=x CHANGE=none", "--model 'scenes/base'", "--lora"),
         ("generate PROMPT=x RUN=", "--model 'scenes/base'", "--lora"),
+        ("check-data BEFORE=b AFTER=a MASK=m", "--mask_dir 'm'", "--out"),
     ],
 )
 def test_make_names_what_was_given_and_nothing_else(words, has, lacks):
     """Of a folder that was not given the program says so; a run that is not there is asked for."""
     make = ["make", "-n", *words.split(), "PYTHON=python"]
     said = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    last = said[said.index(f"{words.split()[0].replace('generate', 'sample')}.py") :]
+    program = words.split()[0].replace("generate", "sample").replace("-", "_")
+    last = said[said.index(f"{program}.py") :]
     assert has in last and lacks not in last
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_takes_no_environment_with_spaces_in_its_name():
+    """It cannot be a target: a part of the name would be made."""
+    make = ["make", "-n", "setup", "VENV=a b"]
+    done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "VENV=a b: a folder without spaces" in done.stderr

@@ -56,7 +56,7 @@ ARROWS = {
     "model.optim": [],
     "rows": ["images"],
     "latents": ["data", "images", "progress", "rows", "model.draws"],
-    "report": ["cli", "durable", "images", "md"],
+    "report": ["cli", "durable", "images", "md", "runs"],
     "model.unet": ["model.layers"],
     "model.vae": ["model.layers"],
     "model.samplers": ["model.schedule"],
