@@ -97,6 +97,8 @@ class Process:
 
     def __init__(self, module: str, job: dict, cache: Path):
         env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+        if job["device"] == "cuda":  # else arms that start beside each other have a thread per core
+            env.setdefault("OMP_NUM_THREADS", "2")
         self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115, stderr of it and its libraries
         self.start = time.perf_counter()
         self.process = subprocess.Popen(

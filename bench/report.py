@@ -10,11 +10,11 @@ from PIL import Image, ImageDraw
 
 UNITS = {"train": "step", "encode": "batch", "sample": "image", "edit": "image"}
 KINDS = {  # of CUDA kernels, by patterns of their names; the first match counts
+    "compiled reduction": r"^triton_(red|per)",  # its name lists all that is fused into it
+    "compiled elementwise": r"^triton",
     "attention": r"flash|fmha|sdpa|attention|dot_do_o|convert_dq",
     "convolution": r"conv|[fwd]prop|dgrad|wgrad",
     "matrix product": r"gemm|gemv|nvjet|cutlass|splitk|cublas",
-    "compiled reduction": r"triton_(red|per)",
-    "compiled elementwise": r"triton",
     "torch's norm": r"norm|moments|compute(fused|internal|backward)",
     "copy": r"mem(cpy|set)|copy|catarray|transpose|upsample|nchw|nhwc",
     "torch's reduction": r"reduce|softmax",

@@ -44,7 +44,8 @@ class Replayed:
     inputs: named tuples of tensors (a tuple or a field may be None), always of the same shapes.
     `compute` must not copy from the host or synchronize; if it cannot be captured, a warning says
     so and it runs eagerly. The result is overwritten by the next call. The first calls, which count
-    like the others, run on a side stream, as warm-up before a capture must.
+    like the others, run on a side stream, as warm-up before a capture must; the capture uses the
+    same one, as cuBLAS has a workspace per stream.
     """
 
     def __init__(self, compute: Callable[..., Tensor]):
@@ -83,7 +84,7 @@ class Replayed:
         self.buffers = tuple(map(cloned, inputs))
         graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=self.aside):
                 self.result = self.compute(*self.buffers)
             self.graph = graph
         except Exception as error:

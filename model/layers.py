@@ -134,8 +134,8 @@ class GEGLU(nn.Module):
         both = self.proj(x)  # (b, n, 2 dim_out)
         if not torch.compiler.is_compiling():  # a compiler decides by itself what to save
             return _Gated.apply(both)
-        h, gate = both.chunk(2, dim=-1)
-        return h * F.gelu(gate)
+        both = both.unflatten(-1, (2, -1))  # chunk's backward would evaluate gelu's for each half
+        return both[..., 0, :] * F.gelu(both[..., 1, :])
 
 
 class FeedForward(nn.Module):

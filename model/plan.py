@@ -92,9 +92,9 @@ def no_gradients(params: Sequence[nn.Parameter]):
 def measure(loss: Callable[[int], Tensor], params: Sequence[nn.Parameter], batch: int) -> Need:
     """What `loss(batch)` and its backward will need; computes and changes nothing.
 
-    The workspace is an estimate, for CUDA only: cuDNN copies a convolution's operands into another
-    layout and attention's backward accumulates in fp32, so it is what the largest such call reads
-    and writes, plus cuBLAS's own.
+    The workspace is an estimate, for CUDA only: cuDNN may copy a convolution's operands into
+    another layout, and attention's backward accumulates in fp32, so it is what the largest such
+    call reads and writes, plus cuBLAS's own.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), Counted() as counted, no_gradients(params):
         loss(batch).backward()

@@ -7,14 +7,17 @@ says its figure with `measured`.
 import copy
 import gc
 import os
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.profiler import ProfilerActivity, profile
 from transformers import CLIPTextModel
 
 import train as loop
+from bench.turns import kernels
 from latents import Latents, one_ahead
 from model.draws import draw
 from model.frozen import freeze
@@ -440,3 +443,24 @@ def test_a_frozen_convolution_keeps_no_input(measured):
     assert measured("MiB that a frozen convolution keeps", kept[1] / MIB, "0") < 0.1 < kept[0] / MIB
     assert torch.allclose(grads[0], grads[1], rtol=1e-2, atol=1e-2)
     measured("its time over torch's own", took[1] / took[0], "about 1")
+
+
+@pytest.mark.parametrize("kernel, stride", [(3, 1), (3, 2), (1, 1)])
+def test_a_frozen_convolutions_gradient_is_one_product(kernel, stride, measured):
+    """In channels_last: cuDNN's kernel alone, and none that changes a layout."""
+    conv = torch.nn.Conv2d(64, 128, kernel, stride, padding=kernel // 2)
+    layer = torch.nn.Sequential(conv).cuda().bfloat16().requires_grad_(False)
+    freeze(layer.to(memory_format=torch.channels_last))
+    x = torch.randn(2, 64, 32, 32, device="cuda", dtype=torch.bfloat16)
+    x = x.to(memory_format=torch.channels_last).requires_grad_()
+    y = layer(x)
+    dy = torch.randn_like(y)
+    torch.autograd.grad(y, x, dy, retain_graph=True)  # cuDNN chooses its algorithm
+    with profile(activities=[ProfilerActivity.CUDA]) as watch:
+        (dx,) = torch.autograd.grad(y, x, dy)
+        torch.cuda.synchronize()
+    names = [name for name, _, _ in kernels(watch, 1)]
+    copies = [name for name in names if re.search(r"copy_kernel|nchwTo|nhwcTo|transpose", name)]
+    assert names and dx.is_contiguous(memory_format=torch.channels_last)
+    name = f"layout copies in a {kernel} x {kernel} gradient, stride {stride}"
+    assert measured(name, len(copies), "0") == 0, copies

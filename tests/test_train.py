@@ -315,7 +315,8 @@ class OnCuda:
         pass
 
     @contextmanager
-    def capture(self, graph):
+    def capture(self, graph, stream):
+        assert stream is self.replayed.aside  # the one that has cuBLAS's workspaces already
         self.captures += 1
         compute, self.replayed.compute = self.replayed.compute, lambda *buffers: torch.zeros(())
         yield
@@ -349,7 +350,7 @@ def test_a_captured_step_reads_its_buffers(monkeypatch):
     assert replayed(batch(7), None) == 14 and replayed.graph is None
 
     @contextmanager
-    def broken(graph):
+    def broken(graph, stream):
         yield
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -361,7 +362,7 @@ def test_a_captured_step_reads_its_buffers(monkeypatch):
     assert replayed.graph is None and cuda.back == [cuda]  # not left on the capture's stream
 
     @contextmanager
-    def refused(graph):
+    def refused(graph, stream):
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
         yield
 
