@@ -361,6 +361,8 @@ def load_pipeline(
         vae = load_vae(vae_path, device=device) if vae_path else load_vae(base, **files)
     unet = load_unet(base, **files, dtype=dtype)
     quick_convs(unet)
+    if torch.device(device).type == "cuda":  # else cuDNN converts half of the weights at each call
+        unet.to(memory_format=torch.channels_last)
     if unet.in_channels != 4:
         raise ValueError(f"{base} has a UNet with {unet.in_channels} input channels; expected 4")
     if under is not None:
