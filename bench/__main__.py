@@ -192,7 +192,8 @@ def measure(case: Case, arms: dict[str, dict], args: argparse.Namespace, folder:
     """Measure all arms of a case. One that fails is dropped, and the reason recorded."""
     root = args.data / case.size
     made = [sys.executable, "-m", "bench.made", str(root), case.size]
-    subprocess.run([*made, str(case.resolution), str(case.batch)], cwd=ROOT, check=True)
+    with alone(args.data / ".made"):
+        subprocess.run([*made, str(case.resolution), str(case.batch)], cwd=ROOT, check=True)
     common = case._asdict() | {
         "root": str(root), "rank": 16, "compile": False, "cuda_graph": False,
         "objective": "after", "base_storage": None, "processor_time": args.processor_time,
@@ -216,7 +217,7 @@ def measure(case: Case, arms: dict[str, dict], args: argparse.Namespace, folder:
     try:
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda name: attempt(name, everyone[name].prepare), everyone))
-        with alone(args.data):
+        with alone(args.data / ".turns"):
             for i in range(args.rounds):
                 for name in list(running)[:: -1 if i % 2 else 1]:
                     attempt(name, running[name].turn)
@@ -234,9 +235,10 @@ def measure(case: Case, arms: dict[str, dict], args: argparse.Namespace, folder:
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Wait while another bench takes its turns."""
-    with open(folder / ".turns", "w", encoding="utf-8") as file:
+def alone(lock: Path) -> Iterator[None]:
+    """Wait while another bench makes its inputs or takes its turns."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "w", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -199,9 +199,9 @@ def test_two_benches_take_their_turns_one_after_the_other(tmp_path):
     waiting = (
         "import sys; from pathlib import Path; from bench.__main__ import alone\n"
         "print('ready', flush=True)\n"
-        "with alone(Path(sys.argv[1])): print('mine', flush=True)"
+        "with alone(Path(sys.argv[1]) / '.turns'): print('mine', flush=True)"
     )
-    with alone(tmp_path):
+    with alone(tmp_path / ".turns"):
         other = subprocess.Popen(
             [sys.executable, "-c", waiting, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE
         )
