@@ -22,60 +22,12 @@ from data import MAX_ASPECT, aspect_gap, by
 from durable import refuse_file, refuse_read_only, save_image
 from images import contact_sheet, listed, load_image, load_mask
 from pairs import by_name, find_pairs, left_out, read_caption, refuse_among, refuse_missing
+from registration import MIN_SHIFT, find_shift
 
 NO_CHANGE = 0.5  # mean absolute difference, of 255: that of saving as JPEG twice
-MIN_SHIFT = 2  # pixels of the original
-MIN_PEAK = 15.0  # standard deviations; 618 unrelated pairs of photographs reached 12.2
-MIN_RATIO = 2.0  # over the second peak; the same unrelated pairs reached 1.62
 DARK = 16  # of 255: white of 12-bit data in a 16-bit file
 TILE, SHEET_PAIRS = 192, 24
 FLAGS = {"before": "--before", "after": "--after", "mask": "--mask_dir"}
-
-
-# ------------------------------------------------------------------------------ registration
-
-
-def _edges(image: Image.Image) -> np.ndarray:
-    """Magnitude of the luminance gradient, windowed so that the borders do not correlate.
-
-    Magnitude, not vector: a roof may be darker than the street in one season only.
-    """
-    grey = np.asarray(image.convert("L"), dtype=np.float64)  # (H, W)
-    length = np.hypot(*np.gradient(grey))
-    window = np.outer(*(np.hanning(n) for n in grey.shape))
-    return (length - (length * window).sum() / window.sum()) * window
-
-
-def find_shift(before: Image.Image, after: Image.Image) -> tuple[int, int] | None:
-    """Shift of the after image relative to the before, (x right, y down) in pixels; None: unknown.
-
-    Phase correlation (Kuglin & Hines 1975) at 256 px or less. A result needs a peak more than
-    MIN_PEAK standard deviations high and at least MIN_RATIO times the second peak, more than 6 px
-    away. A pair that changed nearly everywhere has no such peak: None.
-    """
-    small = [image.copy() for image in (before.resize(after.size), after)]
-    for image in small:
-        image.thumbnail((256, 256), Image.Resampling.BILINEAR)
-    if min(small[0].size) < 32:  # the 13 px neighbourhood would be most of it
-        return None
-    cross = np.conj(np.fft.fft2(_edges(small[0]))) * np.fft.fft2(_edges(small[1]))
-    # not fully whitened: the phase of a weak frequency is noise
-    surface = np.fft.ifft2(cross / (np.abs(cross) + 0.1 * np.abs(cross).mean() + 1e-12)).real
-    y, x = np.unravel_index(surface.argmax(), surface.shape)
-    peak = surface[y, x]
-    others = np.roll(surface, (6 - y, 6 - x), (0, 1))
-    others[:13, :13] = -np.inf
-    if peak <= MIN_PEAK * surface.std() or peak < MIN_RATIO * others.max():
-        return None
-    near_zero = np.roll(surface, (1, 1), (0, 1))[:3, :3].max()
-    if max(abs(x), abs(y)) > 1 and peak < MIN_RATIO * near_zero:  # both fit: only a part moved
-        return 0, 0
-    height, width = surface.shape
-    if x > width // 2:
-        x -= width
-    if y > height // 2:
-        y -= height
-    return round(x * after.width / width), round(y * after.height / height)
 
 
 # ------------------------------------------------------------------------------------ report

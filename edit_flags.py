@@ -113,8 +113,8 @@ def add_edit_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--between", choices=["fade", "lora"],
-        help="how to edit at strengths between 0 and 1: fade in the edit at 1, or scale the LoRA "
-        "[lora if it was trained on states in between, else fade]",
+        help="how to edit at strengths other than 1: along the line from the image to its edit at "
+        "1 (fade), or by scaling the LoRA [lora if it was trained on states in between, else fade]",
     )  # fmt: skip
     add(
         "--resolution", type=int, metavar="PIXELS",
@@ -219,6 +219,9 @@ def warn_of_unread(args: argparse.Namespace, objective: str) -> None:
     if swept and (value := getattr(args, swept)) != usual[swept]:
         warnings.warn(f"--{swept} {value} has no effect with --sweep {swept}=...", stacklevel=2)
     starts = values if swept == "start" else [args.start]
+    if "start" in uses and "invert" in starts and args.guidance > 1:
+        message = f"--guidance {args.guidance:g}: --start invert inverts at guidance 1, so that the"
+        warnings.warn(f"{message} image itself changes too", stacklevel=2)
     fixed = "seed" in uses and not any(draws_anew(objective, start) for start in starts)
     if args.seed != usual["seed"] and fixed:
         message = f"--seed {args.seed} has no effect on {objective} without --start noise"

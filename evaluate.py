@@ -131,8 +131,8 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
     dataset, outcomes = opened(pairs), [opened(some) for some in outcomes]
     between = {time: opened(some) for time, some in zip(args.between_times, between)}
     wanted = sorted({*strengths, *between})
-    # a LoRA of two states is cross-faded in between, which is ordered whatever it has learnt
-    fades = (args.between or states_between(pipe)) == "fade" and 0 <= wanted[0] <= wanted[-1] <= 1
+    # an edit of two states is shown along a line, which is ordered whatever the LoRA has learnt
+    fades = (args.between or states_between(pipe)) == "fade"
     usual = prompt_of(args, pipe)
     prompts = [usual if args.prompt is not None else pair.caption or usual for pair in pairs]
     rows, pictures = [], []

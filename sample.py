@@ -5,7 +5,7 @@
     python sample.py sweep --lora RUN_OR_FILE --input IMAGE_OR_DIR --sweep guidance=1,3,5 --out DIR
     python sample.py morph --lora RUN_OR_FILE --before IMAGE --after IMAGE --frames 9 --out DIR
 
-Strength means the same everywhere: 0 = before, 1 = after, 0.5 = half way, negative = backwards.
+Strength means the same everywhere: 0 = before, 1 = after, 0.5 = half way, above 1 = exaggerated.
 """
 
 import argparse

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import nn
 
 from durable import file_sha256
-from model.files import read_tensors
+from model.files import PICKLED, read_tensors
 from model.lora import Factors, adapter_factors, attach, fix
 from model.lora_layouts import Parts, pack, strange_to_kohya, unpack
 from model.objectives import Knobs
@@ -91,11 +91,11 @@ def lora_path(run_or_file: str | Path, flag: str = "--lora") -> Path:
 def read_lora(run_or_file: str | Path, flag: str = "--lora") -> tuple[Parts, dict]:
     """({"unet": {path: Factors}, "text_encoder": {...}}, our metadata or {} if there is none).
 
-    Any layout that model/lora_layouts.py knows, as `.safetensors` or `.bin`.
+    Any layout that model/lora_layouts.py knows, as `.safetensors` or pickled.
     """
     path, header = lora_path(run_or_file, flag), {}
     tensors = dict(read_tensors(path))
-    if path.suffix != ".bin":
+    if path.suffix not in PICKLED:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
     try:

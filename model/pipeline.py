@@ -222,9 +222,9 @@ def at_strengths(
 ) -> list[Tensor]:
     """pixels (b, 3, H, W), with latents z, edited at each strength: a list of (b, 3, H, W).
 
-    `edit(s)` gives the latents at strength s, `decode` an image. With `fade`, strengths in [0, 1]
-    are a cross-fade of the image and its edit at 1: a LoRA trained on before and after only cannot
-    know the order of changes, and was never trained at other multipliers.
+    `edit(s)` gives the latents at strength s, `decode` an image. With `fade`, all strengths lie on
+    the line from the image to its edit at 1, and beyond: a LoRA trained on before and after only
+    cannot know the order of changes, and was never trained at other multipliers.
     """
     seen = decode(z)  # (b, 3, H, W)
     before = pixels if detail else seen
@@ -233,12 +233,12 @@ def at_strengths(
         changed = decode(edit(s))
         return keep_detail(pixels, seen, changed) if detail else changed
 
-    whole = edited(1.0) if fade and any(0 < s <= 1 for s in strengths) else before
+    whole = edited(1.0) if fade and any(strengths) else before
 
     def at(s: float) -> Tensor:
         if s == 0:  # exactly unchanged, although a multi-step path would regenerate the image
             return before
-        return torch.lerp(before, whole, s) if fade and 0 < s <= 1 else edited(s)
+        return torch.lerp(before, whole, s) if fade else edited(s)
 
     return [at(s) for s in strengths]
 

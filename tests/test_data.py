@@ -29,6 +29,7 @@ from pairs import (
     refuse_among,
     unmatched,
 )
+from registration import find_shift
 from sequences import find_clips, find_sequences
 from tests.pairs import write_pairs
 from training.inputs import find_data, passed_over
@@ -698,13 +699,13 @@ def shifted(image, x, y):
 def test_a_shift_is_measured_and_a_strong_change_is_none(seed):
     scene = picture(seed, (320, 320))
     before = shifted(scene, 0, 0)
-    assert check_data.find_shift(before, shifted(scene, 7, -5)) == (7, -5)
-    assert check_data.find_shift(before, shifted(repaint(scene, 50), -9, 4)) == (-9, 4)
-    assert check_data.find_shift(before, repaint(before, 50)) == (0, 0)
-    assert check_data.find_shift(before, picture(seed + 10, (256, 256))) is None  # unrelated
-    assert check_data.find_shift(before, Image.new("RGB", (256, 256))) is None
+    assert find_shift(before, shifted(scene, 7, -5)) == (7, -5)
+    assert find_shift(before, shifted(repaint(scene, 50), -9, 4)) == (-9, 4)
+    assert find_shift(before, repaint(before, 50)) == (0, 0)
+    assert find_shift(before, picture(seed + 10, (256, 256))) is None  # unrelated
+    assert find_shift(before, Image.new("RGB", (256, 256))) is None
     doubled = [image.resize((512, 512)) for image in (before, shifted(scene, 7, -5))]
-    assert check_data.find_shift(*doubled) == (14, -10)  # in pixels of the original
+    assert find_shift(*doubled) == (14, -10)  # in pixels of the original
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 import sample
 from config import TrainConfig
+from model.files import PICKLED
 from model.lora import Factors, adapter_factors, attach, fix, inject, lora_layers, set_strength
 from model.lora_algebra import truncate
 from model.lora_convert import main
@@ -490,10 +491,12 @@ def test_kohya_files_with_alphas_of_their_own(tmp_path, sd1):
     unet, text = load_unet(sd1), load_text(sd1)
     load_lora(path, unet=unet, text=text)
     assert_same(outputs(unet, text), outputs(*load_merged(sd1, deltas)))
-    torch.save(load_file(path), tmp_path / "kohya.bin")
-    unet_2, text_2 = load_unet(sd1), load_text(sd1)
-    load_lora(tmp_path / "kohya.bin", unet=unet_2, text=text_2)
-    assert_same(outputs(unet_2, text_2), outputs(unet, text), 1e-9)
+    for suffix in PICKLED:
+        pickled = (tmp_path / "kohya").with_suffix(suffix)
+        torch.save(load_file(path), pickled)
+        unet_2, text_2 = load_unet(sd1), load_text(sd1)
+        load_lora(pickled, unet=unet_2, text=text_2)
+        assert_same(outputs(unet_2, text_2), outputs(unet, text), 1e-9)
 
 
 Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"

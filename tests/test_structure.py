@@ -30,6 +30,7 @@ ARROWS = {
     "cli": ["config", "config_check"],
     "durable": [],
     "images": [],
+    "registration": [],
     "pairs": ["durable", "images"],
     "sequences": ["images", "pairs"],
     "data": ["images", "pairs"],
@@ -89,8 +90,8 @@ ARROWS = {
         "model.pipeline", "model.samplers", "model.schedule", "progress",
     ],
     "training.inputs": [
-        "config", "data", "durable", "images", "latents", "pairs", "progress", "sequences",
-        "model.memory", "model.pipeline", "model.vae",
+        "config", "data", "durable", "images", "latents", "pairs", "progress", "registration",
+        "sequences", "model.memory", "model.pipeline", "model.vae",
     ],
     "framing": ["data", "model.memory", "model.objectives", "model.pipeline", "model.tiles"],
     "edit_flags": [
@@ -133,7 +134,7 @@ ARROWS = {
         "model.plan", "model.vae", "training.adapting", "training.inputs", "training.prompts",
         "training.watching",
     ],
-    "check_data": ["cli", "data", "durable", "images", "pairs"],
+    "check_data": ["cli", "data", "durable", "images", "pairs", "registration"],
     "sample": ["*"],
     "train": ["*"],
     "evaluate": ["*"],

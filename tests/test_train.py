@@ -984,6 +984,29 @@ def test_a_half_of_small_images_is_not_doubted(config, tmp_path):
     assert not [*doubts(config, dataset, size_of(config, 2, 1), draws=None)]
 
 
+def test_shifted_pairs_are_doubted(config, tmp_path):
+    """If most of them are, of those whose shift can be told."""
+    rng = np.random.default_rng(0)
+    for side in ("before", "after"):
+        (tmp_path / side).mkdir()
+    for i in range(4):
+        scene = Image.fromarray(rng.integers(0, 255, (24, 24, 3), dtype=np.uint8))
+        scene = scene.resize((96, 96), Image.Resampling.NEAREST)
+        scene.crop((0, 0, 64, 64)).save(tmp_path / "before" / f"{i}.png")
+        at = (5, 3) if i < 3 else (0, 0)
+        scene.crop((*at, at[0] + 64, at[1] + 64)).save(tmp_path / "after" / f"{i}.png")
+
+    def said():
+        dataset = PairDataset(find_pairs(tmp_path / "before", tmp_path / "after"), 64)
+        return [*doubts(config, dataset, size_of(config, 4, 1), draws=None)]
+
+    (sentence,) = said()
+    assert sentence.startswith("3 of 4 pairs seem to be shifted, 0 by (-5, -3) pixels: ")
+    for name in ("0.png", "1.png"):
+        shutil.copy(tmp_path / "before" / name, tmp_path / "after" / name)
+    assert not said()
+
+
 def test_no_pair_is_held_out_where_none_would_be_left(config):
     with pytest.raises(ValueError, match="--validation_pairs 5 leaves none of 5 pairs to train"):
         find_data(replace(config, validation_pairs=5))

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +31,7 @@ from pairs import (
     unmatched,
 )
 from progress import no_bars
+from registration import MIN_SHIFT, find_shift
 from sequences import find_clips, find_sequences, is_clip
 
 
@@ -129,7 +130,7 @@ def passed_over(cfg: TrainConfig) -> Iterator[str]:
             yield f"{flag}: skipping {len(others)} files that are not images: {listed(others)}"
 
 
-def spread(items: list, k: int) -> list:
+def spread(items: Sequence, k: int) -> list:
     """At most k of the items, evenly spaced."""
     k = min(k, len(items))
     return [items[i * len(items) // k] for i in range(k)]
@@ -174,11 +175,36 @@ def doubts(
             f"{dataset.views} crops per image cover only {dataset.coverage:.0%} of the pixels; "
             f"--views {enough} would match the full area"
         )
+    if config.is_pairs(cfg):
+        yield from unregistered(dataset)
     if cfg.lr_scheduler != "constant" and cfg.lr_warmup_steps >= size.steps:
         yield (
             f"--lr_warmup_steps {cfg.lr_warmup_steps} does not end within {size.steps} steps: "
             f"--learning_rate {cfg.learning_rate:g} is never reached"
         )
+
+
+def unregistered(dataset: PairDataset) -> Iterator[str]:
+    """A warning if, of eight pairs, most of those whose shift can be told are shifted."""
+    items = [dataset[i] for i in spread(range(len(dataset.pairs)), 8)]
+    told = [(x["name"], find_shift(to_image(x["before"]), to_image(x["after"]))) for x in items]
+    known = [(name, shift) for name, shift in told if shift is not None]
+    moved = [(name, shift) for name, shift in known if max(map(abs, shift)) >= MIN_SHIFT]
+    if len(moved) >= 2 and 2 * len(moved) > len(known):
+        name, (x, y) = moved[0]
+        yield (
+            f"{len(moved)} of {len(known)} pairs seem to be shifted, {name} by ({x:+d}, {y:+d}) "
+            "pixels: the LoRA learns the shift too; check_data.py lists such pairs"
+        )
+
+
+def masks(cfg: TrainConfig, pairs: list[Pair]) -> str:
+    """How many masks there are, and what they do, for a line of output."""
+    files = sum("mask" in pair.files for pair in pairs)
+    rest = ", the others from their change" if cfg.mask_from_change and files < len(pairs) else ""
+    return (
+        f"{files} of {len(pairs)} pairs{rest}; outside a mask, the loss counts {cfg.mask_outside:g}"
+    )
 
 
 def make_gallery(cfg: TrainConfig, pairs: list[Pair]) -> PairDataset:
