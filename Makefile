@@ -132,7 +132,7 @@ test: $(READY) $(READY_DEV) ## run all tests
 	$(PY) -m ruff check .
 	$(PY) -m pytest -n auto --maxprocesses 8 $(ARGS)
 
-test-fast: $(READY) $(READY_DEV) ## run the tests that take seconds
+test-fast: $(READY) $(READY_DEV) ## run the tests that are quick each, in minutes
 	$(PY) -m pytest -n auto --maxprocesses 8 -m "not slow" $(ARGS)
 
 check-gpu: $(READY) $(READY_DEV) ## run the tests that need a GPU, on this machine's, in minutes

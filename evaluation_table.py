@@ -30,7 +30,7 @@ def table(result: dict) -> str:
     s = result["strengths"]
     order = f"Spearman of strength and progress {figure(s['spearman'], 3)}"
     if s["spearman"]["mean"] is None:
-        order = "The strengths are a cross-fade, which is always in order"
+        order = "The strengths lie on a line, which is always in order"
     lines += [
         "",
         "| strength | " + " | ".join(f"{value:g}" for value in s["values"]) + " |",

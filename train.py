@@ -154,8 +154,8 @@ def run_phases(
         raise ValueError(
             f"--max_train_steps {size.steps} is less than the {run.resume_step} steps already done"
         )
-    drawn = name if task.objective.noisy else None
-    for sentence in doubts(cfg, dataset, size, draws=drawn) if ranks.leads else ():
+    draws = name if task.objective.generates else None
+    for sentence in doubts(cfg, dataset, size, draws=draws) if ranks.leads else ():
         warnings.warn(sentence, stacklevel=2)
     if token is not None:  # fail before the training rather than at the upload
         open_repository(repository(cfg), token)

@@ -173,20 +173,22 @@ def _is_number(value: object) -> bool:
 
 def _fits(key: str, value: object) -> bool:
     kind = KINDS[key]
-    if value is None or kind is float:
-        return value is None or _is_number(value)
-    least = 0 if key == "t_min" else 1
+    if value is None:
+        return Knobs._field_defaults.get(key) is None
+    if kind is float:
+        return _is_number(value)
+    least = 0 if key in Knobs._fields else 1
     return type(value) is kind and (kind is not int or least <= value <= 2**16)
 
 
 def _check_metadata(metadata: dict, path: Path) -> None:
     """ValueError for an entry of the wrong type or range: the file may come from anyone."""
     slope_offset = metadata.get("multiplier", [1, 0])
-    wrong = [key for key in KINDS if not _fits(key, metadata.get(key))]
+    wrong = [key for key in KINDS if key in metadata and not _fits(key, metadata[key])]
     if not (isinstance(slope_offset, list) and list(map(_is_number, slope_offset)) == [True, True]):
         wrong.append("multiplier")
     for key in STEPS:
-        if metadata.get(key, 2) not in range(1, 1000):
+        if key in metadata and metadata[key] not in range(1, 1000):
             wrong.append(key)
     if wrong:
         value = ascii(metadata[wrong[0]])

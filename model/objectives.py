@@ -382,7 +382,8 @@ class Objective(NamedTuple):
     edit: Callable
     multiplier: tuple[float, float] = (1.0, 0.0)  # strength s: LoRA multiplier m[0]·s + m[1]
     extra: int = 0  # additional input channels of the UNet
-    noisy: bool = True  # whether the loss reads ε and t
+    by_t: bool = True  # whether the loss depends on the t that is drawn
+    generates: bool = True  # whether its edit makes detail out of noise
     steps: Callable = noise_steps  # drawn t -> the timesteps at which the loss evaluates the UNet
     # the fields of `Knobs` that the loss reads (besides those of `penalty`), and the flags of an
     # edit that it uses; other flags that are given cause a warning
@@ -395,7 +396,8 @@ class Objective(NamedTuple):
 
 OBJECTIVES = {
     "delta": Objective(
-        delta_loss, delta_edit, noisy=False, steps=delta_steps, reads=("delta_t",), uses=()
+        delta_loss, delta_edit, by_t=False, generates=False, steps=delta_steps, reads=("delta_t",),
+        uses=(),
     ),
     "bridge": Objective(
         bridge_loss, bridge_edit, extra=4, steps=bridge_steps, reads=("bridge_t",),

@@ -183,11 +183,14 @@ def test_the_arms_files_of_the_experiments(file):
     """Each makes sense, has the control, and make knows what it needs."""
     jobs = make_jobs(file, ablate.read_arms(file), [0], Path("out"))
     bases = [job.cfg.pretrained_model_name_or_path for job in jobs]
-    assert "data/random_base" in bases and "scenes/base" in bases
+    assert "scenes/base" in bases
+    control = "--pretrained_model_name_or_path data/random_base"
+    assert "data/random_base" in bases, f"no control in {file}: add an arm with {control}"
     parser = evaluate.make_parser()
     for job in jobs:
         args = parser.parse_args([*job.arm.evaluate, "--lora", "x", "--out", "y"])
-        assert args.mask_dir and len(args.between_dirs) == len(args.between_times)
+        assert args.mask_dir, f"{job.arm.name} has no --mask_dir"
+        assert len(args.between_dirs) == len(args.between_times)
     if shutil.which("make") is None:
         pytest.skip("needs make")
     wanted = ["make", "-Bn", "ablate", f"F={file.relative_to(ROOT)}", "SEEDS=0 1", "PYTHON=python"]

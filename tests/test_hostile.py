@@ -402,4 +402,8 @@ def test_every_knob_that_a_file_may_have_is_looked_at():
     """A use takes them from the header as they stand there."""
     for knob, value in Knobs()._asdict().items():
         assert lora_files._fits(knob, value) and not lora_files._fits(knob, [value])
-    assert lora_files.STEPS == ("delta_t", "bridge_t", "img2img_t")
+        assert lora_files._fits(knob, None) == (value is None)
+    for knob in ("delta_t", "bridge_t", "img2img_t"):
+        for step in (0, 1000):
+            with pytest.raises(ValueError, match=f"the metadata {knob} = {step}"):
+                lora_files._check_metadata({knob: step}, Path("lora.safetensors"))

@@ -841,7 +841,7 @@ def test_the_held_out_loss_has_the_same_noise_every_time(config, objective):
     assert [row["step"] for row in still] == [2, 4] and still[0]["pairs"] == 2
     assert still[0]["loss"] == still[1]["loss"] > 0
     by_t = still[0].get("loss_by_t")
-    if not OBJECTIVES[objective].noisy:
+    if not OBJECTIVES[objective].by_t:
         assert by_t is None
     else:
         assert len(by_t) == 10 and len(set(by_t)) == 10

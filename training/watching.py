@@ -117,7 +117,8 @@ class Watch:
     def held_out_loss(self, held_out: ValidationPairs) -> dict:
         """The loss on held-out pairs, with the same noise every time, in ten bins of timesteps."""
         num_steps, by_t = self.schedule.num_steps, []
-        bins = num_steps * torch.arange(11 if self.objective.noisy else 2) // 10
+        count = 10 if self.objective.by_t else 1
+        bins = num_steps * torch.arange(count + 1) // count
         for low, high in pairwise(bins.tolist()):
             rng, errors = seeded_for(self.seed, "held out"), []
             for z, prompt, pair in zip(held_out.z, held_out.prompts, held_out.pairs):
@@ -131,7 +132,7 @@ class Watch:
                 )
                 errors.append(error.mean())
             by_t.append(torch.stack(errors).mean().item())
-        by_t_named = {"loss_by_t": by_t} if self.objective.noisy else {}
+        by_t_named = {"loss_by_t": by_t} if self.objective.by_t else {}
         return {"loss": sum(by_t) / len(by_t), "pairs": len(held_out.pairs), **by_t_named}
 
 
