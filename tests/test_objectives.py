@@ -119,6 +119,17 @@ def test_delta_uses_no_noise(predict):
     )
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_objective_says_whether_its_loss_depends_on_t(predict, name):
+    a, b, draws = pair()
+    with torch.no_grad():
+        early, late = (
+            OBJECTIVES[name].loss(predict, schedule(), a, b, ONES, draws._replace(t=t), Knobs())
+            for t in torch.tensor([[100, 200], [800, 900]])
+        )
+    assert torch.equal(early, late) != OBJECTIVES[name].by_t
+
+
 def test_slider_is_half_and_half_with_the_same_noise_and_t():
     """One forward for both sides: before at −1 and after at 2s − 1, ε and t shared."""
     calls = []
