@@ -39,7 +39,7 @@ from model.optim import step_if
 from model.pipeline import DTYPES, loaded, pick_device, pick_dtype, predictor
 from model.schedule import Schedule
 from model.weighting import in_and_out, pair_loss, prior_loss
-from model.weights import load_scheduler_config, load_unet, load_vae
+from model.weights import load_scheduler_config, load_unet, load_vae, unet_channels
 from pairs import Pair, fingerprint, image_hashes
 from report import write_report
 from runs import Run
@@ -146,6 +146,9 @@ def run_phases(
     schedule = Schedule.from_config(
         load_scheduler_config(base, revision=cfg.revision, prediction_type=cfg.prediction_type)
     ).to(device)
+    channels = unet_channels(base, variant=cfg.variant, revision=cfg.revision)
+    if channels != 4:
+        raise ValueError(f"{base} has a UNet with {channels} input channels, not 4")
     task = Task(name, OBJECTIVES[name], schedule, knobs)
     with ranks.leader_first():  # generates missing images for all
         class_pairs = class_images(cfg, device, run.log) if cfg.with_prior_preservation else []
@@ -205,8 +208,6 @@ def run_phases(
     with phase("unet", device, run.log):
         unet = load_unet(base, **files, dtype=dtype)
         print(f"UNet          {loaded(unet, base)}")
-        if unet.in_channels != 4:
-            raise ValueError(f"{base} has a UNet with {unet.in_channels} input channels, not 4")
         if cfg.channels_last:  # before the LoRA weights become views of one flat buffer
             unet.to(memory_format=torch.channels_last)
         trained = adapt(cfg, unet, prompts.text, given, task.objective.extra, run.checkpoint)
