@@ -74,9 +74,10 @@ def model_card(
         *([f"![pictures at the end of the training]({sheet})"] if sheet else []),
         "## Strength",
         f"{escaped(meta['strength'])}.",
-        "Between 0 and 1: part of the change; above 1: exaggerated; negative: its opposite. The "
-        "multiplier is what other clients call the weight or the strength of a LoRA; sample.py "
-        "shows a LoRA of two states as the line from the image to its edit at strength 1.",
+        "Between 0 and 1: part of the change; above 1: exaggerated; negative: its opposite. For "
+        "that sample.py goes along the line from the image to its edit at 1, unless the LoRA was "
+        "trained on states in between. The multiplier is what other clients call the weight or the "
+        "strength of a LoRA; beyond the one of strength 1 it was not trained.",
         f"## Objective: {objective}",
         USES.get(objective, "Its formulas are in PairLoRA's model/objectives.py."),
     ]
