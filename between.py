@@ -25,7 +25,7 @@ from measures import mse, path, perceived, psnr, structure
 from model.lora_files import load_lora, lora_path
 from model.morph import States, blended, fit, inverted, renderer, respaced, steps_between
 from model.objectives import OBJECTIVES
-from model.pipeline import Pipeline, encode, padded
+from model.pipeline import Pipeline, encode, padded, predictor
 
 DEFAULTS = {
     "adain": True, "attention": True, "noise_level": 0.6, "fit_steps": 0, "learning_rate": 1e-3,
@@ -169,7 +169,7 @@ def morph(
         if method == "direct":
             return lambda s: edit(pipe, z[:1], s)
         return inverted(
-            pipe.predictors(prompt, 1.0)[0],
+            predictor(pipe.unet, pipe.context(prompt)),  # with hooks, which no graph would have
             pipe.unet,
             pipe.schedule,
             z,

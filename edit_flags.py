@@ -77,6 +77,10 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
         help="precision of the networks [bf16 on CUDA, else no]",
     )  # fmt: skip
     add("--batch_size", type=int, default=4, help="images per batch, of one size [4]")
+    add(
+        "--cuda_graph", action=argparse.BooleanOptionalAction,
+        help="replay the UNet as a CUDA graph, from its fourth call for images of a size [on CUDA]",
+    )  # fmt: skip
 
 
 def add_edit_flags(parser: argparse.ArgumentParser) -> None:

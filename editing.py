@@ -35,6 +35,8 @@ def open_pipeline(args: argparse.Namespace, *, captioned: bool = False) -> Pipel
     """The pipeline of the common flags; prints what was loaded. captioned: each image has a prompt
     of its own."""
     device = pick_device(args.device)
+    if args.cuda_graph and device.type != "cuda":
+        raise ValueError(f"--cuda_graph requires CUDA, but the device is {device}")
     dtype = pick_dtype(args.mixed_precision, device)
     if args.model and (note := moved_note(args.model)):
         print(note)
@@ -50,6 +52,7 @@ def open_pipeline(args: argparse.Namespace, *, captioned: bool = False) -> Pipel
         base_lora_strength=args.base_lora_strength,
         dtype=dtype,
         device=device,
+        cuda_graph=args.cuda_graph,
     )
     for sentence in without_effect(args, pipe):
         warnings.warn(sentence, stacklevel=2)
@@ -136,6 +139,7 @@ def edit_pixels(
     seeds = [args.seed] * len(pixels) if seeds is None else seeds
     fade = (args.between or states_between(pipe)) == "fade"
 
+    @pipe.replays.sparing
     def edited(frame: Framing) -> list[Tensor]:
         (height, width), tiles = frame.size, frame.tiles
         seen = padded(pipe.vae, resized(pixels, frame.size))

@@ -247,6 +247,7 @@ def compare_between(
 def round_trip(pipe: Pipeline, pixels: Tensor, frame: Framing) -> Tensor:
     """The image encoded and decoded again: the best that any prediction can reach."""
 
+    @pipe.replays.sparing
     def again(frame: Framing) -> Tensor:
         return decode(pipe.vae, encode(pipe.vae, pixels[None], frame.tiles), frame.tiles)[0]
 

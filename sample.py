@@ -45,7 +45,7 @@ from images import (
     to_image,
     to_tensor,
 )
-from model.pipeline import Pipeline, decode, generate_latents
+from model.pipeline import Pipeline
 from model.samplers import SAMPLERS
 from pairs import find_images, left_out, real_folders, refuse_among
 from progress import no_bars
@@ -75,16 +75,15 @@ def generate(args: argparse.Namespace) -> None:
     small = []
     bar = tqdm(total=args.num, desc="generate", disable=no_bars())
     for part in batches([prompt] * args.num, lambda _: args.batch_size):
-        z = generate_latents(
+        pixels = pipe.generate(
             predict,
-            pipe.schedule,
-            (4, args.height // f, args.width // f),
+            (args.height, args.width),
             seeds[part],
             sampler=args.sampler,
             steps=args.steps,
             multiplier=pipe.multiplier(args.strength),
         )
-        pictures = [to_image(one) for one in finite(decode(pipe.vae, z))]
+        pictures = list(map(to_image, finite(pixels)))
         out.mkdir(parents=True, exist_ok=True)  # not earlier: a sampler may reject --steps
         if not small:
             leave_mark(args, pipe)

@@ -47,9 +47,14 @@ ARMS = {  # {task: {arm: settings of its process, besides the case}}
         "peer tuned": {"system": "peer", "setting": "tuned", "compile": True},
     },
     "encode": {"ours": {"system": "ours"}, "peer": {"system": "peer"}},
-    "sample": {"ours": {"system": "ours"}, "peer": {"system": "peer"}},
+    "sample": {
+        "ours": {"system": "ours"},
+        "ours captured": {"system": "ours", "cuda_graph": True},
+        "peer": {"system": "peer"},
+    },
     "edit": {
         "ours": {"system": "ours"},
+        "ours captured": {"system": "ours", "cuda_graph": True},
         "ours delta": {"system": "ours", "objective": "delta"},
         "peer": {"system": "peer"},
     },
@@ -137,6 +142,8 @@ class Arm:
         self.turns, self.turn_s, self.limit_s = args.rounds, args.turn_s, args.limit_s
         self.warm = not args.no_warm
         self.process: Process | None = None
+        # of sampling, all but the first calls of a unit; of training, none of its first units
+        self.replays = job["cuda_graph"] and job["task"] in ("sample", "edit")
         self.units = 1
         self.result: dict = {"seconds": []}
 
@@ -169,7 +176,7 @@ class Arm:
             if self.warm:
                 self.close()
                 self.result["first_warm_s"] = self.open()
-        elif self.module == "ours":
+        elif self.module == "ours" and not self.replays:
             self.result |= self.process.ask("flops")
 
     def turn(self) -> None:

@@ -17,7 +17,7 @@ from bench.turns import Enough, Turns
 from config import TrainConfig
 from editing import edit_pixels
 from images import load_image, to_image, to_tensor
-from model.pipeline import DTYPES, decode, encode, generate_latents, load_pipeline
+from model.pipeline import DTYPES, Pipeline, encode, load_pipeline
 from model.weights import load_vae
 from training import fitting
 
@@ -75,23 +75,27 @@ def encoding(job: dict, turns: Turns) -> None:
         encode(vae, pixels)
 
 
+def opened(job: dict, lora: Path | None = None) -> Pipeline:
+    """The case's base model, as sample.py opens it."""
+    how = {"device": job["device"], "cuda_graph": job["cuda_graph"]}
+    return load_pipeline(job["root"], lora, dtype=DTYPES[job["dtype"]], **how)
+
+
 @torch.no_grad()
 def sampling(job: dict, turns: Turns) -> None:
     """`sample.py generate`: text to image, 30 DDIM steps at guidance 7.5."""
-    pipe = load_pipeline(job["root"], dtype=DTYPES[job["dtype"]], device=job["device"])
-    side = job["resolution"] // pipe.vae.downscale
+    pipe = opened(job)
+    size = (job["resolution"], job["resolution"])
     while True:
         turns()
         _, predict = pipe.predictors("a square", 7.5)
-        z = generate_latents(predict, pipe.schedule, (4, side, side), [0], steps=30)
-        to_image(decode(pipe.vae, z)[0])
+        to_image(pipe.generate(predict, size, [0], steps=30)[0])
 
 
 def editing(job: dict, turns: Turns) -> None:
     """`sample.py edit` of one image. `after`: noised to 0.7 and denoised, 21 of 30 steps."""
     root = Path(job["root"])
-    dtype = DTYPES[job["dtype"]]
-    pipe = load_pipeline(job["root"], root / "lora", dtype=dtype, device=job["device"])
+    pipe = opened(job, root / "lora")
     argv = ["edit", "--lora", str(root / "lora"), "--input", "-", "--out", "-", "--start", "noise"]
     args: Namespace = sample.make_parser().parse_args([*argv, "--prompt", "a square"])
     image = load_image(root / f"pairs-{job['resolution']}-1" / "before" / "0.png")

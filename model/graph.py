@@ -1,8 +1,9 @@
-"""Faster steps: compile the UNet's blocks, replay the gradient computation as one CUDA graph."""
+"""Fewer launches: compile the UNet's blocks; replay a step, or a UNet in use, as a CUDA graph."""
 
 import warnings
 from collections.abc import Callable
 from inspect import signature
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ FUSED = {
     "realize_reads_threshold": 16,
     "realize_opcount_threshold": 200,
 }
+Result = TypeVar("Result")
 WARM = 3  # calls before the capture: compilation, cuBLAS workspaces, cuDNN's algorithm choice
 
 
@@ -92,7 +94,7 @@ class Replayed:
                 raise
             self.possible, self.buffers, self.result = False, (), None
             why = next(iter(str(error).splitlines()), type(error).__name__)
-            warnings.warn(f"no CUDA graph, as the step cannot be captured: {why}", stacklevel=3)
+            warnings.warn(f"no CUDA graph, as it cannot be captured: {why}", stacklevel=3)
         finally:
             torch.cuda.set_stream(here)  # torch does not if ending a broken capture fails
 
@@ -100,3 +102,63 @@ class Replayed:
 def cloned(one: tuple | None) -> tuple | None:
     """A named tuple with its tensors cloned."""
     return one and type(one)(*(x if x is None else x.clone() for x in one))
+
+
+class Asked(NamedTuple):
+    """What a UNet is asked."""
+
+    x_t: Tensor  # (b, c_in, h, w)
+    t: Tensor  # (b,)
+    ctx: Tensor  # (b, l, d)
+    m: Tensor | None  # multipliers of its LoRA, (b,) or (b, k); None: the base alone
+
+
+class Replays:
+    """`ask(x_t, t, ctx, m)` -> pred, for use without gradients: a graph for each kind of question.
+
+    Questions of one kind have the same shapes and dtypes. The graphs of the MOST kinds asked last
+    are kept, each with memory of its own. Between two calls the weights' values may change, but
+    neither modules nor hooks. Where a capture is not possible, and once memory runs out while there
+    are graphs, `ask` goes on without them. possible: whether to capture at all; it needs CUDA.
+    """
+
+    MOST = 4  # an inversion asks for one image what guidance asks for two; so do remaining windows
+
+    def __init__(self, ask: Callable[..., Tensor], possible: bool):
+        self.ask, self.kinds, self.possible = ask, {}, possible
+
+    def __call__(self, *question: Tensor | None) -> Tensor:
+        return self.sparing(self.answer)(Asked(*question))
+
+    def answer(self, asked: Asked) -> Tensor:
+        if torch.is_grad_enabled() or not self.possible:
+            return self.ask(*asked)
+        kind = tuple(x if x is None else (x.shape, x.dtype) for x in asked)
+        one = self.kinds.pop(kind, None) or Replayed(lambda asked: self.ask(*asked))
+        self.kinds[kind] = one  # the last in the dictionary is the one asked last
+        if len(self.kinds) > self.MOST:
+            del self.kinds[next(iter(self.kinds))]
+        pred = one(asked)
+        self.possible = one.possible
+        return pred.clone()
+
+    def sparing(self, compute: Callable[..., Result]) -> Callable[..., Result]:
+        """`compute`; if memory runs out while there are graphs, again without them."""
+
+        def run(*inputs) -> Result:
+            try:
+                return compute(*inputs)
+            except Exception as error:
+                if not (out_of_memory(error) and self.give_up()):
+                    raise
+            return compute(*inputs)  # outside the handler: the error's frames hold memory
+
+        return run
+
+    def give_up(self) -> bool:
+        """Free all graphs, for good. False if there are none."""
+        if not any(one.calls > WARM for one in self.kinds.values()):
+            return False
+        self.kinds.clear()
+        self.possible = False
+        return True

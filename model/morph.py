@@ -24,7 +24,7 @@ from model.lora import inject, lora_layers
 from model.memory import flatten
 from model.objectives import OBJECTIVES, Draws, Knobs, Predict, noise_loss, twice
 from model.optim import adamw
-from model.pipeline import Pipeline, decode
+from model.pipeline import Pipeline, decode, predictor
 from model.samplers import ddim, ddim_invert
 from model.schedule import Schedule
 from progress import no_bars
@@ -263,7 +263,7 @@ def fit(
     layers = lora_layers(pipe.unet).values()
     flat = flatten([p for layer in layers for p in (layer.lora_A, layer.lora_B)])
     opt = adamw(flat, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2)
-    predict, _ = pipe.predictors(prompt, 1.0)
+    predict = predictor(pipe.unet, pipe.context(prompt))
     schedule, device, knobs = pipe.schedule, z.device, Knobs()
     one, each = torch.ones(1, device=device), torch.eye(2, device=device)
     bar = tqdm(range(steps), desc="fit", unit="step", disable=no_bars())

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.cpu import quick_convs
+from model.graph import Replays
 from model.lora import set_strength
 from model.lora_files import (
     apply_lora,
@@ -77,19 +78,28 @@ def loaded(model: nn.Module, source: str) -> str:
 # ---- predict -------------------------------------------------------------------------------------
 
 
-def predictor(unet: UNet, ctx: Context) -> Predict:
+def asking(unet: UNet) -> Callable[..., Tensor]:
+    """`ask(x_t, t, ctx, m)`: the UNet with its LoRA at multipliers m; see `Asked`."""
+
+    def ask(x_t: Tensor, t: Tensor, ctx: Tensor, m: Tensor | None) -> Tensor:
+        if hasattr(unet, "lora_adapters"):
+            set_strength(unet, m)
+        return unet(x_t, t, ctx)
+
+    return ask
+
+
+def predictor(unet: UNet, ctx: Context, ask: Callable[..., Tensor] | None = None) -> Predict:
     """`predict(x_t, t, m)`: the UNet with its LoRA at multipliers m (b,), with the context bound.
 
     m None is the base alone. A context (b, l, d) is repeated if x_t holds the batch several times;
     a function computes it from m (a trained text encoder has the LoRA's multipliers too). Missing
     input channels of a widened UNet are zeros; ValueError if x_t has too many. Computes in the
-    UNet's dtype, returns x_t's.
+    UNet's dtype, returns x_t's. `ask` in place of `asking(unet)`: the same, replayed.
     """
-    dtype = unet.conv_in.weight.dtype
+    dtype, ask = unet.conv_in.weight.dtype, ask or asking(unet)
 
     def predict(x_t: Tensor, t: Tensor, m: Tensor | None) -> Tensor:
-        if hasattr(unet, "lora_adapters"):
-            set_strength(unet, m)
         c = ctx(m) if callable(ctx) else ctx
         c = c.to(dtype).repeat(len(x_t) // len(c), 1, 1)  # (b, l, d)
         if x_t.shape[1] > unet.in_channels:
@@ -98,7 +108,7 @@ def predictor(unet: UNet, ctx: Context) -> Predict:
                 f"{unet.in_channels}: the LoRA was trained with another objective"
             )
         x = F.pad(x_t, (0, 0, 0, 0, 0, unet.in_channels - x_t.shape[1]))  # (b, c_in, h, w)
-        return unet(x.to(dtype), t, c).to(x_t.dtype)
+        return ask(x.to(dtype), t, c, m).to(x_t.dtype)
 
     return predict
 
@@ -114,7 +124,13 @@ def text_context(text: TextEncoder, ids: Tensor, mask: Tensor | None) -> Callabl
     return ctx
 
 
-def guided_predictor(unet: UNet, ctx: Context, uncond: Context, scale: float) -> Predict:
+def guided_predictor(
+    unet: UNet,
+    ctx: Context,
+    uncond: Context,
+    scale: float,
+    ask: Callable[..., Tensor] | None = None,
+) -> Predict:
     """e(∅) + scale · (e(ctx) − e(∅)) in one pass of 2b; contexts of one prompt each.
 
     Classifier-free guidance, Ho & Salimans 2022 (arXiv 2207.12598), eq. 6.
@@ -126,7 +142,7 @@ def guided_predictor(unet: UNet, ctx: Context, uncond: Context, scale: float) ->
     def halves(m: Tensor) -> Tensor:  # m (2b,), [unconditional, conditional] -> (2b, l, d)
         return torch.cat([rows(c, half) for c, half in zip((uncond, ctx), m.chunk(2))])
 
-    both = predictor(unet, halves)
+    both = predictor(unet, halves, ask)
 
     def predict(x_t: Tensor, t: Tensor, m: Tensor) -> Tensor:
         e_0, e_c = both(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([m, m])).chunk(2)
@@ -279,7 +295,8 @@ class Pipeline:
     text: TextEncoder
     schedule: Schedule
     meta: dict
-    under: tuple[Path, float] | None = None  # a frozen base LoRA and its strength
+    under: tuple[Path, float] | None  # a frozen base LoRA and its strength
+    replays: Replays  # what `predictors` ask: the UNet, on CUDA as graphs
 
     def context(self, prompt: str) -> Context:
         """(1, l, d), or a function of the multipliers if the LoRA adapts the text encoder."""
@@ -293,10 +310,23 @@ class Pipeline:
     def predictors(self, prompt: str, guidance: float) -> tuple[Predict, Predict]:
         """`predict` without guidance, and with it."""
         ctx = self.context(prompt)
-        alone = predictor(self.unet, ctx)
+        alone = predictor(self.unet, ctx, self.replays)
         if guidance == 1.0:
             return alone, alone
-        return alone, guided_predictor(self.unet, ctx, self.context(""), guidance)
+        uncond = self.context("")
+        return alone, guided_predictor(self.unet, ctx, uncond, guidance, self.replays)
+
+    def generate(
+        self, predict: Predict, size: Sequence[int], seeds: Sequence[int], **how
+    ) -> Tensor:
+        """Pictures from noise, (b, 3, H, W) of `size` (H, W); how: see `generate_latents`."""
+        shape = (4, *(side // self.vae.downscale for side in size))
+
+        @self.replays.sparing
+        def pictures() -> Tensor:
+            return decode(self.vae, generate_latents(predict, self.schedule, shape, seeds, **how))
+
+        return pictures()
 
     def multiplier(self, strength: float) -> float:
         """The LoRA multiplier for a strength (0 = before, 1 = after)."""
@@ -327,12 +357,14 @@ def load_pipeline(
     base_lora_strength: float | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    cuda_graph: bool | None = None,
 ) -> Pipeline:
     """Base and LoRA; without `base`, the one the LoRA was trained on.
 
     VAE, tokenizer and prediction type default to those of the training. A LoRA that was trained on
     top of another one is loaded with it (`find_companion`). The VAE and the text encoder stay in
-    fp32. ValueError or FileNotFoundError names the fault.
+    fp32. `cuda_graph` False: no CUDA graphs (`Replays`). ValueError or FileNotFoundError names the
+    fault.
     """
     meta = read_lora(lora_path(lora))[1] if lora is not None else {}
     under = find_companion(meta, base_lora, base_lora_strength)
@@ -361,7 +393,8 @@ def load_pipeline(
         vae = load_vae(vae_path, device=device) if vae_path else load_vae(base, **files)
     unet = load_unet(base, **files, dtype=dtype)
     quick_convs(unet)
-    if torch.device(device).type == "cuda":  # else cuDNN converts half of the weights at each call
+    on_cuda = torch.device(device).type == "cuda"
+    if on_cuda:  # else cuDNN converts half of the weights at each call
         unet.to(memory_format=torch.channels_last)
     if unet.in_channels != 4:
         raise ValueError(f"{base} has a UNet with {unet.in_channels} input channels; expected 4")
@@ -369,4 +402,5 @@ def load_pipeline(
         apply_lora(parts, under[0], unet=unet, text=text, fixed=multiplier(under_meta, under[1]))
     if lora is not None:
         load_lora(lora, unet=unet, text=text)
-    return Pipeline(base, unet, vae, text, schedule, meta, under)
+    replays = Replays(asking(unet), possible=on_cuda and cuda_graph is not False)
+    return Pipeline(base, unet, vae, text, schedule, meta, under, replays)

@@ -47,15 +47,15 @@ def timesteps(schedule: Schedule, steps: int, spacing: str = "leading") -> list[
 def _alpha(schedule: Schedule, t: int) -> float:
     """ā_t; beyond the last step 1 or ā_0, as the checkpoint's config says."""
     if t >= 0:
-        return schedule.alphas_cumprod[t].item()
-    return 1.0 if schedule.set_alpha_to_one else schedule.alphas_cumprod[0].item()
+        return schedule.on_host[t].item()
+    return 1.0 if schedule.set_alpha_to_one else schedule.on_host[0].item()
 
 
 def sigma(schedule: Schedule, t: float) -> float:
     """σ = √((1−ā)/ā), linear in t between the training timesteps."""
     lower = min(int(t), schedule.num_steps - 1)
     upper = min(lower + 1, schedule.num_steps - 1)
-    a = schedule.alphas_cumprod[[lower, upper]].clamp(min=2**-24).tolist()  # ā = 0 has no σ
+    a = schedule.on_host[[lower, upper]].clamp(min=2**-24).tolist()  # ā = 0 has no σ
     low, high = (((1 - a_t) / a_t) ** 0.5 for a_t in a)
     return low + (t - lower) * (high - low)
 
@@ -63,7 +63,7 @@ def sigma(schedule: Schedule, t: float) -> float:
 def even_in_sigma(schedule: Schedule, top: int, steps: int) -> list[int]:
     """At most `steps` of the timesteps top..0, descending, both ends included, about evenly spaced
     in σ^(1/ρ), ρ = 2: Karras et al. 2022 (arXiv 2206.00364), eq. 5."""
-    a = schedule.alphas_cumprod[: top + 1].cpu().clamp(min=2**-24)  # ā = 0 has no σ
+    a = schedule.on_host[: top + 1].clamp(min=2**-24)  # ā = 0 has no σ
     roots = ((1 - a) / a) ** 0.25  # (top + 1,), of σ = √((1−ā)/ā)
     wanted = torch.linspace(roots[-1], roots[0], steps, dtype=roots.dtype)
     nearest = (roots[:, None] - wanted).abs().argmin(0)  # (steps,)

@@ -8,6 +8,7 @@ pred       the network's output: ε, v or x_0, according to `prediction_type`
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -135,6 +136,11 @@ class Schedule:
 
     def to(self, device: torch.device | str) -> "Schedule":
         return replace(self, alphas_cumprod=self.alphas_cumprod.to(device))
+
+    @cached_property
+    def on_host(self) -> Tensor:
+        """ā in host memory, where reading a number does not wait for the GPU."""
+        return self.alphas_cumprod.cpu()
 
     @property
     def num_steps(self) -> int:

@@ -335,6 +335,7 @@ COMMON = {
     "--colour red": "unrecognized arguments: --colour red",
 }
 EDIT = {
+    "--cuda_graph": "--cuda_graph requires CUDA, but the device is cpu",
     **COMMON,
     "--lora misfit.safetensors": "--model is missing, and misfit.safetensors does not say",
     "--input nowhere": "--input nowhere does not exist",

@@ -33,6 +33,7 @@ from model import lora_convert, memory
 from model.layers import ResBlock, SpatialTransformer, TransformerBlock
 from model.lora_files import LORA_FILE, read_lora
 from model.objectives import OBJECTIVES
+from model.pipeline import Pipeline
 from model.unet import UNet
 from tests.checkpoints import make_checkpoint, to_variant, weights_file
 from tests.hub_server import Hub
@@ -608,9 +609,9 @@ def prior_generation_precision(lab, patch):
 
 
 def sample_batch_size(lab, patch):
-    sizes, generate = [], inputs.generate_latents
+    sizes, generate = [], Pipeline.generate
     patch.setattr(
-        inputs, "generate_latents", lambda *a, **k: sizes.append(len(a[3])) or generate(*a, **k)
+        Pipeline, "generate", lambda *a, **k: sizes.append(len(a[3])) or generate(*a, **k)
     )
     lab.fresh(**prior(lab, class_data_dir=lab.new(), num_class_images=3, sample_batch_size=2))
     assert sizes == [2, 1]

@@ -24,7 +24,7 @@ from model.frozen import freeze
 from model.lora import inject, keep_strength, lora_layers, set_strength
 from model.memory import LEVELS, MIB, checkpoint_activations, flatten
 from model.objectives import OBJECTIVES, Knobs, Task
-from model.pipeline import predictor
+from model.pipeline import load_pipeline, predictor
 from model.plan import CUBLAS, measure, trial
 from model.schedule import Schedule
 from model.unet import UNet
@@ -464,3 +464,46 @@ def test_a_frozen_convolutions_gradient_is_one_product(kernel, stride, measured)
     assert names and dx.is_contiguous(memory_format=torch.channels_last)
     name = f"layout copies in a {kernel} x {kernel} gradient, stride {stride}"
     assert measured(name, len(copies), "0") == 0, copies
+
+
+def test_sampling_replays_the_unet(sd1, measured):
+    """Pictures of two sizes in turn, with guidance; a steady step does not wait for the GPU."""
+    pictures, calls = {}, []
+    for graphs in (False, True):
+        pipe = load_pipeline(str(sd1), device="cuda", cuda_graph=graphs)
+        _, predict = pipe.predictors("a square", 3.0)
+
+        def watched(*asked, predict=predict):
+            calls.append(len(asked[0]))
+            torch.cuda.set_sync_debug_mode("error" if len(calls) % 12 > 6 else "default")
+            return predict(*asked)
+
+        sides = [32, 64, 32, 64]
+        try:
+            made = [pipe.generate(watched, (n, n), [0, 1], steps=12).flatten() for n in sides]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        pictures[graphs] = torch.cat(made)
+    captured = sum(one.graph is not None for one in pipe.replays.kinds.values())
+    assert measured("kinds of questions captured", captured, "2") == 2
+    off = ((pictures[True] - pictures[False]).norm() / pictures[False].norm()).item()
+    assert measured("replayed pictures, off the plain ones", off, "< 1e-3") < 1e-3
+
+
+def test_out_of_memory_beside_graphs_frees_them(sd1, measured):
+    pipe = load_pipeline(str(sd1), device="cuda")
+    _, predict = pipe.predictors("a square", 3.0)
+    empty = torch.cuda.memory_allocated()
+    pipe.generate(predict, (64, 64), [0], steps=8)
+    assert pipe.replays.kinds
+    room = []
+
+    @pipe.replays.sparing
+    def full():
+        room.append(torch.cuda.memory_allocated() - empty)
+        if pipe.replays.kinds:
+            torch.empty(2**50, dtype=torch.uint8, device="cuda")
+
+    full()
+    assert room[0] > room[1]
+    assert measured("MiB left by graphs that made room", room[1] / MIB, "< 40") < 40  # cuBLAS's

@@ -81,8 +81,9 @@ ARROWS = {
     "training.tally": ["images", "model.objectives", "pairs", "progress"],
     "model.tiles": ["model.objectives"],
     "model.pipeline": [
-        "model.cpu", "model.lora", "model.lora_files", "model.objectives", "model.samplers",
-        "model.schedule", "model.text", "model.tiles", "model.unet", "model.vae", "model.weights",
+        "model.cpu", "model.graph", "model.lora", "model.lora_files", "model.objectives",
+        "model.samplers", "model.schedule", "model.text", "model.tiles", "model.unet", "model.vae",
+        "model.weights",
     ],
     "model.plan": ["model.lora", "model.memory", "model.objectives", "model.weighting"],
     "model.morph": [

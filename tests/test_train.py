@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 import warnings
-from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -24,7 +23,6 @@ import sample
 import train as loop
 from config import TrainConfig
 from data import PairDataset
-from latents import Batch
 from model import weighting
 from model.draws import draw, seeded_for
 from model.graph import WARM, Replayed, compile_blocks
@@ -296,82 +294,6 @@ def test_out_of_memory_encodes_fewer_images_at_a_time(config, monkeypatch):
     monkeypatch.setattr(VAE, "encode", small)
     assert losses(train(config)) == pytest.approx(expected, rel=1e-5)
     assert sizes == 2 * [5, 3, 2, 1, 2]  # of the five pairs first one side, then the other
-
-
-class OnCuda:
-    """As much of torch.cuda as a capture uses: what is captured is computed again at replay."""
-
-    def __init__(self, patch, replayed):
-        self.replays, self.captures, self.back = 0, 0, []
-        for name in ("current_stream", "Stream"):
-            patch.setattr(torch.cuda, name, lambda: self)
-        patch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-        patch.setattr(torch.cuda, "set_stream", self.back.append)
-        patch.setattr(torch.cuda, "CUDAGraph", lambda: self)
-        patch.setattr(torch.cuda, "graph", self.capture)
-        self.replayed = replayed
-
-    def wait_stream(self, other):
-        pass
-
-    @contextmanager
-    def capture(self, graph, stream):
-        assert stream is self.replayed.aside  # the one that has cuBLAS's workspaces already
-        self.captures += 1
-        compute, self.replayed.compute = self.replayed.compute, lambda *buffers: torch.zeros(())
-        yield
-        self.replayed.compute = compute
-
-    def replay(self):
-        self.replays += 1
-        self.replayed.result = self.replayed.compute(*self.replayed.buffers)
-
-
-def test_a_captured_step_reads_its_buffers(monkeypatch):
-    """Three real calls, then a capture, which computes nothing, and replays with the new inputs."""
-
-    def batch(k):
-        full = torch.full((2,), float(k))
-        return Batch(full.long(), full, None, full, full, full)
-
-    seen = []
-
-    def compute(own, other):
-        seen.append(own.z[0].item())
-        assert other is None and own.mask is None
-        return own.z.sum()
-
-    replayed = Replayed(compute)
-    cuda = OnCuda(monkeypatch, replayed)
-    for k in range(6):
-        assert replayed(batch(k), None) == 2 * k
-    assert (cuda.captures, cuda.replays, seen) == (1, 3, [0, 1, 2, 3, 4, 5])
-    replayed.reset()
-    assert replayed(batch(7), None) == 14 and replayed.graph is None
-
-    @contextmanager
-    def broken(graph, stream):
-        yield
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(torch.cuda, "graph", broken)
-    replayed.calls = WARM
-    cuda.back.clear()
-    with pytest.raises(torch.OutOfMemoryError):
-        replayed(batch(8), None)
-    assert replayed.graph is None and cuda.back == [cuda]  # not left on the capture's stream
-
-    @contextmanager
-    def refused(graph, stream):
-        raise RuntimeError("operation not permitted when stream is capturing\nand more")
-        yield
-
-    monkeypatch.setattr(torch.cuda, "graph", refused)
-    said = "no CUDA graph, as the step cannot be captured: operation not permitted when stream"
-    with pytest.warns(UserWarning, match=said):
-        assert replayed(batch(9), None) == 18
-    with warnings.catch_warnings(action="error"):  # nor is it tried again
-        assert replayed(batch(3), None) == 6 and cuda.back == [cuda, cuda]
 
 
 @pytest.mark.parametrize("objective", PAIRED)

@@ -18,7 +18,7 @@ from durable import save_image
 from images import listed, load_image, to_image
 from latents import Latents, cache_latents
 from model.memory import phase, unless_full
-from model.pipeline import DTYPES, decode, generate_latents, load_pipeline, pick_dtype
+from model.pipeline import DTYPES, load_pipeline, pick_dtype
 from model.vae import VAE
 from pairs import (
     SIDES,
@@ -242,7 +242,7 @@ def class_images(cfg: TrainConfig, device: torch.device, log: Callable) -> list[
             )
             _, predict = pipe.predictors(cfg.class_prompt, 7.5)
             folder.mkdir(parents=True, exist_ok=True)
-            side = cfg.resolution // pipe.vae.downscale
+            side = cfg.resolution - cfg.resolution % pipe.vae.downscale
             free = (
                 seed
                 for seed in count(cfg.seed)
@@ -253,8 +253,8 @@ def class_images(cfg: TrainConfig, device: torch.device, log: Callable) -> list[
                 range(0, len(seeds), cfg.sample_batch_size), "class images", disable=no_bars()
             ):
                 batch = seeds[i : i + cfg.sample_batch_size]
-                z = generate_latents(predict, pipe.schedule, (4, side, side), batch, steps=50)
-                for seed, pixels in zip(batch, decode(pipe.vae, z)):
+                drawn = pipe.generate(predict, (side, side), batch, steps=50)
+                for seed, pixels in zip(batch, drawn):
                     save_image(to_image(pixels), folder / f"generated_{seed:06d}.png")
             del pipe, predict
     return find_singles(folder, flag="--class_data_dir")[: max(cfg.num_class_images, 1)]
