@@ -215,10 +215,13 @@ class PairDataset(torch.utils.data.Dataset):
 
     @property
     def coverage(self) -> float:
-        """Pixels of all crops over pixels of all images, not counting --random_scale."""
-        if not self.native_scale:
-            return 1.0
-        return len(self) * self.resolution**2 / sum(w * h for w, h in self.sizes)
+        """Pixels of all different crops over pixels of all images, not counting --random_scale."""
+        crop = self.resolution**2
+        whole = (
+            w * h if self.native_scale else crop * max(w, h) / min(w, h) for w, h in self.sizes
+        )
+        different = 1 if self.center_crop else self.views
+        return different * len(self.pairs) * crop / sum(whole)
 
     @cached_property
     def hashes(self) -> list[dict[str, str]]:

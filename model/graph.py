@@ -122,7 +122,7 @@ class Replays:
     are graphs, `ask` goes on without them. possible: whether to capture at all; it needs CUDA.
     """
 
-    MOST = 4  # an inversion asks for one image what guidance asks for two; so do remaining windows
+    MOST = 2  # an inversion asks about the images alone, guidance about twice as many
 
     def __init__(self, ask: Callable[..., Tensor], possible: bool):
         self.ask, self.kinds, self.possible = ask, {}, possible

@@ -906,6 +906,22 @@ def test_a_half_of_small_images_is_not_doubted(config, tmp_path):
     assert not [*doubts(config, dataset, size_of(config, 2, 1), draws=None)]
 
 
+def test_centre_crops_that_leave_most_out_are_doubted(config, tmp_path):
+    """Of strips, and of large images as they are, where more --views would see no more."""
+    for side in ("before", "after"):
+        (tmp_path / side).mkdir()
+        Image.new("RGB", (96, 32)).save(tmp_path / side / "strip.png")
+    pairs = find_pairs(tmp_path / "before", tmp_path / "after")
+
+    def said(side, **how):
+        return [*doubts(config, PairDataset(pairs, side, **how), size_of(config, 1, 1), draws=None)]
+
+    for side, how, share in ((32, {}, 33), (16, {"native_scale": True, "views": 9}, 8)):
+        (sentence,) = said(side, center_crop=True, **how)
+        assert sentence.startswith(f"--center_crop keeps only {share}% of the images' pixels")
+    assert not said(32)
+
+
 def test_shifted_pairs_are_doubted(config, tmp_path):
     """If most of them are, of those whose shift can be told."""
     rng = np.random.default_rng(0)

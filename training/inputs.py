@@ -169,7 +169,12 @@ def doubts(
             f"--random_scale {cfg.random_scale:g} upscales {dataset.enlarged} of {n} images beyond "
             f"native resolution: {draws} will generate equally blurred images"
         )
-    if dataset.coverage < 1:
+    if dataset.center_crop and dataset.coverage < 0.5:
+        yield (
+            f"--center_crop keeps only {dataset.coverage:.0%} of the images' pixels: without it, "
+            "--views of them are drawn at random"
+        )
+    elif dataset.native_scale and dataset.coverage < 1:
         enough = math.ceil(dataset.views / dataset.coverage)
         yield (
             f"{dataset.views} crops per image cover only {dataset.coverage:.0%} of the pixels; "
