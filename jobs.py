@@ -59,8 +59,8 @@ def make_jobs(path: Path, arms: list[Arm], seeds: list[int], out: Path) -> list[
 
 
 def changed(job: Job) -> list[str]:
-    """The fields in which an existing run differs from the requested one; "data", "class_data"
-    and "base_lora" if their files do.
+    """The fields in which an existing run differs from the requested one; "data", "class_data",
+    "base_lora" and "init_lora" if their files do.
 
     A field missing from an older run counts as its default.
     """
@@ -73,7 +73,8 @@ def changed(job: Job) -> list[str]:
     are = {
         "data": trained_on(json.dumps({k: now[k] for k in DATA})),
         "class_data": class_images(job.cfg.class_data_dir, job.cfg.num_class_images),
-        "base_lora": base_lora(job.cfg.base_lora),
+        "base_lora": lora_sha256(job.cfg.base_lora),
+        "init_lora": lora_sha256(job.cfg.init_lora),
     }
     return other + [k for k, v in are.items() if None not in (v, were.get(k)) and v != were[k]]
 
@@ -95,10 +96,10 @@ def class_images(folder: str | None, count: int) -> str | None:
 
 
 @cache
-def base_lora(run_or_file: str | None) -> str | None:
-    """sha256 of the file of --base_lora; None if it cannot be read."""
+def lora_sha256(run_or_file: str | None) -> str | None:
+    """sha256 of a LoRA's file; None if it cannot be read."""
     with contextlib.suppress(OSError, ValueError):
-        return run_or_file and file_sha256(lora_path(run_or_file, "--base_lora"))
+        return run_or_file and file_sha256(lora_path(run_or_file))
 
 
 @cache

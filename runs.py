@@ -136,7 +136,7 @@ class Run:
 
     def start(self, fingerprints: dict) -> None:
         """Create or clear the folder; called once everything else has been validated."""
-        self._compare_data(fingerprints)
+        then = self._compare_data(fingerprints)
         self.folder.mkdir(parents=True, exist_ok=True)
         if self._lock is None:
             self._lock = lock(self.folder, "--output_dir")
@@ -164,7 +164,8 @@ class Run:
         text = b"".join(map(json_bytes, kept))
         write_aside(self.folder / "metrics.jsonl", lambda aside: aside.write_bytes(text))
         remove(self.folder / "summary.json")  # of the resumed run: it is no longer finished
-        write_json(self.folder / "revision.json", {**revision(), **fingerprints})
+        began = {"init_lora": then.get("init_lora")} if then else {}  # read at the beginning only
+        write_json(self.folder / "revision.json", {**revision(), **fingerprints, **began})
         write_json(self.folder / "config.json", self._config)
         (self.folder / BEGINNING).unlink(missing_ok=True)
         self._metrics = open(self.folder / "metrics.jsonl", "ab")  # noqa: SIM115
@@ -228,9 +229,10 @@ class Run:
             changes = ", ".join(f"{k} was {old.get(k)!r} and is {now[k]!r}" for k in other)
             self._differs(f"another config: {changes}")
 
-    def _compare_data(self, fingerprints: dict) -> None:
+    def _compare_data(self, fingerprints: dict) -> dict:
+        """revision.json of the resumed run, else {}. ValueError if it had other data."""
         if self.checkpoint is None or not (self.folder / "revision.json").exists():
-            return
+            return {}
         then = self._read("revision.json")
         kinds = {"data": "other data", "class_data": "other class images",
                  "base_lora": "another base LoRA"}  # fmt: skip
@@ -240,6 +242,7 @@ class Run:
                 self._differs(f"{what} (sha256 {str(was)[:12]}, not {str(now)[:12]})")
         if (were := then.get("processes", 1)) != (now := fingerprints.get("processes", 1)):
             self._differs(f"another number of processes ({were}, not {now})")
+        return then
 
     def _read(self, name: str) -> dict:
         path = self.folder / name

@@ -234,6 +234,7 @@ def run_phases(
             "images": image_hashes(pairs, dataset.hashes),
             "class_data": fingerprint(class_pairs) if class_pairs else None,
             "base_lora": meta["base_lora"] and meta["base_lora"]["sha256"],
+            "init_lora": given.start_sha256,
             "trained_parameters": trained.flat.numel(),
             "processes": ranks.world,
             "launch": launch_id(),

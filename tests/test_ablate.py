@@ -24,7 +24,7 @@ import evaluate
 import md
 import runs
 import train
-from jobs import base_lora, class_images, judged_on, make_jobs, trained_on
+from jobs import class_images, judged_on, lora_sha256, make_jobs, trained_on
 from model import memory
 from tests.pairs import write_pairs
 
@@ -495,15 +495,16 @@ def test_an_arm_that_goes_on_with_what_was_changed_is_kept(lab):
     assert lab.run("a: --resume_changed\n") == 0 and not lab.started
 
 
-def test_another_lora_beneath_is_another_run(lab, tmp_path, capsys):
+@pytest.mark.parametrize("flag", ["base_lora", "init_lora"])
+def test_another_lora_beneath_or_at_the_beginning_is_another_run(lab, tmp_path, capsys, flag):
     """By its bytes: a run of the same name that was trained again, say."""
-    assert lab.run("under:\nover: --lora_rank 4\n") == 0
+    assert lab.run("under:\nover: --lora_alpha 1\n") == 0
     loras = [lab.out / name / "seed0" / LORA for name in ("under", "over")]
     under = tmp_path / "under.safetensors"
     shutil.copy(loras[0], under)
-    arms = f"under:\nover: --lora_rank 4\na: --base_lora {under}\n"
+    arms = f"under:\nover: --lora_alpha 1\na: --{flag} {under}\n"
     assert lab.run(arms) == 0 and lab.run(arms) == 0 and not lab.started
     shutil.copy(loras[1], under)
-    base_lora.cache_clear()
+    lora_sha256.cache_clear()
     assert lab.run(arms) == 0 and lab.names()[0] == ("train.py", "a/seed0")
-    assert "again, other base_lora" in capsys.readouterr().out
+    assert f"again, other {flag}" in capsys.readouterr().out

@@ -519,7 +519,9 @@ def test_at_native_scale_crops_are_the_images_own_pixels(coordinates):
     assert dataset.coverage == pytest.approx(40 * 48**2 / (200 * 120))
     assert not dataset.resized and PairDataset(coordinates, 48).resized
     assert not PairDataset(coordinates, 120).resized
-    assert PairDataset(coordinates, 48).coverage == 1
+    assert PairDataset(coordinates, 48).coverage == pytest.approx(120 / 200)
+    same = PairDataset(coordinates, 48, center_crop=True, views=9)
+    assert same.coverage == pytest.approx(120 / 200)
     assert (
         not dataset.enlarged
         and PairDataset(coordinates, 48, native_scale=True, random_scale=1.5).enlarged

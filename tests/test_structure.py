@@ -111,8 +111,9 @@ ARROWS = {
         "model.schedule",
     ],
     "training.adapting": [
-        "training.checkpoint", "config", "model.draws", "model.lora", "model.lora_algebra",
-        "model.lora_files", "model.memory", "model.optim", "model.text", "model.unet",
+        "training.checkpoint", "config", "durable", "model.draws", "model.lora",
+        "model.lora_algebra", "model.lora_files", "model.memory", "model.optim", "model.text",
+        "model.unet",
     ],
     "training.prompts": [
         "training.adapting", "config", "latents", "pairs", "rows", "model.draws", "model.lora",

@@ -13,10 +13,18 @@ import torch
 from torch import nn
 
 from config import TrainConfig
+from durable import file_sha256
 from model.draws import seeded_for
 from model.lora import inject, lora_layers
 from model.lora_algebra import start_from
-from model.lora_files import apply_lora, factors_for, multiplier, read_lora, refuse_chain
+from model.lora_files import (
+    apply_lora,
+    factors_for,
+    lora_path,
+    multiplier,
+    read_lora,
+    refuse_chain,
+)
 from model.memory import flatten
 from model.optim import adamw, learning_rate
 from model.text import TextEncoder
@@ -30,6 +38,7 @@ class Given(NamedTuple):
     under: dict  # --base_lora: frozen, beneath the trained LoRA
     under_at: float  # its multiplier
     start: dict  # --init_lora: the initial weights
+    start_sha256: str | None  # of its file
 
     def put_under(self, cfg: TrainConfig, **model: nn.Module) -> None:
         """Attach --base_lora to `unet=` or `text=`."""
@@ -39,7 +48,7 @@ class Given(NamedTuple):
 
 def read_given(cfg: TrainConfig, *, fresh: bool) -> Given:
     """Read --base_lora and, for a fresh run, --init_lora. ValueError names what cannot be used."""
-    under, under_at, start = {}, 1.0, {}
+    under, under_at, start, sha256 = {}, 1.0, {}, None
     if cfg.base_lora is not None:
         under, meta = read_lora(cfg.base_lora, "--base_lora")
         refuse_chain(cfg.base_lora, meta)
@@ -47,6 +56,7 @@ def read_given(cfg: TrainConfig, *, fresh: bool) -> Given:
         print(f"--base_lora {cfg.base_lora} is active, frozen, at multiplier {under_at:g}")
     if cfg.init_lora is not None and fresh:
         start, meta = read_lora(cfg.init_lora, "--init_lora")
+        sha256 = file_sha256(lora_path(cfg.init_lora))
         if meta.get("base_lora") and cfg.base_lora is None:
             warnings.warn(
                 f"--init_lora {cfg.init_lora} was trained on top of another LoRA, which is not "
@@ -58,7 +68,7 @@ def read_given(cfg: TrainConfig, *, fresh: bool) -> Given:
                 f"--init_lora {cfg.init_lora} adapts the text encoder too: "
                 "train that as well, with --train_text_encoder"
             )
-    return Given(under, under_at, start)
+    return Given(under, under_at, start, sha256)
 
 
 class Trained(NamedTuple):
