@@ -26,7 +26,7 @@ def dequantized(q: Tensor, scale: Tensor | None) -> Tensor:
     """W, in the scale's dtype; without a scale, q is W."""
     if scale is None:
         return q
-    return q.to(scale.dtype).mul_(scale.view(-1, *[1] * (q.dim() - 1)))  # in place: one copy
+    return q * scale.view(-1, *[1] * (q.dim() - 1))  # in one kernel, which also converts q
 
 
 class _Product(torch.autograd.Function):
