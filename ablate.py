@@ -32,6 +32,7 @@ from pathlib import Path
 import comparison
 from arms import NEEDED, judge_parser, read_arms
 from cli import Parser, report
+from config import objective_of
 from durable import (
     lock,
     read_or_empty,
@@ -111,6 +112,8 @@ def train(job: Job, threads: int | None, held: int) -> None:
 def differing(jobs: list[Job]) -> dict[str, dict[str, str]]:
     """Per arm, the config fields that differ between arms, and its own flags of evaluate.py."""
     configs = {job.arm.name: plain(job.cfg) for job in jobs}
+    for job in jobs:
+        configs[job.arm.name]["pair_objective"] = objective_of(job.cfg)  # also the default
     keys = [k for k in next(iter(configs.values())) if k != "seed"]
     keys = [k for k in keys if len({json.dumps(c[k]) for c in configs.values()}) > 1]
     found = {name: {k: comparison.shown(c[k]) for k in keys} for name, c in configs.items()}

@@ -16,7 +16,7 @@ from html import escape
 from pathlib import Path
 
 import cli
-from durable import write_text
+from durable import read_or_empty, write_text
 from images import image_size, load_image
 from md import figure
 from runs import is_config
@@ -72,7 +72,8 @@ def write_report(run: Path) -> Path:
     sheets = sorted((run / "samples").glob("[0-9]*.png"))
     loss, judged = run / "loss.png", run / "evaluation" / "evaluation.json"
     lora = run / "pytorch_lora_weights.safetensors"
-    parts = [rows(facts(config, summary))]
+    ran = read_or_empty(run / "revision.json")
+    parts = [rows(facts(config, summary, ran))]
     if pictures.exists():
         show = lambda content: strengths(run / "strengths", content)  # noqa: E731
         parts += ["<h2>Strength</h2>", made_of(pictures, show)]
@@ -131,14 +132,14 @@ def made_of(path: Path, part: Callable[[dict], str]) -> str:
 # ---- parts ---------------------------------------------------------------------------------------
 
 
-def facts(config: dict, summary: dict) -> dict:
-    """The key facts of a run, {title: value}."""
+def facts(config: dict, summary: dict, ran: dict) -> dict:
+    """The key facts of a run, {title: value}. ran: its revision.json, if it is there."""
     seen = config.get("before_data_dir") or config.get("instance_data_dir")
     held_out = summary.get("last_evaluation")
     held_out = held_out if isinstance(held_out, dict) else {}
     found = {
         "status": summary.get("status", "not finished"),
-        "objective": config.get("pair_objective"),
+        "objective": config.get("pair_objective") or ran.get("objective"),
         "base": config.get("pretrained_model_name_or_path"),
         "images": seen,
         "prompt": config.get("instance_prompt"),

@@ -229,6 +229,7 @@ def run_phases(
     meta = lora_metadata(cfg, name, knobs, schedule, **about)
     run.start(
         {
+            "objective": name,
             "base": base,
             "data": fingerprint(pairs, dataset.hashes),
             "images": image_hashes(pairs, dataset.hashes),

@@ -108,6 +108,17 @@ def test_the_guides_file_is_one(tmp_path):
     assert arms[2].train[-2:] == ["--max_pairs", "8"] and arms[3].own_evaluate == ["--steps", "24"]
 
 
+def test_the_table_names_the_objective_of_every_arm(tmp_path):
+    """Also the default one, which is another for pairs than for single images."""
+    file, both = tmp_path / "arms.txt", "--before_data_dir b --after_data_dir a"
+    file.write_text(
+        f"pairs: {both}\nalone: --instance_data_dir a\nbridge: {both} --pair_objective bridge\n"
+        f"evaluate: {both}\n"
+    )
+    flags = ablate.differing(make_jobs(file, ablate.read_arms(file), [0], tmp_path))
+    assert [arm["pair_objective"] for arm in flags.values()] == ["delta", "dreambooth", "bridge"]
+
+
 def test_lines_of_an_arms_file(tmp_path):
     file = tmp_path / "arms.txt"
     file.write_text(

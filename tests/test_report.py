@@ -238,10 +238,11 @@ def test_evaluate_puts_its_figures_into_the_page(tmp_path, sd1):
         pretrained_model_name_or_path=str(sd1), before_data_dir=str(pairs / "before"),
         after_data_dir=str(pairs / "after"), instance_prompt="a square", resolution=32,
         lora_rank=2, max_train_steps=2, learning_rate=1e-1, log_every=1, num_validation_images=2,
-        pair_objective="delta", output_dir=str(tmp_path / "run"), device="cpu",
+        output_dir=str(tmp_path / "run"), device="cpu",
     )  # fmt: skip
     folder = train(cfg)
     page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "<tr><th>objective<td>delta<tr>" in page  # the default, which config.json leaves open
     images = sources(page)
     values = ["0", "0.25", "0.5", "0.75", "1", "1.25"]
     shown = [alt for alt, *_ in images if alt.startswith("strength")]

@@ -146,7 +146,7 @@ ARROWS = {
         "arms", "cli", "comparison", "config", "durable", "evaluate", "model.lora_files", "pairs",
         "training.inputs", "training.session",
     ],
-    "ablate": ["arms", "comparison", "cli", "durable", "edit_flags", "evaluate", "jobs"],
+    "ablate": ["arms", "comparison", "cli", "config", "durable", "edit_flags", "evaluate", "jobs"],
 }  # fmt: skip
 ROOTS = ("check_data", "hub", "sample", "train", "evaluate", "ablate")  # what a user starts
 FOLDERS = ("scenes", "bench", "docs", "tests")  # on top of all: nothing outside them imports them
