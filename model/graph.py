@@ -1,5 +1,6 @@
 """Fewer launches: compile the UNet's blocks; replay a step, or a UNet in use, as a CUDA graph."""
 
+import gc
 import warnings
 from collections.abc import Callable
 from inspect import signature
@@ -47,11 +48,12 @@ class Replayed:
     `compute` must not copy from the host or synchronize; if it cannot be captured, a warning says
     so and it runs eagerly. The result is overwritten by the next call. The first calls, which count
     like the others, run on a side stream, as warm-up before a capture must; the capture uses the
-    same one, as cuBLAS has a workspace per stream.
+    same one, as cuBLAS keeps a workspace for every stream it has seen. aside: that stream, if it is
+    shared.
     """
 
-    def __init__(self, compute: Callable[..., Tensor]):
-        self.compute, self.aside = compute, None
+    def __init__(self, compute: Callable[..., Tensor], aside: torch.cuda.Stream | None = None):
+        self.compute, self.aside = compute, aside
         self.reset()
 
     def reset(self) -> None:
@@ -83,6 +85,7 @@ class Replayed:
 
     def capture(self, *inputs: tuple | None) -> None:
         """Records the kernels without running them."""
+        gc.collect()  # a graph that dies while another is captured breaks the capture
         self.buffers = tuple(map(cloned, inputs))
         graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
@@ -125,7 +128,7 @@ class Replays:
     MOST = 2  # an inversion asks about the images alone, guidance about twice as many
 
     def __init__(self, ask: Callable[..., Tensor], possible: bool):
-        self.ask, self.kinds, self.possible = ask, {}, possible
+        self.ask, self.kinds, self.possible, self.aside = ask, {}, possible, None
 
     def __call__(self, *question: Tensor | None) -> Tensor:
         return self.sparing(self.answer)(Asked(*question))
@@ -134,13 +137,16 @@ class Replays:
         if torch.is_grad_enabled() or not self.possible:
             return self.ask(*asked)
         kind = tuple(x if x is None else (x.shape, x.dtype) for x in asked)
-        one = self.kinds.pop(kind, None) or Replayed(lambda asked: self.ask(*asked))
+        self.aside = self.aside or torch.cuda.Stream()
+        ask = self.ask  # not `self`, whose graphs would wait for the garbage collector then
+        one = self.kinds.pop(kind, None) or Replayed(lambda asked: ask(*asked), self.aside)
         self.kinds[kind] = one  # the last in the dictionary is the one asked last
         if len(self.kinds) > self.MOST:
             del self.kinds[next(iter(self.kinds))]
-        pred = one(asked)
-        self.possible = one.possible
-        return pred.clone()
+        pred = one(asked).clone()
+        if not one.possible:
+            self.give_up()
+        return pred
 
     def sparing(self, compute: Callable[..., Result]) -> Callable[..., Result]:
         """`compute`; if memory runs out while there are graphs, again without them."""

@@ -157,7 +157,11 @@ def renderer(
     images. Padding of the latents beyond the pixels is cropped.
     """
     height, width = pixels.shape[2:]
-    picture = lambda latents: decode(pipe.vae, latents)[..., :height, :width]  # noqa: E731
+
+    @pipe.replays.sparing
+    def picture(latents: Tensor) -> Tensor:
+        return decode(pipe.vae, latents)[..., :height, :width]
+
     z_missed = z - states(torch.tensor([0.0, 1.0], device=z.device))
     own = picture(z - z_missed)  # (2, 3, H, W)
     if not correct:

@@ -393,7 +393,8 @@ def load_pipeline(
         vae = load_vae(vae_path, device=device) if vae_path else load_vae(base, **files)
     unet = load_unet(base, **files, dtype=dtype)
     quick_convs(unet)
-    on_cuda = torch.device(device).type == "cuda"
+    device = torch.device(device)
+    on_cuda = device.type == "cuda"
     if on_cuda:  # else cuDNN converts half of the weights at each call
         unet.to(memory_format=torch.channels_last)
     if unet.in_channels != 4:
@@ -402,5 +403,7 @@ def load_pipeline(
         apply_lora(parts, under[0], unet=unet, text=text, fixed=multiplier(under_meta, under[1]))
     if lora is not None:
         load_lora(lora, unet=unet, text=text)
-    replays = Replays(asking(unet), possible=on_cuda and cuda_graph is not False)
+    # a capture is on the current device
+    here = on_cuda and device.index in (None, torch.cuda.current_device())
+    replays = Replays(asking(unet), possible=here and cuda_graph is not False)
     return Pipeline(base, unet, vae, text, schedule, meta, under, replays)

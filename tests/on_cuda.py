@@ -41,16 +41,21 @@ class Graph(TorchDispatchMode):
 
 
 class Cuda:
-    """`graphs`: all that were captured. `back`: the streams that were made current."""
+    """`graphs`: all that were captured. `streams`: how many were made. `back`: which of them were
+    made current."""
 
     def __init__(self, patch):
-        self.graphs, self.back = [], []
-        for name in ("current_stream", "Stream"):
-            patch.setattr(torch.cuda, name, lambda: self)
+        self.graphs, self.streams, self.back = [], 0, []
+        patch.setattr(torch.cuda, "current_stream", lambda: self)
+        patch.setattr(torch.cuda, "Stream", self.stream)
         patch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
         patch.setattr(torch.cuda, "set_stream", self.back.append)
         patch.setattr(torch.cuda, "CUDAGraph", Graph)
         patch.setattr(torch.cuda, "graph", self.capture)
+
+    def stream(self):
+        self.streams += 1
+        return self
 
     def wait_stream(self, other):
         pass

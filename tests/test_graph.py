@@ -1,6 +1,8 @@
 """What is replayed equals what is computed, as far as a CPU can show it: see on_cuda.py."""
 
+import gc
 import warnings
+import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -148,7 +150,26 @@ def test_only_the_kinds_asked_last_are_kept(cuda, unet):
         for k in range(4):
             replays(*question(unet, k, b))
     assert [kind[0][0][0] for kind in replays.kinds] == [1, 3]
-    assert cuda.replays == [5, 1, 1]
+    assert cuda.replays == [5, 1, 1] and cuda.streams == 1
+
+
+@torch.no_grad()
+def test_graphs_die_with_their_owner(cuda, unet):
+    """Not at a later garbage collection, which may come in the middle of another capture."""
+    gc.collect()
+    gc.disable()
+    try:
+        replays = Replays(asking(unet), possible=True)
+        for k in range(5):
+            replays(*question(unet, k))
+        (graph,) = cuda.graphs
+        cuda.graphs.clear()
+        graph = weakref.ref(graph)
+        assert graph() is not None
+        del replays
+        assert graph() is None
+    finally:
+        gc.enable()
 
 
 @torch.no_grad()

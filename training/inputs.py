@@ -244,6 +244,7 @@ def class_images(cfg: TrainConfig, device: torch.device, log: Callable) -> list[
                 prediction_type=cfg.prediction_type,
                 dtype=DTYPES[precision] if precision else pick_dtype(None, device),
                 device=device,
+                cuda_graph=cfg.cuda_graph,
             )
             _, predict = pipe.predictors(cfg.class_prompt, 7.5)
             folder.mkdir(parents=True, exist_ok=True)
