@@ -142,7 +142,7 @@ class Arm:
         self.turns, self.turn_s, self.limit_s = args.rounds, args.turn_s, args.limit_s
         self.warm = not args.no_warm
         self.process: Process | None = None
-        # of sampling, all but the first calls of a unit; of training, none of its first units
+        # torch counts no FLOP in replays, which is most of a unit here; a training's begin later
         self.replays = job["cuda_graph"] and job["task"] in ("sample", "edit")
         self.units = 1
         self.result: dict = {"seconds": []}
