@@ -25,7 +25,8 @@ from measures import mse, path, perceived, psnr, structure
 from model.lora_files import load_lora, lora_path
 from model.morph import States, blended, fit, inverted, renderer, respaced, steps_between
 from model.objectives import OBJECTIVES
-from model.pipeline import Pipeline, encode, padded, predictor
+from model.pipeline import Pipeline, encode, padded
+from model.predict import predictor
 
 DEFAULTS = {
     "adain": True, "attention": True, "noise_level": 0.6, "fit_steps": 0, "learning_rate": 1e-3,

@@ -21,22 +21,20 @@ from model.pipeline import (
     at_strengths,
     decode,
     encode,
-    exaggerated,
     load_pipeline,
     padded,
     pick_device,
     pick_dtype,
     resized,
 )
+from model.predict import exaggerated
 from model.tiles import Tiles, windowed
 
 
 def open_pipeline(args: argparse.Namespace, *, captioned: bool = False) -> Pipeline:
     """The pipeline of the common flags; prints what was loaded. captioned: each image has a prompt
     of its own."""
-    device = pick_device(args.device)
-    if args.cuda_graph and device.type != "cuda":
-        raise ValueError(f"--cuda_graph requires CUDA, but the device is {device}")
+    device = pick_device(args.device, args.cuda_graph)
     dtype = pick_dtype(args.mixed_precision, device)
     if args.model and (note := moved_note(args.model)):
         print(note)

@@ -36,7 +36,8 @@ from model.lora_layouts import LAYOUTS
 from model.memory import LEVELS, MIB, checkpoint_activations, peak_mib, phase, unless_full
 from model.objectives import OBJECTIVES, Draws, Knobs, Task
 from model.optim import step_if
-from model.pipeline import DTYPES, loaded, pick_device, pick_dtype, predictor
+from model.pipeline import DTYPES, loaded, pick_device, pick_dtype
+from model.predict import predictor
 from model.schedule import Schedule
 from model.weighting import in_and_out, pair_loss, prior_loss
 from model.weights import load_scheduler_config, load_unet, load_vae, unet_channels
@@ -81,9 +82,7 @@ def train(cfg: TrainConfig, ranks: Ranks | None = None) -> Path:
         warnings.warn(sentence, stacklevel=2)
     ranks = ranks or Ranks()
     ranks.join()
-    device = pick_device(ranks.device(cfg.device))
-    if cfg.cuda_graph and device.type != "cuda":
-        raise ValueError(f"--cuda_graph requires CUDA, but the device is {device}")
+    device = pick_device(ranks.device(cfg.device), cfg.cuda_graph)
     token = find_token(cfg.hub_token) if cfg.push_to_hub and ranks.leads else None
     if ranks.restarted(cfg.output_dir):
         cfg = replace(cfg, resume_from_checkpoint="latest", overwrite=False)

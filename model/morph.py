@@ -24,7 +24,8 @@ from model.lora import inject, lora_layers
 from model.memory import flatten
 from model.objectives import OBJECTIVES, Draws, Knobs, Predict, noise_loss, twice
 from model.optim import adamw
-from model.pipeline import Pipeline, decode, predictor
+from model.pipeline import Pipeline, decode
+from model.predict import predictor
 from model.samplers import ddim, ddim_invert
 from model.schedule import Schedule
 from progress import no_bars

@@ -1,4 +1,4 @@
-"""A base model with its LoRA: `predict`, pixels to latents and back, sampling.
+"""A base model with its LoRA, from files: pixels to latents and back, sampling.
 
 Shared by train.py, sample.py and everything else that uses a trained model.
 """
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from model.cpu import quick_convs
 from model.graph import Replays
-from model.lora import set_strength
 from model.lora_files import (
     apply_lora,
     find_companion,
@@ -25,6 +24,7 @@ from model.lora_files import (
     refuse_chain,
 )
 from model.objectives import Predict
+from model.predict import Context, asking, guided_predictor, predictor, text_context
 from model.samplers import SAMPLERS, noise_like
 from model.schedule import Schedule
 from model.text import TextEncoder
@@ -39,14 +39,21 @@ DTYPES = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
 }
-Context = Tensor | Callable[[Tensor | None], Tensor]  # (b, l, d), or a function of multipliers
 
 
-def pick_device(name: str | None) -> torch.device:
+def pick_device(name: str | None, cuda_graph: bool | None = None) -> torch.device:
     """The requested device, else CUDA if available; an indexed GPU becomes torch's current device.
 
-    ValueError if it is not available, or has no float64.
+    ValueError if it is not available, has no float64, or has no CUDA graphs where they are asked
+    for.
     """
+    device = _device(name)
+    if cuda_graph and device.type != "cuda":
+        raise ValueError(f"--cuda_graph requires CUDA, but the device is {device}")
+    return device
+
+
+def _device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.split(":")[0] == "mps":
@@ -73,98 +80,6 @@ def loaded(model: nn.Module, source: str) -> str:
     """A description of a loaded model, for a line of output."""
     count, one = sum(p.numel() for p in model.parameters()), next(model.parameters())
     return f"{count:,} weights in {str(one.dtype).removeprefix('torch.')}, {source}, {one.device}"
-
-
-# ---- predict -------------------------------------------------------------------------------------
-
-
-def asking(unet: UNet) -> Callable[..., Tensor]:
-    """`ask(x_t, t, ctx, m)`: the UNet with its LoRA at multipliers m; see `Asked`."""
-
-    def ask(x_t: Tensor, t: Tensor, ctx: Tensor, m: Tensor | None) -> Tensor:
-        if hasattr(unet, "lora_adapters"):
-            set_strength(unet, m)
-        return unet(x_t, t, ctx)
-
-    return ask
-
-
-def predictor(unet: UNet, ctx: Context, ask: Callable[..., Tensor] | None = None) -> Predict:
-    """`predict(x_t, t, m)`: the UNet with its LoRA at multipliers m (b,), with the context bound.
-
-    m None is the base alone. A context (b, l, d) is repeated if x_t holds the batch several times;
-    a function computes it from m (a trained text encoder has the LoRA's multipliers too). Missing
-    input channels of a widened UNet are zeros; ValueError if x_t has too many. Computes in the
-    UNet's dtype, returns x_t's. `ask` in place of `asking(unet)`: the same, replayed.
-    """
-    dtype, ask = unet.conv_in.weight.dtype, ask or asking(unet)
-
-    def predict(x_t: Tensor, t: Tensor, m: Tensor | None) -> Tensor:
-        c = ctx(m) if callable(ctx) else ctx
-        c = c.to(dtype).repeat(len(x_t) // len(c), 1, 1)  # (b, l, d)
-        if x_t.shape[1] > unet.in_channels:
-            raise ValueError(
-                f"the objective needs {x_t.shape[1]} input channels, but the UNet has "
-                f"{unet.in_channels}: the LoRA was trained with another objective"
-            )
-        x = F.pad(x_t, (0, 0, 0, 0, 0, unet.in_channels - x_t.shape[1]))  # (b, c_in, h, w)
-        return ask(x.to(dtype), t, c, m).to(x_t.dtype)
-
-    return predict
-
-
-def text_context(text: TextEncoder, ids: Tensor, mask: Tensor | None) -> Callable:
-    """The context from a text encoder with a LoRA: encodes ids (b, l) at each call's m."""
-
-    def ctx(m: Tensor | None) -> Tensor:
-        times = 1 if m is None else len(m) // len(ids)
-        set_strength(text.model, m)
-        return text.encode(ids.repeat(times, 1), None if mask is None else mask.repeat(times, 1))
-
-    return ctx
-
-
-def guided_predictor(
-    unet: UNet,
-    ctx: Context,
-    uncond: Context,
-    scale: float,
-    ask: Callable[..., Tensor] | None = None,
-) -> Predict:
-    """e(∅) + scale · (e(ctx) − e(∅)) in one pass of 2b; contexts of one prompt each.
-
-    Classifier-free guidance, Ho & Salimans 2022 (arXiv 2207.12598), eq. 6.
-    """
-
-    def rows(c: Context, m: Tensor) -> Tensor:
-        return c(m) if callable(c) else c.expand(len(m), -1, -1)
-
-    def halves(m: Tensor) -> Tensor:  # m (2b,), [unconditional, conditional] -> (2b, l, d)
-        return torch.cat([rows(c, half) for c, half in zip((uncond, ctx), m.chunk(2))])
-
-    both = predictor(unet, halves, ask)
-
-    def predict(x_t: Tensor, t: Tensor, m: Tensor) -> Tensor:
-        e_0, e_c = both(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([m, m])).chunk(2)
-        return e_0 + scale * (e_c - e_0)
-
-    return predict
-
-
-def exaggerated(predict: Predict, scale: float) -> Predict:
-    """e_0 + scale (e_m − e_0): the LoRA's contribution to the prediction, scaled.
-
-    Guidance by a weaker version of the model (Karras et al. 2024, arXiv 2406.02507), here the base:
-    strengthens a LoRA that is undertrained for lack of pairs or steps.
-    """
-    if scale == 1.0:
-        return predict
-
-    def scaled(x_t: Tensor, t: Tensor, m: Tensor) -> Tensor:
-        e_0 = predict(x_t, t, torch.zeros_like(m))
-        return e_0 + scale * (predict(x_t, t, m) - e_0)
-
-    return scaled
 
 
 # ---- latents -------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from images import contact_sheet
-from model.pipeline import decode, generate_latents, guided_predictor
+from model.pipeline import decode, generate_latents
+from model.predict import guided_predictor
 from model.schedule import Schedule
 from model.text import TextEncoder
 from model.unet import UNet

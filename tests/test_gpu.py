@@ -24,8 +24,9 @@ from model.frozen import freeze
 from model.lora import inject, keep_strength, lora_layers, set_strength
 from model.memory import LEVELS, MIB, checkpoint_activations, flatten
 from model.objectives import OBJECTIVES, Knobs, Task
-from model.pipeline import load_pipeline, predictor
+from model.pipeline import load_pipeline
 from model.plan import CUBLAS, measure, trial
+from model.predict import predictor
 from model.schedule import Schedule
 from model.unet import UNet
 from model.vae import VAE

@@ -16,7 +16,8 @@ from latents import Batch
 from model.graph import WARM, Replayed, Replays
 from model.lora import inject, lora_layers
 from model.objectives import OBJECTIVES
-from model.pipeline import asking, load_pipeline
+from model.pipeline import load_pipeline
+from model.predict import asking
 from tests.on_cuda import Cuda
 from tests.small import losses, small
 from train import train

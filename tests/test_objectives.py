@@ -18,7 +18,7 @@ from model.objectives import (
     noise_loss,
     slider_loss,
 )
-from model.pipeline import predictor
+from model.predict import predictor
 from model.samplers import even_in_sigma
 from model.schedule import Schedule
 from model.weights import load_unet

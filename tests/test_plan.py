@@ -18,8 +18,8 @@ from model.graph import compile_blocks
 from model.lora import inject, keep_strength, lora_layers
 from model.memory import LEVELS, MIB, checkpoint_activations, flatten
 from model.objectives import OBJECTIVES, Knobs, Task
-from model.pipeline import predictor
 from model.plan import Need, frozen_bytes, measure, plan_memory, trial
+from model.predict import predictor
 from model.schedule import Schedule
 from model.unet import UNet
 from tests.checkpoints import unet_config

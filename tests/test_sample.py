@@ -20,14 +20,8 @@ import sample
 from images import load_image, to_image, to_tensor
 from model.lora import inject, lora_layers
 from model.objectives import OBJECTIVES, Knobs
-from model.pipeline import (
-    decode,
-    exaggerated,
-    guided_predictor,
-    keep_detail,
-    load_pipeline,
-    predictor,
-)
+from model.pipeline import decode, keep_detail, load_pipeline
+from model.predict import exaggerated, guided_predictor, predictor
 from model.text import TextEncoder
 from model.unet import UNet
 from model.vae import VAE

@@ -80,15 +80,16 @@ ARROWS = {
     "model.weighting": ["model.objectives"],
     "training.tally": ["images", "model.objectives", "pairs", "progress"],
     "model.tiles": ["model.objectives"],
+    "model.predict": ["model.lora", "model.objectives", "model.text", "model.unet"],
     "model.pipeline": [
-        "model.cpu", "model.graph", "model.lora", "model.lora_files", "model.objectives",
+        "model.cpu", "model.graph", "model.lora_files", "model.objectives", "model.predict",
         "model.samplers", "model.schedule", "model.text", "model.tiles", "model.unet", "model.vae",
         "model.weights",
     ],
     "model.plan": ["model.lora", "model.memory", "model.objectives", "model.weighting"],
     "model.morph": [
         "model.draws", "model.lora", "model.memory", "model.objectives", "model.optim",
-        "model.pipeline", "model.samplers", "model.schedule", "progress",
+        "model.pipeline", "model.samplers", "model.schedule", "progress", "model.predict",
     ],
     "training.inputs": [
         "config", "data", "durable", "images", "latents", "pairs", "progress", "registration",
@@ -100,11 +101,11 @@ ARROWS = {
     ],
     "editing": [
         "edit_flags", "framing", "model.files", "model.memory", "model.objectives",
-        "model.pipeline", "model.tiles",
+        "model.pipeline", "model.tiles", "model.predict",
     ],
     "between": [
         "data", "durable", "edit_flags", "editing", "framing", "images", "measures",
-        "model.lora_files", "model.morph", "model.objectives", "model.pipeline",
+        "model.lora_files", "model.morph", "model.objectives", "model.pipeline", "model.predict",
     ],
     "training.checkpoint": [
         "config", "durable", "model.files", "model.lora", "model.lora_files", "model.objectives",
@@ -117,7 +118,7 @@ ARROWS = {
     ],
     "training.prompts": [
         "training.adapting", "config", "latents", "pairs", "rows", "model.draws", "model.lora",
-        "model.pipeline", "model.text", "model.weights",
+        "model.pipeline", "model.text", "model.weights", "model.predict",
     ],
     "training.session": [
         "config", "durable", "model.memory", "training.ranks", "runs", "training.trackers",
@@ -129,12 +130,12 @@ ARROWS = {
     ],
     "training.watching": [
         "data", "durable", "images", "model.draws", "model.objectives", "model.pipeline",
-        "model.schedule", "model.unet", "model.vae", "pairs",
+        "model.schedule", "model.unet", "model.vae", "pairs", "model.predict",
     ],
     "training.fitting": [
-        "config", "model.graph", "model.memory", "model.objectives", "model.pipeline",
-        "model.plan", "model.vae", "training.adapting", "training.inputs", "training.prompts",
-        "training.watching",
+        "config", "model.graph", "model.memory", "model.objectives", "model.plan", "model.vae",
+        "training.adapting", "training.inputs", "training.prompts", "training.watching",
+        "model.predict",
     ],
     "check_data": ["cli", "data", "durable", "images", "pairs", "registration"],
     "sample": ["*"],

@@ -9,8 +9,8 @@ from config import TrainConfig
 from model.graph import Replayed
 from model.memory import unless_full
 from model.objectives import Task
-from model.pipeline import predictor
 from model.plan import CUBLAS, Plan, frozen_bytes, plan_memory, trial
+from model.predict import predictor
 from model.vae import VAE
 from training.adapting import Trained
 from training.inputs import Items

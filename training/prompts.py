@@ -15,7 +15,8 @@ from config import TrainConfig
 from latents import send
 from model.draws import seeded_for
 from model.lora import inject
-from model.pipeline import Context, loaded, text_context
+from model.pipeline import loaded
+from model.predict import Context, text_context
 from model.text import TextEncoder
 from model.weights import load_text
 from pairs import Pair

@@ -15,15 +15,8 @@ from durable import write_json
 from images import contact_sheet, to_image
 from model.draws import seeded_for
 from model.objectives import Draws, How, Knobs, Objective
-from model.pipeline import (
-    Context,
-    at_strengths,
-    decode,
-    exaggerated,
-    generate_latents,
-    guided_predictor,
-    predictor,
-)
+from model.pipeline import at_strengths, decode, generate_latents
+from model.predict import Context, exaggerated, guided_predictor, predictor
 from model.schedule import Schedule
 from model.unet import UNet
 from model.vae import VAE
