@@ -29,8 +29,19 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-import comparison
-from arms import NEEDED, judge_parser, read_arms
+from ablating import comparison
+from ablating.arms import NEEDED, judge_parser, read_arms
+from ablating.jobs import (
+    SHOWN,
+    Job,
+    changed,
+    evaluation_key,
+    is_done,
+    is_trained,
+    make_jobs,
+    plain,
+    title,
+)
 from cli import Parser, report
 from config import objective_of
 from durable import (
@@ -43,9 +54,8 @@ from durable import (
     write_json,
     write_text,
 )
-from edit_flags import check
+from editing.flags import check
 from evaluate import find_held_out
-from jobs import SHOWN, Job, changed, evaluation_key, is_done, is_trained, make_jobs, plain, title
 
 ROOT = Path(__file__).parent
 

@@ -20,9 +20,9 @@ from cli import Parser
 from cli import report as fail
 from data import MAX_ASPECT, aspect_gap, by
 from durable import refuse_file, refuse_read_only, save_image
-from images import contact_sheet, listed, load_image, load_mask
-from pairs import by_name, find_pairs, left_out, read_caption, refuse_among, refuse_missing
-from registration import MIN_SHIFT, find_shift
+from pairing.images import contact_sheet, listed, load_image, load_mask
+from pairing.pairs import by_name, find_pairs, left_out, read_caption, refuse_among, refuse_missing
+from pairing.registration import MIN_SHIFT, find_shift
 
 NO_CHANGE = 0.5  # mean absolute difference, of 255: that of saving as JPEG twice
 DARK = 16  # of 255: white of 12-bit data in a 16-bit file

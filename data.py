@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageColor
 from torch import Tensor
 
-from images import image_size, listed, load_image, load_mask, to_tensor
-from pairs import Pair, file_hash, find_pairs  # noqa: F401, a data set's two steps are at hand together
+from pairing.images import image_size, listed, load_image, load_mask, to_tensor
+from pairing.pairs import Pair, file_hash, find_pairs  # noqa: F401, a data set's two steps are at hand together
 
 MAX_ASPECT = 0.02  # 768x383 is 768x384 with a row lost; beyond 2 % the framing differs
 

@@ -29,7 +29,8 @@ from tqdm import tqdm
 from cli import Parser
 from data import PairDataset
 from durable import read_or_empty, refuse_others, save_image, write_json, write_text
-from edit_flags import (
+from editing.edits import batches, edit_pixels, open_pipeline, states_between
+from editing.flags import (
     MOST,
     add_common_flags,
     add_edit_flags,
@@ -42,16 +43,25 @@ from edit_flags import (
     prompt_of,
     warn_of_unread,
 )
-from editing import batches, edit_pixels, open_pipeline, states_between
-from evaluation_table import table
-from framing import Framing, frame_of, within_memory
-from images import contact_sheet, eight_bit, to_image
-from measures import best, collect, judge, mse, progress, psnr, spearman, spread, statistics
+from editing.framing import Framing, frame_of, within_memory
 from model.draws import seed_for
 from model.pipeline import Pipeline, decode, encode
-from pairs import SIDES, Pair, find_pairs, fingerprint, image_hashes, refuse_among
+from pairing.images import contact_sheet, eight_bit, to_image
+from pairing.pairs import SIDES, Pair, find_pairs, fingerprint, image_hashes, refuse_among
 from progress import no_bars
 from report import write_report
+from reporting.evaluation_table import table
+from reporting.measures import (
+    best,
+    collect,
+    judge,
+    mse,
+    progress,
+    psnr,
+    spearman,
+    spread,
+    statistics,
+)
 
 SHEET = 32  # pairs in the contact sheet
 

@@ -15,12 +15,12 @@ from pathlib import Path
 import cli
 import config
 from durable import read_or_empty, write_text
-from hub_card import MARK, model_card
 from model.files import hub_reason
 from model.lora_files import file_of, read_lora
 from model.lora_layouts import LAYOUTS
 from progress import no_bars
 from report import read
+from reporting.hub_card import MARK, model_card
 
 
 def find_token(given: str | None, flag: str | None = "--hub_token") -> str:

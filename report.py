@@ -17,8 +17,8 @@ from pathlib import Path
 
 import cli
 from durable import read_or_empty, write_text
-from images import image_size, load_image
-from md import figure
+from pairing.images import image_size, load_image
+from reporting.md import figure
 from runs import is_config
 
 PAGE = """<!doctype html>

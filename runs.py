@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from curve import curve
 from durable import (
     damage,
     json_bytes,
@@ -31,6 +30,7 @@ from durable import (
     write_aside,
     write_json,
 )
+from reporting.curve import curve
 from revision import revision
 
 # Fields that may differ on resume: they affect when a run stops and what it writes, but no step.

@@ -20,10 +20,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import between
 from cli import Parser
 from durable import refuse_others, save_image, write_json
-from edit_flags import (
+from editing import between
+from editing.edits import batches, edit_pixels, finite, open_pipeline
+from editing.flags import (
     add_common_flags,
     add_edit_flags,
     check,
@@ -33,9 +34,10 @@ from edit_flags import (
     prompt_of,
     warn_of_unread,
 )
-from editing import batches, edit_pixels, finite, open_pipeline
-from framing import frame_of, scale_in_doubt
-from images import (
+from editing.framing import frame_of, scale_in_doubt
+from model.pipeline import Pipeline
+from model.samplers import SAMPLERS
+from pairing.images import (
     colour_profile,
     contact_sheet,
     listed,
@@ -45,9 +47,7 @@ from images import (
     to_image,
     to_tensor,
 )
-from model.pipeline import Pipeline
-from model.samplers import SAMPLERS
-from pairs import find_images, left_out, real_folders, refuse_among
+from pairing.pairs import find_images, left_out, real_folders, refuse_among
 from progress import no_bars
 
 SHEET = 64  # pictures, or rows of them, in a contact sheet

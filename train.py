@@ -25,7 +25,6 @@ from config import TrainConfig
 from config_check import check, without_effect
 from durable import remove, save_image, write_aside
 from hub import find_token, open_repository, publish
-from latents import Batch, one_ahead
 from model.draws import draw
 from model.files import is_local, moved_note
 from model.frozen import freeze
@@ -41,7 +40,7 @@ from model.predict import predictor
 from model.schedule import Schedule
 from model.weighting import in_and_out, pair_loss, prior_loss
 from model.weights import load_scheduler_config, load_unet, load_vae, unet_channels
-from pairs import Pair, fingerprint, image_hashes
+from pairing.pairs import Pair, fingerprint, image_hashes
 from report import write_report
 from runs import Run
 from training.adapting import Trained, adapt, rate, read_given
@@ -61,6 +60,7 @@ from training.inputs import (
     size_of,
     spread,
 )
+from training.latents import Batch, one_ahead
 from training.prompts import Prompts, load_prompts, prompts_of
 from training.ranks import NullRun, Ranks, launch_id
 from training.session import open_run, settings, summarized

@@ -15,10 +15,10 @@ import sample
 import train
 from bench.turns import Enough, Turns
 from config import TrainConfig
-from editing import edit_pixels
-from images import load_image, to_image, to_tensor
+from editing.edits import edit_pixels
 from model.pipeline import DTYPES, Pipeline, encode, load_pipeline
 from model.weights import load_vae
+from pairing.images import load_image, to_image, to_tensor
 from training import fitting
 
 NEVER = 10**6  # no metrics, samples or checkpoint within the measured steps

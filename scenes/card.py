@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from images import contact_sheet
 from model.pipeline import decode, generate_latents
 from model.predict import guided_predictor
 from model.schedule import Schedule
 from model.text import TextEncoder
 from model.unet import UNet
 from model.vae import VAE
+from pairing.images import contact_sheet
 from scenes.examples import FIRST_SCENE, HELD_OUT, HELD_OUT_SCENES, pixels, to_images
 from scenes.paint import render
 from scenes.world import CHANGES, make_scene

@@ -18,14 +18,14 @@ import pytest
 from PIL import Image
 
 import ablate
-import comparison
 import durable
 import evaluate
-import md
 import runs
 import train
-from jobs import class_images, judged_on, lora_sha256, make_jobs, trained_on
+from ablating import comparison
+from ablating.jobs import class_images, judged_on, lora_sha256, make_jobs, trained_on
 from model import memory
+from reporting import md
 from tests.pairs import write_pairs
 
 ROOT = Path(__file__).parents[1]

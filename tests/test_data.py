@@ -1,4 +1,4 @@
-"""images.py, pairs.py, data.py and check_data.py: loading, matching, lockstep, the report."""
+"""pairing/, data.py and check_data.py: loading, matching, lockstep, the report."""
 
 import pickle
 import re
@@ -15,11 +15,11 @@ from PIL import Image
 
 import check_data
 import data
-import images
 from config import TrainConfig
 from data import Geometry, PairDataset, apply, change_mask, draw_geometry
-from images import Frame, image_size, load_image, load_mask, to_image, to_tensor
-from pairs import (
+from pairing import images
+from pairing.images import Frame, image_size, load_image, load_mask, to_image, to_tensor
+from pairing.pairs import (
     Pair,
     file_hash,
     find_images,
@@ -29,8 +29,8 @@ from pairs import (
     refuse_among,
     unmatched,
 )
-from registration import find_shift
-from sequences import find_clips, find_sequences
+from pairing.registration import find_shift
+from pairing.sequences import find_clips, find_sequences
 from tests.pairs import write_pairs
 from training.inputs import find_data, passed_over
 

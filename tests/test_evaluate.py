@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 import evaluate
-import measures
-from pairs import find_pairs, image_hashes
+from pairing.pairs import find_pairs, image_hashes
+from reporting import measures
 from scenes.render import write_pairs
 from tests.test_sample import write_lora
 

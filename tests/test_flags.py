@@ -25,7 +25,6 @@ import cli
 import config
 import config_check
 import durable
-import latents
 import train
 from config import TrainConfig
 from docs.flags import table
@@ -39,7 +38,7 @@ from tests.checkpoints import make_checkpoint, to_variant, weights_file
 from tests.hub_server import Hub
 from tests.pairs import write_pairs
 from tests.small import small
-from training import inputs, tally
+from training import inputs, latents, tally
 
 ROOT = Path(__file__).parents[1]
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}

@@ -9,14 +9,14 @@ from PIL import Image
 
 import sample
 from data import PairDataset
-from editing import edit_pixels, open_pipeline
-from framing import frame_of
-from images import load_image, to_image, to_tensor
+from editing.edits import edit_pixels, open_pipeline
+from editing.framing import frame_of
 from model.objectives import Knobs, delta
 from model.pipeline import decode, encode, keep_detail, resized
 from model.unet import UNet
 from model.vae import VAE
-from pairs import Pair
+from pairing.images import load_image, to_image, to_tensor
+from pairing.pairs import Pair
 from tests.test_sample import write_lora
 
 NATIVE = {"resolution": 16, "resized": False}  # of tiny networks, 2 pixels a latent

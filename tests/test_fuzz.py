@@ -25,18 +25,18 @@ import config
 import config_check
 from data import PairDataset
 from durable import MANIFEST, json_bytes, save_image, seal
-from images import image_size, listed, load_image, place_on_map
-from md import code
 from model.files import read_json, read_tensors
 from model.lora import inject
 from model.lora_files import load_lora, save_lora
 from model.schedule import Schedule
 from model.weights import load_text, load_tokenizer, load_unet, load_vae
-from pairs import find_singles
-from rows import Rows, load_shard, open_shard
+from pairing.images import image_size, listed, load_image, place_on_map
+from pairing.pairs import find_singles
+from reporting.md import code
 from runs import Run
 from tests.fuzzing import FUZZ, bounded, changed, fuzzed, mutated, seen, tried, values, write
 from tests.test_tiff import GEO, geo_tags
+from training.rows import Rows, load_shard, open_shard
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of shards that are made again
 

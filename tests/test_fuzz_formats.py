@@ -17,18 +17,18 @@ from PIL import Image
 from safetensors.torch import load, save
 
 import ablate
-import comparison
 import durable
-import md
 import report
+from ablating import comparison
+from ablating.jobs import make_jobs, usable
 from data import PairDataset
-from jobs import make_jobs, usable
 from model.lora import inject
 from model.lora_convert import main as convert
 from model.lora_files import load_lora, save_lora
 from model.lora_layouts import LAYOUTS
 from model.weights import load_scheduler_config, load_text, load_unet, load_vae
-from sequences import find_clips, find_sequences
+from pairing.sequences import find_clips, find_sequences
+from reporting import md
 from tests.fuzzing import FUZZ, bounded, changed, fuzzed, late, mutated, seen, tried, values, write
 from tests.pairs import write_pairs
 from tests.single_files import averages, original, published

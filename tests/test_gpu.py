@@ -18,7 +18,6 @@ from transformers import CLIPTextModel
 
 import train as loop
 from bench.turns import kernels
-from latents import Latents, one_ahead
 from model.draws import draw
 from model.frozen import freeze
 from model.lora import inject, keep_strength, lora_layers, set_strength
@@ -31,7 +30,6 @@ from model.schedule import Schedule
 from model.unet import UNet
 from model.vae import VAE
 from model.weights import load_unet
-from rows import Rows
 from tests.checkpoints import unet_config
 from tests.pairs import write_pairs
 from tests.parity.test_schedule import SD15
@@ -39,6 +37,8 @@ from tests.small import rows, small
 from tests.test_ranks import torchrun
 from train import train
 from training import prompts
+from training.latents import Latents, one_ahead
+from training.rows import Rows
 
 pytestmark = [
     pytest.mark.gpu,

@@ -11,8 +11,7 @@ import torch
 
 import sample
 import train as loop
-from editing import edit_pixels, open_pipeline
-from latents import Batch
+from editing.edits import edit_pixels, open_pipeline
 from model.graph import WARM, Replayed, Replays
 from model.lora import inject, lora_layers
 from model.objectives import OBJECTIVES
@@ -21,6 +20,7 @@ from model.predict import asking
 from tests.on_cuda import Cuda
 from tests.small import losses, small
 from train import train
+from training.latents import Batch
 
 
 @pytest.fixture

@@ -23,14 +23,14 @@ import cli
 import config
 import durable
 from data import PairDataset
-from images import contact_sheet, image_size, listed, load_image
-from md import code
 from model import lora_files
 from model.files import read_json, read_tensors
 from model.lora_files import LORA_FILE, read_lora
 from model.objectives import Knobs
 from model.weights import load_tokenizer, load_unet
-from pairs import find_images, find_pairs, find_singles, read_caption
+from pairing.images import contact_sheet, image_size, listed, load_image
+from pairing.pairs import find_images, find_pairs, find_singles, read_caption
+from reporting.md import code
 from runs import Run
 from sample import main as sample_main
 from tests.pairs import write_pairs
@@ -380,9 +380,9 @@ def test_a_hundred_thousand_pairs(tmp_path, monkeypatch):
     """Matched, split and reported in one go each; a message stays a message."""
     names = [f"{i:06d}.png" for i in range(100_000)]
     monkeypatch.setattr(
-        "pairs.find_images", lambda folder, flag="": [Path(folder, n) for n in names]
+        "pairing.pairs.find_images", lambda folder, flag="": [Path(folder, n) for n in names]
     )
-    monkeypatch.setattr("pairs.read_caption", lambda *images: None)
+    monkeypatch.setattr("pairing.pairs.read_caption", lambda *images: None)
     for side in ("before", "after"):
         (tmp_path / side).mkdir()
     dirs = {f"{side}_data_dir": str(tmp_path / side) for side in ("before", "after")}
@@ -390,7 +390,7 @@ def test_a_hundred_thousand_pairs(tmp_path, monkeypatch):
     assert len(found.train) == len(found.held_out) == 50_000 and len(found.shown) == 4
     assert not {p.name for p in found.train} & {p.name for p in found.held_out}
     monkeypatch.setattr(
-        "pairs.find_images",
+        "pairing.pairs.find_images",
         lambda folder, flag="": [Path(folder, f"{Path(folder).name[0]}{n}") for n in names],
     )  # fmt: skip
     with pytest.raises(ValueError) as caught:

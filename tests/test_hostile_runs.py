@@ -12,27 +12,27 @@ import os
 import resource
 import struct
 import zlib
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 import ablate
-import between
-import comparison
 import report
+from ablating import comparison
+from ablating.jobs import make_jobs
 from data import PairDataset
-from images import load_image
-from jobs import make_jobs
+from editing import between
 from model.lora import inject
 from model.lora_convert import main as convert
 from model.lora_files import save_lora
 from model.weights import load_unet
-from sequences import MAX_FRAMES, find_clips, find_sequences
+from pairing.images import load_image
+from pairing.sequences import MAX_FRAMES, find_clips, find_sequences
 from tests.pairs import write_pairs
 from tests.test_crash import file_limit
 from tests.test_hostile import NAMES
+from tests.test_structure import LIBRARY, ROOT, SOURCES
 
 # ---- clips ---------------------------------------------------------------------------------------
 
@@ -303,7 +303,7 @@ def test_a_disk_full_for_an_animation(tmp_path):
 # What writes by itself: into what its caller has aside, into memory, line by line, or nowhere.
 WRITERS = {
     "ablate.py": {"call"}, "training/checkpoint.py": {"save_state"}, "durable.py": {"seal", "lock"},
-    "report.py": {"picture"}, "rows.py": {"save_shard"}, "runs.py": {"start"},
+    "report.py": {"picture"}, "training/rows.py": {"save_shard"}, "runs.py": {"start"},
     "train.py": {"main"}, "training/watching.py": {"strengths"}, "model/lora_convert.py": {"write"},
     "model/lora_files.py": {"write_lora"},
 }  # fmt: skip
@@ -327,7 +327,6 @@ def writers(node: ast.AST, inside: str = "") -> set[str]:
 
 
 def test_all_results_are_written_aside():
-    root = Path(__file__).parents[1]
-    paths = [p for where in ("*.py", "model/*.py", "training/*.py") for p in root.glob(where)]
-    found = {str(p.relative_to(root)): writers(ast.parse(p.read_text("utf-8"))) for p in paths}
+    paths = [SOURCES[name] for name in LIBRARY]
+    found = {str(p.relative_to(ROOT)): writers(ast.parse(p.read_text("utf-8"))) for p in paths}
     assert {name: names for name, names in found.items() if names} == WRITERS

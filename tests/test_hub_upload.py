@@ -17,11 +17,10 @@ import yaml as reference_yaml
 from PIL import Image
 
 import hub as uploads
-import hub_card
-import md
 import train
 from config import TrainConfig
 from model.lora_files import LORA_FILE
+from reporting import hub_card, md
 from tests.hub_server import Hub
 from tests.pairs import write_pairs
 from tests.test_flags import command

@@ -26,11 +26,11 @@ import transformers  # noqa: F401, loaded once for all that are forked
 
 import ablate
 import evaluate
-import latents
 import train
 from durable import damage
 from model.lora_files import LORA_FILE
 from tests.pairs import write_pairs
+from training import latents
 
 KILLS = int(os.environ.get("KILLS", "4"))
 TIMES = ("step_ms", "peak_mib", "seconds")

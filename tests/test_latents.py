@@ -1,4 +1,4 @@
-"""latents.py and rows.py: the posterior cached, killed and gone on with, in three places."""
+"""The latent cache and its tables: the posterior cached, killed and gone on with, in three places."""
 
 import contextlib
 import os
@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 
 import data
-import rows as row_tables
 from data import PairDataset
-from latents import Latents, cache_latents, one_ahead
 from model.draws import Pick, draw
-from pairs import Pair, file_hash, find_pairs
-from rows import GIB, Rows, choose, free_bytes, make_rows
+from pairing.pairs import Pair, file_hash, find_pairs
 from tests.pairs import write_pairs
+from training import rows as row_tables
+from training.latents import Latents, cache_latents, one_ahead
+from training.rows import GIB, Rows, choose, free_bytes, make_rows
 
 CPU = torch.device("cpu")
 PLACES = ("device", "host", "disk")

@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-import measures
 import sample
 from model.lora import inject, lora_layers, merge, set_strength
 from model.morph import (
@@ -27,6 +26,7 @@ from model.pipeline import load_pipeline
 from model.samplers import ddim, ddim_invert
 from model.schedule import Schedule
 from model.weights import load_scheduler_config, load_unet
+from reporting import measures
 from tests.pairs import write_pairs
 from tests.test_sample import write_lora
 

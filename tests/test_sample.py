@@ -15,9 +15,8 @@ from diffusers import (
 )
 from PIL import Image, ImageCms
 
-import editing
 import sample
-from images import load_image, to_image, to_tensor
+from editing import edits
 from model.lora import inject, lora_layers
 from model.objectives import OBJECTIVES, Knobs
 from model.pipeline import decode, keep_detail, load_pipeline
@@ -26,6 +25,7 @@ from model.text import TextEncoder
 from model.unet import UNet
 from model.vae import VAE
 from model.weights import load_text, load_unet, load_vae, save_lora
+from pairing.images import load_image, to_image, to_tensor
 from tests.checkpoints import make_checkpoint
 from training.watching import ValidationPairs, Watch
 
@@ -106,8 +106,8 @@ def test_img2img_is_what_other_clients_do(tmp_path, sd1, prediction_type):
     lora = write_lora(tmp_path / "run", sd1, objective="img2img", img2img_t=300)
     said = ("--prediction_type", prediction_type, "--input", "-", "--out", "-", "--steps", "7")
     args = sample.make_parser().parse_args(["edit", "--lora", str(lora), *said])
-    ours, z = editing.open_pipeline(args), torch.randn(1, 4, 16, 24)
-    edited = editing.editor(ours, "img2img", z, args, seeds=[3])(0.6)
+    ours, z = edits.open_pipeline(args), torch.randn(1, 4, 16, 24)
+    edited = edits.editor(ours, "img2img", z, args, seeds=[3])(0.6)
 
     pipe = StableDiffusionImg2ImgPipeline.from_pretrained(sd1, safety_checker=None)
     pipe.scheduler = EulerDiscreteScheduler.from_config(
@@ -196,7 +196,7 @@ def test_change_guidance_reaches_the_objectives_that_denoise(tmp_path, sd1, obje
         flags = ["edit", "--lora", lora, "--input", "x", "--out", "y", "--steps", 2,
                  "--start", "noise", "--change_guidance", scale]  # fmt: skip
         args = sample.make_parser().parse_args([str(flag) for flag in flags])
-        made[name] = editing.editor(editing.open_pipeline(args), objective, z, args)(s)
+        made[name] = edits.editor(edits.open_pipeline(args), objective, z, args)(s)
     added, twice = (made[name] - made["one"] for name in ("two", "twice"))
     torch.testing.assert_close(twice, added, rtol=0, atol=0.1 * added.abs().max())
 
@@ -223,8 +223,8 @@ def test_an_objective_is_used_as_it_works_best_unless_told_otherwise(
     for more in ((), ("--change_guidance", scale), ("--change_guidance", 2)):
         flags = ["edit", "--lora", lora, "--input", "x", "--out", "y", "--start", "noise", *more]
         args = sample.make_parser().parse_args([str(flag) for flag in flags])
-        pipe = editing.open_pipeline(args)
-        made.append(editing.editor(pipe, objective, z, args)(1.0))
+        pipe = edits.open_pipeline(args)
+        made.append(edits.editor(pipe, objective, z, args)(1.0))
     assert made[0].equal(made[1]) and not made[0].equal(made[2])
 
     def spy(predict, schedule, z, s, how):

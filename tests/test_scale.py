@@ -10,20 +10,19 @@ import pytest
 import torch
 from PIL import Image
 
-import images
-import latents
 import train
 from bench import scale
 from config import TrainConfig
 from data import PairDataset
-from images import image_size
 from model.draws import draw, shuffled
 from model.weights import load_text
-from pairs import file_hash, find_pairs, fingerprint
+from pairing import images
+from pairing.images import image_size
+from pairing.pairs import file_hash, find_pairs, fingerprint
 from tests.pairs import write_pairs
 from tests.small import losses as losses_of
 from tests.small import small
-from training import prompts
+from training import latents, prompts
 from training.inputs import make_dataset
 from training.prompts import encode_prompts
 

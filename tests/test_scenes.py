@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pairs import find_pairs
+from pairing.pairs import find_pairs
 from scenes import random_base, train_base
 from scenes.paint import change_mask, render
 from scenes.render import main

@@ -29,20 +29,20 @@ ARROWS = {
     "config_check": ["config"],
     "cli": ["config", "config_check"],
     "durable": [],
-    "images": [],
-    "registration": [],
-    "pairs": ["durable", "images"],
-    "sequences": ["images", "pairs"],
-    "data": ["images", "pairs"],
-    "md": [],
-    "evaluation_table": ["md"],
+    "pairing.images": [],
+    "pairing.registration": [],
+    "pairing.pairs": ["durable", "pairing.images"],
+    "pairing.sequences": ["pairing.images", "pairing.pairs"],
+    "data": ["pairing.images", "pairing.pairs"],
+    "reporting.md": [],
+    "reporting.evaluation_table": ["reporting.md"],
     "training.stop": [],
     "progress": [],
     "training.ranks": ["durable"],
     "training.trackers": ["durable"],
     "revision": [],
-    "curve": [],
-    "runs": ["curve", "durable", "revision"],
+    "reporting.curve": [],
+    "runs": ["durable", "revision", "reporting.curve"],
     "model.schedule": [],
     "model.lora": [],
     "model.cpu": [],
@@ -53,11 +53,11 @@ ARROWS = {
     "model.frozen": ["model.cpu"],
     "model.files": [],
     "model.draws": [],
-    "measures": [],
+    "reporting.measures": [],
     "model.optim": [],
-    "rows": ["images"],
-    "latents": ["data", "images", "progress", "rows", "model.draws"],
-    "report": ["cli", "durable", "images", "md", "runs"],
+    "training.rows": ["pairing.images"],
+    "training.latents": ["data", "progress", "model.draws", "pairing.images", "training.rows"],
+    "report": ["cli", "durable", "runs", "pairing.images", "reporting.md"],
     "model.unet": ["model.layers"],
     "model.vae": ["model.layers"],
     "model.samplers": ["model.schedule"],
@@ -74,88 +74,101 @@ ARROWS = {
         "model.vae",
     ],
     "model.lora_convert": [
-        "cli", "durable", "model.files", "model.lora", "model.lora_algebra", "model.lora_files",
-        "model.lora_layouts", "model.objectives", "model.weights",
+        "cli", "durable", "model.files", "model.lora", "model.lora_algebra",
+        "model.lora_files", "model.lora_layouts", "model.objectives", "model.weights",
     ],
     "model.weighting": ["model.objectives"],
-    "training.tally": ["images", "model.objectives", "pairs", "progress"],
+    "training.tally": ["progress", "model.objectives", "pairing.images", "pairing.pairs"],
     "model.tiles": ["model.objectives"],
     "model.predict": ["model.lora", "model.objectives", "model.text", "model.unet"],
     "model.pipeline": [
         "model.cpu", "model.graph", "model.lora_files", "model.objectives", "model.predict",
-        "model.samplers", "model.schedule", "model.text", "model.tiles", "model.unet", "model.vae",
-        "model.weights",
+        "model.samplers", "model.schedule", "model.text", "model.tiles", "model.unet",
+        "model.vae", "model.weights",
     ],
     "model.plan": ["model.lora", "model.memory", "model.objectives", "model.weighting"],
     "model.morph": [
-        "model.draws", "model.lora", "model.memory", "model.objectives", "model.optim",
-        "model.pipeline", "model.samplers", "model.schedule", "progress", "model.predict",
-    ],
-    "training.inputs": [
-        "config", "data", "durable", "images", "latents", "pairs", "progress", "registration",
-        "sequences", "model.memory", "model.pipeline", "model.vae",
-    ],
-    "framing": ["data", "model.memory", "model.objectives", "model.pipeline", "model.tiles"],
-    "edit_flags": [
-        "cli", "durable", "model.files", "model.memory", "model.objectives", "model.pipeline",
-    ],
-    "editing": [
-        "edit_flags", "framing", "model.files", "model.memory", "model.objectives",
-        "model.pipeline", "model.tiles", "model.predict",
-    ],
-    "between": [
-        "data", "durable", "edit_flags", "editing", "framing", "images", "measures",
-        "model.lora_files", "model.morph", "model.objectives", "model.pipeline", "model.predict",
-    ],
-    "training.checkpoint": [
-        "config", "durable", "model.files", "model.lora", "model.lora_files", "model.objectives",
+        "progress", "model.draws", "model.lora", "model.memory", "model.objectives",
+        "model.optim", "model.pipeline", "model.predict", "model.samplers",
         "model.schedule",
     ],
+    "training.inputs": [
+        "config", "data", "durable", "progress", "model.memory", "model.pipeline",
+        "model.vae", "pairing.images", "pairing.pairs", "pairing.registration",
+        "pairing.sequences", "training.latents",
+    ],
+    "editing.framing": [
+        "data", "model.memory", "model.objectives", "model.pipeline", "model.tiles",
+    ],
+    "editing.flags": [
+        "cli", "durable", "model.files", "model.memory", "model.objectives",
+        "model.pipeline",
+    ],
+    "editing.edits": [
+        "editing.flags", "editing.framing", "model.files", "model.memory",
+        "model.objectives", "model.pipeline", "model.predict", "model.tiles",
+    ],
+    "editing.between": [
+        "data", "durable", "editing.edits", "editing.flags", "editing.framing",
+        "model.lora_files", "model.morph", "model.objectives", "model.pipeline",
+        "model.predict", "pairing.images", "reporting.measures",
+    ],
+    "training.checkpoint": [
+        "config", "durable", "model.files", "model.lora", "model.lora_files",
+        "model.objectives", "model.schedule",
+    ],
     "training.adapting": [
-        "training.checkpoint", "config", "durable", "model.draws", "model.lora",
-        "model.lora_algebra", "model.lora_files", "model.memory", "model.optim", "model.text",
-        "model.unet",
+        "config", "durable", "model.draws", "model.lora", "model.lora_algebra",
+        "model.lora_files", "model.memory", "model.optim", "model.text", "model.unet",
+        "training.checkpoint",
     ],
     "training.prompts": [
-        "training.adapting", "config", "latents", "pairs", "rows", "model.draws", "model.lora",
-        "model.pipeline", "model.text", "model.weights", "model.predict",
+        "config", "model.draws", "model.lora", "model.pipeline", "model.predict",
+        "model.text", "model.weights", "pairing.pairs", "training.adapting",
+        "training.latents", "training.rows",
     ],
     "training.session": [
-        "config", "durable", "model.memory", "training.ranks", "runs", "training.trackers",
+        "config", "durable", "runs", "model.memory", "training.ranks", "training.trackers",
     ],
-    "hub_card": ["md", "model.files", "model.lora_files", "model.objectives"],
+    "reporting.hub_card": ["model.files", "model.lora_files", "model.objectives", "reporting.md"],
     "hub": [
-        "cli", "config", "durable", "hub_card", "progress", "report", "model.files",
-        "model.lora_files", "model.lora_layouts",
+        "cli", "config", "durable", "progress", "report", "model.files", "model.lora_files",
+        "model.lora_layouts", "reporting.hub_card",
     ],
     "training.watching": [
-        "data", "durable", "images", "model.draws", "model.objectives", "model.pipeline",
-        "model.schedule", "model.unet", "model.vae", "pairs", "model.predict",
+        "data", "durable", "model.draws", "model.objectives", "model.pipeline",
+        "model.predict", "model.schedule", "model.unet", "model.vae", "pairing.images",
+        "pairing.pairs",
     ],
     "training.fitting": [
-        "config", "model.graph", "model.memory", "model.objectives", "model.plan", "model.vae",
-        "training.adapting", "training.inputs", "training.prompts", "training.watching",
-        "model.predict",
+        "config", "model.graph", "model.memory", "model.objectives", "model.plan",
+        "model.predict", "model.vae", "training.adapting", "training.inputs",
+        "training.prompts", "training.watching",
     ],
-    "check_data": ["cli", "data", "durable", "images", "pairs", "registration"],
+    "check_data": [
+        "cli", "data", "durable", "pairing.images", "pairing.pairs", "pairing.registration",
+    ],
     "sample": ["*"],
     "train": ["*"],
     "evaluate": ["*"],
-    "comparison": ["images", "md", "measures"],
-    "arms": ["cli", "evaluate"],
-    "jobs": [
-        "arms", "cli", "comparison", "config", "durable", "evaluate", "model.lora_files", "pairs",
-        "training.inputs", "training.session",
+    "ablating.comparison": ["pairing.images", "reporting.md", "reporting.measures"],
+    "ablating.arms": ["cli", "evaluate"],
+    "ablating.jobs": [
+        "cli", "config", "durable", "evaluate", "ablating.arms", "ablating.comparison",
+        "model.lora_files", "pairing.pairs", "training.inputs", "training.session",
     ],
-    "ablate": ["arms", "comparison", "cli", "config", "durable", "edit_flags", "evaluate", "jobs"],
+    "ablate": [
+        "cli", "config", "durable", "evaluate", "ablating.arms", "ablating.comparison",
+        "ablating.jobs", "editing.flags",
+    ],
 }  # fmt: skip
 ROOTS = ("check_data", "hub", "sample", "train", "evaluate", "ablate")  # what a user starts
 FOLDERS = ("scenes", "bench", "docs", "tests")  # on top of all: nothing outside them imports them
 LIBRARIES = {  # beyond the standard library
     "config": set(),
     "config_check": set(),
-    "images": {"torch", "numpy", "PIL"},
-    "pairs": set(),
+    "pairing.images": {"torch", "numpy", "PIL"},
+    "pairing.pairs": set(),
     "data": {"torch", "numpy", "PIL"},
 }
 REFERENCES = ("diffusers", "peft", "accelerate")
@@ -182,8 +195,8 @@ SOURCES = {
 }
 LIBRARY = [
     name
-    for name in SOURCES
-    if name not in ("model", "training") and name.split(".")[0] not in FOLDERS
+    for name, path in SOURCES.items()
+    if path.name != "__init__.py" and name.split(".")[0] not in FOLDERS
 ]
 
 
@@ -226,7 +239,7 @@ def test_only_roots_import_the_config():
     parts = {"inputs", "checkpoint", "adapting", "prompts", "fitting", "session"}
     parts = {f"training.{name}" for name in parts}
     assert {name for name in LIBRARY if "config" in siblings(name)} <= {
-        *ROOTS, *parts, "cli", "config_check", "jobs",
+        *ROOTS, *parts, "cli", "config_check", "ablating.jobs",
     }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, TiffImagePlugin
 
 import sample
-from images import GEO_TAGS, load_image, load_mask, place_on_map
+from pairing.images import GEO_TAGS, load_image, load_mask, place_on_map
 from tests.test_sample import write_lora
 
 DEFLATE, RAW = 8, 1

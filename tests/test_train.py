@@ -33,7 +33,7 @@ from model.objectives import OBJECTIVES
 from model.vae import VAE
 from model.weighting import in_and_out, listened, preservation, weighted_mean
 from model.weights import load_text, load_unet, load_vae
-from pairs import find_pairs, find_singles
+from pairing.pairs import find_pairs, find_singles
 from tests.pairs import write_pairs
 from tests.small import losses, rows, small
 from train import train

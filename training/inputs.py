@@ -15,12 +15,11 @@ import config
 from config import TrainConfig
 from data import PairDataset
 from durable import save_image
-from images import listed, load_image, to_image
-from latents import Latents, cache_latents
 from model.memory import phase, unless_full
 from model.pipeline import DTYPES, load_pipeline, pick_dtype
 from model.vae import VAE
-from pairs import (
+from pairing.images import listed, load_image, to_image
+from pairing.pairs import (
     SIDES,
     Pair,
     by_name,
@@ -30,9 +29,10 @@ from pairs import (
     left_out,
     unmatched,
 )
+from pairing.registration import MIN_SHIFT, find_shift
+from pairing.sequences import find_clips, find_sequences, is_clip
 from progress import no_bars
-from registration import MIN_SHIFT, find_shift
-from sequences import find_clips, find_sequences, is_clip
+from training.latents import Latents, cache_latents
 
 
 class Data(NamedTuple):

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from config import TrainConfig
-from latents import send
 from model.draws import seeded_for
 from model.lora import inject
 from model.pipeline import loaded
 from model.predict import Context, text_context
 from model.text import TextEncoder
 from model.weights import load_text
-from pairs import Pair
-from rows import Rows, choose, make_rows
+from pairing.pairs import Pair
 from training.adapting import Given
+from training.latents import send
+from training.rows import Rows, choose, make_rows
 
 MANY = 1000  # prompts
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from images import listed
 from model.objectives import Task
-from pairs import Pair
+from pairing.images import listed
+from pairing.pairs import Pair
 from progress import no_bars
 
 

@@ -12,7 +12,6 @@ from PIL import Image
 from torch import Tensor
 
 from durable import write_json
-from images import contact_sheet, to_image
 from model.draws import seeded_for
 from model.objectives import Draws, How, Knobs, Objective
 from model.pipeline import at_strengths, decode, generate_latents
@@ -20,7 +19,8 @@ from model.predict import Context, exaggerated, guided_predictor, predictor
 from model.schedule import Schedule
 from model.unet import UNet
 from model.vae import VAE
-from pairs import Pair
+from pairing.images import contact_sheet, to_image
+from pairing.pairs import Pair
 
 STRENGTHS = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25]  # for the report's slider
 

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import cli
-import comparison
-from arms import NEEDED, Arm, judge_parser
+from ablating import comparison
+from ablating.arms import NEEDED, Arm, judge_parser
 from config import TrainConfig
 from durable import file_sha256, read_or_empty
 from evaluate import find_held_out
 from model.lora_files import lora_path
-from pairs import find_singles, fingerprint
+from pairing.pairs import find_singles, fingerprint
 from training.inputs import find_data
 from training.session import ONCE
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-import measures
-from images import contact_sheet
-from md import figure, plain
+from pairing.images import contact_sheet
+from reporting import measures
+from reporting.md import figure, plain
 
 # ---- figures -------------------------------------------------------------------------------------
 

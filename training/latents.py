@@ -23,10 +23,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data import PairDataset
-from images import listed
 from model.draws import Pick
+from pairing.images import listed
 from progress import no_bars
-from rows import Rows, make_rows
+from training.rows import Rows, make_rows
 
 CACHE_FORMAT = 1  # part of every shard's name: increment it when the stored content changes
 

@@ -7,10 +7,10 @@ import json
 import shlex
 from pathlib import Path
 
-from md import escaped, fenced, printable
 from model.files import MOVED, is_local
 from model.lora_files import LORA_FILE, file_of
 from model.objectives import PORTABLE
+from reporting.md import escaped, fenced, printable
 
 USES = {
     "delta": "The UNet runs twice at one fixed timestep, with and without the LoRA; the difference "

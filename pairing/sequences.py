@@ -12,8 +12,16 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from images import Frame, frame_count, listed
-from pairs import SUFFIXES, Pair, existing, find_images, find_masks, find_pairs, read_caption
+from pairing.images import Frame, frame_count, listed
+from pairing.pairs import (
+    SUFFIXES,
+    Pair,
+    existing,
+    find_images,
+    find_masks,
+    find_pairs,
+    read_caption,
+)
 
 MAX_FRAMES = 10_000  # of an animated file, whose header may claim any number
 

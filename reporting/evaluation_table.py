@@ -1,6 +1,6 @@
 """evaluation.md, from the content of evaluation.json."""
 
-from md import code, figure
+from reporting.md import code, figure
 
 
 def table(result: dict) -> str:

@@ -17,16 +17,16 @@ from torch import Tensor
 
 from data import MAX_ASPECT, aspect_gap, by
 from durable import read_or_empty, refuse_others, save_image, write_aside, write_json
-from edit_flags import defaults, draws_anew, objective_of, prompt_of
-from editing import editor, finite, open_pipeline
-from framing import brought_to
-from images import contact_sheet, eight_bit, load_image, to_image, to_tensor
-from measures import mse, path, perceived, psnr, structure
+from editing.edits import editor, finite, open_pipeline
+from editing.flags import defaults, draws_anew, objective_of, prompt_of
+from editing.framing import brought_to
 from model.lora_files import load_lora, lora_path
 from model.morph import States, blended, fit, inverted, renderer, respaced, steps_between
 from model.objectives import OBJECTIVES
 from model.pipeline import Pipeline, encode, padded
 from model.predict import predictor
+from pairing.images import contact_sheet, eight_bit, load_image, to_image, to_tensor
+from reporting.measures import mse, path, perceived, psnr, structure
 
 DEFAULTS = {
     "adain": True, "attention": True, "noise_level": 0.6, "fit_steps": 0, "learning_rate": 1e-3,

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from durable import file_sha256
-from images import Frame, listed
+from pairing.images import Frame, listed
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 SIDES = ("--before_data_dir", "--after_data_dir")

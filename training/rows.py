@@ -24,7 +24,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from images import listed
+from pairing.images import listed
 
 MIB, GIB = 2**20, 2**30
 # of free memory: the network and its activations still need the rest

@@ -1,6 +1,6 @@
 """Using a LoRA: from flags to a pipeline, and from before images to edited images.
 
-Shared by sample.py and evaluate.py; the flags themselves are in edit_flags.py.
+Shared by sample.py and evaluate.py; the flags themselves are in flags.py.
 """
 
 import argparse
@@ -11,8 +11,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from edit_flags import prompt_of, without_effect
-from framing import Framing, frame_of, within_memory
+from editing.flags import prompt_of, without_effect
+from editing.framing import Framing, frame_of, within_memory
 from model.files import moved_note
 from model.memory import unless_full
 from model.objectives import OBJECTIVES, How, Knobs
