@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -28,7 +27,7 @@ from tqdm import tqdm
 
 from cli import Parser
 from data import PairDataset
-from durable import read_or_empty, refuse_others, save_image, write_json, write_text
+from durable import read_or_empty, refuse_others
 from editing.edits import batches, edit_pixels, open_pipeline, states_between
 from editing.flags import (
     MOST,
@@ -46,24 +45,13 @@ from editing.flags import (
 from editing.framing import Framing, frame_of, within_memory
 from model.draws import seed_for
 from model.pipeline import Pipeline, decode, encode
-from pairing.images import contact_sheet, eight_bit, to_image
+from pairing.images import eight_bit, to_image
 from pairing.pairs import SIDES, Pair, find_pairs, fingerprint, image_hashes, refuse_among
 from progress import no_bars
 from report import write_report
-from reporting.evaluation_table import table
-from reporting.measures import (
-    best,
-    collect,
-    judge,
-    mse,
-    progress,
-    psnr,
-    spearman,
-    spread,
-    statistics,
-)
-
-SHEET = 32  # pairs in the contact sheet
+from reporting.evaluation import SHEET, table, write
+from reporting.judging import collect, compare, compare_between, judge_samples
+from reporting.measures import spearman
 
 # ---- the run -------------------------------------------------------------------------------------
 
@@ -225,35 +213,6 @@ def warn_of_gaps(result: dict, masked: bool) -> None:
             warnings.warn(message + more, stacklevel=3)
 
 
-def compare(
-    item: dict, seen: dict, at: dict[float, Tensor], strengths: list[float], detail: bool
-) -> tuple[dict, list[Tensor]]:
-    """Metrics and images of one pair: `seen` are its sides after the autoencoder, `at` the
-    predictions by strength."""
-    before, after = eight_bit(item["before"]), eight_bit(item["after"])
-    mask = item["mask"][0] > 0.5 if "mask" in item else None
-    versions = {"copy": before, "predicted": at[1.0], "ceiling": seen["after"]}
-    row = {
-        **judge(before, after, mask, versions),
-        "progress": progress([at[s] for s in strengths], at[0.0], before, after),
-        "identity_psnr": psnr(mse(at[0.0], before if detail else seen["before"])),
-    }
-    error = (at[1.0] - after).abs().mean(0, keepdim=True).expand(3, -1, -1)
-    return row, [before, at[1.0], after, (3 * error).clamp(max=1)]
-
-
-def compare_between(
-    at: dict[float, Tensor], truths: dict[float, Tensor], before: Tensor
-) -> dict[str, dict[str, float]]:
-    """PSNR, for each state in between, of the prediction, a cross-fade and the before image."""
-    found = {}
-    for time, truth in truths.items():
-        fade = (1 - time) * at[0.0] + time * at[1.0]
-        states = {"predicted": at[time], "fade": fade, "before": before}
-        found[f"{time:g}"] = {name: psnr(mse(image, truth)) for name, image in states.items()}
-    return found
-
-
 def round_trip(pipe: Pipeline, pixels: Tensor, frame: Framing) -> Tensor:
     """The image encoded and decoded again: the best that any prediction can reach."""
 
@@ -262,54 +221,6 @@ def round_trip(pipe: Pipeline, pixels: Tensor, frame: Framing) -> Tensor:
         return decode(pipe.vae, encode(pipe.vae, pixels[None], frame.tiles), frame.tiles)[0]
 
     return eight_bit(within_memory(again, frame))
-
-
-def judge_samples(before: Tensor, draws: list[Tensor], seen: Tensor, truths: list[Tensor]) -> dict:
-    """Metrics of several predictions for one image of a random change, beside several truths.
-
-    The change is measured against `before` in the predictions, and in the truths, which are copies
-    by the autoencoder, against `seen`, its copy of the before.
-    """
-    near = lambda some: np.array([[psnr(mse(x, y)) for y in truths] for x in some])  # noqa: E731
-    row = {
-        **best(near(draws), near(truths)),
-        "spread": spread(draws),
-        "statistics": [statistics(before, x) for x in draws],
-        "truth": [statistics(seen, y) for y in truths],
-    }
-    return row | ({"spread_of_truth": spread(truths)} if len(truths) > 1 else {})
-
-
-def write(out: Path, result: dict, text: str, pictures: list[list[Image.Image]], kept: int) -> None:
-    """Writes the folder. `kept`: how many pairs' images are also saved as files."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "evaluation.json", rounded(result))
-    columns = ["before", "predicted", "after", "error x 3"]
-    files = {
-        out / "pictures" / f"{i:03d}-{kind}.png": image
-        for i, row in enumerate(pictures[:kept])
-        for kind, image in zip(columns[:3], row)
-    }
-    for path, image in files.items():
-        path.parent.mkdir(exist_ok=True)
-        save_image(image, path)
-    for kind in columns[:3]:  # left by an earlier evaluation of more pairs
-        for old in {*out.glob(f"pictures/[0-9][0-9][0-9]-{kind}.png")} - files.keys():
-            old.unlink()
-    names = [f"{row['name']}  {row['predicted']['psnr']:.1f} dB" for row in result["per_pair"]]
-    save_image(contact_sheet(pictures[:SHEET], columns, names), out / "sheet.png")
-    write_text(out / "evaluation.md", text)
-
-
-def rounded(value):
-    """Rounds to six digits, which do not depend on library versions or thread counts."""
-    if isinstance(value, dict):
-        return {str(key): rounded(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [rounded(part) for part in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return value
 
 
 def make_parser() -> Parser:

@@ -32,7 +32,6 @@ DEFAULTS = {
     "adain": True, "attention": True, "noise_level": 0.6, "fit_steps": 0, "learning_rate": 1e-3,
     "lora_rank": 16,
 }  # fmt: skip
-NOISY = (None, "slider", "anchored", "after", "dreambooth")  # None: no LoRA, or its header has none
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -91,8 +90,11 @@ def method_of(args: argparse.Namespace, objective: str | None) -> str:
     """--method, or the one that suits the objective."""
     if args.method is not None:
         return args.method
-    # the other objectives have paths of their own, known only to their edit
-    return "invert" if objective in NOISY or args.lora_after else "direct"
+    if args.lora_after or objective is None:  # no LoRA, or its header names no objective
+        return "invert"
+    # an inversion like any client's; the others have paths of their own, known only to their edit
+    use = OBJECTIVES.get(objective)
+    return "invert" if use and use.portable and "start" in use.uses else "direct"
 
 
 def frame_names(n: int) -> list[str]:

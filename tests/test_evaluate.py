@@ -11,7 +11,7 @@ from PIL import Image
 
 import evaluate
 from pairing.pairs import find_pairs, image_hashes
-from reporting import measures
+from reporting import judging, measures
 from scenes.render import write_pairs
 from tests.test_sample import write_lora
 
@@ -183,21 +183,21 @@ def test_draws_and_truths_are_judged_in_equal_numbers():
     What is drawn like the truth is as far from it as truths are from others, on average, however
     many of it there are: with all 8 draws and 4 truths it would seem nearer.
     """
-    alike = measures.distances(np.array([[1.0], [3.0]]), np.array([[1.0, 1.0], [3.0, 3.0]]))
+    alike = judging.distances(np.array([[1.0], [3.0]]), np.array([[1.0, 1.0], [3.0, 3.0]]))
     assert alike == {"distance": 0, "distance_of_truth": 0}
-    shifted = measures.distances(np.array([[3.0], [5.0]]), np.array([[1.0, 1.0], [3.0, 3.0]]))
+    shifted = judging.distances(np.array([[3.0], [5.0]]), np.array([[1.0, 1.0], [3.0, 3.0]]))
     assert shifted == {"distance": 2, "distance_of_truth": 0}
-    alone = measures.distances(np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([[1.0], [3.0]]))
+    alone = judging.distances(np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([[1.0], [3.0]]))
     assert alone == {"distance": 0.5, "distance_of_truth": None}
     rng, found = np.random.default_rng(0), []
     for _ in range(400):
         scene = rng.standard_normal((16, 1))
         draw = lambda k: scene + rng.standard_normal((16, k))  # noqa: B023, E731
-        found.append([*measures.distances(draw(8), draw(4)).values()])
+        found.append([*judging.distances(draw(8), draw(4)).values()])
     ours, truths = np.array(found).T
     assert abs(ours.mean() / truths.mean() - 1) < 0.05 and truths.mean() > 0.15
 
-    nearest = [measures.best(rng.random((8, 4)), rng.random((4, 4))) for _ in range(300)]
+    nearest = [judging.best(rng.random((8, 4)), rng.random((4, 4))) for _ in range(300)]
     ours, truths = np.array([[*one.values()] for one in nearest]).mean(0)
     assert ours == pytest.approx(truths, abs=0.01) and ours == pytest.approx(4 / 5, abs=0.01)
 
@@ -364,7 +364,7 @@ def test_numbers_of_a_picture_by_hand():
     )
     assert measures.spread([zeros[:1], 8 * one[:1]]) == pytest.approx((1.92**2 / 2 / 4) ** 0.5)
     start = zeros + 0.3  # the way is counted from here
-    assert measures.progress([start, start + one / 2], start, zeros, one) == pytest.approx([0, 0.5])
+    assert judging.progress([start, start + one / 2], start, zeros, one) == pytest.approx([0, 0.5])
 
 
 def test_a_mean_has_the_error_of_what_is_a_number():

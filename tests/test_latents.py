@@ -1,4 +1,4 @@
-"""The latent cache and its tables: the posterior cached, killed and gone on with, in three places."""
+"""The latent cache and its tables: a posterior cached, killed and gone on with, in three places."""
 
 import contextlib
 import os

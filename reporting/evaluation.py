@@ -1,6 +1,15 @@
-"""evaluation.md, from the content of evaluation.json."""
+"""What an evaluation leaves: evaluation.json, evaluation.md, a contact sheet, pictures."""
 
+import math
+from pathlib import Path
+
+from PIL import Image
+
+from durable import save_image, write_json, write_text
+from pairing.images import contact_sheet
 from reporting.md import code, figure
+
+SHEET = 32  # pairs in the contact sheet
 
 
 def table(result: dict) -> str:
@@ -64,3 +73,35 @@ def table(result: dict) -> str:
                 cells += [f"{value['distance']:.2f}", "-" if least is None else f"{least:.2f}"]
                 lines.append(f"| {key} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def write(out: Path, result: dict, text: str, pictures: list[list[Image.Image]], kept: int) -> None:
+    """Writes the folder. `kept`: how many pairs' images are also saved as files."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "evaluation.json", rounded(result))
+    columns = ["before", "predicted", "after", "error x 3"]
+    files = {
+        out / "pictures" / f"{i:03d}-{kind}.png": image
+        for i, row in enumerate(pictures[:kept])
+        for kind, image in zip(columns[:3], row)
+    }
+    for path, image in files.items():
+        path.parent.mkdir(exist_ok=True)
+        save_image(image, path)
+    for kind in columns[:3]:  # left by an earlier evaluation of more pairs
+        for old in {*out.glob(f"pictures/[0-9][0-9][0-9]-{kind}.png")} - files.keys():
+            old.unlink()
+    names = [f"{row['name']}  {row['predicted']['psnr']:.1f} dB" for row in result["per_pair"]]
+    save_image(contact_sheet(pictures[:SHEET], columns, names), out / "sheet.png")
+    write_text(out / "evaluation.md", text)
+
+
+def rounded(value):
+    """Rounds to six digits, which do not depend on library versions or thread counts."""
+    if isinstance(value, dict):
+        return {str(key): rounded(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [rounded(part) for part in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
