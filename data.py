@@ -19,10 +19,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageColor
 from torch import Tensor
 
-from pairing.images import image_size, listed, load_image, load_mask, to_tensor
+from pairing.images import by, image_size, listed, load_image, load_mask, to_tensor
 from pairing.pairs import Pair, file_hash, find_pairs  # noqa: F401, a data set's two steps are at hand together
-
-MAX_ASPECT = 0.02  # 768x383 is 768x384 with a row lost; beyond 2 % the framing differs
+from pairing.registration import MAX_ASPECT, aspect_gap
 
 
 @dataclass(frozen=True)
@@ -80,17 +79,6 @@ def apply(
         image = image.resize(geometry.resize, resample)  # Pillow antialiases when downscaling
     image = image.crop(geometry.crop)
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if geometry.flip else image
-
-
-def aspect_gap(size: tuple[int, int], other: tuple[int, int]) -> float:
-    """Relative difference of two aspect ratios, 0 if equal."""
-    ratios = sorted((size[0] * other[1], other[0] * size[1]))
-    return ratios[1] / ratios[0] - 1
-
-
-def by(size: tuple[int, int]) -> str:
-    """A size as shown in messages: 768x383."""
-    return f"{size[0]}x{size[1]}"
 
 
 def change_mask(before: Tensor, after: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data import MAX_ASPECT, aspect_gap, by
 from durable import read_or_empty, refuse_others, save_image, write_aside, write_json
 from editing.edits import editor, finite, open_pipeline
 from editing.flags import defaults, draws_anew, objective_of, prompt_of
@@ -25,7 +24,8 @@ from model.morph import States, blended, fit, inverted, renderer, respaced, step
 from model.objectives import OBJECTIVES
 from model.pipeline import Pipeline, encode, padded
 from model.predict import predictor
-from pairing.images import contact_sheet, eight_bit, load_image, to_image, to_tensor
+from pairing.images import by, contact_sheet, eight_bit, load_image, to_image, to_tensor
+from pairing.registration import MAX_ASPECT, aspect_gap
 from reporting.measures import mse, path, perceived, psnr, structure
 
 DEFAULTS = {

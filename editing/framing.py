@@ -13,11 +13,12 @@ from typing import NamedTuple, TypeVar
 
 from PIL import Image
 
-from data import by, with_short_side
+from data import with_short_side
 from model.memory import unless_full
 from model.objectives import OBJECTIVES
 from model.pipeline import Pipeline
 from model.tiles import Tiles
+from pairing.images import by
 
 LEAST = 8  # smallest side of a window, in latents
 Result = TypeVar("Result")

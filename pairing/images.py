@@ -38,6 +38,11 @@ def listed(names: Sequence[object], limit: int = 10) -> str:
     return ", ".join(texts + more)
 
 
+def by(size: tuple[int, int]) -> str:
+    """A size as shown in messages: 768x383."""
+    return f"{size[0]}x{size[1]}"
+
+
 @contextmanager
 def _reading(path: Path | str) -> Iterator[None]:
     """Drops Pillow's warnings and turns whatever it raises into one sentence naming the file."""

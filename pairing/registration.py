@@ -1,11 +1,18 @@
-"""Whether the two images of a pair lie exactly on each other: their shift, by phase correlation."""
+"""Whether the two images of a pair lie exactly on each other: the same frame, and no shift."""
 
 import numpy as np
 from PIL import Image
 
+MAX_ASPECT = 0.02  # 768x383 is 768x384 with a row lost; beyond 2 % the framing differs
 MIN_SHIFT = 2  # pixels
 MIN_PEAK = 15.0  # standard deviations; 618 unrelated pairs of photographs reached 12.2
 MIN_RATIO = 2.0  # over the second peak; the same unrelated pairs reached 1.62
+
+
+def aspect_gap(size: tuple[int, int], other: tuple[int, int]) -> float:
+    """Relative difference of two aspect ratios, 0 if equal."""
+    ratios = sorted((size[0] * other[1], other[0] * size[1]))
+    return ratios[1] / ratios[0] - 1
 
 
 def _edges(image: Image.Image) -> np.ndarray:

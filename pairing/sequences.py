@@ -92,12 +92,10 @@ def is_clip(file: Path, folder: Path | str) -> bool:
     return file.parent == Path(folder) and file.suffix.lower() in SUFFIXES | {".gif", ".apng"}
 
 
-def find_clips(folder: Path | str, stride: int = 1, *, mask_dir: Path | str | None = None):
-    """Pairs from the clips in a folder: sub-folders of frames, sorted by name with numbers compared
-    as numbers, or animated GIF, WebP or PNG files. Every `stride`-th frame is used; the first is
-    the before of all others, and strengths are positions, 0..1, from the first to the last used.
-    ValueError names a clip with fewer than two frames, a file with more than MAX_FRAMES, or two
-    clips of the same name."""
+def clips_in(folder: Path | str) -> dict[str, list[Path | Frame]]:
+    """Every clip's frames by its name: sub-folders of frames, sorted by name with numbers compared
+    as numbers, or animated GIF, WebP or PNG files. ValueError names a file with more than
+    MAX_FRAMES, or two clips of the same name."""
     root = existing(folder, "--frames_dir")
     clips: dict[str, list[Path | Frame]] = {}
     for entry in sorted(root.iterdir()):
@@ -122,6 +120,14 @@ def find_clips(folder: Path | str, stride: int = 1, *, mask_dir: Path | str | No
         raise ValueError(
             f"--frames_dir holds no clips (folders of frames or animated files): {listed([folder])}"
         )
+    return clips
+
+
+def find_clips(folder: Path | str, stride: int = 1, *, mask_dir: Path | str | None = None):
+    """Pairs from the clips in a folder: every `stride`-th frame is used; the first is the before of
+    all others, and strengths are positions, 0..1, from the first to the last used. Errors as in
+    `clips_in`; ValueError names a clip with fewer than two frames used."""
+    clips = clips_in(folder)
     masks = find_masks(list(clips), mask_dir, False) if mask_dir is not None else {}
     pairs = []
     for name, frames in clips.items():

@@ -790,6 +790,57 @@ def test_a_clean_set_is_status_0(tmp_path, capsys):
     assert "pairs        1 of 1 usable, 128x128 pixels" in said and "remark" not in said
 
 
+def check_other(root, *flags):
+    return check_data.main([str(flag) for flag in [*flags, "--resolution", "128", "--out", root]])
+
+
+def test_states_of_the_same_places_are_checked_in_one_go(tmp_path, capsys):
+    dirs = [tmp_path / year for year in ("2018", "2020", "2023")]
+    for i, name in enumerate(("good", "moved", "gone")):
+        scene = picture(i, (320, 320))
+        for k, folder in enumerate(dirs):
+            image = repaint(scene, 50 + k) if k else scene
+            save(shifted(image, 9 * (k == 1 and name == "moved"), 0), folder / f"{name}.png")
+    save(Image.open(dirs[0] / "good.png"), dirs[2] / "good.png")
+    (dirs[1] / "gone.png").unlink()
+    save(picture(9, (256, 256)), dirs[2] / "double.png")
+    save(picture(9, (256, 256)), dirs[2] / "double.jpg")
+    assert check_other(tmp_path / "out", "--sequence_dirs", *dirs) == 1
+    said = capsys.readouterr().out
+    assert f"state 1      2 images in {dirs[1]}\n" in said
+    assert "pairs        4 of 4 usable, 256x256 pixels" in said
+    assert f"PROBLEM      state 0 images without a partner: 1\n{'':13}gone\n" in said
+    assert f"PROBLEM      state 2 images without a partner: 2\n{'':13}double, gone\n" in said
+    assert f"names with several files in one folder: 1\n{'':13}double\n" in said
+    assert f"pairs that look shifted: 1\n{'':13}moved, state 1 (+9, +0)\n" in said
+    assert f"pairs without change: 1\n{'':13}good, state 2\n" in said
+    sheet = Image.open(tmp_path / "out" / "check-data.png")
+    assert sheet.size == (4 * (192 + 6) + 6, 2 * (192 + 16 + 6) + 16)  # three states, difference
+
+
+def test_clips_are_checked_frame_by_frame(tmp_path, capsys):
+    clips, scene = tmp_path / "clips", shifted(picture(1, (320, 320)), 0, 0)
+    for name, frames in (("long", 7), ("short", 3), ("still", 1)):
+        for i in range(frames):
+            save(repaint(scene, 50 + i) if i else scene, clips / name / f"{i}.png")
+    (clips / "long" / "4.png").write_bytes(b"")
+    film = [scene, repaint(scene, 60)]
+    film[0].save(clips / "film.png", save_all=True, append_images=film[1:])
+    flags = "--frames_dir", clips, "--frame_stride", 2
+    assert check_other(tmp_path / "out", *flags) == 1
+    said = capsys.readouterr().out
+    assert f"clips        4 with 8 frames in {clips}\n" in said
+    assert "pairs        3 of 4 usable" in said
+    assert f"PROBLEM      clips without a change: 2\n{'':13}film, still\n" in said
+    assert f"PROBLEM      broken files: 1\n{'':13}{clips}/long/4.png" in said
+    assert f"identical frame 0 images: 1\n{'':13}long = short\n" in said  # of those with a change
+    assert "skipped" not in said
+    sheet = Image.open(tmp_path / "out" / "check-data.png")
+    assert sheet.width == 3 * (192 + 6) + 6  # the first, the last, their difference
+    assert check_other(tmp_path / "out", *flags[:2], "--mask_dir", clips / "long") == 1
+    assert f"pairs without a mask: 3\n{'':13}film, long, short\n" in capsys.readouterr().out
+
+
 def test_what_is_left_out_or_dark_is_a_remark(folders, tmp_path, capsys):
     before, after = folders(["a.png", "b.png", "night.png"], ["a.png", "b.png", "night.png"])
     for side in (before, after):

@@ -456,12 +456,34 @@ def test_an_error_without_words_is_named(capsys, error, said):
         ("--resolution nan", "--resolution: invalid int value: 'nan'"),
         ("--out notes.txt", "--out notes.txt: notes.txt is a file; expected a folder"),
         ("--bef x", "unrecognized arguments: --bef x"),
+        ("--frame_stride 2", "--frame_stride 2 has no effect without --frames_dir"),
+        ("--frame_stride 0", "--frame_stride must be at least 1, got 0"),
+        ("--frames_dir pairs", "pass --before and --after, or --sequence_dirs, or --frames_dir"),
     ],
 )
 def test_check_data(place, flags, sentence):
     """What cannot be looked at at all."""
     good = ["--before", "pairs/before", "--after", "pairs/after", "--out", "new"]
     said = complaint(place, check_data.main, [*good, *words(flags)])
+    assert said.startswith("check_data.py: ") and sentence in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("", "pass --before and --after, or --sequence_dirs, or --frames_dir"),
+        ("--after pairs/after", "--before is missing"),
+        ("--sequence_dirs pairs/before", "--sequence_dirs has 1 folder, expected at least 2"),
+        ("--sequence_dirs pairs/before pairs/before", "two of --sequence_dirs are the same folder"),
+        ("--sequence_dirs pairs/before nowhere", "--sequence_dirs doesn't exist: nowhere"),
+        ("--sequence_dirs pairs/before strangers", "No matching image pairs found: pairs/before"),
+        ("--frames_dir empty", "--frames_dir holds no clips"),
+        ("--frames_dir ''", "--frames_dir: expected a path, got ''"),
+        ("--frames_dir pairs --out pairs/x", "--out pairs/x is among the images of --frames_dir"),
+    ],
+)
+def test_check_data_of_more_than_two_states(place, flags, sentence):
+    said = complaint(place, check_data.main, words(f"--out new {flags}"))
     assert said.startswith("check_data.py: ") and sentence in said
 
 

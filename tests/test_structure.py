@@ -33,7 +33,10 @@ ARROWS = {
     "pairing.registration": [],
     "pairing.pairs": ["durable", "pairing.images"],
     "pairing.sequences": ["pairing.images", "pairing.pairs"],
-    "data": ["pairing.images", "pairing.pairs"],
+    "pairing.checking": [
+        "pairing.images", "pairing.pairs", "pairing.registration", "pairing.sequences",
+    ],
+    "data": ["pairing.images", "pairing.pairs", "pairing.registration"],
     "reporting.md": [],
     "reporting.evaluation": ["durable", "pairing.images", "reporting.md"],
     "training.stop": [],
@@ -100,6 +103,7 @@ ARROWS = {
     ],
     "editing.framing": [
         "data", "model.memory", "model.objectives", "model.pipeline", "model.tiles",
+        "pairing.images",
     ],
     "editing.flags": [
         "cli", "durable", "model.files", "model.memory", "model.objectives",
@@ -110,9 +114,9 @@ ARROWS = {
         "model.objectives", "model.pipeline", "model.predict", "model.tiles",
     ],
     "editing.between": [
-        "data", "durable", "editing.edits", "editing.flags", "editing.framing",
-        "model.lora_files", "model.morph", "model.objectives", "model.pipeline",
-        "model.predict", "pairing.images", "reporting.measures",
+        "durable", "editing.edits", "editing.flags", "editing.framing", "model.lora_files",
+        "model.morph", "model.objectives", "model.pipeline", "model.predict",
+        "pairing.images", "pairing.registration", "reporting.measures",
     ],
     "training.checkpoint": [
         "config", "durable", "model.files", "model.lora", "model.lora_files",
@@ -147,7 +151,8 @@ ARROWS = {
         "training.prompts", "training.watching",
     ],
     "check_data": [
-        "cli", "data", "durable", "pairing.images", "pairing.pairs", "pairing.registration",
+        "cli", "durable", "pairing.checking", "pairing.images", "pairing.pairs",
+        "pairing.sequences",
     ],
     "sample": ["*"],
     "train": ["*"],

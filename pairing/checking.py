@@ -1,0 +1,249 @@
+"""What is wrong with a data set: every finding in one report, and small pictures to look at."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageChops, ImageOps
+
+from pairing.images import Frame, by, listed, load_image, load_mask
+from pairing.pairs import by_name, find_pairs, read_caption
+from pairing.registration import MAX_ASPECT, MIN_SHIFT, aspect_gap, find_shift
+from pairing.sequences import clips_in, find_sequences
+
+NO_CHANGE = 0.5  # mean absolute difference, of 255: that of saving as JPEG twice
+DARK = 16  # of 255: white of 12-bit data in a 16-bit file
+TILE, SHEET_PLACES, SHEET_STATES = 192, 24, 5
+
+# ---- the report ----------------------------------------------------------------------------------
+
+KEEP_ONE, ADD = "keep one of each", "add what is missing, or pass --allow_unmatched"
+VERDICTS = {  # in the order of the report: whether it would stop the training, and advice
+    "broken files": (True, "save them again or remove the pair"),
+    "names with several files in one folder": (True, KEEP_ONE),
+    "{} images without a partner": (True, ADD),
+    "clips without a change": (True, "two frames are needed, --frame_stride apart"),
+    "pairs without a mask": (True, ADD),
+    "images of another shape": (True, "crop them to the frame of the after image"),
+    "unusable captions": (True, "fix the text file or delete it"),
+    "images of another size": (False, "they will be resized to the after image"),
+    "pairs that look shifted": (False, "align them; (right, down) px of after over before"),
+    "pairs without change": (False, "they teach that nothing happens"),
+    "nearly black images": (False, "12-bit data in 16-bit files? scale it to the full range"),
+    "files with other suffixes, skipped": (False, "save them as PNG, JPEG, WebP, BMP or TIFF"),
+    "empty masks": (False, "they teach that nothing happens"),
+    "faint masks": (False, "labels? the change is where a mask is white, 255"),
+    "identical {} images": (False, KEEP_ONE),
+    "pairs smaller than {} px": (False, "they will be upscaled; train with a lower --resolution"),
+}
+
+
+@dataclass
+class Report:
+    """Counts, and what was found: names of files and pairs, by a key of VERDICTS and its word."""
+
+    counts: list[tuple[str, str]] = field(default_factory=list)
+    found: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    pixels: dict[tuple[str, bytes], list[str]] = field(default_factory=dict)  # hash -> places
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    usable: int = 0  # pairs
+    measured: int = 0  # of them, registered
+
+    def note(self, what: str, *examples: str, word: object = "") -> None:
+        if examples:
+            self.found.setdefault((what, str(word)), []).extend(examples)
+
+    @property
+    def problems(self) -> int:
+        return sum(VERDICTS[what][0] for what, _ in self.found)
+
+    def __str__(self) -> str:
+        lines = [f"{what:<13}{count}" for what, count in self.counts]
+        order = list(VERDICTS)
+        for what, word in sorted(
+            self.found, key=lambda key: (not VERDICTS[key[0]][0], order.index(key[0]))
+        ):
+            (stops, advice), which = VERDICTS[what], self.found[what, word]
+            title = f"{what.format(word)}: {len(which)}"
+            lines += ["", f"{'PROBLEM' if stops else 'remark':<13}{title}"]
+            lines += [f"{'':<13}{line}" for line in (listed(which), f"-> {advice}")]
+        return "\n".join(lines)
+
+
+# ---- what is to be looked at ---------------------------------------------------------------------
+
+
+class Places(NamedTuple):
+    states: dict[str, Sequence[Path | Frame]]  # of each place, by its name, the first one first
+    label: Callable[[int], str]  # what the i-th state is called
+    compared: list[str] | None  # labels of states that no two places share; None: of all
+    pairs: int  # of a first state with a later one, usable or not
+
+
+def by_folder(folders: dict[str, tuple[str, Path]], report: Report) -> Places:
+    """Places that are in all folders, each given by a label, its flag and its path."""
+    groups = {label: by_name(folder, flag) for label, (flag, folder) in folders.items()}
+    first, *rest = groups.values()
+    names = [name for name in first if all(name in other for other in rest)]
+    if not names or len({folder.resolve() for _, folder in folders.values()}) < len(folders):
+        flags, dirs = zip(*folders.values())  # these raise the right message
+        if flags[0] == flags[-1]:
+            find_sequences(dirs, allow_unmatched=True)
+        find_pairs(*dirs, flags=flags)
+    for label, group in groups.items():
+        count = sum(map(len, group.values()))
+        report.counts.append((label, f"{count} images in {listed([folders[label][1]])}"))
+        alone = [name for name in group if any(name not in other for other in groups.values())]
+        report.note("{} images without a partner", *alone, word=label)
+    doubled = {name for group in groups.values() for name, files in group.items() if files[1:]}
+    report.note("names with several files in one folder", *sorted(doubled))
+    states = {
+        name: [group[name][0] for group in groups.values()] for name in names if name not in doubled
+    }
+    return Places(states, list(groups).__getitem__, None, len(names) * len(rest))
+
+
+def by_clip(folder: Path, stride: int, report: Report) -> Places:
+    clips = {name: frames[::stride] for name, frames in clips_in(folder).items()}
+    count = sum(map(len, clips.values()))
+    report.counts.append(("clips", f"{len(clips)} with {count} frames in {listed([folder])}"))
+    report.note("clips without a change", *(n for n, frames in clips.items() if len(frames) < 2))
+    clips = {name: frames for name, frames in clips.items() if len(frames) > 1}
+    pairs = sum(len(frames) - 1 for frames in clips.values())
+    label = lambda i: f"frame {i * stride}"  # noqa: E731
+    return Places(clips, label, [label(0)], pairs)
+
+
+# ---- looking at it -------------------------------------------------------------------------------
+
+
+def check(
+    places: Places, masks: dict[str, list[Path]] | None, resolution: int, report: Report
+) -> tuple[list[str], list[str], list[list[Image.Image]]]:
+    """Fills the report. Returns a contact sheet's columns, names and rows: some states of up to 24
+    places, first to last, small."""
+    states = places.states
+    if masks is not None:
+        doubled = sorted(name for name, files in masks.items() if files[1:] and name in states)
+        report.note("names with several files in one folder", *doubled)
+        states = {name: some for name, some in states.items() if name not in doubled}
+        report.note("pairs without a mask", *(name for name in states if name not in masks))
+    names = list(states)
+    # spread over the set, and chosen in advance, so that no other images stay in memory
+    picks = {names[i] for i in evenly(len(names), SHEET_PLACES)}
+    lengths = [len(files) for files in states.values()] or [0]
+    across = min(SHEET_STATES, *lengths)
+    rows = {}
+    for name, files in states.items():
+        mask = (masks or {}).get(name, [None])[0]
+        shown = evenly(len(files), across) if name in picks else []
+        if row := look_at(name, files, mask, places, resolution, report, shown):
+            rows[name] = row
+    for (label, _), same in report.pixels.items():
+        if len(same) > 1:
+            twins = " = ".join(listed([name]) for name in same)
+            report.note("identical {} images", twins, word=label)
+    sizes = report.sizes
+    span = " to ".join(dict.fromkeys(by(f(sizes)) for f in (min, max))) if sizes else "none read"
+    report.counts.append(("pairs", f"{report.usable} of {places.pairs} usable, {span} pixels"))
+    untold = "; the others are too small or changed too much"
+    rest = untold if report.measured < report.usable else ""
+    report.counts.append(("registration", f"measured on {report.measured} of them{rest}"))
+    columns = [places.label(i) for i in evenly(max(lengths), across)]
+    if len({*lengths}) > 1:
+        columns = ["first", *["between"] * (across - 2), "last"]
+    return columns, list(rows), list(rows.values())
+
+
+def evenly(count: int, most: int) -> list[int]:
+    """At most `most` of 0..count − 1, both ends among them."""
+    return sorted({round(i) for i in np.linspace(0, count - 1, min(count, most))})
+
+
+def look_at(
+    name: str,
+    files: Sequence[Path | Frame],
+    mask_file: Path | None,
+    places: Places,
+    resolution: int,
+    report: Report,
+    shown: Sequence[int],
+) -> list[Image.Image]:
+    """Notes what is found in the states of a place. Returns those `shown`, small, or [] if one of
+    them is not usable."""
+
+    def load(file: Path | Frame, how: Callable = load_image) -> Image.Image | None:
+        try:
+            return how(file)
+        except (OSError, ValueError) as error:
+            report.note("broken files", str(error))
+            return None
+
+    try:
+        read_caption(files[-1], files[0])
+    except (OSError, ValueError) as error:
+        report.note("unusable captions", str(error))
+    mask = mask_file and load(mask_file, load_mask)
+    before, small = None, {}
+    for i, file in enumerate(files):
+        label, last = places.label(i), i == len(files) - 1
+        if (image := load(file)) is None:
+            continue
+        if places.compared is None or label in places.compared:
+            digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest()
+            report.pixels.setdefault((label, digest), []).append(name)
+        # the 99th percentile, as a few bright roofs do not make an image bright
+        if (most := np.percentile(np.asarray(image).max(2), 99)) <= DARK:
+            report.note(
+                "nearly black images", f"{name} ({label}, mostly at most {most:.0f} of 255)"
+            )
+        if i == 0:
+            before = image
+        elif before is None or not note_pair(
+            name if len(files) == 2 else f"{name}, {label}",
+            {places.label(0): before, label: image} | ({"mask": mask} if mask and last else {}),
+            resolution,
+            report,
+            whole=last,
+        ):
+            continue
+        if i in shown:
+            small[i] = ImageOps.contain(image, (TILE, TILE))
+    return list(small.values()) if len(small) == len(shown) else []
+
+
+def note_pair(
+    name: str, images: dict[str, Image.Image], resolution: int, report: Report, *, whole: bool
+) -> bool:
+    """Notes what is found in a pair: images by label, before, after and perhaps the mask. `whole`:
+    it shows the whole change. Returns whether it is usable."""
+    labels = list(images)
+    before, after = images[labels[0]], images[labels[1]]
+    mask = images.get("mask")
+    report.sizes.append(after.size)
+    for label, image in images.items():
+        if image.size != after.size:
+            what = "shape" if aspect_gap(image.size, after.size) > MAX_ASPECT else "size"
+            example = f"{name} ({label} {by(image.size)}, {labels[1]} {by(after.size)})"
+            report.note(f"images of another {what}", example)
+    if aspect_gap(before.size, after.size) > MAX_ASPECT:
+        return False
+    report.usable += 1
+    if min(after.size) < resolution:
+        report.note("pairs smaller than {} px", f"{name} ({by(after.size)})", word=resolution)
+    if mask and (most := mask.getextrema()[1]) < 128:
+        if most == 0:
+            report.note("empty masks", name)
+        else:
+            report.note("faint masks", f"{name} (at most {most} of 255)")
+    difference = ImageChops.difference(before.resize(after.size), after)
+    if whole and np.asarray(difference).mean() < NO_CHANGE:
+        report.note("pairs without change", name)
+    if (shift := find_shift(before, after)) is not None:
+        report.measured += 1
+        if max(map(abs, shift)) >= MIN_SHIFT:
+            report.note("pairs that look shifted", f"{name} ({shift[0]:+d}, {shift[1]:+d})")
+    return True
