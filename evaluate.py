@@ -202,15 +202,21 @@ def resolution_of(args: argparse.Namespace, pipe: Pipeline) -> int:
 
 
 def warn_of_gaps(result: dict, masked: bool) -> None:
-    """Warns if "gap closed" leaves out some of the pairs, or is undefined."""
+    """Warns if "gap closed" leaves out some of the pairs, is undefined, or says little."""
     for place, gap in result["gap_closed"].items():
         if missing := result["pairs"] - gap["n"]:
             message = f"{missing} of {result['pairs']} pairs have no pixels {place} their mask"
             warnings.warn(f"{message} and are not counted there", stacklevel=3)
-        if gap["mean"] is None and gap["n"]:
-            message = f"{place}, the autoencoder's error exceeds the change: no gap can be closed"
-            more = "" if masked else ": pass --mask_dir to measure where the change is"
-            warnings.warn(message + more, stacklevel=3)
+        key = "mse" if place == "whole" else f"mse_{place}"
+        change, lost = (result[kind][key]["mean"] for kind in ("copy", "ceiling"))
+        if gap["n"] and lost > change / 2:
+            where = "" if place == "whole" else f"{place} the mask, "
+            more = "" if masked else ", or pass --mask_dir to measure where the change is"
+            warnings.warn(
+                f"{where}the autoencoder's own error is {lost / max(change, 1e-12):.0%} of the "
+                f"change, so that the gap closed says little: read the error removed{more}",
+                stacklevel=3,
+            )
 
 
 def round_trip(pipe: Pipeline, pixels: Tensor, frame: Framing) -> Tensor:

@@ -165,6 +165,8 @@ def text(value: object) -> str:
 def evaluation(result: dict) -> str:
     """The results of evaluate.py: gap closed, and each metric beside copying and the ceiling."""
     found = {f"gap closed ({k})": figure(v) for k, v in result["gap_closed"].items()}
+    removed = result.get("error_removed", {})  # an older evaluation.json has none
+    found |= {f"error of copying removed ({k})": figure(v) for k, v in removed.items()}
     if result.get("outside_over_ceiling") is not None:
         found["squared error outside, over the ceiling's"] = f"{result['outside_over_ceiling']:.2f}"
     found["Spearman of strength and progress"] = figure(result["strengths"]["spearman"])

@@ -18,6 +18,7 @@ from reporting.md import figure, plain
 COLUMNS = {  # decimals and meaning
     "gap closed": (3, "(MSE of copying - MSE) / (MSE of copying - MSE of the ceiling)"),
     "inside": (3, "the same inside the mask"),
+    "error removed": (3, "1 - MSE / MSE of copying"),
     "outside / ceiling": (2, "squared error outside the mask over the autoencoder's own"),
     "PSNR": (2, "at strength 1, dB"),
     "Spearman": (3, "rank correlation of strength and progress"),
@@ -35,6 +36,7 @@ def figures(result: dict, folder: Path) -> dict[str, tuple[float, float | None]]
     found = {
         "gap closed": gap["whole"],
         "inside": gap.get("inside"),
+        "error removed": result.get("error_removed", {}).get("whole"),
         "outside / ceiling": {"mean": result.get("outside_over_ceiling"), "se": None},
         "PSNR": result["predicted"]["psnr"],
         "Spearman": result["strengths"]["spearman"],

@@ -33,6 +33,8 @@ def table(result: dict) -> str:
     lines.append("")
     for place, value in result["gap_closed"].items():
         lines.append(f"Gap closed ({place}): **{figure(value, 3)}**")
+    for place, value in result["error_removed"].items():
+        lines.append(f"Error of copying removed ({place}): **{figure(value, 3)}**")
     if result.get("outside_over_ceiling") is not None:
         ratio = result["outside_over_ceiling"]
         lines.append(f"Squared error outside the mask over the ceiling's: {ratio:.2f}")

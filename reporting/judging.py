@@ -160,6 +160,12 @@ def collect(rows: list[dict], strengths: Sequence[float]) -> dict:
         place.strip("_") or "whole": gap_closed(*(columns(n, f"mse{place}") for n in names))
         for place in places[:2]  # outside the mask there is no gap to be closed
     }
+    result["error_removed"] = {  # also where the autoencoder's own error hides the change
+        place.strip("_") or "whole": gap_closed(
+            columns("copy", f"mse{place}"), columns("predicted", f"mse{place}"), [0.0] * len(rows)
+        )
+        for place in places[:2]
+    }
     if len(places) > 1:
         outside = [result[n]["mse_outside"]["mean"] for n in ("predicted", "ceiling")]
         result["outside_over_ceiling"] = outside[0] / outside[1] if None not in outside else None

@@ -434,8 +434,9 @@ def test_a_program_that_outlives_the_ablation_keeps_its_folder(tmp_path, monkeyp
 def evaluation(gap, between=(), samples=None):
     value = lambda mean: {"mean": mean, "se": 0.01, "n": 2}  # noqa: E731
     rows = [{"between": {"0.5": {"predicted": p, "fade": f}}} for p, f in between]
-    found = {"gap_closed": {"whole": value(gap)}, "predicted": {"psnr": value(20.0)},
-             "strengths": {"spearman": value(1.0)}, "per_pair": rows}  # fmt: skip
+    found = {"gap_closed": {"whole": value(gap)}, "error_removed": {"whole": value(0.4)},
+             "predicted": {"psnr": value(20.0)}, "strengths": {"spearman": value(1.0)},
+             "per_pair": rows}  # fmt: skip
     return found | ({"between": {}} | {"between": {"0.5": {}}} if rows else {}) | (samples or {})
 
 
@@ -451,6 +452,7 @@ def test_figures_of_a_run(tmp_path):
     assert got["between"] == (22.5, pytest.approx(1.5)) and got["over fade"][0] == 2.5
     assert got["best sample"] == (18.0, 0.5) and got["statistics"][0] == pytest.approx(0.3)
     assert got["gap closed"] == (0.5, 0.01) and "inside" not in got
+    assert got["error removed"] == (0.4, 0.01)
     assert comparison.least_distance([{}, some]) == [
         "Statistics of true outcomes against as many others: 0.10."
     ]

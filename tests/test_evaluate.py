@@ -109,6 +109,8 @@ def test_half_of_the_change_closes_three_quarters(monkeypatch, tmp_path, sd1, sc
     """Squared error at half way is a quarter of the copy's; backwards is worse than copying."""
     half = score(monkeypatch, tmp_path, sd1, scenes / "solar", lambda b, a, *rest: (a + b) / 2)
     assert half["gap_closed"]["whole"]["mean"] == pytest.approx(0.75, abs=0.02)
+    removed = half["error_removed"]["whole"]["mean"], half["error_removed"]["inside"]["mean"]
+    assert removed == pytest.approx((0.75, 0.75), abs=0.03)
     backwards, more = lambda b, a, o, s, rng: b + s * (b - a), ("--between", "lora")
     back = score(monkeypatch, tmp_path, sd1, scenes / "solar", backwards, *more)
     assert back["strengths"]["spearman"]["mean"] < -0.9
@@ -352,6 +354,24 @@ def test_no_gap_closes_where_the_autoencoder_loses_more_than_the_change():
     assert measures.gap_closed([1.0, 1.0], [9.0, 9.0], [2.0, 2.0]) == none
     some = measures.gap_closed([1.0, 9.0], [1.0, 5.0], [2.0, 2.0])  # one of the two has no room
     assert some == {"mean": pytest.approx(2 / 3), "se": None, "n": 2}
+
+
+def test_where_the_gap_says_little_the_error_removed_is_named():
+    """Small changes, or a base that cannot draw such images: the gap may even be undefined."""
+    one = lambda mse: dict.fromkeys(("mse", "mse_inside", "mse_outside"), mse)  # noqa: E731
+    rows = [
+        {"copy": one(copied), "predicted": one(copied / 4), "ceiling": one(0.02),
+         "progress": [0.0], "spearman": 1.0, "identity_psnr": 100.0}
+        for copied in (0.01, 0.02)
+    ]  # fmt: skip
+    result = judging.collect(rows, [1.0]) | {"pairs": 2}
+    assert result["gap_closed"]["whole"]["mean"] is None
+    assert result["error_removed"]["whole"] == {"mean": 0.75, "se": pytest.approx(0), "n": 2}
+    with pytest.warns(UserWarning) as said:
+        evaluate.warn_of_gaps(result, masked=False)
+    whole, inside = (str(one.message) for one in said)
+    assert whole.startswith("the autoencoder's own error is 133% of the change")
+    assert "or pass --mask_dir" in whole and inside.startswith("inside the mask, the auto")
 
 
 def test_numbers_of_a_picture_by_hand():
