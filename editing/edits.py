@@ -13,19 +13,18 @@ from torch import Tensor
 
 from editing.flags import prompt_of, without_effect
 from editing.framing import Framing, frame_of, within_memory
+from model.detail import at_strengths, resized
 from model.files import moved_note
 from model.memory import unless_full
 from model.objectives import OBJECTIVES, How, Knobs
 from model.pipeline import (
     Pipeline,
-    at_strengths,
     decode,
     encode,
     load_pipeline,
     padded,
     pick_device,
     pick_dtype,
-    resized,
 )
 from model.predict import exaggerated
 from model.tiles import Tiles, windowed
@@ -146,10 +145,8 @@ def edit_pixels(
         edit = editor(pipe, objective, z, args, prompt=prompt, seeds=seeds, tiles=tiles)
 
         def picture(z: Tensor) -> Tensor:
-            small = decode(pipe.vae, z, tiles)[..., :height, :width]
-            return resized(small, pixels.shape[2:], "bicubic")
+            return decode(pipe.vae, z, tiles)[..., :height, :width]
 
-        # detail lost by downscaling is restored like detail lost by the autoencoder
         detail = args.keep_detail
         images = at_strengths(picture, pixels, z, strengths, edit, fade=fade, detail=detail)
         return [finite(x) for x in images]

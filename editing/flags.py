@@ -132,7 +132,8 @@ def add_edit_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--keep_detail", action=argparse.BooleanOptionalAction, default=True,
-        help="where nothing changes, restore the detail that the autoencoder loses [on]",
+        help="restore the detail that the autoencoder loses where nothing changes, and, recoloured "
+        "like what is around it, the detail that shrinking loses [on]",
     )  # fmt: skip
 
 

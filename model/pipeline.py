@@ -3,7 +3,7 @@
 Shared by train.py, sample.py and everything else that uses a trained model.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,13 +91,6 @@ def padded(vae: VAE, pixels: Tensor) -> Tensor:
     return F.pad(pixels, (0, -width % f, 0, -height % f), mode="replicate")
 
 
-def resized(pixels: Tensor, size: Sequence[int], mode: str = "bilinear") -> Tensor:
-    """pixels (b, 3, H, W) at another size; antialiased, like the training images."""
-    if pixels.shape[2:] == torch.Size(size):
-        return pixels
-    return F.interpolate(pixels, tuple(size), mode=mode, antialias=True)
-
-
 @torch.no_grad()
 def encode(vae: VAE, pixels: Tensor, tiles: Tiles | None = None) -> Tensor:
     """pixels (b, 3, H, W) in [-1, 1] -> scaled posterior mean (b, 4, h, w) fp32."""
@@ -124,54 +117,6 @@ def decode(vae: VAE, z: Tensor, tiles: Tiles | None = None) -> Tensor:
         return torch.cat([picture(one) for one in z.split(1)])
     alone = tiles._replace(batch=1)
     return torch.cat([through(picture, one, alone, gives=vae.downscale) for one in z.split(1)])
-
-
-REACH = 0.2  # of 2: a change this large keeps a third of the detail
-
-
-def keep_detail(before: Tensor, seen: Tensor, changed: Tensor) -> Tensor:
-    """`changed` plus the detail of the before image that the autoencoder loses, where unchanged.
-
-        x̂ = Dec(ẑ) + w (x − Dec(z)),   w = exp(−(|Dec(ẑ) − Dec(z)| / REACH)²) at every pixel
-
-    before x, seen Dec(z), changed Dec(ẑ): (b, 3, H, W) in [-1, 1]; |.| is the largest of the three
-    channels. With ẑ = z the result is the before image itself. It neither adds nor removes change.
-    """
-    change = (changed - seen).abs().amax(1, keepdim=True)  # (b, 1, H, W)
-    return changed + torch.exp(-((change / REACH) ** 2)) * (before - seen)
-
-
-def at_strengths(
-    decode: Callable[[Tensor], Tensor],
-    pixels: Tensor,
-    z: Tensor,
-    strengths: Sequence[float],
-    edit: Callable[[float], Tensor],
-    *,
-    fade: bool,
-    detail: bool = True,
-) -> list[Tensor]:
-    """pixels (b, 3, H, W), with latents z, edited at each strength: a list of (b, 3, H, W).
-
-    `edit(s)` gives the latents at strength s, `decode` an image. With `fade`, all strengths lie on
-    the line from the image to its edit at 1, and beyond: a LoRA trained on before and after only
-    cannot know the order of changes, and was never trained at other multipliers.
-    """
-    seen = decode(z)  # (b, 3, H, W)
-    before = pixels if detail else seen
-
-    def edited(s: float) -> Tensor:
-        changed = decode(edit(s))
-        return keep_detail(pixels, seen, changed) if detail else changed
-
-    whole = edited(1.0) if fade and any(strengths) else before
-
-    def at(s: float) -> Tensor:
-        if s == 0:  # exactly unchanged, although a multi-step path would regenerate the image
-            return before
-        return torch.lerp(before, whole, s) if fade else edited(s)
-
-    return [at(s) for s in strengths]
 
 
 @torch.no_grad()

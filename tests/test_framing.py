@@ -11,8 +11,9 @@ import sample
 from data import PairDataset
 from editing.edits import edit_pixels, open_pipeline
 from editing.framing import frame_of
+from model.detail import enlarged, keep_detail, resized
 from model.objectives import Knobs, delta
-from model.pipeline import decode, encode, keep_detail, resized
+from model.pipeline import decode, encode
 from model.unet import UNet
 from model.vae import VAE
 from pairing.images import load_image, to_image, to_tensor
@@ -81,9 +82,9 @@ def test_an_image_is_edited_at_the_training_s_size_and_given_back_in_its_own(tmp
     predict, _ = pipe.predictors("a square", 1.0)
     with torch.no_grad():
         changed = delta(predict, pipe.schedule, z, torch.ones(1), Knobs(delta_t=599))
-    back = [resized(decode(pipe.vae, one)[..., :16, :19], (40, 48), "bicubic")
-            for one in (z, changed)]  # fmt: skip
-    torch.testing.assert_close(found[1], keep_detail(x, *back), rtol=1e-4, atol=1e-4)
+    back = [decode(pipe.vae, one)[..., :16, :19] for one in (z, changed)]
+    expected = enlarged(keep_detail(small, *back), small, x)
+    torch.testing.assert_close(found[1], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,7 @@ ARROWS = {
     "model.graph": ["model.layers", "model.memory"],
     "model.frozen": ["model.cpu"],
     "model.files": [],
+    "model.detail": [],
     "model.draws": [],
     "reporting.measures": [],
     "reporting.judging": ["pairing.images", "reporting.measures"],
@@ -110,7 +111,7 @@ ARROWS = {
         "model.pipeline",
     ],
     "editing.edits": [
-        "editing.flags", "editing.framing", "model.files", "model.memory",
+        "editing.flags", "editing.framing", "model.detail", "model.files", "model.memory",
         "model.objectives", "model.pipeline", "model.predict", "model.tiles",
     ],
     "editing.between": [
@@ -141,7 +142,7 @@ ARROWS = {
         "model.lora_layouts", "reporting.hub_card",
     ],
     "training.watching": [
-        "data", "durable", "model.draws", "model.objectives", "model.pipeline",
+        "data", "durable", "model.detail", "model.draws", "model.objectives", "model.pipeline",
         "model.predict", "model.schedule", "model.unet", "model.vae", "pairing.images",
         "pairing.pairs",
     ],

@@ -12,9 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from durable import write_json
+from model.detail import at_strengths
 from model.draws import seeded_for
 from model.objectives import Draws, How, Knobs, Objective
-from model.pipeline import at_strengths, decode, generate_latents
+from model.pipeline import decode, generate_latents
 from model.predict import Context, exaggerated, guided_predictor, predictor
 from model.schedule import Schedule
 from model.unet import UNet
