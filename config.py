@@ -302,7 +302,9 @@ class TrainConfig:
         "fit training into X GiB by using smaller micro-batches and recomputing activations",
         above=0,
     )
-    allow_tf32: bool = knob(False, "use TF32 matrix products, on Ampere and newer GPUs")
+    allow_tf32: bool = knob(
+        False, "use TF32 matrix products, on Ampere and newer GPUs (convolutions in fp32 always do)"
+    )
     compile: bool = knob(
         False, "torch.compile the UNet's blocks: takes minutes at the start, then steps are faster"
     )

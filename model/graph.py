@@ -3,6 +3,7 @@
 import gc
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from inspect import signature
 from typing import NamedTuple, TypeVar
 
@@ -88,11 +89,16 @@ class Replayed:
         gc.collect()  # a graph that dies while another is captured breaks the capture
         self.buffers = tuple(map(cloned, inputs))
         graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        pool = torch.cuda.graph_pool_handle()
         try:
-            with torch.cuda.graph(graph, stream=self.aside):
+            with torch.cuda.graph(graph, pool=pool, stream=self.aside):
                 self.result = self.compute(*self.buffers)
             self.graph = graph
         except Exception as error:
+            # until torch 2.12 a capture that cannot be ended (pytorch issue 180395) leaves the
+            # allocator recording: it would reclaim no block that two streams have used
+            with suppress(RuntimeError):  # it has ended
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
             if out_of_memory(error):
                 raise
             self.possible, self.buffers, self.result = False, (), None

@@ -42,16 +42,19 @@ class Graph(TorchDispatchMode):
 
 class Cuda:
     """`graphs`: all that were captured. `streams`: how many were made. `back`: which of them were
-    made current."""
+    made current. `pools`: those in which the allocator still records."""
 
     def __init__(self, patch):
-        self.graphs, self.streams, self.back = [], 0, []
+        self.graphs, self.streams, self.back, self.pools = [], 0, [], []
         patch.setattr(torch.cuda, "current_stream", lambda: self)
         patch.setattr(torch.cuda, "Stream", self.stream)
         patch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
         patch.setattr(torch.cuda, "set_stream", self.back.append)
         patch.setattr(torch.cuda, "CUDAGraph", Graph)
         patch.setattr(torch.cuda, "graph", self.capture)
+        patch.setattr(torch.cuda, "graph_pool_handle", object)
+        patch.setattr(torch.cuda, "current_device", lambda: 0)
+        patch.setattr(torch._C, "_cuda_endAllocateToPool", self.end, raising=False)
 
     def stream(self):
         self.streams += 1
@@ -60,8 +63,13 @@ class Cuda:
     def wait_stream(self, other):
         pass
 
+    def end(self, device, pool):
+        if pool not in self.pools:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.pools.remove(pool)
+
     @contextmanager
-    def capture(self, graph, stream):
+    def capture(self, graph, pool, stream):
         assert stream is self  # the warm-up's, which has cuBLAS's workspaces already
         with graph:
             yield

@@ -622,6 +622,17 @@ def test_the_loss_scale_goes_on_as_it_was(config, monkeypatch):
     assert json.loads(states[1].read_text())["scaler"] == two
 
 
+def test_a_run_in_fp32_goes_on_in_fp16(config):
+    """Its checkpoints have no loss scale."""
+    cfg = replace(config, max_train_steps=2, mixed_precision="no", checkpointing_steps=1)
+    assert main(cfg)[0] == 0
+    shutil.rmtree(Path(cfg.output_dir) / "checkpoint-2")
+    how = {"resume_from_checkpoint": "latest", "resume_changed": True}
+    assert main(replace(cfg, mixed_precision="fp16", **how))[0] == 0
+    state = json.loads((Path(cfg.output_dir) / "checkpoint-2" / "state.json").read_text())
+    assert state["scaler"]["scale"] > 1
+
+
 def test_a_checkpoint_of_more_layers_is_not_gone_on_with(config):
     """It would be a part of that run, without a word."""
     cfg = replace(config, lora_targets="attn,ff", max_train_steps=2)

@@ -9,6 +9,7 @@ import gc
 import os
 import re
 from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ import train as loop
 from bench.turns import kernels
 from model.draws import draw
 from model.frozen import freeze
+from model.graph import Replayed
 from model.lora import inject, keep_strength, lora_layers, set_strength
 from model.memory import LEVELS, MIB, checkpoint_activations, flatten
 from model.objectives import OBJECTIVES, Knobs, Task
@@ -489,6 +491,31 @@ def test_sampling_replays_the_unet(sd1, measured):
     assert measured("kinds of questions captured", captured, "2") == 2
     off = ((pictures[True] - pictures[False]).norm() / pictures[False].norm()).item()
     assert measured("replayed pictures, off the plain ones", off, "< 1e-3") < 1e-3
+
+
+class Inputs(NamedTuple):
+    x: torch.Tensor
+
+
+def test_a_step_that_cannot_be_captured_runs_on(measured):
+    """An objective that reads a number from the GPU, say: with a warning, and without a leak of
+    what two streams use, which an allocator that goes on recording would never reclaim."""
+    here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+    replayed, held = Replayed(lambda one: one.x * one.x.sum().item()), []
+    with pytest.warns(UserWarning, match="no CUDA graph, as it cannot be captured"):
+        for _ in range(4):
+            replayed(Inputs(torch.ones(2**18, device="cuda")))
+    for _ in range(20):
+        with torch.cuda.stream(aside):
+            x = torch.ones(2**18, device="cuda")
+        here.wait_stream(aside)
+        x.record_stream(here)
+        assert replayed(Inputs(x))[0].item() == 2**18
+        del x
+        held.append(torch.cuda.memory_allocated() / MIB)
+    assert replayed.graph is None and not replayed.possible
+    grown = max(held) - held[0]
+    assert measured("MiB more after a refused capture, in 20 steps", grown, "< 3") < 3
 
 
 def test_out_of_memory_beside_graphs_frees_them(sd1, measured):

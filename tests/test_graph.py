@@ -50,7 +50,7 @@ def test_a_captured_step_reads_its_buffers(cuda, monkeypatch):
     assert replayed(batch(7), None) == 14 and replayed.graph is None
 
     @contextmanager
-    def broken(graph, stream):
+    def broken(graph, pool, stream):
         yield
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -62,7 +62,8 @@ def test_a_captured_step_reads_its_buffers(cuda, monkeypatch):
     assert replayed.graph is None and cuda.back == [cuda]  # not left on the capture's stream
 
     @contextmanager
-    def refused(graph, stream):
+    def refused(graph, pool, stream):
+        cuda.pools.append(pool)
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
         yield
 
@@ -70,6 +71,7 @@ def test_a_captured_step_reads_its_buffers(cuda, monkeypatch):
     said = "no CUDA graph, as it cannot be captured: operation not permitted when stream"
     with pytest.warns(UserWarning, match=said):
         assert replayed(batch(9), None) == 18
+    assert cuda.pools == []  # the allocator records no more, although the capture has not ended
     with warnings.catch_warnings(action="error"):  # nor is it tried again
         assert replayed(batch(3), None) == 6 and cuda.back == [cuda, cuda]
 
@@ -207,7 +209,7 @@ def test_where_a_capture_does_not_fit_or_is_refused_the_unet_goes_on(cuda, unet,
     ):
 
         @contextmanager
-        def broken(graph, stream, error=error):
+        def broken(graph, pool, stream, error=error):
             yield
             raise error
 

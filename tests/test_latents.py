@@ -395,6 +395,12 @@ def test_the_place_is_where_it_fits(monkeypatch):
         with pytest.raises(ValueError, match=said.format(name)):
             choose(wanted, 9 * GIB, cuda, on_disk, "x")
     assert row_tables.free_bytes(cuda) > 0 and 2**20 < free_bytes(CPU) < 2**50
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # each process its own GPU, and 2 GiB of the host
+    places = [
+        choose("auto", gib * GIB, device, True, "x") for gib in (1, 2) for device in (CPU, cuda)
+    ]
+    assert places == ["device", "device", "disk", "device"]
+    assert choose("auto", int(2.5 * GIB), cuda, True, "x") == "disk"
 
 
 def test_free_memory_is_a_containers_where_there_is_one(monkeypatch):

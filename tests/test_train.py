@@ -30,6 +30,7 @@ from model.lora import inject, lora_layers
 from model.lora_files import LORA_FILE, read_lora
 from model.memory import LEVELS, flatten
 from model.objectives import OBJECTIVES
+from model.schedule import Schedule
 from model.vae import VAE
 from model.weighting import in_and_out, listened, preservation, weighted_mean
 from model.weights import load_text, load_unet, load_vae
@@ -279,6 +280,23 @@ def test_a_picture_that_does_not_fit_costs_no_step(config, monkeypatch):
     assert len(tried) == 2 * len(list((expected / "samples").iterdir()))
     assert not any((folder / "samples").iterdir()) and losses(folder) == losses(expected)
     assert (folder / LORA_FILE).read_bytes() == (expected / LORA_FILE).read_bytes()
+
+
+def test_an_autoencoder_that_does_not_fit_goes_back():
+    """All of it, however much was on the device when memory ran out."""
+    places = []
+
+    class Full:
+        def to(self, place):
+            places.append(place)
+            if place != "cpu":
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+    device = torch.device("meta")
+    watch = Watch(None, Full(), Schedule.from_config({}).to(device), None, None, None, 0, True)
+    with pytest.raises(torch.OutOfMemoryError), watch.drawing():
+        pass
+    assert places == [device, "cpu"]
 
 
 def test_out_of_memory_encodes_fewer_images_at_a_time(config, monkeypatch):

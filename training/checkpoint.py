@@ -47,7 +47,8 @@ def restore(checkpoint: Path, adapted: dict, opt: torch.optim.Optimizer, scaler)
     groups = opt.state_dict()["param_groups"]
     moments |= state["optimizer"]
     opt.load_state_dict({"state": {0: moments} if moments else {}, "param_groups": groups})
-    scaler.load_state_dict(state["scaler"])
+    if state["scaler"]:  # none, if --resume_changed is going on in fp16
+        scaler.load_state_dict(state["scaler"])
     return state
 
 

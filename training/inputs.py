@@ -246,7 +246,7 @@ def class_images(cfg: TrainConfig, device: torch.device, log: Callable) -> list[
                 device=device,
                 cuda_graph=cfg.cuda_graph,
             )
-            _, predict = pipe.predictors(cfg.class_prompt, 7.5)
+            predict = pipe.predictors(cfg.class_prompt, 7.5)[1]  # the other would outlive the phase
             folder.mkdir(parents=True, exist_ok=True)
             side = cfg.resolution - cfg.resolution % pipe.vae.downscale
             free = (

@@ -178,7 +178,8 @@ def choose(wanted: str, size: int, device: torch.device, on_disk: bool, what: st
     cpu = torch.device("cpu")
     if wanted == "disk" and on_disk:
         return "disk"
-    free = {"device": free_bytes(device), "host": free_bytes(cpu)}
+    host = free_bytes(cpu) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's processes
+    free = {"device": host if device.type == "cpu" else free_bytes(device), "host": host}
     if wanted == "auto":
         for place in ("device",) if device.type == "cpu" else ("device", "host"):
             # on a CPU the device's memory is the host's

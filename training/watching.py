@@ -50,8 +50,8 @@ class Watch:
     @contextmanager
     def drawing(self) -> Iterator[None]:
         """The VAE on the device; eager, as the shapes differ from the training loop's."""
-        self.vae.to(self.schedule.alphas_cumprod.device)
         try:
+            self.vae.to(self.schedule.alphas_cumprod.device)
             with torch.no_grad(), torch.compiler.set_stance("force_eager"):
                 yield
         finally:  # also on out-of-memory
