@@ -34,6 +34,7 @@ from ablating.arms import NEEDED, judge_parser, read_arms
 from ablating.jobs import (
     SHOWN,
     Job,
+    by_other_code,
     changed,
     evaluation_key,
     is_done,
@@ -56,6 +57,7 @@ from durable import (
 )
 from editing.flags import check
 from evaluate import find_held_out
+from pairing.images import listed
 
 ROOT = Path(__file__).parent
 
@@ -90,7 +92,7 @@ def call(program: str, flags: Sequence[str], log: Path, threads: int | None, hel
 def run(job: Job, threads: int | None, held: int) -> dict:
     """Train and evaluate, or keep existing results; returns `figures`. ValueError if one fails."""
     with job.training:
-        train(job, threads, held)
+        stale = by_other_code(job) if train(job, threads, held) == "kept" else []
     judged, log = job.folder / "evaluation", job.folder.with_suffix(".log")
     kept = is_done(job)
     if not kept:
@@ -101,19 +103,23 @@ def run(job: Job, threads: int | None, held: int) -> dict:
     values = comparison.figures(read_or_empty(judged / "evaluation.json"), job.run)
     figures = ", ".join(f"{k} {v:.{comparison.COLUMNS[k][0]}f}" for k, (v, _) in values.items())
     print(f"{title(job)}: {'kept: ' if kept else ''}{figures}", flush=True)
+    if stale:
+        print(f"warning: {title(job)} was trained by other code: {listed(stale, 3)}; "
+              f"--again {job.arm.name} trains it anew", flush=True)  # fmt: skip
     return values
 
 
-def train(job: Job, threads: int | None, held: int) -> None:
-    """Train the run unless it is finished and unchanged."""
+def train(job: Job, threads: int | None, held: int) -> str:
+    """Train the run unless it is finished and unchanged: "kept" or "trained"."""
     if is_trained(job):
-        return
+        return "kept"
     other, there = changed(job), (job.run / "config.json").exists()
     why = f"again, other {', '.join(other)}" if other else "resumed" if there else "new"
     print(f"{title(job)}: training ({why})", flush=True)
     how = ["--overwrite"] if other else ["--resume_from_checkpoint", "latest"]
     own = ["--seed", str(job.seed), "--output_dir", str(job.run), *how]
     call("train.py", [*job.arm.train, *own], job.run.with_suffix(".log"), threads, held)
+    return "trained"
 
 
 # ---- what is left --------------------------------------------------------------------------------
@@ -172,15 +178,18 @@ def write_results(path: Path, jobs: list[Job], done: list, failed: list, out: Pa
     return text
 
 
-def ablate(path: Path, seeds: list[int], out: Path, workers: int, only: list[str]) -> int:
+def ablate(
+    path: Path, seeds: list[int], out: Path, workers: int, only: list[str], again: list[str]
+) -> int:
     """Exit status: 0, or 1 if a run failed. `only`: patterns of the arms to run; the finished runs
-    of the others are shown too."""
+    of the others are shown too. `again`: of those whose runs are deleted first."""
     arms = read_arms(path)
     jobs = make_jobs(path, arms, seeds, out)
-    for pattern in only:
-        if not any(fnmatchcase(arm.name, pattern) for arm in arms):
-            names = ", ".join(arm.name for arm in arms)
-            raise ValueError(f"--only {pattern} matches no arm of {path}; they are {names}")
+    for flag, patterns in (("--only", only), ("--again", again)):
+        for pattern in patterns:
+            if not any(fnmatchcase(arm.name, pattern) for arm in arms):
+                names = ", ".join(arm.name for arm in arms)
+                raise ValueError(f"{flag} {pattern} matches no arm of {path}; they are {names}")
     ways = {tuple(arm.evaluate): arm for arm in reversed(arms)}  # the first arm of each
     for arm in ways.values():  # fail before hours of training rather than after
         where = f"{path}:{arm.line}: evaluate.py for {arm.name}"
@@ -197,7 +206,13 @@ def ablate(path: Path, seeds: list[int], out: Path, workers: int, only: list[str
         raise FileExistsError(f"--out {out} holds the ablation of {other}: choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     with lock(out, "--out") as held:  # not signed: a child process may outlive us and hold it
+        for run in {job.run for job in jobs if matches(job, again)}:
+            remove(run)
         return run_jobs(path, jobs, out, workers, only, held.fileno())
+
+
+def matches(job: Job, patterns: list[str]) -> bool:
+    return any(fnmatchcase(job.arm.name, pattern) for pattern in patterns)
 
 
 def run_jobs(
@@ -209,7 +224,7 @@ def run_jobs(
     done, failed, stop = [], [], threading.Event()
 
     def work(job: Job) -> dict | str | None:
-        chosen = not only or any(fnmatchcase(job.arm.name, pattern) for pattern in only)
+        chosen = not only or matches(job, only)
         if stop.is_set() or not (chosen or is_done(job)):
             return None
         try:
@@ -253,6 +268,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="run these arms (* is a wildcard); the table has finished runs of the others too",
     )  # fmt: skip
     parser.add_argument(
+        "--again", nargs="+", default=[], metavar="ARM",
+        help="delete the runs of these arms (* is a wildcard) and train them anew, after a change "
+        "of the code, say",
+    )  # fmt: skip
+    parser.add_argument(
         "--out", type=Path, metavar="DIR", help="output folder [experiments/out/FILE]"
     )
     args = parser.parse_args(argv)
@@ -260,7 +280,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.jobs < 1:
             raise ValueError(f"--jobs must be at least 1, got {args.jobs}")
         out = args.out or Path("experiments") / "out" / args.file.stem
-        return ablate(args.file, list(dict.fromkeys(args.seeds)), out, args.jobs, args.only)
+        return ablate(
+            args.file, list(dict.fromkeys(args.seeds)), out, args.jobs, args.only, args.again
+        )
     except (ValueError, OSError) as error:
         return report("ablate.py", error)
 

@@ -157,7 +157,9 @@ class TrainConfig:
         None, "α: the LoRA is scaled by α/rank; the rank when not given", above=0
     )
     lora_targets: str = knob(
-        "attn", "layers to adapt, comma-separated: attn, ff, proj, conv, or path patterns"
+        "attn",
+        "layers to adapt, comma-separated: attn, ff, proj, conv, or path patterns; `delta` adapts "
+        "the last layer too, `bridge` and `concat` the first",
     )
     train_text_encoder: bool = knob(False, "also put a LoRA on the text encoder's attention")
     init_lora: str | None = knob(

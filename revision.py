@@ -1,5 +1,10 @@
-"""What ran: revision and uncommitted changes, command, versions, machine; without access tokens."""
+"""What ran: revision and uncommitted changes, command, versions, machine; without access tokens.
 
+revision      for revision.json
+other_code    which of the files that ran are others today
+"""
+
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -7,6 +12,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
 
 
 def without_tokens(text: str) -> str:
@@ -17,13 +24,39 @@ def without_tokens(text: str) -> str:
     return re.sub(r"\bhf_\w+|(?<=--hub_token=).+", "hf_***", text)
 
 
+def code() -> dict[str, str]:
+    """The project's files that this process has imported: 12 hex digits of each one's sha256."""
+    files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
+    inside = {
+        path for file in files if file and (path := Path(file).resolve()).is_relative_to(ROOT)
+    }
+    names = sorted(path.relative_to(ROOT).as_posix() for path in inside)
+    return {name: sha for name in names if "site-packages" not in name and (sha := _sha256(name))}
+
+
+def other_code(then: object) -> list[str]:
+    """The files of an earlier `code` that have another content today, or are gone."""
+    known = then.items() if isinstance(then, dict) else ()
+    return [name for name, sha in known if (ROOT / name).resolve().is_relative_to(ROOT)
+            and _sha256(name) != sha]  # fmt: skip
+
+
+def _sha256(name: str) -> str | None:
+    """None for a file that is empty, such as an __init__.py, or gone."""
+    try:
+        content = (ROOT / name).read_bytes()
+    except OSError:
+        return None
+    return hashlib.sha256(content).hexdigest()[:12] if content else None
+
+
 def revision() -> dict:
     """What ran: git revision and uncommitted changes, command, versions, machine."""
 
     def git(*args: str) -> str | None:
         try:
             out = subprocess.run(
-                ["git", "-C", str(Path(__file__).parent), *args],
+                ["git", "-C", str(ROOT), *args],
                 capture_output=True,
                 timeout=20,
                 check=True,
@@ -38,6 +71,7 @@ def revision() -> dict:
     return {
         "git": git("rev-parse", "HEAD"),
         "diff": without_tokens(git("diff", "HEAD") or "") or None,
+        "code": code(),
         "argv": [
             "hf_***" if before == "--hub_token" else without_tokens(word)
             for before, word in zip(["", *sys.argv], sys.argv)

@@ -31,7 +31,7 @@ from durable import (
     write_json,
 )
 from reporting.curve import curve
-from revision import revision
+from revision import other_code, revision
 
 # Fields that may differ on resume: they affect when a run stops and what it writes, but no step.
 FREE = {
@@ -234,6 +234,12 @@ class Run:
         if self.checkpoint is None or not (self.folder / "revision.json").exists():
             return {}
         then = self._read("revision.json")
+        if other := other_code(then.get("code")):
+            warnings.warn(
+                f"the run in {self.folder} was trained by other code until here: "
+                f"{', '.join(other[:3])}{f' and {len(other) - 3} more' if other[3:] else ''}",
+                stacklevel=4,
+            )
         kinds = {"data": "other data", "class_data": "other class images",
                  "base_lora": "another base LoRA"}  # fmt: skip
         for key, what in kinds.items():

@@ -209,7 +209,7 @@ def run_phases(
         print(f"UNet          {loaded(unet, base)}")
         if cfg.channels_last:  # before the LoRA weights become views of one flat buffer
             unet.to(memory_format=torch.channels_last)
-        trained = adapt(cfg, unet, prompts.text, given, task.objective.extra, run.checkpoint)
+        trained = adapt(cfg, unet, prompts.text, given, task.objective, run.checkpoint)
         # identical initial weights on all ranks, even if their CPUs round differently
         ranks.broadcast(trained.flat.data)
         freeze(unet, int8=cfg.base_storage == "int8")

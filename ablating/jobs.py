@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import cli
+import evaluate
 from ablating import comparison
 from ablating.arms import NEEDED, Arm, judge_parser
 from config import TrainConfig
@@ -20,6 +21,8 @@ from durable import file_sha256, read_or_empty
 from evaluate import find_held_out
 from model.lora_files import lora_path
 from pairing.pairs import find_singles, fingerprint
+from reporting import judging, measures
+from revision import other_code
 from training.inputs import find_data
 from training.session import ONCE
 
@@ -111,9 +114,20 @@ def judged_on(flags: tuple[str, ...]) -> str | None:
 
 
 def evaluation_key(job: Job) -> dict:
-    """What is evaluated, and how. Includes when the run ended: a later run must be evaluated."""
+    """What is evaluated, and how. Includes when the run ended, and the code of the measures: after
+    a later run, or with other measures, it is evaluated again."""
     end = (job.run / "summary.json").stat().st_mtime_ns
-    return {"flags": job.arm.evaluate, "run": str(job.run), "end": end}
+    return {
+        "flags": job.arm.evaluate,
+        "run": str(job.run),
+        "end": end,
+        "measures": measuring_code(),
+    }
+
+
+@cache
+def measuring_code() -> list[str]:
+    return [file_sha256(Path(module.__file__)) for module in (evaluate, judging, measures)]
 
 
 def is_done(job: Job) -> bool:
@@ -128,6 +142,11 @@ def is_done(job: Job) -> bool:
 
 def is_trained(job: Job) -> bool:
     return read_or_empty(job.run / "summary.json").get("status") == "finished" and not changed(job)
+
+
+def by_other_code(job: Job) -> list[str]:
+    """The project's files that are not those which trained the run."""
+    return other_code(read_or_empty(job.run / "revision.json").get("code"))
 
 
 def usable(judged: Path, run: Path) -> bool:

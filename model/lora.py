@@ -153,29 +153,33 @@ def inject(
     rank: int = 16,
     alpha: float | None = None,
     *,
+    needed: Sequence[str] = (),
     generator: torch.Generator | None = None,
 ) -> list[str]:
     """Add a fresh adapter to the layers that match `targets`; freeze the base; return their paths.
 
     A ~ N(0, 1/r²), as in the published trainers, and B = 0: initially a no-op. α defaults to r, so
-    the scale α/r is 1 and survives tools that drop it. ValueError: unknown target, or a rank
-    that does not fit a layer.
+    the scale α/r is 1 and survives tools that drop it. `needed`: targets that get an adapter as
+    well, of at most their full rank. ValueError: unknown target, or a rank that does not fit a
+    layer.
     """
-    names = match_targets(model, targets)
+    asked, scale = {*match_targets(model, targets)}, 1.0 if alpha is None else alpha / rank
+    names = match_targets(model, ",".join([targets, *needed]))
     factors = {}
     for name in names:
         weight = model.get_submodule(name).weight
         c_out, c_in = weight.shape[:2]
         most = min(c_out, weight[0].numel())
-        if not 1 <= rank <= most:
+        if not 1 <= rank <= most and name in asked:
             raise ValueError(
                 f"--lora_rank {rank} does not fit {name}, whose rank is at most {most}"
             )
+        r = min(rank, most)
         kernel = weight.shape[2:]
         dtype = torch.promote_types(torch.float32, weight.dtype)
-        A = torch.randn((rank, c_in, *kernel), generator=generator, dtype=dtype) / rank
-        B = torch.zeros((c_out, rank, *[1] * len(kernel)), dtype=dtype)
-        factors[name] = Factors(A, B, (rank if alpha is None else alpha) / rank)
+        A = torch.randn((r, c_in, *kernel), generator=generator, dtype=dtype) / r
+        B = torch.zeros((c_out, r, *[1] * len(kernel)), dtype=dtype)
+        factors[name] = Factors(A, B, scale)
     attach(model, factors)
     return names
 

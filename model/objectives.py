@@ -10,8 +10,9 @@ takes `(predict, schedule, z, s, how)` and returns the latent of z with the chan
 Neither sees the UNet, the LoRA, a file or a flag. `predict` repeats its context if a batch holds
 the pair twice, and takes more than four channels if the objective declares `extra`. A loss never
 synchronizes (`.item()`, `if` on a tensor) and has no data-dependent shapes, so that a step can be
-a CUDA graph. An edit draws noise with `noise_like(z, how.generator)`, one generator per image. A
-new objective is two functions here and a line in OBJECTIVES.
+a CUDA graph; it asks at the timesteps of its `steps` alone. An edit draws noise with
+`noise_like(z, how.generator)`, one generator per image. A new objective is two functions here and a
+line in OBJECTIVES; what else names it is in the README.
 """
 
 import math
@@ -382,11 +383,12 @@ class Objective(NamedTuple):
     edit: Callable
     multiplier: tuple[float, float] = (1.0, 0.0)  # strength s: LoRA multiplier m[0]·s + m[1]
     extra: int = 0  # additional input channels of the UNet
+    needs: tuple[str, ...] = ()  # layers that are adapted besides --lora_targets
     by_t: bool = True  # whether the loss depends on the t that is drawn
     generates: bool = True  # whether its edit makes detail out of noise
     steps: Callable = noise_steps  # drawn t -> the timesteps at which the loss evaluates the UNet
-    # the fields of `Knobs` that the loss reads (besides those of `penalty`), and the flags of an
-    # edit that it uses; other flags that are given cause a warning
+    # the fields of `Knobs` that the loss or the edit reads (besides those of `penalty`), and the
+    # flags of an edit that it uses; other flags that are given cause a warning
     reads: tuple[str, ...] = NOISE
     uses: tuple[str, ...] = RESTORE
     change_guidance: float = 1.0  # default in use
@@ -397,11 +399,11 @@ class Objective(NamedTuple):
 OBJECTIVES = {
     "delta": Objective(
         delta_loss, delta_edit, by_t=False, generates=False, steps=delta_steps, reads=("delta_t",),
-        uses=(),
+        uses=(), needs=("conv_out",),  # LOG.md, "Snow"
     ),
     "bridge": Objective(
-        bridge_loss, bridge_edit, extra=4, steps=bridge_steps, reads=("bridge_t",),
-        uses=(*DENOISE, "eta"),
+        bridge_loss, bridge_edit, extra=4, needs=("conv_in",), steps=bridge_steps,
+        reads=("bridge_t",), uses=(*DENOISE, "eta"),
         change_guidance=1.1,  # LOG.md, "solved too coarsely"
     ),
     "img2img": Objective(
@@ -409,7 +411,7 @@ OBJECTIVES = {
         uses=(*DENOISE, "eta"), portable=True,
     ),
     "concat": Objective(
-        concat_loss, concat_edit, extra=4, reads=(*NOISE, "image_dropout"),
+        concat_loss, concat_edit, extra=4, needs=("conv_in",), reads=(*NOISE, "image_dropout"),
         uses=(*RESTORE, "image_guidance"),
     ),
     "canvas": Objective(canvas_loss, canvas_edit, windows=False),

@@ -245,6 +245,37 @@ def test_arms_become_a_table_a_plot_and_a_sheet(lab, capsys):
     assert Image.open(lab.out / "plot.png").width > 400
 
 
+def test_a_run_by_other_code_is_told_of_and_trained_anew_if_asked(lab, capsys):
+    """Hacking on an objective and asking again: the old result is not passed off as the new."""
+    arms = "a: --learning_rate 1e-3\nb: --learning_rate 1e-2\nsame: --learning_rate 1e-3\n"
+    assert lab.run(arms) == 0
+    record = lab.out / "a" / "seed0" / "revision.json"
+    fields = json.loads(record.read_text())
+    code = fields["code"]
+    assert {"train.py", "model/objectives.py", "pairing/images.py"} <= code.keys()
+    assert all((ROOT / name).is_file() for name in code)
+    fields["code"] = code | {"model/objectives.py": "0" * 12, "../outside.py": "1", "gone.py": "2"}
+    record.write_text(json.dumps(fields))
+    capsys.readouterr()
+    assert lab.run(arms) == 0 and lab.started == []
+    said = [line for line in capsys.readouterr().out.splitlines() if line[:8] == "warning:"]
+    files = "by other code: model/objectives.py, gone.py; --again"
+    assert said == [f"warning: {arm}, seed 0 was trained {files} {arm} trains it anew"
+                    for arm in ("a", "same")]  # fmt: skip
+    assert lab.run(arms, "--again", "c*") == 2
+    assert "--again c* matches no arm" in capsys.readouterr().err
+    assert lab.run(arms, "--again", "same") == 0
+    ran = [("evaluate.py", "a/seed0"), ("evaluate.py", "same/seed0"), ("train.py", "a/seed0")]
+    assert sorted(lab.names()) == ran and "by other code" not in capsys.readouterr().out
+
+
+def test_with_other_measures_all_arms_are_judged_again(lab, monkeypatch):
+    assert lab.run("a: --learning_rate 1e-3\n") == 0
+    monkeypatch.setattr("ablating.jobs.measuring_code", lambda: ["other"])
+    assert lab.run("a: --learning_rate 1e-3\n") == 0
+    assert lab.names() == [("evaluate.py", "a/seed0")]
+
+
 def test_what_is_done_is_kept_and_what_changed_is_run_again(lab, capsys):
     assert lab.run("a: --learning_rate 1e-3\nb: --learning_rate 1e-2\n") == 0
     assert len(lab.started) == 4

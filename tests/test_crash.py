@@ -622,6 +622,23 @@ def test_the_loss_scale_goes_on_as_it_was(config, monkeypatch):
     assert json.loads(states[1].read_text())["scaler"] == two
 
 
+def test_going_on_with_other_code_is_told_of(config):
+    cfg = replace(config, max_train_steps=2, checkpointing_steps=1)
+    assert main(cfg)[0] == 0
+    record = Path(cfg.output_dir) / "revision.json"
+    fields, again = json.loads(record.read_text()), replace(cfg, resume_from_checkpoint="latest")
+    with warnings.catch_warnings(action="error"):
+        train.train(again)
+    names = sorted(fields["code"])[:5]
+    record.write_text(json.dumps(fields | {"code": fields["code"] | dict.fromkeys(names, "0")}))
+    said = f"was trained by other code until here: {', '.join(names[:3])} and 2 more"
+    with pytest.warns(UserWarning, match=said):
+        train.train(again)
+    for broken in ([], {"../x": 1, "data.py": 3}, None):  # as a stranger may have written it
+        record.write_text(json.dumps(fields | {"code": broken}))
+        assert main(again)[0] == 0
+
+
 def test_a_run_in_fp32_goes_on_in_fp16(config):
     """Its checkpoints have no loss scale."""
     cfg = replace(config, max_train_steps=2, mixed_precision="no", checkpointing_steps=1)

@@ -20,6 +20,7 @@ import hub as uploads
 import train
 from config import TrainConfig
 from model.lora_files import LORA_FILE
+from model.objectives import OBJECTIVES
 from reporting import hub_card, md
 from tests.hub_server import Hub
 from tests.pairs import write_pairs
@@ -206,7 +207,7 @@ def test_text_from_anywhere_stays_text():
     ]
 
 
-@pytest.mark.parametrize("objective", hub_card.USES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_each_objective_says_how_it_is_used(objective):
     """Snippets for other clients only where they compute what was trained."""
     slope = [2.0, -1.0] if objective == "slider" else [1.0, 0.0]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import config_check
+from config import TrainConfig
 from model.lora import inject, keep_strength, lora_layers, set_strength
 from model.memory import LEVELS, checkpoint_activations
 from model.objectives import (
@@ -487,7 +488,8 @@ def test_the_steps_an_objective_names_are_those_it_asks_at(name):
         calls.clear()
         OBJECTIVES[name].loss(predict, sched, a, b, ONES, draws, knobs)
         named = OBJECTIVES[name].steps(draws.t, sched, knobs)
-        assert all(torch.equal(t[: len(named)], named) for _, t, _ in calls)
+        for _, t, _ in calls:
+            assert torch.equal(t[: len(named)], named), "one call, at `steps` of the drawn t"
 
 
 # ---- what is warned of ---------------------------------------------------------------------------
@@ -510,14 +512,20 @@ class Asked:
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_an_objective_says_what_it_reads_and_uses(name):
-    """So that a flag without effect is warned of; config.py knows all knobs there are."""
+    """So that a flag without effect is warned of; config_check.py knows all knobs there are."""
     objective, knobs, (a, b, draws) = OBJECTIVES[name], Asked(Knobs()), pair()
     predict = lambda x, t, m: x[:, :4]  # noqa: E731
     objective.loss(predict, schedule(), a, b, ONES, draws, knobs)
-    assert knobs.read - {"loss", "huber_c"} == set(objective.reads)
-    assert set(objective.reads) <= {*config_check.OF_OBJECTIVES, *config_check.OF_NOISE}
     how = Asked(How(steps=3, start="noise", guided=predict, generator=torch.Generator()))
+    how.fields = how.fields._replace(knobs=knobs)
     objective.edit(predict, schedule(), a, ONES, how)
     flags = {"guided": {"guidance", "change_guidance"}, "generator": {"seed"}, "knobs": set()}
     used = set().union(*(flags.get(field, {field}) for field in how.read))
     assert used == set(objective.uses)
+    assert knobs.read - {"loss", "huber_c"} == set(objective.reads)
+    assert set(objective.reads) <= {*config_check.OF_OBJECTIVES, *config_check.OF_NOISE}
+
+
+def test_knobs_are_fields_of_the_config_with_the_same_defaults():
+    """The config's are for a training, those of Knobs for a LoRA whose header lacks one."""
+    assert Knobs()._asdict() == {name: getattr(TrainConfig(), name) for name in Knobs._fields}

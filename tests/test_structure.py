@@ -125,8 +125,8 @@ ARROWS = {
     ],
     "training.adapting": [
         "config", "durable", "model.draws", "model.lora", "model.lora_algebra",
-        "model.lora_files", "model.memory", "model.optim", "model.text", "model.unet",
-        "training.checkpoint",
+        "model.lora_files", "model.memory", "model.objectives", "model.optim", "model.text",
+        "model.unet", "training.checkpoint",
     ],
     "training.prompts": [
         "config", "model.draws", "model.lora", "model.pipeline", "model.predict",
@@ -162,11 +162,12 @@ ARROWS = {
     "ablating.arms": ["cli", "evaluate"],
     "ablating.jobs": [
         "cli", "config", "durable", "evaluate", "ablating.arms", "ablating.comparison",
-        "model.lora_files", "pairing.pairs", "training.inputs", "training.session",
+        "model.lora_files", "pairing.pairs", "reporting.judging", "reporting.measures",
+        "revision", "training.inputs", "training.session",
     ],
     "ablate": [
         "cli", "config", "durable", "evaluate", "ablating.arms", "ablating.comparison",
-        "ablating.jobs", "editing.flags",
+        "ablating.jobs", "editing.flags", "pairing.images",
     ],
 }  # fmt: skip
 ROOTS = ("check_data", "hub", "sample", "train", "evaluate", "ablate")  # what a user starts

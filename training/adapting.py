@@ -26,6 +26,7 @@ from model.lora_files import (
     refuse_chain,
 )
 from model.memory import flatten
+from model.objectives import Objective
 from model.optim import adamw, learning_rate
 from model.text import TextEncoder
 from model.unet import UNet
@@ -85,21 +86,20 @@ def adapt(
     unet: UNet,
     text: TextEncoder | None,
     given: Given,
-    extra: int,
+    objective: Objective,
     checkpoint: Path | None,
 ) -> Trained:
-    """Widen the UNet by `extra` input channels and inject a LoRA, in place.
+    """Widen the UNet by what the objective adds to its input and inject a LoRA, in place.
 
     `text`: a trained text encoder, which has its LoRA already. Initial weights: the checkpoint's,
     else --init_lora's, else random.
     """
     given.put_under(cfg, unet=unet)
-    targets = cfg.lora_targets
-    if extra:
-        unet.widen(4 + extra - unet.in_channels)  # --base_lora may have widened it
-        targets += ",conv_in"  # the layer that reads the new channels
+    if objective.extra:
+        unet.widen(4 + objective.extra - unet.in_channels)  # --base_lora may have widened it
     generator = seeded_for(cfg.seed, "LoRA")
-    inject(unet, targets, cfg.lora_rank, cfg.lora_alpha, generator=generator)
+    how = {"needed": objective.needs, "generator": generator}
+    inject(unet, cfg.lora_targets, cfg.lora_rank, cfg.lora_alpha, **how)
     adapted = {"unet": unet} | ({"text_encoder": text.model} if text else {})
     for part, factors in given.start.items():
         model, what = adapted[part], f"--init_lora {cfg.init_lora}"
