@@ -18,6 +18,7 @@ from pathlib import Path
 import cli
 from durable import read_or_empty, write_text
 from pairing.images import image_size, load_image
+from reporting.evaluation import DIGITS, KINDS
 from reporting.md import figure
 from runs import is_config
 
@@ -171,13 +172,11 @@ def evaluation(result: dict) -> str:
         found["squared error outside, over the ceiling's"] = f"{result['outside_over_ceiling']:.2f}"
     found["Spearman of strength and progress"] = figure(result["strengths"]["spearman"])
     found["pairs (± is the standard error over them)"] = result["pairs"]
-    kinds = ("copy", "predicted", "ceiling")
-    keys = [k for k in ("psnr", "psnr_inside", "psnr_outside", "ssim") if k in result["copy"]]
-    lines = [f"<tr><th><th>{'<th>'.join(('copy of the before', *kinds[1:]))}"]
-    for key in keys:
-        digits = 3 if key == "ssim" else 2
-        cells = "<td>".join(figure(result[kind][key], digits) for kind in kinds)
-        lines.append(f"<tr><th>{escape(key.replace('_', ' '))}<td>{cells}")
+    lines = [f"<tr><th><th>{'<th>'.join(KINDS.values())}"]
+    for key, digits in DIGITS.items():
+        if key in result["copy"]:
+            cells = "<td>".join(figure(result[kind][key], digits) for kind in KINDS)
+            lines.append(f"<tr><th>{escape(key.replace('_', ' '))}<td>{cells}")
     return f"{rows(found)}<table>{''.join(lines)}</table>"
 
 

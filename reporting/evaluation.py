@@ -10,25 +10,25 @@ from pairing.images import contact_sheet
 from reporting.md import code, figure
 
 SHEET = 32  # pairs in the contact sheet
+KINDS = {"copy": "copy of the before", "predicted": "predicted", "ceiling": "autoencoder's ceiling"}
+# of `judge`, in the tables here and in report.html: decimals
+DIGITS = {"psnr": 2, "psnr_inside": 2, "psnr_outside": 2, "ssim": 3, "cosine": 3}
 
 
 def table(result: dict) -> str:
     """The main metrics as Markdown."""
-    kinds = ("copy", "predicted", "ceiling")
-    titles = ("copy of the before", "predicted", "autoencoder's ceiling")
     lines = [
         f"# {result['objective']}, {result['pairs']} held-out pairs",
         "",
         f"LoRA {code(result['lora'])} on {code(result['base'])}, {result['resolution']} px. "
         "Means ± standard errors over the pairs.",
         "",
-        "| | " + " | ".join(titles) + " |",
+        "| | " + " | ".join(KINDS.values()) + " |",
         "|---|---|---|---|",
     ]
-    digits = {"psnr": 2, "psnr_inside": 2, "psnr_outside": 2, "ssim": 3, "cosine": 3}
-    for key, places in digits.items():
+    for key, places in DIGITS.items():
         if key in result["copy"]:
-            cells = " | ".join(figure(result[kind][key], places) for kind in kinds)
+            cells = " | ".join(figure(result[kind][key], places) for kind in KINDS)
             lines.append(f"| {key.replace('_', ' ')} | {cells} |")
     lines.append("")
     for place, value in result["gap_closed"].items():

@@ -62,7 +62,7 @@ ARROWS = {
     "model.optim": [],
     "training.rows": ["pairing.images"],
     "training.latents": ["data", "progress", "model.draws", "pairing.images", "training.rows"],
-    "report": ["cli", "durable", "runs", "pairing.images", "reporting.md"],
+    "report": ["cli", "durable", "runs", "pairing.images", "reporting.evaluation", "reporting.md"],
     "model.unet": ["model.layers"],
     "model.vae": ["model.layers"],
     "model.samplers": ["model.schedule"],
