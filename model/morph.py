@@ -263,8 +263,10 @@ def fit(
     ½‖e_b(x_t^b) − ε‖² with the same ε and t. For the direct path (`delta`) one:
     ‖D_1(z[0]) − z[1]‖².
     """
+    needed = OBJECTIVES["delta"].needs if delta else ()
     for k in range(1 if delta else 2):
-        inject(pipe.unet, "attn,ff", rank, generator=seeded_for(seed, "LoRA", k))
+        how = {"needed": needed, "generator": seeded_for(seed, "LoRA", k)}
+        inject(pipe.unet, "attn,ff", rank, **how)
     layers = lora_layers(pipe.unet).values()
     flat = flatten([p for layer in layers for p in (layer.lora_A, layer.lora_B)])
     opt = adamw(flat, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2)
