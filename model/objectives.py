@@ -376,6 +376,8 @@ def restore(
 NOISE = ("t_min", "snr_gamma")  # what `noise_loss` reads
 DENOISE = ("steps", "guidance", "change_guidance", "seed")
 RESTORE = (*DENOISE, "start", "noise_level")
+# where the prediction holds the change, which may be larger than any noise: LOG.md, "Snow"
+LAST = "conv_out"
 
 
 class Objective(NamedTuple):
@@ -399,15 +401,15 @@ class Objective(NamedTuple):
 OBJECTIVES = {
     "delta": Objective(
         delta_loss, delta_edit, by_t=False, generates=False, steps=delta_steps, reads=("delta_t",),
-        uses=(), needs=("conv_out",),  # LOG.md, "Snow"
+        uses=(), needs=(LAST,),
     ),
     "bridge": Objective(
-        bridge_loss, bridge_edit, extra=4, needs=("conv_in",), steps=bridge_steps,
+        bridge_loss, bridge_edit, extra=4, needs=("conv_in", LAST), steps=bridge_steps,
         reads=("bridge_t",), uses=(*DENOISE, "eta"),
         change_guidance=1.1,  # LOG.md, "solved too coarsely"
     ),
     "img2img": Objective(
-        img2img_loss, img2img_edit, steps=img2img_steps, reads=("img2img_t",),
+        img2img_loss, img2img_edit, needs=(LAST,), steps=img2img_steps, reads=("img2img_t",),
         uses=(*DENOISE, "eta"), portable=True,
     ),
     "concat": Objective(
