@@ -61,7 +61,8 @@ def write_lora(
     tensors, header = pack(parts, layout, dtype)
     if layout == "kohya" and (strange := strange_to_kohya(parts)):
         warnings.warn(
-            f"kohya's own loader ignores {', '.join(strange)}; ComfyUI and diffusers apply them",
+            f"kohya's own loader ignores {', '.join(strange)}; "
+            "diffusers, ComfyUI and A1111 apply them",
             stacklevel=2,
         )
     header["pairlora"] = json.dumps(metadata or {}, sort_keys=True)
