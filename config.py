@@ -158,8 +158,8 @@ class TrainConfig:
     )
     lora_targets: str = knob(
         "attn",
-        "layers to adapt, comma-separated: attn, ff, proj, conv, or path patterns; `delta`, "
-        "`bridge` and `img2img` adapt the last layer too, `bridge` and `concat` the first",
+        "layers to adapt, comma-separated: attn, ff, proj, conv, or path patterns; `delta` "
+        "and `img2img` adapt the last layer too, `bridge` and `concat` the first",
     )
     train_text_encoder: bool = knob(False, "also put a LoRA on the text encoder's attention")
     init_lora: str | None = knob(

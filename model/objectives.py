@@ -376,7 +376,7 @@ def restore(
 NOISE = ("t_min", "snr_gamma")  # what `noise_loss` reads
 DENOISE = ("steps", "guidance", "change_guidance", "seed")
 RESTORE = (*DENOISE, "start", "noise_level")
-# where the prediction holds the change, which may be larger than any noise: LOG.md, "Snow"
+# where the prediction holds a change that may be larger than any noise: LOG.md, "Snow"
 LAST = "conv_out"
 
 
@@ -404,7 +404,7 @@ OBJECTIVES = {
         uses=(), needs=(LAST,),
     ),
     "bridge": Objective(
-        bridge_loss, bridge_edit, extra=4, needs=("conv_in", LAST), steps=bridge_steps,
+        bridge_loss, bridge_edit, extra=4, needs=("conv_in",), steps=bridge_steps,
         reads=("bridge_t",), uses=(*DENOISE, "eta"),
         change_guidance=1.1,  # LOG.md, "solved too coarsely"
     ),
