@@ -206,8 +206,9 @@ def ablate(
         raise FileExistsError(f"--out {out} holds the ablation of {other}: choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     with lock(out, "--out") as held:  # not signed: a child process may outlive us and hold it
-        for run in {job.run for job in jobs if matches(job, again)}:
-            remove(run)
+        for job in jobs:
+            if matches(job, again) and matches(job, only or ["*"]):
+                remove(job.run)
         return run_jobs(path, jobs, out, workers, only, held.fileno())
 
 
@@ -224,8 +225,7 @@ def run_jobs(
     done, failed, stop = [], [], threading.Event()
 
     def work(job: Job) -> dict | str | None:
-        chosen = not only or matches(job, only)
-        if stop.is_set() or not (chosen or is_done(job)):
+        if stop.is_set() or not (matches(job, only or ["*"]) or is_done(job)):
             return None
         try:
             return run(job, threads, held)
