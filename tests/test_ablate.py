@@ -262,9 +262,9 @@ def test_a_run_by_other_code_is_told_of_and_trained_anew_if_asked(lab, capsys):
     files = "by other code: model/objectives.py, gone.py; --again"
     assert said == [f"warning: {arm}, seed 0 was trained {files} {arm} trains it anew"
                     for arm in ("a", "same")]  # fmt: skip
+    assert lab.run(arms, "--again", "b", "--only", "a") == 0 and lab.started == []
     assert lab.run(arms, "--again", "c*") == 2
     assert "--again c* matches no arm" in capsys.readouterr().err
-    assert lab.run(arms, "--again", "b", "--only", "a") == 0 and lab.started == []
     assert lab.run(arms, "--again", "same") == 0
     ran = [("evaluate.py", "a/seed0"), ("evaluate.py", "same/seed0"), ("train.py", "a/seed0")]
     assert sorted(lab.names()) == ran and "by other code" not in capsys.readouterr().out
