@@ -92,7 +92,7 @@ def call(program: str, flags: Sequence[str], log: Path, threads: int | None, hel
 def run(job: Job, threads: int | None, held: int) -> dict:
     """Train and evaluate, or keep existing results; returns `figures`. ValueError if one fails."""
     with job.training:
-        stale = by_other_code(job) if train(job, threads, held) == "kept" else []
+        stale = [] if train(job, threads, held) else by_other_code(job)
     judged, log = job.folder / "evaluation", job.folder.with_suffix(".log")
     kept = is_done(job)
     if not kept:
@@ -109,17 +109,17 @@ def run(job: Job, threads: int | None, held: int) -> dict:
     return values
 
 
-def train(job: Job, threads: int | None, held: int) -> str:
-    """Train the run unless it is finished and unchanged: "kept" or "trained"."""
+def train(job: Job, threads: int | None, held: int) -> bool:
+    """Train the run unless it is finished and unchanged; returns whether it did."""
     if is_trained(job):
-        return "kept"
+        return False
     other, there = changed(job), (job.run / "config.json").exists()
     why = f"again, other {', '.join(other)}" if other else "resumed" if there else "new"
     print(f"{title(job)}: training ({why})", flush=True)
     how = ["--overwrite"] if other else ["--resume_from_checkpoint", "latest"]
     own = ["--seed", str(job.seed), "--output_dir", str(job.run), *how]
     call("train.py", [*job.arm.train, *own], job.run.with_suffix(".log"), threads, held)
-    return "trained"
+    return True
 
 
 # ---- what is left --------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
+STEPS = ("train.py", "data.py", "model/", "training/", "pairing/")  # what a step depends on
 
 
 def without_tokens(text: str) -> str:
@@ -25,13 +26,14 @@ def without_tokens(text: str) -> str:
 
 
 def code() -> dict[str, str]:
-    """The project's files that this process has imported: 12 hex digits of each one's sha256."""
+    """The files that this process has imported and a step depends on: 12 hex digits of each one's
+    sha256."""
     files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
-    inside = {
+    inside = [
         path for file in files if file and (path := Path(file).resolve()).is_relative_to(ROOT)
-    }
-    names = sorted(path.relative_to(ROOT).as_posix() for path in inside)
-    return {name: sha for name in names if "site-packages" not in name and (sha := _sha256(name))}
+    ]
+    names = sorted({path.relative_to(ROOT).as_posix() for path in inside})
+    return {name: sha for name in names if name.startswith(STEPS) and (sha := _sha256(name))}
 
 
 def other_code(then: object) -> list[str]:

@@ -95,7 +95,7 @@ class Replayed:
                 self.result = self.compute(*self.buffers)
             self.graph = graph
         except Exception as error:
-            # until torch 2.12 a capture that cannot be ended (pytorch issue 180395) leaves the
+            # in torch 2.11 a capture that cannot be ended (pytorch issue 180395) leaves the
             # allocator recording: it would reclaim no block that two streams have used
             with suppress(RuntimeError):  # it has ended
                 torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
