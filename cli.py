@@ -11,6 +11,7 @@ import re
 import sys
 import types
 import typing
+from collections.abc import Container
 from pathlib import Path
 
 from config import TrainConfig
@@ -80,17 +81,29 @@ def report(prog: str, error, *, aloud: bool = True) -> int:
     return 1 if trouble or getattr(error, "errno", None) in NO_MISTAKE else 2
 
 
-def add_fields(parser: Parser) -> None:
-    """Adds a flag for every field of the config, in groups; booleans get --x and --no-x."""
-    hints, group = typing.get_type_hints(TrainConfig), parser
-    for f in dataclasses.fields(TrainConfig):
+def in_words(default) -> str:
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def add_fields(
+    parser: argparse.ArgumentParser, config: type, names: Container[str] | None = None
+) -> None:
+    """Adds a flag for every field of a config, or for those of `names`, in groups; booleans get
+    --x and --no-x."""
+    hints, group = typing.get_type_hints(config), parser
+    for f in dataclasses.fields(config):
+        if names is not None and f.name not in names:
+            continue
         kind = hints[f.name]
         if isinstance(kind, types.UnionType):
             kind = next(k for k in typing.get_args(kind) if k is not type(None))
         if f.metadata["group"]:
             group = parser.add_argument_group(f.metadata["group"])
-        names = [f"--{f.name}"] + (["--rank"] if f.name == "lora_rank" else [])
-        shown = "" if f.default in (None, "", False) else f" [{f.default}]"
+        spellings = [f"--{f.name}"] + (["--rank"] if f.name == "lora_rank" else [])
+        told = f.default is not False and f.default not in (None, "")
+        shown = f" [{in_words(f.default)}]" if told else ""
         options = {
             "default": f.default,
             "help": (f.metadata["help"] + shown).replace("%", "%%"),
@@ -105,7 +118,7 @@ def add_fields(parser: Parser) -> None:
             options |= {"type": kind, "choices": f.metadata["choices"] or None}
             if not f.metadata["choices"]:
                 options["metavar"] = {int: "N", float: "X", str: "TEXT"}[kind]
-        group.add_argument(*names, **options)
+        group.add_argument(*spellings, **options)
 
 
 def read_file(path: str) -> dict:
@@ -148,7 +161,7 @@ def make_parser(prog: str = "train.py") -> Parser:
     parser.add_argument(
         "--config", metavar="FILE", help="config.json to start from, e.g. of an earlier run"
     )
-    add_fields(parser)
+    add_fields(parser, TrainConfig)
     return parser
 
 

@@ -4,27 +4,9 @@ Order of precedence: the defaults below, then `--config FILE`, then flags. The n
 down to `lora_rank` are those of the DreamBooth-LoRA script this project descends from.
 """
 
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-
-def knob(
-    default,
-    help: str,
-    *,
-    group: str | None = None,
-    choices: tuple = (),
-    least: float | None = None,
-    most: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-):
-    """A field with its help text and bounds: least ≤ x ≤ most, above < x < below."""
-    about = {"help": help, "group": group, "choices": choices}
-    return field(
-        default=default,
-        metadata=about | {"least": least, "most": most, "above": above, "below": below},
-    )
+from knobs import knob
 
 
 @dataclass(frozen=True)
@@ -334,15 +316,3 @@ def is_pairs(cfg: TrainConfig) -> bool:
 
 def objective_of(cfg: TrainConfig) -> str:
     return cfg.pair_objective or ("delta" if is_pairs(cfg) else "dreambooth")
-
-
-def limits(f: dataclasses.Field) -> str:
-    """A field's bounds in words; "" if it has none."""
-    least, most, above, below = (f.metadata[key] for key in ("least", "most", "above", "below"))
-    if most is not None:
-        return f"in {least}..{most}"
-    if below is not None:
-        return f"in [{least}, {below})"
-    if least is not None:
-        return f"at least {least}"
-    return "" if above is None else f"above {above}"

@@ -1,10 +1,10 @@
 """Which values and combinations of a training's flags make sense, and which flags do nothing."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
-from config import TrainConfig, is_pairs, limits
+from config import TrainConfig, is_pairs
+from knobs import check_fields
 
 SOURCES = ("before_data_dir", "sequence_dirs", "frames_dir", "instance_data_dir")
 OF_PAIRS = (
@@ -18,16 +18,6 @@ INSTEAD = {"num_train_epochs": "max_train_steps", "validation_epochs": "validati
 MAY_BE_EMPTY = ("instance_prompt", "validation_prompt", "class_prompt")
 
 
-def within(value: float, f: dataclasses.Field) -> bool:
-    least, most, above, below = (f.metadata[key] for key in ("least", "most", "above", "below"))
-    return (
-        (least is None or value >= least)
-        and (most is None or value <= most)
-        and (above is None or value > above)
-        and (below is None or value < below)
-    )
-
-
 def check(cfg: TrainConfig) -> TrainConfig:
     """The same config if it is valid. ValueError: one sentence naming the flag."""
 
@@ -35,16 +25,10 @@ def check(cfg: TrainConfig) -> TrainConfig:
         if not condition:
             raise ValueError(sentence)
 
+    check_fields(cfg)
     for f in dataclasses.fields(cfg):
-        value, choices = getattr(cfg, f.name), f.metadata["choices"]
-        if choices and value is not None:
-            need(value in choices, f"--{f.name} must be {' or '.join(choices)}, got {value!r}")
-        if isinstance(value, float):
-            need(math.isfinite(value), f"--{f.name} must be a finite number, got {value}")
-        if limits(f) and value is not None:
-            need(within(value, f), f"--{f.name} must be {limits(f)}, got {value}")
         # an empty path would mean the current folder, never what an unset $VARIABLE was meant for
-        need(value != "" or f.name in MAY_BE_EMPTY, f"--{f.name} is empty")
+        need(getattr(cfg, f.name) != "" or f.name in MAY_BE_EMPTY, f"--{f.name} is empty")
     pairs = is_pairs(cfg)
     need(
         pairs or cfg.instance_data_dir is not None,

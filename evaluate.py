@@ -16,6 +16,7 @@ import argparse
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -28,18 +29,18 @@ from tqdm import tqdm
 from cli import Parser
 from data import PairDataset
 from durable import read_or_empty, refuse_others
-from editing.edits import batches, edit_pixels, open_pipeline, states_between
+from editing.config import MOST, EditConfig, objective_of, prompt_of
+from editing.edits import batches, edit_pixels, fades
 from editing.flags import (
-    MOST,
     add_common_flags,
     add_edit_flags,
     check,
     distinct,
     draws_anew,
+    edit_config,
     exit_status,
     numbers,
-    objective_of,
-    prompt_of,
+    open_pipeline,
     warn_of_unread,
 )
 from editing.framing import Framing, frame_of, within_memory
@@ -76,7 +77,7 @@ def find_held_out(args: argparse.Namespace) -> HeldOut:
         )
     if not distinct(args.between_times):
         got = " ".join(f"{time:g}" for time in args.between_times)
-        raise ValueError(f"--between_times must be distinct numbers within ±{MOST:.0f}, got {got}")
+        raise ValueError(f"--between_times must be distinct numbers within ±{MOST}, got {got}")
     if not {0.0, 1.0} <= set(args.strengths):
         raise ValueError(f"--strengths must include 0 and 1, got {args.strengths}")
     if args.samples < 1 or (args.outcome_dirs and args.samples < 2):
@@ -114,13 +115,14 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
     pairs, between, outcomes = held_out = find_held_out(args)
     strengths = args.strengths
     pipe = open_pipeline(args, captioned=all(pair.caption for pair in pairs))
-    objective = objective_of(args, pipe)
+    cfg, samples = edit_config(args), args.samples
+    objective = objective_of(cfg, pipe)
     warn_of_unread(args, objective)
-    if args.samples > 1 and not draws_anew(objective, args.start):
-        warnings.warn(f"--samples {args.samples} gives equal images for {objective}", stacklevel=2)
-    resolution = resolution_of(args, pipe)
+    if samples > 1 and not draws_anew(objective, cfg.start):
+        warnings.warn(f"--samples {samples} gives equal images for {objective}", stacklevel=2)
+    resolution = resolution_of(cfg, pipe)
     # without --tile, so that the ceiling does not depend on it
-    whole = frame_of(args, pipe, objective, (resolution, resolution))._replace(tiles=None)
+    whole = frame_of(cfg, pipe, (resolution, resolution))._replace(tiles=None)
     background = pipe.meta.get("background", "white")
     opened = partial(
         PairDataset, resolution=resolution, center_crop=True, background=background,
@@ -130,18 +132,16 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
     between = {time: opened(some) for time, some in zip(args.between_times, between)}
     wanted = sorted({*strengths, *between})
     # an edit of two states is shown along a line, which is ordered whatever the LoRA has learnt
-    fades = (args.between or states_between(pipe)) == "fade"
-    usual = prompt_of(args, pipe)
-    prompts = [usual if args.prompt is not None else pair.caption or usual for pair in pairs]
+    lined, usual = fades(cfg, pipe), prompt_of(cfg, pipe)
+    prompts = [usual if cfg.prompt is not None else pair.caption or usual for pair in pairs]
     rows, pictures = [], []
     bar = tqdm(total=len(pairs), desc="evaluate", disable=no_bars())
-    for part in batches(prompts, lambda _: args.batch_size):
+    for part in batches(prompts, lambda _: cfg.batch_size):
         items = [dataset[i] for i in range(len(pairs))[part]]
         pixels = torch.stack([item["before"] for item in items])  # (b, 3, H, W)
         # each image has noise of its own, else the pairs would not be independent
-        seeds = [[seed_for(args.seed, pair.name, k) for pair in pairs[part]]
-                 for k in range(args.samples)]  # fmt: skip
-        draw = partial(edit_pixels, pipe, objective, pixels, args=args, prompt=prompts[part.start])
+        seeds = [[seed_for(cfg.seed, pair.name, k) for pair in pairs[part]] for k in range(samples)]
+        draw = partial(edit_pixels, pipe, pixels, cfg=replace(cfg, prompt=prompts[part.start]))
         edited = draw(strengths=wanted, seeds=seeds[0])
         drawn = [edited[wanted.index(1.0)]]
         drawn += [draw(strengths=[1.0], seeds=more)[0] for more in seeds[1:]]
@@ -149,15 +149,15 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
             at = {s: eight_bit(some[k]) for s, some in zip(wanted, edited)}
             i = len(rows)
             seen = {side: round_trip(pipe, item[side], whole) for side in ("before", "after")}
-            row, shown = compare(item, seen, at, strengths, args.keep_detail)
-            row["spearman"] = math.nan if fades else spearman(strengths, row["progress"])
+            row, shown = compare(item, seen, at, strengths, cfg.keep_detail)
+            row["spearman"] = math.nan if lined else spearman(strengths, row["progress"])
             if between:
                 truths = {time: eight_bit(others[i]["after"]) for time, others in between.items()}
                 row["between"] = compare_between(at, truths, eight_bit(item["before"]))
             if len(drawn) > 1:
                 truths = [round_trip(pipe, others[i]["after"], whole) for others in outcomes]
                 draws = [eight_bit(some[k]) for some in drawn]
-                same = eight_bit(item["before"]) if args.keep_detail else seen["before"]
+                same = eight_bit(item["before"]) if cfg.keep_detail else seen["before"]
                 row["samples"] = judge_samples(
                     same, draws, seen["before"], [seen["after"], *truths]
                 )
@@ -180,7 +180,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
         "resolution": resolution,
         "data": held_out.fingerprint(),
         "pairs": len(pairs),
-        "seed": args.seed,
+        "seed": cfg.seed,
         **collect(rows, strengths),
         "per_pair": rows,
     }
@@ -188,11 +188,11 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
     return result, pictures
 
 
-def resolution_of(args: argparse.Namespace, pipe: Pipeline) -> int:
+def resolution_of(cfg: EditConfig, pipe: Pipeline) -> int:
     """--resolution, or the one the LoRA was trained at."""
-    resolution = pipe.meta.get("resolution") if args.resolution is None else args.resolution
+    resolution = pipe.meta.get("resolution") if cfg.resolution is None else cfg.resolution
     if resolution is None:
-        raise ValueError(f"--lora {args.lora} does not name its resolution: pass --resolution")
+        raise ValueError(f"--lora {pipe.lora} does not name its resolution: pass --resolution")
     if resolution % pipe.vae.downscale:
         raise ValueError(
             f"--resolution must be a multiple of {pipe.vae.downscale} for this autoencoder, "

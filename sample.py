@@ -13,6 +13,7 @@ import math
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -23,15 +24,16 @@ from tqdm import tqdm
 from cli import Parser
 from durable import refuse_others, save_image, write_json
 from editing import between
-from editing.edits import batches, edit_pixels, finite, open_pipeline
+from editing.config import EditConfig, objective_of, prompt_of
+from editing.edits import batches, edit_pixels, finite
 from editing.flags import (
     add_common_flags,
     add_edit_flags,
     check,
+    edit_config,
     exit_status,
     numbers,
-    objective_of,
-    prompt_of,
+    open_pipeline,
     warn_of_unread,
 )
 from editing.framing import frame_of, scale_in_doubt
@@ -70,7 +72,7 @@ def generate(args: argparse.Namespace) -> None:
     f = pipe.vae.downscale
     if args.height % f or args.width % f:
         raise ValueError(f"--height and --width must be multiples of {f} for this autoencoder")
-    prompt = prompt_of(args, pipe)
+    prompt = prompt_of(edit_config(args), pipe)
     _, predict = pipe.predictors(prompt, args.guidance)
     small = []
     bar = tqdm(total=args.num, desc="generate", disable=no_bars())
@@ -141,8 +143,6 @@ def edit(args: argparse.Namespace) -> None:
     out, (files, stems) = Path(args.out), inputs_of(args)
     strengths = args.strengths if args.strengths is not None else [args.strength]
     settings = variants(args)
-    for _, _, how in settings:
-        check(how)
     endings = [  # of an input's files: per setting, one per strength
         [
             f"{tag}{f'_s{s:g}' if tag or args.strengths is not None else ''}.{args.format}"
@@ -166,22 +166,23 @@ def edit(args: argparse.Namespace) -> None:
     places = [place_on_map(file) if args.format == "tif" else None for file in files]
 
     pipe = open_pipeline(args)
-    objective = objective_of(args, pipe)
+    cfg = edit_config(args)
+    objective = objective_of(cfg, pipe)
     warn_of_unread(args, objective)
     for width, height in set(sizes):
-        frame_of(args, pipe, objective, (height, width))
-    for sentence in scale_in_doubt(args, pipe, sizes):
+        frame_of(cfg, pipe, (height, width))
+    for sentence in scale_in_doubt(cfg, pipe, sizes):
         warnings.warn(sentence, stacklevel=2)
     background = pipe.meta.get("background", "white")
     columns = ["before", *(f"strength {s:g}" for s in strengths)]
     rows, names, differs = [], [], False  # rows of the sheet
     bar = tqdm(total=len(files), desc=args.command, disable=no_bars())
-    for part in batches(sizes, lambda size: min(args.batch_size, AT_ONCE // math.prod(size) or 1)):
+    for part in batches(sizes, lambda size: min(cfg.batch_size, AT_ONCE // math.prod(size) or 1)):
         images = [load_image(file, background) for file in files[part]]
         pixels = torch.stack([to_tensor(image) for image in images])  # (b, 3, H, W)
         edited = [  # for each setting and strength b pictures, in 8 bits
-            [list(map(to_image, at)) for at in edit_pixels(pipe, objective, pixels, strengths, how)]
-            for _, _, how in settings
+            [list(map(to_image, at)) for at in edit_pixels(pipe, pixels, strengths, one)]
+            for _, _, one in settings
         ]
         if not rows:  # not earlier: an objective may reject the base
             out.mkdir(parents=True, exist_ok=True)
@@ -211,18 +212,20 @@ def edit(args: argparse.Namespace) -> None:
     print(f"{len(files) * len(settings) * len(strengths)} images and sheet.png in {out}")
 
 
-def variants(args: argparse.Namespace) -> list[tuple[str, str, argparse.Namespace]]:
-    """(label, part of the file name, flags) per value of --sweep; without it, one with empty names.
+def variants(args: argparse.Namespace) -> list[tuple[str, str, EditConfig]]:
+    """(label, part of the file name, config) per value of --sweep; without it, one with empty
+    names.
 
     In file names, prompts are numbered.
     """
+    cfg = edit_config(args)
     if args.command != "sweep":
-        return [("", "", args)]
+        return [("", "", cfg)]
     name, values = args.sweep
     texts = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
     tags = [str(i) if name == "prompt" else text for i, text in enumerate(texts)]
     return [
-        (f"{name} {text}", f"_{name}{tag}", argparse.Namespace(**{**vars(args), name: value}))
+        (f"{name} {text}", f"_{name}{tag}", replace(cfg, **{name: value}))
         for value, text, tag in zip(values, texts, tags)
     ]
 
@@ -295,8 +298,6 @@ def make_parser() -> Parser:
     states = commands.add_parser("morph", help="frames between a given before and after image")
     add_common_flags(states)
     between.add_flags(states)
-    states.set_defaults(guidance=1.0, image_guidance=1.0, change_guidance=None, start="invert")
-    states.set_defaults(eta=0.0, strength=1.0)
     return parser
 
 

@@ -6,15 +6,14 @@ python -m bench.ours '{"task": "train", ...}'          one process of bench/__ma
 import json
 import sys
 import tempfile
-from argparse import Namespace
 from pathlib import Path
 
 import torch
 
-import sample
 import train
 from bench.turns import Enough, Turns
 from config import TrainConfig
+from editing.config import EditConfig
 from editing.edits import edit_pixels
 from model.pipeline import DTYPES, Pipeline, encode, load_pipeline
 from model.weights import load_vae
@@ -96,13 +95,12 @@ def editing(job: dict, turns: Turns) -> None:
     """`sample.py edit` of one image. `after`: noised to 0.7 and denoised, 21 of 30 steps."""
     root = Path(job["root"])
     pipe = opened(job, root / "lora")
-    argv = ["edit", "--lora", str(root / "lora"), "--input", "-", "--out", "-", "--start", "noise"]
-    args: Namespace = sample.make_parser().parse_args([*argv, "--prompt", "a square"])
+    cfg = EditConfig(prompt="a square", objective=job["objective"], start="noise")
     image = load_image(root / f"pairs-{job['resolution']}-1" / "before" / "0.png")
     while True:
         turns()
         pixels = to_tensor(image)[None]
-        to_image(edit_pixels(pipe, job["objective"], pixels, [1.0], args)[0][0])
+        to_image(edit_pixels(pipe, pixels, [1.0], cfg)[0][0])
 
 
 TASKS = {"train": training, "encode": encoding, "sample": sampling, "edit": editing}

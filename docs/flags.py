@@ -1,34 +1,48 @@
-"""docs/flags.md, from config.py: python -m docs.flags > docs/flags.md"""
+"""docs/flags.md, from config.py and editing/config.py: python -m docs.flags > docs/flags.md"""
 
 import dataclasses
 import re
 import types
 import typing
 
-from config import TrainConfig, limits
+from config import TrainConfig
+from editing.config import EditConfig
+from knobs import limits
 
-HEAD = """# The flags of train.py
+HEAD = """# The flags of a training, and of an edit
 
-Written by `make docs` from [config.py](../config.py), where each is a field; a switch has `--x`
-and `--no-x`. Order: these defaults, then `--config FILE`, then flags. A flag that has no effect is
-warned about; flags that cannot be combined stop with one sentence.
+Written by `make docs` from [config.py](../config.py), where each is a field, and at the end from
+[editing/config.py](../editing/config.py); a switch has `--x` and `--no-x`. Order: these defaults,
+then `--config FILE`, then flags. A flag that has no effect is warned about; flags that cannot be
+combined stop with one sentence.
 """
+OF_EDITS = """
+## An edit
+
+Of `sample.py edit` and `sweep`, and of `evaluate.py`; what each takes besides is in its `--help`.
+"""
+COLUMNS = ["| flag | default | takes | meaning |", "|---|---|---|---|"]
 
 
-def table() -> str:
-    """A section for each group: flag, default, what it takes, meaning."""
-    lines, hints = [HEAD], typing.get_type_hints(TrainConfig)
-    for f in dataclasses.fields(TrainConfig):
+def page() -> str:
+    sections = [HEAD, *rows(TrainConfig), OF_EDITS, *COLUMNS, *rows(EditConfig)]
+    return "\n".join(sections).replace("\n\n\n", "\n\n") + "\n"
+
+
+def rows(config: type) -> list[str]:
+    """Of each field flag, default, what it takes, meaning; a section for each group."""
+    lines, hints = [], typing.get_type_hints(config)
+    for f in dataclasses.fields(config):
         if f.metadata["group"]:
             lines += ["", f"## {f.metadata['group'].capitalize()}".replace("Lora", "LoRA"), ""]
-            lines += ["| flag | default | takes | meaning |", "|---|---|---|---|"]
+            lines += COLUMNS
         taken = takes(hints[f.name], f.metadata["choices"])
         taken += f" {limits(f)}" if limits(f) else ""
         cells = (f"`--{f.name}`", default(f.default), taken)
         meaning = re.sub(r"([|*_<])(?=\S)", r"\\\1", f.metadata["help"])
         meaning = re.sub(r"--[a-z]\S*\w", lambda flag: f"`{flag[0]}`".replace("\\", ""), meaning)
         lines.append(f"| {' | '.join([*cells, meaning])} |")
-    return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
+    return lines
 
 
 def default(value: object) -> str:
@@ -50,4 +64,4 @@ def takes(kind: type, choices: tuple) -> str:
 
 
 if __name__ == "__main__":
-    print(table(), end="")
+    print(page(), end="")

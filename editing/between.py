@@ -8,7 +8,7 @@ import argparse
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -16,8 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from durable import read_or_empty, refuse_others, save_image, write_aside, write_json
-from editing.edits import editor, finite, open_pipeline
-from editing.flags import defaults, draws_anew, objective_of, prompt_of
+from editing.config import EditConfig, prompt_of
+from editing.edits import editor, finite
+from editing.flags import draws_anew, edit_config, open_pipeline
 from editing.framing import brought_to
 from model.lora_files import load_lora, lora_path
 from model.morph import States, blended, fit, inverted, renderer, respaced, steps_between
@@ -232,12 +233,13 @@ def run(args: argparse.Namespace) -> None:
     size = size_of_frames(args)
     pipe = open_pipeline(args)
     ends = load_ends(args, size, pipe.meta.get("background", "white"))
+    cfg = edit_config(args)
 
     def edit(pipe: Pipeline, z: Tensor, s: Tensor) -> Tensor:
-        at = editor(pipe, objective_of(args, pipe), z, args)
+        at = editor(pipe, z, cfg)
         return torch.cat([at(one) for one in s.tolist()])
 
-    numbers = morph(pipe, prompt_of(args, pipe), ends, edit, args)
+    numbers = morph(pipe, prompt_of(cfg, pipe), ends, edit, args)
     psnr, even = numbers["psnr"], numbers["distances"]["perceived"]
     print(
         f"{args.frames} frames by {numbers['method']} in {args.out}: the ends at "
@@ -261,9 +263,9 @@ def adapted(
         "invert": {"steps", "noise_level", "prompt", "adain", "attention"},
         "blend": set(),
     }[method]
-    if not draws_anew(objective, args.start):
+    if not draws_anew(objective, EditConfig.start):
         reads.discard("seed")
-    usual = defaults() | DEFAULTS
+    usual = asdict(EditConfig()) | DEFAULTS
     for name, used, wanted in (
         *((n, n in reads, "--method invert") for n in ("adain", "attention")),
         *((n, n in reads, "--method invert") for n in ("noise_level", "steps")),

@@ -1,100 +1,53 @@
-"""Using a LoRA: from flags to a pipeline, and from before images to edited images.
+"""Using a LoRA: from before images to edited images.
 
-Shared by sample.py and evaluate.py; the flags themselves are in flags.py.
+editor          latents edited at any strength, by the objective's own edit
+edit_pixels     images of any size, framed as the training's were, with their own detail
 """
 
-import argparse
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from editing.flags import prompt_of, without_effect
+from editing.config import EditConfig, objective_of, prompt_of
 from editing.framing import Framing, frame_of, within_memory
 from model.detail import at_strengths, resized
-from model.files import moved_note
 from model.memory import unless_full
 from model.objectives import OBJECTIVES, How, Knobs
-from model.pipeline import (
-    Pipeline,
-    decode,
-    encode,
-    load_pipeline,
-    padded,
-    pick_device,
-    pick_dtype,
-)
+from model.pipeline import Pipeline, decode, encode, padded
 from model.predict import exaggerated
 from model.tiles import Tiles, windowed
 
 
-def open_pipeline(args: argparse.Namespace, *, captioned: bool = False) -> Pipeline:
-    """The pipeline of the common flags; prints what was loaded. captioned: each image has a prompt
-    of its own."""
-    device = pick_device(args.device, args.cuda_graph)
-    dtype = pick_dtype(args.mixed_precision, device)
-    if args.model and (note := moved_note(args.model)):
-        print(note)
-    pipe = load_pipeline(
-        args.model,
-        args.lora,
-        revision=args.revision,
-        variant=args.variant,
-        vae_path=args.vae_path,
-        tokenizer_name=args.tokenizer_name,
-        prediction_type=args.prediction_type,
-        base_lora=args.base_lora,
-        base_lora_strength=args.base_lora_strength,
-        dtype=dtype,
-        device=device,
-        cuda_graph=args.cuda_graph,
-    )
-    for sentence in without_effect(args, pipe):
-        warnings.warn(sentence, stacklevel=2)
-    if pipe.meta.get("captions") and not (captioned or prompt_of(args, pipe)):
-        message = f"--lora {args.lora} was trained with a caption per image but is used without one"
-        warnings.warn(f"{message}: pass --prompt", stacklevel=2)
-    kind = pipe.meta.get("objective", "of unknown objective")
-    lora = f", LoRA {args.lora} ({kind})" if args.lora else ""
-    if pipe.under:
-        lora += ", on top of {} at strength {:g}".format(*pipe.under)
-    print(f"{pipe.base} on {device} in {str(dtype).removeprefix('torch.')}{lora}")
-    return pipe
-
-
 def editor(
     pipe: Pipeline,
-    objective: str,
     z: Tensor,
-    args: argparse.Namespace,
+    cfg: EditConfig,
     *,
-    prompt: str | None = None,
     seeds: Sequence[int] | None = None,
     tiles: Tiles | None = None,
 ) -> Callable[[float], Tensor]:
     """`edit(s)`: the latents z (b, 4, h, w) edited at strength s, in windows if `tiles` is given.
 
-    `prompt` overrides the flag's and the LoRA's; `seeds`, one per image, override --seed.
+    `seeds`, one per image, in the place of the config's for all.
     """
-    prompt = prompt_of(args, pipe) if prompt is None else prompt
-    seeds = [args.seed] * len(z) if seeds is None else seeds
-    use = OBJECTIVES[objective]
-    scale = use.change_guidance if args.change_guidance is None else args.change_guidance
-    alone, with_guidance = pipe.predictors(prompt, args.guidance)
+    seeds = [cfg.seed] * len(z) if seeds is None else seeds
+    use = OBJECTIVES[objective_of(cfg, pipe)]
+    scale = use.change_guidance if cfg.change_guidance is None else cfg.change_guidance
+    alone, with_guidance = pipe.predictors(prompt_of(cfg, pipe), cfg.guidance)
     alone = windowed(alone, tiles)
     with_guidance = windowed(exaggerated(with_guidance, scale), tiles)
 
     @torch.no_grad()
     def edit(s: float) -> Tensor:
         how = How(
-            steps=args.steps,
-            start=args.start,
-            noise_level=args.noise_level,
+            steps=cfg.steps,
+            start=cfg.start,
+            noise_level=cfg.noise_level,
             guided=with_guidance,
-            image_guidance=args.image_guidance,
-            eta=args.eta,
+            image_guidance=cfg.image_guidance,
+            eta=cfg.eta,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             knobs=Knobs(**{k: pipe.meta[k] for k in Knobs._fields if k in pipe.meta}),
         )
@@ -104,9 +57,10 @@ def editor(
     return edit
 
 
-def states_between(pipe: Pipeline) -> str:
-    """How this LoRA shows states between before and after: see `at_strengths`."""
-    return "lora" if pipe.meta.get("states", 2) > 2 else "fade"
+def fades(cfg: EditConfig, pipe: Pipeline) -> bool:
+    """Whether strengths other than 1 lie on the line from the image to its edit at 1: unless the
+    LoRA was trained on states in between. See `at_strengths`."""
+    return (cfg.between or ("lora" if pipe.meta.get("states", 2) > 2 else "fade")) == "fade"
 
 
 def finite(pixels: Tensor) -> Tensor:
@@ -120,21 +74,18 @@ def finite(pixels: Tensor) -> Tensor:
 
 def edit_pixels(
     pipe: Pipeline,
-    objective: str,
     pixels: Tensor,
     strengths: Sequence[float],
-    args: argparse.Namespace,
+    cfg: EditConfig = EditConfig(),  # noqa: B008, it is frozen
     *,
-    prompt: str | None = None,
     seeds: Sequence[int] | None = None,
 ) -> list[Tensor]:
-    """pixels (b, 3, H, W) with the change at each strength, each (b, 3, H, W).
+    """pixels (b, 3, H, W) in [-1, 1] with the change at each strength, each (b, 3, H, W).
 
     The networks see them as `frame_of` says; if memory runs out, fewer at a time, then in windows.
-    prompt, seeds: see `editor`.
+    `seeds`: see `editor`.
     """
-    seeds = [args.seed] * len(pixels) if seeds is None else seeds
-    fade = (args.between or states_between(pipe)) == "fade"
+    seeds = [cfg.seed] * len(pixels) if seeds is None else seeds
 
     @pipe.replays.sparing
     def edited(frame: Framing) -> list[Tensor]:
@@ -142,24 +93,21 @@ def edit_pixels(
         seen = padded(pipe.vae, resized(pixels, frame.size))
         # one by one, so that encoding takes one image's memory
         z = torch.cat([encode(pipe.vae, one[None], tiles) for one in seen])
-        edit = editor(pipe, objective, z, args, prompt=prompt, seeds=seeds, tiles=tiles)
+        edit = editor(pipe, z, cfg, seeds=seeds, tiles=tiles)
 
         def picture(z: Tensor) -> Tensor:
             return decode(pipe.vae, z, tiles)[..., :height, :width]
 
-        detail = args.keep_detail
-        images = at_strengths(picture, pixels, z, strengths, edit, fade=fade, detail=detail)
-        return [finite(x) for x in images]
+        how = {"fade": fades(cfg, pipe), "detail": cfg.keep_detail}
+        return [finite(x) for x in at_strengths(picture, pixels, z, strengths, edit, **how)]
 
-    frame = frame_of(args, pipe, objective, pixels.shape[2:])
+    frame = frame_of(cfg, pipe, pixels.shape[2:])
     if (n := len(pixels)) == 1:
         return within_memory(edited, frame)
     if (found := unless_full(edited, frame)) is not None:
         return found
     parts = [
-        edit_pixels(
-            pipe, objective, pixels[half], strengths, args, prompt=prompt, seeds=seeds[half]
-        )
+        edit_pixels(pipe, pixels[half], strengths, cfg, seeds=seeds[half])
         for half in (slice(n // 2), slice(n // 2, n))
     ]
     return [torch.cat(some) for some in zip(*parts)]

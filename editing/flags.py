@@ -1,20 +1,22 @@
 """The flags of every use of a LoRA, what they must be, and which of them do nothing."""
 
 import argparse
+import dataclasses
 import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from cli import floats, report
+from cli import add_fields, floats, report
 from durable import refuse_file, refuse_read_only
-from model.files import first_line, is_local
+from editing.config import FIELDS, MOST, EditConfig, prompt_of
+from model.files import first_line, is_local, moved_note
 from model.memory import out_of_memory
 from model.objectives import OBJECTIVES, PORTABLE
-from model.pipeline import Pipeline
+from model.pipeline import Pipeline, load_pipeline, pick_device, pick_dtype
 
-MOST = 1e6  # no flag is useful beyond it, and float32 overflows at 3e38
+OF_ALL = ("prompt", "steps", "seed", "batch_size")  # what every command takes of an edit's config
 
 
 def distinct(values: Sequence[float]) -> bool:
@@ -27,7 +29,7 @@ def numbers(text: str) -> list[float]:
     """ "0,0.5,1" -> [0.0, 0.5, 1.0]"""
     if not distinct(values := floats(text)):
         raise argparse.ArgumentTypeError(
-            f"expected comma-separated, distinct numbers within ±{MOST:.0f}, such as 0,0.5,1, "
+            f"expected comma-separated, distinct numbers within ±{MOST}, such as 0,0.5,1, "
             f"got {text!r}"
         )
     return values
@@ -68,15 +70,12 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
         "--base_lora_strength", type=float, metavar="X",
         help="strength of the LoRA under --lora, 0 = off [as trained]",
     )  # fmt: skip
-    add("--prompt", help="prompt [the one the LoRA was trained with]")
-    add("--steps", type=int, default=30, help="denoising steps [30]")
-    add("--seed", type=int, default=0, help="seed of all noise [0]")
+    add_fields(parser, EditConfig, OF_ALL)
     add("--device", help="cuda or cpu [the best available]")
     add(
         "--mixed_precision", choices=["no", "fp16", "bf16"],
         help="precision of the networks [bf16 on CUDA, else no]",
     )  # fmt: skip
-    add("--batch_size", type=int, default=4, help="images per batch, of one size [4]")
     add(
         "--cuda_graph", action=argparse.BooleanOptionalAction,
         help="replay the UNet as a CUDA graph, from its fourth call for images of a size [on CUDA]",
@@ -84,111 +83,59 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_edit_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of an edit."""
-    add = parser.add_argument
-    scales = {name: objective.change_guidance for name, objective in OBJECTIVES.items()}
-    usual = "".join(f"{scale:g} for `{name}`, " for name, scale in scales.items() if scale != 1)
-    add("--objective", choices=list(OBJECTIVES), help="objective [from the LoRA's header]")
-    add(
-        "--guidance", type=float, default=1.0,
-        help="classifier-free guidance scale, for objectives that denoise; 1 = none [1]",
-    )  # fmt: skip
-    add(
-        "--start", choices=["invert", "noise"], default="invert",
-        help="how objectives that denoise get from the before image to noise: DDIM inversion, or "
-        "added noise (SDEdit) [invert]",
-    )  # fmt: skip
-    add(
-        "--noise_level", type=float, default=0.7,
-        help="how far --start goes towards pure noise, 0..1 [0.7]",
-    )  # fmt: skip
-    add(
-        "--image_guidance", type=float, default=1.0,
-        help="guidance scale of the before image, for `concat`; 1 = none [1]",
-    )  # fmt: skip
-    add(
-        "--change_guidance", type=float,
-        help="scale of what the LoRA adds to the base's prediction, for objectives that denoise; "
-        f"1 = as trained [{usual}else 1]",
-    )  # fmt: skip
-    add(
-        "--eta", type=float, default=0.0,
-        help="fresh noise in each step of `bridge` and `img2img`, 0..1 [0]",
-    )  # fmt: skip
-    add(
-        "--between", choices=["fade", "lora"],
-        help="how to edit at strengths other than 1: along the line from the image to its edit at "
-        "1 (fade), or by scaling the LoRA [lora if it was trained on states in between, else fade]",
-    )  # fmt: skip
-    add(
-        "--resolution", type=int, metavar="PIXELS",
-        help="short side at which images are edited; results keep the image's own size "
-        "[the training's, if its images were resized to it, else the image's]",
-    )  # fmt: skip
-    add(
-        "--tile", type=int, metavar="PIXELS",
-        help="side of the windows in which large images are edited, to save memory "
-        "[the whole image, or the largest windows that fit in memory]",
-    )  # fmt: skip
-    add(
-        "--keep_detail", action=argparse.BooleanOptionalAction, default=True,
-        help="restore the detail that the autoencoder loses where nothing changes, and, recoloured "
-        "like what is around it, the detail that shrinking loses [on]",
-    )  # fmt: skip
+    """The flags of an edit besides the common ones."""
+    add_fields(parser, EditConfig, set(FIELDS) - set(OF_ALL))
+
+
+def edit_config(args: argparse.Namespace) -> EditConfig:
+    """The config that the flags ask for; a command that lacks some of them has its defaults."""
+    return EditConfig(**{name: getattr(args, name) for name in FIELDS if hasattr(args, name)})
 
 
 def check(args: argparse.Namespace) -> None:
     """ValueError or FileExistsError naming an invalid flag."""
-    for name in (
-        "strength", "guidance", "image_guidance", "change_guidance", "noise_level",
-        "base_lora_strength",
-    ):  # fmt: skip
+    edit_config(args)  # checks itself
+    for name in ("strength", "base_lora_strength"):
         if not math.isfinite(value := getattr(args, name, None) or 0.0):
             raise ValueError(f"--{name} must be a finite number, got {value}")
         if abs(value) > MOST:
-            raise ValueError(f"--{name} must be in -{MOST:.0f}..{MOST:.0f}, got {value}")
-    if not 1 <= args.steps <= 1000:
-        raise ValueError(f"--steps must be between 1 and 1000, got {args.steps}")
-    if (resolution := getattr(args, "resolution", None)) is not None and resolution < 8:
-        raise ValueError(f"--resolution must be at least 8, got {resolution}")
-    if args.batch_size < 1:
-        raise ValueError(f"--batch_size must be at least 1, got {args.batch_size}")
-    if not 0 <= args.seed < 2**31:
-        raise ValueError(f"--seed must be in 0..2147483647, got {args.seed}")
-    if not 0 <= getattr(args, "eta", 0.0) <= 1:
-        raise ValueError(f"--eta must be in 0..1, got {args.eta}")
-    if not 0 < getattr(args, "noise_level", 1.0) <= 1:
-        raise ValueError(f"--noise_level must be in (0, 1], got {args.noise_level}")
+            raise ValueError(f"--{name} must be in -{MOST}..{MOST}, got {value}")
     refuse_file(Path(args.out), "--out")
     refuse_read_only(Path(args.out), "--out")
 
 
-def prompt_of(args: argparse.Namespace, pipe: Pipeline) -> str:
-    """--prompt, or the prompt the LoRA was trained with."""
-    return args.prompt if args.prompt is not None else pipe.meta.get("prompt", "")
-
-
-def objective_of(args: argparse.Namespace, pipe: Pipeline) -> str:
-    """--objective, or the LoRA's. ValueError if neither names a known one."""
-    objective = args.objective or pipe.meta.get("objective")
-    if objective is None:
-        raise ValueError(
-            f"--lora {args.lora} does not name its objective: "
-            f"pass --objective {'|'.join(OBJECTIVES)}"
-        )
-    if objective not in OBJECTIVES:
-        raise ValueError(
-            f"--lora {args.lora} has the objective {objective!r}; expected {', '.join(OBJECTIVES)}"
-        )
-    return objective
-
-
-def defaults() -> dict:
-    """The flags' default values."""
-    parser = argparse.ArgumentParser()
-    add_common_flags(parser)
-    add_edit_flags(parser)
-    return vars(parser.parse_args(["--out", ""]))
+def open_pipeline(args: argparse.Namespace, *, captioned: bool = False) -> Pipeline:
+    """The pipeline of the common flags; prints what was loaded. captioned: each image has a prompt
+    of its own."""
+    device = pick_device(args.device, args.cuda_graph)
+    dtype = pick_dtype(args.mixed_precision, device)
+    if args.model and (note := moved_note(args.model)):
+        print(note)
+    pipe = load_pipeline(
+        args.model,
+        args.lora,
+        revision=args.revision,
+        variant=args.variant,
+        vae_path=args.vae_path,
+        tokenizer_name=args.tokenizer_name,
+        prediction_type=args.prediction_type,
+        base_lora=args.base_lora,
+        base_lora_strength=args.base_lora_strength,
+        dtype=dtype,
+        device=device,
+        cuda_graph=args.cuda_graph,
+    )
+    for sentence in without_effect(args, pipe):
+        warnings.warn(sentence, stacklevel=2)
+    if pipe.meta.get("captions") and not (captioned or prompt_of(edit_config(args), pipe)):
+        message = f"--lora {args.lora} was trained with a caption per image but is used without one"
+        warnings.warn(f"{message}: pass --prompt", stacklevel=2)
+    kind = pipe.meta.get("objective", "of unknown objective")
+    lora = f", LoRA {args.lora} ({kind})" if args.lora else ""
+    if pipe.under:
+        lora += ", on top of {} at strength {:g}".format(*pipe.under)
+    print(f"{pipe.base} on {device} in {str(dtype).removeprefix('torch.')}{lora}")
+    return pipe
 
 
 def draws_anew(objective: str | None, start: str) -> bool:
@@ -216,7 +163,7 @@ def without_effect(args: argparse.Namespace, pipe: Pipeline) -> Iterator[str]:
 
 def warn_of_unread(args: argparse.Namespace, objective: str) -> None:
     """Warns of flags that were given but that this objective's edit does not read."""
-    usual, uses = defaults(), OBJECTIVES[objective].uses
+    usual, uses = dataclasses.asdict(EditConfig()), OBJECTIVES[objective].uses
     for flag in sorted({flag for one in OBJECTIVES.values() for flag in one.uses}):
         if flag not in uses and (value := getattr(args, flag)) != usual[flag]:
             warnings.warn(f"--{flag} {value} has no effect on {objective}", stacklevel=2)

@@ -1,11 +1,10 @@
 """How the networks see an image of any size: at the training's scale, as a whole or in windows.
 
-frame_of          what the flags and the LoRA's header ask for
+frame_of          what the config and the LoRA's header ask for
 within_memory     the same, or smaller windows when memory runs out
 scale_in_doubt    a warning where neither gives the scale
 """
 
-import argparse
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,7 @@ from typing import NamedTuple, TypeVar
 from PIL import Image
 
 from data import with_short_side
+from editing.config import EditConfig, objective_of
 from model.memory import unless_full
 from model.objectives import OBJECTIVES
 from model.pipeline import Pipeline
@@ -39,12 +39,10 @@ def brought_to(pipe: Pipeline) -> int | None:
     return pipe.meta.get("resolution") if pipe.meta.get("resized") else None
 
 
-def frame_of(
-    args: argparse.Namespace, pipe: Pipeline, objective: str, size: Sequence[int]
-) -> Framing:
+def frame_of(cfg: EditConfig, pipe: Pipeline, size: Sequence[int]) -> Framing:
     """For an image of `size` (height, width): resized to the training's resolution if the
     training's images were. ValueError names the flag that makes it impossible."""
-    short = args.resolution or brought_to(pipe)
+    objective, short = objective_of(cfg, pipe), cfg.resolution or brought_to(pipe)
     height, width = size
     if short is not None:
         width, height = with_short_side(short, width, height)
@@ -53,7 +51,7 @@ def frame_of(
                 f"an image of {by((size[1], size[0]))} would be {by((width, height))} at "
                 f"--resolution {short}, which is too large"
             )
-    side, f = args.tile or 0, pipe.vae.downscale
+    side, f = cfg.tile or 0, pipe.vae.downscale
     if side % f or (side and side < LEAST * f):
         raise ValueError(
             f"--tile must be 0 or a multiple of {f}, at least {LEAST * f}, for this autoencoder, "
@@ -62,23 +60,23 @@ def frame_of(
     cut = OBJECTIVES[objective].windows
     if side and not cut:
         raise ValueError(f"--tile does not work with {objective}, which joins two images into one")
-    tiles = windows(side // f, args.batch_size) if 0 < side < max(width, height) else None
+    tiles = windows(side // f, cfg.batch_size) if 0 < side < max(width, height) else None
     least = max((pipe.meta.get("resolution") or 512) // f, LEAST)  # the training's images'
     return Framing((height, width), tiles, least if cut else math.inf, f)
 
 
 def scale_in_doubt(
-    args: argparse.Namespace, pipe: Pipeline, sizes: Sequence[tuple[int, int]]
+    cfg: EditConfig, pipe: Pipeline, sizes: Sequence[tuple[int, int]]
 ) -> Iterator[str]:
     """A sentence if images are so large that their scale may differ from the training's, and no
     flag or header tells."""
     trained, native = pipe.meta.get("resolution"), pipe.meta.get("native_scale")
-    if not trained or native or pipe.meta.get("resized") or args.resolution:
+    if not trained or native or pipe.meta.get("resized") or cfg.resolution:
         return
     if large := sum(min(size) > 2 * trained for size in sizes):
         yield (
             f"{large} of {len(sizes)} images are more than twice the training size of {trained} px "
-            f"(--lora {args.lora}) and are edited at full size: if objects in them appear larger "
+            f"(--lora {pipe.lora}) and are edited at full size: if objects in them appear larger "
             f"than in training, pass --resolution {trained}"
         )
 

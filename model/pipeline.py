@@ -150,6 +150,7 @@ class Pipeline:
     """The components on one device, and the LoRA's metadata ({} without a LoRA)."""
 
     base: str
+    lora: str | Path | None  # the run or file that was loaded
     unet: UNet
     vae: VAE
     text: TextEncoder
@@ -266,4 +267,4 @@ def load_pipeline(
     # a capture is on the current device
     here = on_cuda and device.index in (None, torch.cuda.current_device())
     replays = Replays(asking(unet), possible=here and cuda_graph is not False)
-    return Pipeline(base, unet, vae, text, schedule, meta, under, replays)
+    return Pipeline(base, lora, unet, vae, text, schedule, meta, under, replays)

@@ -404,7 +404,7 @@ def test_the_programs_are_started(lab, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "flags, said",
-    [("--steps 0", "--steps must be between 1 and 1000, got 0"),
+    [("--steps 0", "--steps must be in 1..1000, got 0"),
      ("--strengths 0.5", "--strengths must include 0 and 1"),
      ("--between_dirs nowhere --between_times 0.5", "images root doesn't exist: nowhere")],
 )  # fmt: skip

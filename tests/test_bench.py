@@ -63,13 +63,13 @@ def test_a_run_of_the_runner(place, tmp_path, monkeypatch):
     assert main(argv) == 0
     (file,) = out.glob("*.json")
     result = json.loads(file.read_text())
-    assert result["arms"]["ours"]["error"].startswith("KeyError")
+    assert result["arms"]["ours"]["error"].startswith("ValueError: --objective must be")
     assert result["revision"] == revision()["git"]
     whole = result["arms"]["ours delta"]
     assert len(whole["seconds"]) == len(result["ceiling"]["seconds"]) == 2
     assert whole["flops"] > 1e6 and whole["peak_mib"] > 50 and result["machine"]["threads"] >= 1
     text = (tmp_path / "RESULTS.md").read_text()
-    assert "| ours delta | " in text and "| ours | KeyError" in text
+    assert "| ours delta | " in text and "| ours | ValueError" in text
     assert (tmp_path / "results.png").read_bytes()[:4] == b"\x89PNG"
 
 

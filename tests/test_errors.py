@@ -323,9 +323,9 @@ COMMON = {
     "--strength=-inf": "--strength must be a finite number, got -inf",
     "--strength a": "--strength: invalid float value: 'a'",
     "--guidance nan": "--guidance must be a finite number, got nan",
-    "--steps 0": "--steps must be between 1 and 1000, got 0",
-    "--steps=-5": "--steps must be between 1 and 1000, got -5",
-    "--steps 1001": "--steps must be between 1 and 1000, got 1001",
+    "--steps 0": "--steps must be in 1..1000, got 0",
+    "--steps=-5": "--steps must be in 1..1000, got -5",
+    "--steps 1001": "--steps must be in 1..1000, got 1001",
     "--batch_size 0": "--batch_size must be at least 1, got 0",
     "--seed=-1": "--seed must be in 0..2147483647, got -1",
     "--seed 2147483648": "--seed must be in 0..2147483647, got 2147483648",
@@ -359,7 +359,7 @@ EDIT = {
     "--noise_level 0": "--noise_level must be in (0, 1], got 0.0",
     "--noise_level nan": "--noise_level must be a finite number, got nan",
     "--eta 1.1": "--eta must be in 0..1, got 1.1",
-    "--eta nan": "--eta must be in 0..1, got nan",
+    "--eta nan": "--eta must be a finite number, got nan",
     "--num 3": "unrecognized arguments: --num 3",
 }
 GENERATE = {
@@ -368,7 +368,7 @@ GENERATE = {
     "--height 12": "--height must be a positive multiple of 8, got 12",
     "--width=-8": "--width must be a positive multiple of 8, got -8",
     "--sampler none": "--sampler: invalid choice: 'none'",
-    "--sampler dpm_solver --steps 0": "--steps must be between 1 and 1000, got 0",
+    "--sampler dpm_solver --steps 0": "--steps must be in 1..1000, got 0",
     "--sampler dpm_solver --steps 1000": "--steps must be between 1 and 999 for dpm_solver, got",
     "--input pairs/before": "unrecognized arguments: --input pairs/before",
 }

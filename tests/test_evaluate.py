@@ -43,7 +43,7 @@ def score(monkeypatch, tmp_path, sd1, folder, predict, *more, lost=0.02, kept=Fa
     pixels = {side: _read(folder / side) for side in ("before", "after")}
     noise = lost * torch.randn((3, 32, 32), generator=torch.Generator().manual_seed(0))
 
-    def edit(pipe, objective, images, strengths, args, prompt, seeds):
+    def edit(pipe, images, strengths, cfg, seeds):
         def one(image, seed, s):
             i = int((pixels["before"] - image).abs().sum((1, 2, 3)).argmin())
             after, others = pixels["after"][i], pixels["after"].roll(1, 0)[i]
@@ -318,8 +318,8 @@ def test_a_pairs_caption_is_its_prompt(monkeypatch, tmp_path, sd1, scenes, capsy
     (folder / "after" / "00001.txt").write_text("a caption")
     lora = write_lora(tmp_path / "lora", sd1, prompt="what was trained", captions=True)
 
-    def edit(pipe, objective, images, strengths, args, prompt, seeds):
-        calls.append((prompt, seeds))
+    def edit(pipe, images, strengths, cfg, seeds):
+        calls.append((cfg.prompt, seeds))
         return [images for _ in strengths]
 
     monkeypatch.setattr(evaluate, "edit_pixels", edit)

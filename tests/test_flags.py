@@ -27,7 +27,8 @@ import config_check
 import durable
 import train
 from config import TrainConfig
-from docs.flags import table
+from docs.flags import page
+from editing.config import EditConfig
 from model import lora_convert, memory
 from model.layers import ResBlock, SpatialTransformer, TransformerBlock
 from model.lora_files import LORA_FILE, read_lora
@@ -1431,14 +1432,15 @@ def test_every_flag_can_be_said_on_the_command_line(lab):
 def test_the_table_of_flags_is_what_the_config_says():
     """docs/flags.md is written by `make docs`; every flag has its line, with its default."""
     written = (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
-    assert written == table(), "docs/flags.md is not config.py's: run `make docs`"
+    assert written == page(), "docs/flags.md is not config.py's: run `make docs`"
     lines = {line.split("`")[1]: line for line in written.splitlines() if line.startswith("| `--")}
-    assert list(lines) == [f"--{name}" for name in FIELDS]
+    of_edits = [f.name for f in dataclasses.fields(EditConfig)]
+    assert list(lines) == [f"--{name}" for name in dict.fromkeys([*FIELDS, *of_edits])]
     assert {line.replace("\\|", "").count("|") for line in lines.values()} == {5}
     assert "| `0.0002` | number at least 0 |" in lines["--learning_rate"]
     groups = re.findall(r"^## (.+)$", written, re.M)
     said = [f.metadata["group"] for f in FIELDS.values() if f.metadata["group"]]
-    assert [name.lower() for name in groups] == [name.lower() for name in said]
+    assert [name.lower() for name in groups] == [*(name.lower() for name in said), "an edit"]
 
 
 def test_the_help_is_in_the_same_groups(capsys):

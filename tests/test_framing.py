@@ -1,6 +1,7 @@
 """Images of any size at use: seen as in training, given back as they were, in windows or whole."""
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,11 +10,13 @@ from PIL import Image
 
 import sample
 from data import PairDataset
-from editing.edits import edit_pixels, open_pipeline
+from editing.config import EditConfig
+from editing.edits import edit_pixels
+from editing.flags import edit_config, open_pipeline
 from editing.framing import frame_of
 from model.detail import enlarged, keep_detail, resized
 from model.objectives import Knobs, delta
-from model.pipeline import decode, encode
+from model.pipeline import decode, encode, load_pipeline
 from model.unet import UNet
 from model.vae import VAE
 from pairing.images import load_image, to_image, to_tensor
@@ -60,7 +63,8 @@ def flags(*argv):
 def edited(seen, *argv, pixels, objective=None):
     args = flags(*argv)
     pipe = open_pipeline(args)
-    found = edit_pixels(pipe, objective or pipe.meta["objective"], pixels, [1.0], args)[0]
+    cfg = replace(edit_config(args), objective=objective)
+    found = edit_pixels(pipe, pixels, [1.0], cfg)[0]
     return found, {name: side for name, side in seen.items() if name != "full"}
 
 
@@ -68,11 +72,10 @@ def test_an_image_is_edited_at_the_training_s_size_and_given_back_in_its_own(tmp
     """ẑ at the small size; what shrinking and the autoencoder lose of the image is kept."""
     lora = write_lora(tmp_path / "run", sd1, resolution=16, resized=True)
     x = to_tensor(load_image(picture(tmp_path / "x.png", 48, 40)))[None]
-    args = flags("--lora", lora)
-    pipe = open_pipeline(args)
-    found = edit_pixels(pipe, "delta", x, [0.0, 1.0], args)
+    pipe = load_pipeline(None, lora)
+    found = edit_pixels(pipe, x, [0.0, 1.0])
     assert found[0].equal(x)  # strength 0 is the image, every pixel of it
-    assert frame_of(args, pipe, "delta", (40, 48))[:2] == ((16, 19), None)
+    assert frame_of(EditConfig(), pipe, (40, 48))[:2] == ((16, 19), None)
 
     small = resized(x, (16, 19))
     pil = load_image(tmp_path / "x.png").resize((19, 16), Image.Resampling.BILINEAR)
@@ -151,12 +154,11 @@ def test_where_memory_does_not_suffice_fewer_images_go_at_a_time(tmp_path, sd1, 
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(self, x, *rest)
 
-    args = flags("--lora", lora, "--start", "noise")
-    pipe = open_pipeline(args)
+    pipe, cfg = load_pipeline(None, lora), EditConfig(start="noise", steps=3)
     seeds = [3, 1, 4, 1, 5]
-    whole = edit_pixels(pipe, "after", x, [0.5, 1.0], args, seeds=seeds)
+    whole = edit_pixels(pipe, x, [0.5, 1.0], cfg, seeds=seeds)
     monkeypatch.setattr(UNet, "forward", of_two_at_most)
-    found = edit_pixels(pipe, "after", x, [0.5, 1.0], args, seeds=seeds)
+    found = edit_pixels(pipe, x, [0.5, 1.0], cfg, seeds=seeds)
     assert set(passes) == {5, 3, 2, 1}
     for one, other in zip(found, whole, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
@@ -187,9 +189,9 @@ def test_a_large_image_may_be_of_its_own_size(tmp_path, sd1, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     pipe = open_pipeline(flags("--lora", write_lora(tmp_path / "run", sd1, **NATIVE)))
     for argv, size in (((), (40, 40)), (("--resolution", 40), (40, 40))):
-        assert frame_of(flags(*argv), pipe, "delta", (40, 40)).size == size
+        assert frame_of(edit_config(flags(*argv)), pipe, (40, 40)).size == size
     with pytest.raises(ValueError, match="would be 48x48 at --resolution 48, which is too large"):
-        frame_of(flags("--resolution", 48), pipe, "delta", (40, 40))
+        frame_of(EditConfig(resolution=48), pipe, (40, 40))
     file = picture(tmp_path / "x.png", 40, 40)
     pairs = [Pair("x", file, file)]
     assert PairDataset(pairs, 16, native_scale=True)[0]["after"].shape == (3, 16, 16)

@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-import sample
 import train as loop
-from editing.edits import edit_pixels, open_pipeline
+from editing.config import EditConfig
+from editing.edits import edit_pixels
 from model.graph import WARM, Replayed, Replays
 from model.lora import inject, lora_layers
 from model.objectives import OBJECTIVES
@@ -226,14 +226,12 @@ def test_an_edit_with_graphs_is_the_edit_without(cuda, sd1, pairs, tmp_path, mon
     """`slider` inverts at guidance 1 and denoises with guidance, for four images and for one."""
     cfg = small(sd1, pairs, tmp_path / "run", pair_objective="slider", max_train_steps=4)
     run = train(replace(cfg, learning_rate=1e-2))
-    argv = ["edit", "--lora", str(run), "--input", "-", "--out", "-", "--guidance", "3"]
-    args = sample.make_parser().parse_args([*argv, "--steps", "8", "--device", "cpu"])
-    pixels = torch.rand(5, 3, 32, 32) * 2 - 1
-    pipe = open_pipeline(args)
+    pixels, how = torch.rand(5, 3, 32, 32) * 2 - 1, EditConfig(guidance=3.0, steps=8)
+    pipe = load_pipeline(None, run)
     assert not pipe.replays.possible  # on a CPU
 
     def edit():
-        parts = (edit_pixels(pipe, "slider", some, [1.0], args)[0] for some in pixels.split(4))
+        parts = (edit_pixels(pipe, some, [1.0], how)[0] for some in pixels.split(4))
         return torch.cat(list(parts))
 
     expected = edit()

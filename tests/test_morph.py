@@ -548,7 +548,7 @@ def test_a_knob_that_does_nothing_is_said_to(place, tmp_path, monkeypatch, capsy
         ("--sweep steps=5,5", "with different values, such as steps=5,30"),
         ("--sweep guidance=1,1.00000001", "with different values, such as steps=5,30"),
         ("--sweep start=invert,middle", "got 'start=invert,middle'"),
-        ("--sweep steps=5,0", "--steps must be between 1 and 1000, got 0"),
+        ("--sweep steps=5,0", "--steps must be in 1..1000, got 0"),
         ("--sweep guidance=1,nan", "--guidance must be a finite number, got nan"),
         ("--sweep change_guidance=1,inf", "--change_guidance must be a finite number, got inf"),
         ("--strength 1", "the following arguments are required: --sweep"),

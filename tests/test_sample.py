@@ -17,6 +17,7 @@ from PIL import Image, ImageCms
 
 import sample
 from editing import edits
+from editing.config import EditConfig
 from model.lora import inject, lora_layers
 from model.objectives import OBJECTIVES, Knobs
 from model.pipeline import decode, load_pipeline
@@ -104,10 +105,8 @@ def test_generate_equals_the_diffusers_pipeline(tmp_path, sd1, guidance, text):
 def test_img2img_is_what_other_clients_do(tmp_path, sd1, prediction_type):
     """The edit equals diffusers' img2img with Euler at the same steps and LoRA weight."""
     lora = write_lora(tmp_path / "run", sd1, objective="img2img", img2img_t=300)
-    said = ("--prediction_type", prediction_type, "--input", "-", "--out", "-", "--steps", "7")
-    args = sample.make_parser().parse_args(["edit", "--lora", str(lora), *said])
-    ours, z = edits.open_pipeline(args), torch.randn(1, 4, 16, 24)
-    edited = edits.editor(ours, "img2img", z, args, seeds=[3])(0.6)
+    ours, z = load_pipeline(None, lora, prediction_type=prediction_type), torch.randn(1, 4, 16, 24)
+    edited = edits.editor(ours, z, EditConfig(steps=7), seeds=[3])(0.6)
 
     pipe = StableDiffusionImg2ImgPipeline.from_pretrained(sd1, safety_checker=None)
     pipe.scheduler = EulerDiscreteScheduler.from_config(
@@ -193,10 +192,8 @@ def test_change_guidance_reaches_the_objectives_that_denoise(tmp_path, sd1, obje
     lora = write_lora(tmp_path / "run", sd1, objective=objective)
     z, made = torch.randn(1, 4, 8, 8), {}
     for name, s, scale in (("one", 0.01, 1), ("two", 0.02, 1), ("twice", 0.01, 2)):
-        flags = ["edit", "--lora", lora, "--input", "x", "--out", "y", "--steps", 2,
-                 "--start", "noise", "--change_guidance", scale]  # fmt: skip
-        args = sample.make_parser().parse_args([str(flag) for flag in flags])
-        made[name] = edits.editor(edits.open_pipeline(args), objective, z, args)(s)
+        cfg = EditConfig(steps=2, start="noise", change_guidance=scale)
+        made[name] = edits.editor(load_pipeline(None, lora), z, cfg)(s)
     added, twice = (made[name] - made["one"] for name in ("two", "twice"))
     torch.testing.assert_close(twice, added, rtol=0, atol=0.1 * added.abs().max())
 
@@ -220,11 +217,10 @@ def test_an_objective_is_used_as_it_works_best_unless_told_otherwise(
     """In a run's own pictures too."""
     lora = write_lora(tmp_path / "run", sd1, objective=objective)
     z, made = torch.randn(1, 4, 8, 8), []
-    for more in ((), ("--change_guidance", scale), ("--change_guidance", 2)):
-        flags = ["edit", "--lora", lora, "--input", "x", "--out", "y", "--start", "noise", *more]
-        args = sample.make_parser().parse_args([str(flag) for flag in flags])
-        pipe = edits.open_pipeline(args)
-        made.append(edits.editor(pipe, objective, z, args)(1.0))
+    for guidance in (None, scale, 2.0):
+        cfg = EditConfig(start="noise", change_guidance=guidance)
+        pipe = load_pipeline(None, lora)
+        made.append(edits.editor(pipe, z, cfg)(1.0))
     assert made[0].equal(made[1]) and not made[0].equal(made[2])
 
     def spy(predict, schedule, z, s, how):
@@ -547,7 +543,7 @@ def test_large_inputs_are_held_few_at_a_time(tmp_path, sd1, images, monkeypatch)
         shutil.copy(images / "a.png", tmp_path / "new" / f"c{i}.png")
     usual = sample.edit_pixels
     monkeypatch.setattr(
-        sample, "edit_pixels", lambda *a, **k: (held.append(len(a[2])), usual(*a, **k))[1]
+        sample, "edit_pixels", lambda *a, **k: (held.append(len(a[1])), usual(*a, **k))[1]
     )
     monkeypatch.setattr(sample, "AT_ONCE", 2 * 32 * 32)
     run("edit", "--lora", lora, "--input", images, "--out", tmp_path / "out")

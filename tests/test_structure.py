@@ -25,8 +25,9 @@ ROOT = Path(__file__).parents[1]
 
 # Module -> the modules of this project that it may import. "*": the library.
 ARROWS = {
-    "config": [],
-    "config_check": ["config"],
+    "knobs": [],
+    "config": ["knobs"],
+    "config_check": ["config", "knobs"],
     "cli": ["config", "config_check"],
     "durable": [],
     "pairing.images": [],
@@ -102,21 +103,22 @@ ARROWS = {
         "model.vae", "pairing.images", "pairing.pairs", "pairing.registration",
         "pairing.sequences", "training.latents",
     ],
+    "editing.config": ["knobs", "model.objectives", "model.pipeline"],
     "editing.framing": [
-        "data", "model.memory", "model.objectives", "model.pipeline", "model.tiles",
-        "pairing.images",
-    ],
-    "editing.flags": [
-        "cli", "durable", "model.files", "model.memory", "model.objectives",
-        "model.pipeline",
+        "data", "editing.config", "model.memory", "model.objectives", "model.pipeline",
+        "model.tiles", "pairing.images",
     ],
     "editing.edits": [
-        "editing.flags", "editing.framing", "model.detail", "model.files", "model.memory",
-        "model.objectives", "model.pipeline", "model.predict", "model.tiles",
+        "editing.config", "editing.framing", "model.detail", "model.memory", "model.objectives",
+        "model.pipeline", "model.predict", "model.tiles",
+    ],
+    "editing.flags": [
+        "cli", "durable", "editing.config", "model.files", "model.memory", "model.objectives",
+        "model.pipeline",
     ],
     "editing.between": [
-        "durable", "editing.edits", "editing.flags", "editing.framing", "model.lora_files",
-        "model.morph", "model.objectives", "model.pipeline", "model.predict",
+        "durable", "editing.config", "editing.edits", "editing.flags", "editing.framing",
+        "model.lora_files", "model.morph", "model.objectives", "model.pipeline", "model.predict",
         "pairing.images", "pairing.registration", "reporting.measures",
     ],
     "training.checkpoint": [
@@ -173,6 +175,7 @@ ARROWS = {
 ROOTS = ("check_data", "hub", "sample", "train", "evaluate", "ablate")  # what a user starts
 FOLDERS = ("scenes", "bench", "docs", "tests")  # on top of all: nothing outside them imports them
 LIBRARIES = {  # beyond the standard library
+    "knobs": set(),
     "config": set(),
     "config_check": set(),
     "pairing.images": {"torch", "numpy", "PIL"},

@@ -1,0 +1,110 @@
+"""Every knob of an edit: a field here is a flag of `sample.py edit` and of evaluate.py.
+
+    edit_pixels(load_pipeline(None, "runs/snow"), pixels, [0.5, 1.0], EditConfig(steps=12))
+
+`prompt_of` and `objective_of` say what a LoRA's header adds to it.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+from knobs import check_fields, knob
+from model.objectives import OBJECTIVES
+from model.pipeline import Pipeline
+
+MOST = 10**6  # no flag is useful beyond it, and float32 overflows at 3e38
+EXAGGERATES = "".join(
+    f"{use.change_guidance:g} for `{name}`, "
+    for name, use in OBJECTIVES.items()
+    if use.change_guidance != 1
+)
+
+
+@dataclass(frozen=True)
+class EditConfig:
+    """ValueError, in one sentence that names the flag, for a value out of bounds."""
+
+    prompt: str | None = knob(None, "prompt [the one the LoRA was trained with]")
+    steps: int = knob(30, "denoising steps", least=1, most=1000)
+    seed: int = knob(0, "seed of all noise", least=0, most=2**31 - 1)
+    batch_size: int = knob(4, "images per batch, of one size", least=1)
+    objective: str | None = knob(
+        None, "objective [from the LoRA's header]", choices=tuple(OBJECTIVES)
+    )
+    guidance: float = knob(
+        1.0,
+        "classifier-free guidance scale, for objectives that denoise; 1 = none",
+        least=-MOST,
+        most=MOST,
+    )
+    start: str = knob(
+        "invert",
+        "how objectives that denoise get from the before image to noise: DDIM inversion, or added "
+        "noise (SDEdit)",
+        choices=("invert", "noise"),
+    )
+    noise_level: float = knob(0.7, "how far --start goes towards pure noise, 0..1", above=0, most=1)
+    image_guidance: float = knob(
+        1.0,
+        "guidance scale of the before image, for `concat`; 1 = none",
+        least=-MOST,
+        most=MOST,
+    )
+    change_guidance: float | None = knob(
+        None,
+        "scale of what the LoRA adds to the base's prediction, for objectives that denoise; 1 = as "
+        f"trained [{EXAGGERATES}else 1]",
+        least=-MOST,
+        most=MOST,
+    )
+    eta: float = knob(
+        0.0, "fresh noise in each step of `bridge` and `img2img`, 0..1", least=0, most=1
+    )
+    between: str | None = knob(
+        None,
+        "how to edit at strengths other than 1: along the line from the image to its edit at 1 "
+        "(fade), or by scaling the LoRA [lora if it was trained on states in between, else fade]",
+        choices=("fade", "lora"),
+    )
+    resolution: int | None = knob(
+        None,
+        "short side in pixels at which images are edited; results keep the image's own size [the "
+        "training's, if its images were resized to it, else the image's]",
+        least=8,
+    )
+    tile: int | None = knob(
+        None,
+        "side in pixels of the windows in which large images are edited, to save memory [the whole "
+        "image, or the largest windows that fit in memory]",
+    )
+    keep_detail: bool = knob(
+        True,
+        "restore the detail that the autoencoder loses where nothing changes, and, recoloured like "
+        "what is around it, the detail that shrinking loses",
+    )
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+FIELDS = tuple(f.name for f in dataclasses.fields(EditConfig))
+
+
+def prompt_of(cfg: EditConfig, pipe: Pipeline) -> str:
+    """The config's prompt, or the one the LoRA was trained with."""
+    return cfg.prompt if cfg.prompt is not None else pipe.meta.get("prompt", "")
+
+
+def objective_of(cfg: EditConfig, pipe: Pipeline) -> str:
+    """The config's objective, or the LoRA's. ValueError if neither names a known one."""
+    objective = cfg.objective or pipe.meta.get("objective")
+    if objective is None:
+        raise ValueError(
+            f"--lora {pipe.lora} does not name its objective: "
+            f"pass --objective {'|'.join(OBJECTIVES)}"
+        )
+    if objective not in OBJECTIVES:
+        raise ValueError(
+            f"--lora {pipe.lora} has the objective {objective!r}; expected {', '.join(OBJECTIVES)}"
+        )
+    return objective

@@ -1,0 +1,61 @@
+"""A knob: a field of a config that is a flag too, with its help, its choices and its bounds."""
+
+import dataclasses
+import math
+from dataclasses import field
+
+
+def knob(
+    default,
+    help: str,
+    *,
+    group: str | None = None,
+    choices: tuple = (),
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+):
+    """A field with its help text and bounds: least ≤ x ≤ most, above < x < below."""
+    about = {"help": help, "group": group, "choices": choices}
+    return field(
+        default=default,
+        metadata=about | {"least": least, "most": most, "above": above, "below": below},
+    )
+
+
+def limits(f: dataclasses.Field) -> str:
+    """A field's bounds in words; "" if it has none."""
+    least, most, above, below = (f.metadata[key] for key in ("least", "most", "above", "below"))
+    if most is not None:
+        return f"in {least}..{most}" if above is None else f"in ({above}, {most}]"
+    if below is not None:
+        return f"in [{least}, {below})" if above is None else f"in ({above}, {below})"
+    if least is not None:
+        return f"at least {least}"
+    return "" if above is None else f"above {above}"
+
+
+def within(value: float, f: dataclasses.Field) -> bool:
+    """Whether it respects the field's bounds; NaN respects none."""
+    least, most, above, below = (f.metadata[key] for key in ("least", "most", "above", "below"))
+    return (
+        (least is None or value >= least)
+        and (most is None or value <= most)
+        and (above is None or value > above)
+        and (below is None or value < below)
+    )
+
+
+def check_fields(cfg) -> None:
+    """ValueError names the first field that is not one of its choices, finite or within bounds."""
+    for f in dataclasses.fields(cfg):
+        value, choices = getattr(cfg, f.name), f.metadata["choices"]
+        if value is None:
+            continue
+        if choices and value not in choices:
+            raise ValueError(f"--{f.name} must be {' or '.join(choices)}, got {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{f.name} must be a finite number, got {value}")
+        if limits(f) and not within(value, f):
+            raise ValueError(f"--{f.name} must be {limits(f)}, got {value}")
