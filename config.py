@@ -96,6 +96,12 @@ class TrainConfig:
     )
     # 300: LOG.md, "delta at step 300"
     delta_t: int = knob(300, "timestep at which `delta` evaluates the UNet", least=1, most=999)
+    # on: LOG.md, "delta without the base's answer"
+    delta_base: bool = knob(
+        True,
+        "`delta` subtracts the base's prediction; without, one forward pass is enough, and a LoRA "
+        "that is trained long comes nearer",
+    )
     bridge_t: int = knob(
         600, "timestep at which `bridge` starts from the before image", least=2, most=999
     )

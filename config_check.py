@@ -10,7 +10,7 @@ SOURCES = ("before_data_dir", "sequence_dirs", "frames_dir", "instance_data_dir"
 OF_PAIRS = (
     "pair_objective", "validation_pairs", "validation_images", "max_pairs", "mask_from_change",
 )  # fmt: skip
-OF_OBJECTIVES = ("delta_t", "bridge_t", "img2img_t", "image_dropout")
+OF_OBJECTIVES = ("delta_t", "delta_base", "bridge_t", "img2img_t", "image_dropout")
 OF_NOISE = ("t_min", "snr_gamma")  # prior preservation reads them too
 LOOKS = ("validation_steps", "validation_epochs")
 # The first is ignored if the second is given

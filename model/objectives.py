@@ -48,6 +48,7 @@ class Knobs(NamedTuple):
     """Options that an objective may read, in training and in use; also fields of the config."""
 
     delta_t: int = 300
+    delta_base: bool = True
     bridge_t: int = 600
     img2img_t: int = 150
     image_dropout: float = 0.05
@@ -116,11 +117,14 @@ def delta(predict: Predict, schedule: Schedule, z: Tensor, s: Tensor, knobs: Kno
 
     With ε-prediction this is z + √((1−ā_τ)/ā_τ) (e_0 − e_s). At s = 0 it is exactly z. One step and
     no noise, as in img2img-turbo (Parmar et al. 2024, arXiv 2403.12036), but the frozen base's own
-    prediction is subtracted, so that only the LoRA's contribution remains.
+    prediction is subtracted, so that only the LoRA's contribution remains. Without `delta_base` it
+    is img2img-turbo's D_s(z) = x̂_0(e_s): one pass, and the LoRA has to learn to keep z.
     """
     t = delta_steps(torch.empty(len(z), dtype=torch.int64, device=z.device), schedule, knobs)
     signal, _ = schedule.roots(t, z)
     x = signal * z
+    if not knobs.delta_base:
+        return schedule.split(x, predict(x, t, s), t)[0]
     with torch.no_grad():  # neither the frozen base nor z needs a gradient
         e_0 = predict(x, t, None)
     e_s = predict(x, t, s)
@@ -133,7 +137,7 @@ def delta_loss(predict, schedule, a, b, s, draws, knobs):
 
 
 def delta_edit(predict, schedule, z, s, how):
-    """D_s(z): two forward passes, deterministic. Multiplier s."""
+    """D_s(z): two forward passes, or one without `delta_base`; deterministic. Multiplier s."""
     return delta(predict, schedule, z, s, how.knobs)
 
 
@@ -400,8 +404,8 @@ class Objective(NamedTuple):
 
 OBJECTIVES = {
     "delta": Objective(
-        delta_loss, delta_edit, by_t=False, generates=False, steps=delta_steps, reads=("delta_t",),
-        uses=(), needs=(LAST,),
+        delta_loss, delta_edit, by_t=False, generates=False, steps=delta_steps,
+        reads=("delta_t", "delta_base"), uses=(), needs=(LAST,),
     ),
     "bridge": Objective(
         bridge_loss, bridge_edit, extra=4, needs=("conv_in",), steps=bridge_steps,

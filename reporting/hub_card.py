@@ -13,8 +13,9 @@ from model.objectives import PORTABLE
 from reporting.md import escaped, fenced, printable
 
 USES = {
-    "delta": "The UNet runs twice at one fixed timestep, with and without the LoRA; the difference "
-    "of the two predictions, added to the before image's latent, is the change.",
+    "delta": "The UNet sees the before image's latent at one fixed timestep, without noise, and "
+    "predicts the after image's; unless --no-delta_base is among the flags below, what the base "
+    "itself predicts there is subtracted, so that the LoRA's contribution alone is the change.",
     "bridge": "The path starts at the noised before image and ends, step by step, at the clean "
     "after image. Another seed gives another outcome.",
     "img2img": "The before image is partly noised and then denoised with the LoRA: standard "

@@ -502,6 +502,12 @@ def delta_t(lab, patch):
     assert meta(lab.run(delta_t=200))["delta_t"] == 200
 
 
+def delta_base(lab, patch):
+    """The first loss has the base's prediction in it, then."""
+    changes(delta_base=False)[1](lab, patch)
+    assert meta(lab.run(delta_base=False))["delta_base"] is False
+
+
 def bridge_t(lab, patch):
     changes(beside={"pair_objective": "bridge"}, bridge_t=200)[1](lab, patch)
     assert meta(lab.run(pair_objective="bridge", bridge_t=200))["bridge_t"] == 200
@@ -1222,6 +1228,7 @@ FLAGS = {
     "dataloader_num_workers": effect(dataloader_num_workers),
     "pair_objective": effect(pair_objective),
     "delta_t": effect(delta_t),
+    "delta_base": effect(delta_base),
     "bridge_t": effect(bridge_t),
     "img2img_t": effect(img2img_t),
     "image_dropout": effect(image_dropout),
@@ -1336,6 +1343,7 @@ def test_flag(name, lab, monkeypatch):
         ("base_lora_strength", 0.5, "--base_lora"),
         ("views", 2, "random crops"),
         ("delta_t", 200, "an objective that reads it"),
+        ("delta_base", False, "an objective that reads it"),
         ("recompute", "transformer", "--gradient_checkpointing"),
         ("lr_warmup_steps", 5, "--lr_scheduler constant_with_warmup"),
         ("lr_num_cycles", 2, "--lr_scheduler cosine_with_restarts"),
@@ -1422,7 +1430,7 @@ def test_every_flag_can_be_said_on_the_command_line(lab):
     )  # fmt: skip
     assert cli.parse(command(cfg)) == cfg
     parser = cli.Parser()
-    cli.add_fields(parser)
+    cli.add_fields(parser, TrainConfig)
     known = {name for action in parser._actions for name in action.option_strings}
     assert {f"--{name}" for name in FIELDS} <= known
     flags = [name for name, f in FIELDS.items() if f.default is False]

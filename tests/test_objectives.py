@@ -110,6 +110,18 @@ def test_delta_is_its_formula_and_the_identity_at_0(predict, prediction_type):
     assert (result[1] - a[1]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+def test_delta_without_the_base_is_the_prediction_of_one_pass(predict, prediction_type):
+    a, _, _ = pair()
+    s, knobs, asked = torch.tensor([0.5, 1.0], dtype=torch.float64), Knobs(delta_base=False), []
+    sched = schedule(prediction_type)
+    result = delta(lambda x, t, m: (asked.append(m), predict(x, t, m))[1], sched, a, s, knobs)
+    t = torch.full((2,), 300)
+    x = sched.alphas_cumprod[300].sqrt() * a
+    torch.testing.assert_close(result, sched.split(x, predict(x, t, s), t)[0])
+    assert len(asked) == 1 and torch.equal(asked[0], s)
+
+
 def test_delta_uses_no_noise(predict):
     a, b, draws = pair()
     other = Draws(noise(50, a.shape), torch.tensor([1, 2]))
