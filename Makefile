@@ -28,12 +28,14 @@ SCENE_FLAGS := --instance_prompt "an aerial view of fields" --resolution 64 --tr
   $(if $(findstring --overwrite,$(ARGS)),,--resume_from_checkpoint latest)
 # A change that is random given the before image is learnt with bridge: without random scaling, as
 # upscaled images would make its results soft; in fewer steps, before it overfits; and evaluated on
-# several outcomes of each scene.
+# several outcomes of each scene. One that the image determines is trained so long that delta comes
+# nearer without the base.
 ifneq ($(filter urban clearing craters,$(CHANGE)),)
   SCENE_FLAGS += --pair_objective bridge --loss mse --max_train_steps 300
   SCENE_JUDGE := --samples 4 --outcome_dirs $(foreach k,1 2 3,data/scenes/$(CHANGE)/test/outcome-$(k))
 else
-  SCENE_FLAGS += --loss l1 --random_scale 1.25 --max_train_steps 500
+  SCENE_FLAGS += --loss l1 --random_scale 1.25 --max_train_steps 500 \
+    $(if $(findstring --pair_objective,$(ARGS)),,--no-delta_base)
 endif
 
 # make ablate F=FILE first makes the scenes and the random base model that the file mentions
