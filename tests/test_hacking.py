@@ -51,23 +51,23 @@ def test_the_python_of_the_page_runs(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def both(monkeypatch):
+def there_and_back(monkeypatch):
     """The page's objective, put where the page says."""
     functions, line = blocks("An objective of your own")[:2]
     names = vars(objectives).copy()
     exec(functions, names)
-    entry = eval("{" + line + "}", names)["both"]
-    monkeypatch.setitem(objectives.OBJECTIVES, "both", entry)
+    entry = eval("{" + line + "}", names)["there_and_back"]
+    monkeypatch.setitem(objectives.OBJECTIVES, "there_and_back", entry)
     for config, field in ((TrainConfig, "pair_objective"), (EditConfig, "objective")):
         f = next(f for f in dataclasses.fields(config) if f.name == field)
-        choices = (*f.metadata["choices"], "both")
+        choices = (*f.metadata["choices"], "there_and_back")
         monkeypatch.setattr(f, "metadata", f.metadata | {"choices": choices})
 
 
-def test_the_page_s_objective_is_one(both, sd1, pairs, tmp_path):
+def test_the_page_s_objective_is_one(there_and_back, sd1, pairs, tmp_path):
     """Its LoRA makes the change at 1 and takes it back at −1: the latents it was trained on come
     nearer to those of their other sides."""
-    cfg = small(sd1, pairs, tmp_path / "run", pair_objective="both", max_train_steps=100)
+    cfg = small(sd1, pairs, tmp_path / "run", pair_objective="there_and_back", max_train_steps=100)
     pipe = load_pipeline(None, train(replace(cfg, learning_rate=3e-3, train_batch_size=4)))
     a, b = (
         torch.cat([encode(pipe.vae, to_tensor(load_image(file))[None]) for file in sorted(files)])

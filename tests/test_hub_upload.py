@@ -212,6 +212,7 @@ def test_each_objective_says_how_it_is_used(objective):
     """Snippets for other clients only where they compute what was trained."""
     slope = [2.0, -1.0] if objective == "slider" else [1.0, 0.0]
     said = card(objective=objective, multiplier=slope, img2img_t=250)
+    assert objective in hub_card.USES, "a sentence about its use: reporting/hub_card.py"
     assert hub_card.USES[objective] in said and "python sample.py" in said
     portable = objective in hub_card.PORTABLE
     assert ("load_lora_weights" in said) == portable == ("--format kohya" in said)
