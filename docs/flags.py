@@ -5,6 +5,7 @@ import re
 import types
 import typing
 
+from cli import in_words
 from config import TrainConfig
 from editing.config import EditConfig
 from knobs import limits
@@ -48,9 +49,7 @@ def rows(config: type) -> list[str]:
 def default(value: object) -> str:
     if value in (None, ""):
         return ""
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return f"`{value}`"
+    return in_words(value) if isinstance(value, bool) else f"`{in_words(value)}`"
 
 
 def takes(kind: type, choices: tuple) -> str:

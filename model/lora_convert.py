@@ -27,7 +27,7 @@ from model.lora import detach, merge
 from model.lora_algebra import concat, truncate
 from model.lora_files import apply_lora, multiplier, read_lora, write_lora
 from model.lora_layouts import LAYOUTS, Parts
-from model.objectives import PORTABLE
+from model.objectives import PORTABLE, Knobs
 from model.weights import load_text, load_unet
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -99,10 +99,10 @@ def run_concat(args: argparse.Namespace) -> None:
     read = [read_lora(file, "LORA") for file in args.loras]
     first, *others = [metadata for _, metadata in read]
     agreed = {k: v for k, v in first.items() if all(o.get(k) == v for o in others)}
-    step = f"{first.get('objective')}_t"  # the timestep, of an objective that has one
+    own = [knob for knob in Knobs._fields if knob.startswith(f"{first.get('objective')}_")]
     needed = ("objective", "multiplier", "base_model", "revision", "variant", "vae_path",
               "tokenizer_name", "prediction_type", "prompt", "base_lora", "background", "states",
-              step)  # fmt: skip
+              *own)  # fmt: skip
     for key in needed:
         if key not in agreed and any(key in metadata for _, metadata in read):
             warnings.warn(f"the LoRAs differ in {key}: the new file omits it", stacklevel=2)

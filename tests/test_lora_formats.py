@@ -620,12 +620,14 @@ def test_concat_is_the_weighted_sum(tmp_path, sd1, capsys):
         unet, text = adapted(sd1, case)
         both, meta = {"text": text} if CASES[case][1] else {}, {"prompt": case, "base_model": "x"}
         meta |= {"objective": "delta", "delta_t": 200 + len(case), "bridge_t": 200 + len(case)}
+        meta["delta_base"] = case != "text"
         save_lora(file, unet=unet, **both, layout=layout, metadata=meta)
     out = tmp_path / "sum.safetensors"
     weights = ["--weights", "-1e0,-0.5,2"]  # a list that begins like a flag
     code, text_said = said(capsys, "concat", *files, out, *weights, "--format", "kohya")
     assert code == 0 and "differ in prompt" in text_said
-    assert "differ in delta_t" in text_said and "bridge_t" not in text_said
+    assert "differ in delta_t" in text_said and "differ in delta_base" in text_said
+    assert "bridge_t" not in text_said
     assert read_lora(out)[1] == {"base_model": "x", "objective": "delta"}
     total = {}
     for file, w in zip(files, names.values()):
