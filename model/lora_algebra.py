@@ -56,9 +56,9 @@ def start_from(model: nn.Module, factors: dict[str, Factors], what: str) -> floa
     """Initialize the model's single fresh adapter from `factors`; returns the relative error.
 
     The adapter keeps its rank and α: factors of lower rank are padded exactly (the remaining A stay
-    random, their B zero), of higher rank truncated by SVD; the error is ‖cut‖/‖ΔW‖ over all layers.
-    Layers not in `factors` stay fresh. ValueError if `what` adapts a layer that is not trained, or
-    has another shape.
+    random, their B zero, as at ranks where both are zero), of higher rank truncated by SVD; the
+    error is ‖cut‖/‖ΔW‖ over all layers. Layers not in `factors` stay fresh. ValueError if `what`
+    adapts a layer that is not trained, or has another shape.
     """
     layers, cut, whole = lora_layers(model), 0.0, 0.0
     for name, f in factors.items():
@@ -74,7 +74,8 @@ def start_from(model: nn.Module, factors: dict[str, Factors], what: str) -> floa
         f, lost, all_of_it = truncate(f, r)
         cut, whole = cut + lost, whole + all_of_it
         k = f.A.shape[0]
-        layer.lora_A[:k] = f.A
+        alive = (f.A.flatten(1) != 0).any(1) | (f.B.flatten(1) != 0).any(0)
+        layer.lora_A[:k][alive] = f.A[alive].to(layer.lora_A)  # A = B = 0 would never learn
         layer.lora_B.zero_()
         layer.lora_B[:, :k] = _float(f.B) * (f.scale / scale)
     return (cut / whole) ** 0.5 if whole else 0.0

@@ -28,7 +28,7 @@ from model.lora_algebra import concat, truncate
 from model.lora_files import apply_lora, multiplier, read_lora, write_lora
 from model.lora_layouts import LAYOUTS, Parts
 from model.objectives import PORTABLE, Knobs
-from model.weights import load_text, load_unet
+from model.weights import contradiction, load_text, load_unet
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 HUB_FILES = (  # the required files of a model on the hub
@@ -122,6 +122,8 @@ def merge_into(args: argparse.Namespace, folder: Path) -> str:
     repository. Weight files keep the variant in their names.
     """
     base, files = args.model, {"variant": args.variant, "revision": args.revision}
+    if args.revision is not None and is_local(base):
+        raise ValueError(f"--revision {args.revision} is for the hub; {base} is a local directory")
     dtype, dot = DTYPES[args.dtype], f".{args.variant}" if args.variant else ""
     parts, metadata = read_lora(args.lora)
     m = multiplier(metadata, args.strength)
@@ -145,15 +147,17 @@ def merge_into(args: argparse.Namespace, folder: Path) -> str:
             "with it: merge that one first if it should be",
             stacklevel=2,
         )
-    try:
-        index = locate(base, "model_index.json", args.revision)
-        if index is None:
-            raise FileNotFoundError(
-                f"{lacks(base, 'model_index.json', args.revision)}; expected a complete model"
-            )
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"--model {error}") from error
-    about = read_json(index)
+
+    def required(file: str) -> dict:
+        try:
+            if (path := locate(base, file, args.revision)) is None:
+                absent = lacks(base, file, args.revision)
+                raise FileNotFoundError(f"{absent}; expected a complete model")
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"--model {error}") from error
+        return read_json(path)
+
+    about = required("model_index.json")
 
     def write(part: str, stem: str, config: dict, state: dict[str, torch.Tensor]) -> None:
         (folder / part).mkdir(parents=True)
@@ -164,19 +168,19 @@ def merge_into(args: argparse.Namespace, folder: Path) -> str:
         path = folder / part / f"{stem}{dot}.safetensors"
         save_file(state, path, metadata={"format": "pt"})
 
+    if differ := contradiction(base, metadata, args.revision):
+        warnings.warn(f"{differ} in its scheduler_config.json, which is copied", stacklevel=2)
     if "unet" in parts:
         unet = load_unet(base, **files)
+        first = parts["unet"].get("conv_in")
+        if first is not None and first.A.shape[1] == 8 and "objective" in metadata:
+            # diffusers' pipeline passes the before latent without the scaling factor
+            first.A[:, 4:] *= required("vae/config.json").get("scaling_factor", 0.18215)
         apply_lora(parts, args.lora, unet=unet)
         merge(unet, m)
         detach(unet)
-        state = unet.state_dict()
-        width = state["conv_in.weight"].shape[1]  # 8 if it takes a before image
-        if width == 8 and parts["unet"].get("conv_in") is not None:
-            # that pipeline passes the before latent without the scaling factor
-            vae = read_json(locate(base, "vae/config.json", args.revision))
-            state["conv_in.weight"][:, 4:] *= vae.get("scaling_factor", 0.18215)
-        write("unet", "diffusion_pytorch_model", {**unet.config, "in_channels": width}, state)
-        if width == 8:
+        write("unet", "diffusion_pytorch_model", unet.config, unet.state_dict())
+        if unet.in_channels == 8:  # it takes a before image
             about["_class_name"] = "StableDiffusionInstructPix2PixPipeline"
     if "text_encoder" in parts:
         text = load_text(base, **files)
@@ -185,8 +189,7 @@ def merge_into(args: argparse.Namespace, folder: Path) -> str:
         detach(text.model)
         state = {f"text_model.{k.removeprefix('text_model.')}": v
                  for k, v in text.model.state_dict().items()}  # fmt: skip
-        config = read_json(locate(base, "text_encoder/config.json", args.revision))
-        write("text_encoder", "model", config, state)
+        write("text_encoder", "model", required("text_encoder/config.json"), state)
 
     if is_local(base):
         for part in sorted(p for p in Path(base).iterdir() if p.is_dir() and p.name in about):

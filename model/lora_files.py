@@ -15,13 +15,14 @@ from safetensors.torch import save
 from torch import nn
 
 from durable import file_sha256
-from model.files import PICKLED, read_tensors
+from model.files import PICKLED, read_json, read_tensors
 from model.lora import Factors, adapter_factors, attach, fix
 from model.lora_layouts import Parts, pack, strange_to_kohya, unpack
 from model.objectives import Knobs
 from model.text import TextEncoder
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for in a folder
+PEFT_FILE = "adapter_model.safetensors"  # that of peft's save_pretrained, with its config beside it
 
 
 def file_of(layout: str) -> str:
@@ -80,10 +81,11 @@ def _sorted_header(file: bytes) -> bytes:
 
 
 def lora_path(run_or_file: str | Path, flag: str = "--lora") -> Path:
-    """The LoRA file of a run's folder or a checkpoint's folder, or the file itself."""
+    """The LoRA file of a run's, a checkpoint's or peft's folder, or the file itself."""
     path = Path(run_or_file)
     if path.is_dir():
-        path = path / LORA_FILE
+        names = [name for name in (LORA_FILE, PEFT_FILE) if (path / name).is_file()]
+        path = path / (names or [LORA_FILE])[0]
     if not path.is_file():
         raise FileNotFoundError(f"{flag} {run_or_file}: no {LORA_FILE} there")
     return path
@@ -105,6 +107,9 @@ def read_lora(run_or_file: str | Path, flag: str = "--lora") -> tuple[Parts, dic
         assert isinstance(peft, dict) and isinstance(metadata, dict)
     except (json.JSONDecodeError, AssertionError, RecursionError) as error:
         raise ValueError(f"{path} has a header that is not JSON") from error
+    beside = path.with_name("adapter_config.json")
+    if path.name == PEFT_FILE and not peft and beside.is_file():
+        peft = read_json(beside)
     _check_metadata(metadata, path)
     return unpack(tensors, peft, path), metadata
 
@@ -191,6 +196,10 @@ def _check_metadata(metadata: dict, path: Path) -> None:
     for key in STEPS:
         if key in metadata and metadata[key] not in range(1, 1000):
             wrong.append(key)
+    if (under := metadata.get("base_lora")) is not None:
+        whole = isinstance(under, dict) and _is_number(under.get("strength"))
+        if not (whole and all(isinstance(under.get(key), str) for key in ("path", "sha256"))):
+            wrong.append("base_lora")
     if wrong:
         value = ascii(metadata[wrong[0]])
         raise ValueError(f"{path} has the metadata {wrong[0]} = {value[:60]}")
@@ -247,9 +256,6 @@ def find_companion(
     FileNotFoundError if its file is gone; a warning if it has changed since.
     """
     entry = metadata.get("base_lora") or {}
-    kinds = {"path": str, "sha256": str, "strength": int | float}
-    if entry and not all(isinstance(entry.get(key), kind) for key, kind in kinds.items()):
-        raise ValueError(f"the LoRA's header has base_lora = {entry!r}, without {', '.join(kinds)}")
     strength = entry.get("strength", 1.0) if strength is None else strength
     if strength == 0 or not (entry or given):
         return None

@@ -22,6 +22,7 @@ from model.lora import Factors
 
 LAYOUTS = ("diffusers", "attn_procs", "kohya")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.int32, torch.int64)  # of α, as diffusers' own converter to kohya writes it
 Parts = dict[str, dict[str, Factors]]
 
 # kohya's names have `_` for every dot. These are all module names on the path to a Linear or Conv2d
@@ -145,10 +146,11 @@ def _commonest(values):
 def spelt(key: str) -> tuple[str, str, str] | None:
     """(part, path, role) of a file's key; role: A, B, mid or alpha. None if it is in no layout."""
     if m := KOHYA.fullmatch(key):
-        path = ".".join(KOHYA_NAME.findall(m[2]))
         part = "unet" if m[1] == "unet" else "text_encoder"
-        return (part, path, ROLES.get(m[3], m[3])) if path.replace(".", "_") == m[2] else None
-    if m := PEFT.fullmatch(key):
+        path, role = ".".join(KOHYA_NAME.findall(m[2])), ROLES.get(m[3], m[3])
+        if path.replace(".", "_") != m[2]:
+            return None
+    elif m := PEFT.fullmatch(key):
         part, path, role = m.groups()
     elif m := OLD.fullmatch(key):
         part, path, to, role = m.groups()
@@ -187,7 +189,7 @@ def unpack(tensors: dict[str, Tensor], peft: dict, file) -> Parts:
         roles = keys.setdefault(tuple(layer), {})
         if role in roles:
             raise ValueError(f"{file} has {key}, which duplicates {roles[role]}")
-        if tensor.dtype not in FLOATS:
+        if tensor.dtype not in (FLOATS + INTEGERS if role == "alpha" else FLOATS):
             raise ValueError(f"{file} has {key} in {tensor.dtype}; expected floating point")
         if not tensor.isfinite().all():
             raise ValueError(f"{file} has NaN or infinity in {key}")
@@ -215,7 +217,7 @@ def unpack(tensors: dict[str, Tensor], peft: dict, file) -> Parts:
                 raise ValueError(f"{file} has {roles['alpha']}, which is not one nonzero number")
             scale = alpha.item() / r
         elif ".lora_A" in roles["A"]:
-            scale = _peft_scale(peft, part, path.removeprefix("text_model."), r, file)
+            scale = _peft_scale(peft, part, path, r, file)
         else:
             scale = 1.0
         parts.setdefault(part, {})[path] = Factors(A, B, scale)
@@ -247,9 +249,12 @@ def _peft_scale(peft: dict, part: str, path: str, r: int, file) -> float:
     def setting(name: str, default):  # a single part is saved without its name
         return peft.get(f"{part}.{name}", peft.get(name, default))
 
+    # as the model was called: transformers >= 5.6 drops `text_model.`
+    names = {path, path.removeprefix("text_model.")}
     try:
         pattern = setting("alpha_pattern", None) or {}
-        hits = (v for p, v in pattern.items() if p == path or re.match(rf"(.*\.)?({p})$", path))
+        hits = (v for p, v in pattern.items() for name in names
+                if p == name or re.match(rf"(.*\.)?({p})$", name))  # fmt: skip
         alpha = next(hits, setting("lora_alpha", r))
         assert type(alpha) in (int, float) and 0 < alpha < 1e9
         scale = alpha / (math.sqrt(r) if setting("use_rslora", False) else r)

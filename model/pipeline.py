@@ -3,6 +3,7 @@
 Shared by train.py, sample.py and everything else that uses a trained model.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,8 +18,6 @@ from model.graph import Replays
 from model.lora_files import (
     apply_lora,
     find_companion,
-    load_lora,
-    lora_path,
     multiplier,
     read_lora,
     refuse_chain,
@@ -31,7 +30,13 @@ from model.text import TextEncoder
 from model.tiles import Tiles, through
 from model.unet import UNet
 from model.vae import VAE
-from model.weights import load_scheduler_config, load_text, load_unet, load_vae
+from model.weights import (
+    contradiction,
+    load_scheduler_config,
+    load_text,
+    load_unet,
+    load_vae,
+)
 
 DTYPES = {
     "no": torch.float32,
@@ -227,10 +232,10 @@ def load_pipeline(
     fp32. `cuda_graph` False: no CUDA graphs (`Replays`). ValueError or FileNotFoundError names the
     fault.
     """
-    meta = read_lora(lora_path(lora))[1] if lora is not None else {}
+    parts, meta = read_lora(lora) if lora is not None else ({}, {})
     under = find_companion(meta, base_lora, base_lora_strength)
     if under is not None:
-        parts, under_meta = read_lora(under[0], "--base_lora")
+        under_parts, under_meta = read_lora(under[0], "--base_lora")
         refuse_chain(under[0], under_meta)
     base_told = False  # by the LoRA's header
     vae_told = vae_path is None
@@ -243,6 +248,8 @@ def load_pipeline(
         base = meta["base_model"]
         revision, variant = revision or meta.get("revision"), variant or meta.get("variant")
         base_told = True
+    elif prediction_type is None and (differ := contradiction(base, meta, revision)):
+        warnings.warn(f"{differ}: used as trained without --prediction_type", stacklevel=2)
     files = {"revision": revision, "variant": variant, "device": device}
     with _named(base_told, "--model"):
         config = load_scheduler_config(base, revision=revision, prediction_type=predicted)
@@ -261,9 +268,10 @@ def load_pipeline(
     if unet.in_channels != 4:
         raise ValueError(f"{base} has a UNet with {unet.in_channels} input channels; expected 4")
     if under is not None:
-        apply_lora(parts, under[0], unet=unet, text=text, fixed=multiplier(under_meta, under[1]))
+        fixed = multiplier(under_meta, under[1])
+        apply_lora(under_parts, under[0], unet=unet, text=text, fixed=fixed)
     if lora is not None:
-        load_lora(lora, unet=unet, text=text)
+        apply_lora(parts, lora, unet=unet, text=text)
     # a capture is on the current device
     here = on_cuda and device.index in (None, torch.cuda.current_device())
     replays = Replays(asking(unet), possible=here and cuda_graph is not False)

@@ -167,6 +167,9 @@ class UNet(nn.Module):
         more = conv.weight.new_zeros(conv.out_channels, channels, *conv.kernel_size)
         weight = torch.cat([conv.weight, more], dim=1)  # (c, c_in + channels, 3, 3)
         conv.weight = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
+        for A in (getattr(conv, "fixed_A", None), getattr(conv, "lora_A", None)):
+            if A is not None:  # of adapters that read the first channels alone
+                A.data = torch.cat([A, A.new_zeros(len(A), channels, *A.shape[2:])], dim=1)
         conv.in_channels = self.in_channels = self.in_channels + channels
         self.config["in_channels"] = self.in_channels
 

@@ -14,6 +14,7 @@ from editing.config import EditConfig
 from editing.edits import editor
 from model import objectives
 from model.pipeline import encode, load_pipeline
+from model.weights import load_unet
 from pairing.images import load_image, to_tensor
 from scenes.render import write_pairs
 from tests.small import small
@@ -48,6 +49,7 @@ def test_the_python_of_the_page_runs(tmp_path, monkeypatch):
     x_0_hat, _ = names["pipe"].schedule.split(names["x_t"], again, names["t"])
     torch.testing.assert_close(x_0_hat, names["x_0_hat"], rtol=1e-4, atol=1e-4)
     assert not again.equal(names["base"])
+    assert names["pipe"].unet.state_dict().keys() == load_unet("scenes/base").state_dict().keys()
 
 
 @pytest.fixture

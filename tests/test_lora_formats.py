@@ -9,6 +9,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from safetensors import safe_open
@@ -26,7 +27,7 @@ import sample
 from config import TrainConfig
 from model.files import PICKLED
 from model.lora import Factors, adapter_factors, attach, fix, inject, lora_layers, set_strength
-from model.lora_algebra import truncate
+from model.lora_algebra import start_from, truncate
 from model.lora_convert import main
 from model.lora_files import companion_entry, load_lora, read_lora, save_lora
 from model.lora_layouts import LAYOUTS, kohya_name, pack, spelt
@@ -324,6 +325,8 @@ SPELLINGS = {
         ("text_encoder", "text_model.encoder.layers.0.self_attn.q_proj", "A"),
     "lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha":
         ("text_encoder", "text_model.encoder.layers.0.mlp.fc1", "alpha"),
+    "lora_te1_encoder_layers_0_mlp_fc1.alpha":
+        ("text_encoder", "text_model.encoder.layers.0.mlp.fc1", "alpha"),
     "lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha": None,
     "lora_unet_input_blocks_1_1_proj_in.alpha": None,
     "lora_unet_mid_block__attentions_0_proj_in.alpha": None,
@@ -429,6 +432,36 @@ def test_a_file_of_one_module_and_rank_stabilised_scale(tmp_path, sd1):
     assert_same(outputs(unet, text), outputs(theirs, text))
 
 
+def test_what_save_pretrained_of_peft_writes(tmp_path, sd1):
+    """No header, but adapter_config.json beside the file: its folder, or the file itself."""
+    theirs = get_peft_model(
+        UNet2DConditionModel.from_pretrained(sd1, subfolder="unet"),
+        LoraConfig(r=4, lora_alpha=6, target_modules=["to_q", "conv1"], init_lora_weights=False),
+    )
+    theirs.save_pretrained(tmp_path)
+    text = load_text(sd1)
+    for lora in (tmp_path, tmp_path / "adapter_model.safetensors"):
+        load_lora(lora, unet=(unet := load_unet(sd1)))
+        assert {f.scale for f in adapter_factors(unet).values()} == {1.5}
+        assert_same(outputs(unet, text), outputs(theirs, text))
+
+
+@pytest.mark.parametrize("prefix", ["", "text_model."])
+def test_patterns_name_the_text_encoder_s_layers_in_any_version(tmp_path, sd1, prefix):
+    """transformers >= 5.6 drops `text_model.`; a header keeps the names of its time."""
+    _, text = adapted(sd1, "text")
+    save_lora(path := tmp_path / "x.safetensors", text=text)
+    own = "encoder.layers.0.self_attn.q_proj"
+    adapter = {"r": 4, "lora_alpha": 4, "alpha_pattern": {prefix + own: 10}}
+    header = {f"text_encoder.{key}": value for key, value in adapter.items()}
+    header = {"lora_adapter_metadata": json.dumps(header)}
+    save_file(load_file(path), path, metadata=header)
+    factors = read_lora(path)[0]["text_encoder"]
+    assert {name for name, f in factors.items() if f.scale * len(f.A) == 10} == {
+        f"text_model.{own}"
+    }
+
+
 def kohya_file(path: Path, root: Path, change=lambda tensors: tensors) -> dict[str, torch.Tensor]:
     """α of their own, one absent, a lora_mid, shapes that tools get wrong. Returns the true ΔW."""
     weights, tensors, deltas = weights_of(root), {}, {}
@@ -439,7 +472,7 @@ def kohya_file(path: Path, root: Path, change=lambda tensors: tensors) -> dict[s
     for i, key in enumerate(paths):
         part, _, name = key.partition(".")
         stem, shape = kohya_name(part, name), weights[key].shape
-        r, alpha = 2 + i % 3, (None, 1.0, 7.0, 4.0, 0.5, 2.0)[i]
+        r, alpha = 2 + i % 3, (None, 1.0, 7, 4.0, 0.5, 2.0)[i]  # some tools write integers
         down = draw(r, *shape[1:], seed=i)
         up = 0.2 * draw(shape[0], r, *[1] * (len(shape) - 2), seed=9 + i)
         if "conv1" in key:  # LoCon's three factors
@@ -483,6 +516,16 @@ def test_a_stack_that_is_higher_than_its_layer_is_cut():
         away = (f.scale * f.B @ f.A - cut.scale * cut.B @ cut.A).square().sum()
         assert away.item() == pytest.approx(lost, abs=1e-4 * whole)
         assert (lost > 1e-6 * whole) == (rank == 5)
+
+
+def test_a_start_from_nothing_can_still_learn(sd1):
+    """A layer whose higher rank is cut has A = B = 0 where its update was 0: both gradients too."""
+    inject(unet := load_unet(sd1), "attn1.to_q", 2)
+    (name, layer), *_ = lora_layers(unet).items()
+    A = draw(3, layer.in_features)
+    start_from(unet, {name: Factors(A, torch.zeros(layer.out_features, 3), 1.0)}, "it")
+    layer(draw(1, layer.in_features, seed=1)).square().sum().backward()
+    assert not layer.lora_B.any() and (layer.lora_B.grad != 0).any()
 
 
 def test_kohya_files_with_alphas_of_their_own(tmp_path, sd1):
@@ -676,6 +719,41 @@ def test_merge_writes_a_model(tmp_path, capsys, family):
     )
 
 
+def test_only_the_change_of_a_first_layer_follows_the_scaling_factor(tmp_path, sd1, capsys):
+    """A base of diffusers' InstructPix2Pix is right already, and so is a LoRA of its kind; ours
+    sees the before latent scaled."""
+    root = make_checkpoint(tmp_path / "base", "ip2p")
+    inject(unet := load_unet(root), "conv_in", 2)
+    unet.conv_in.lora_B.data.normal_()
+    first, factor = unet.conv_in.weight.clone(), load_vae(root).scaling_factor
+    lora = tmp_path / "x.safetensors"
+    delta = (unet.conv_in.lora_B.flatten(1) @ unet.conv_in.lora_A.flatten(1)).view_as(first)
+    for i, (metadata, scale) in enumerate([({}, 1.0), ({"objective": "concat"}, factor)]):
+        save_lora(lora, unet=unet, metadata=metadata)
+        assert said(capsys, "merge", "--model", root, "--lora", lora, tmp_path / f"{i}")[0] == 0
+        wanted = first + torch.cat([delta[:, :4], scale * delta[:, 4:]], dim=1)
+        assert relative(load_unet(tmp_path / f"{i}").conv_in.weight, wanted) < 1e-6
+    (root / "vae" / "config.json").unlink()
+    code, why = said(capsys, "merge", "--model", root, "--lora", lora, tmp_path / "m")
+    assert code == 2 and "base has no vae/config.json" in why
+
+
+def test_a_base_that_predicts_otherwise_is_told(tmp_path, sd1, capsys):
+    """Where it is named; the base that a header names was trained on like that."""
+    unet, _ = adapted(sd1, "attention")
+    metadata = {"base_model": str(sd1), "prediction_type": "v_prediction"}
+    save_lora(lora := tmp_path / "x.safetensors", unet=unet, metadata=metadata)
+    told = f"the LoRA was trained to predict v_prediction, {sd1} says epsilon"
+    code, text_said = said(capsys, "merge", "--model", sd1, "--lora", lora, tmp_path / "m")
+    assert code == 0 and told in text_said
+    with pytest.warns(UserWarning, match=re.escape(told)):
+        pipe = load_pipeline(str(sd1), lora)
+    assert pipe.schedule.prediction_type == "v_prediction"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_pipeline(None, lora), load_pipeline(str(sd1), lora, prediction_type="epsilon")
+
+
 def test_merge_into_a_repository_of_the_hub(tmp_path, sd1, capsys, monkeypatch):
     """File by file; the same bytes as from a directory."""
     from huggingface_hub import constants
@@ -716,6 +794,7 @@ def test_the_command_line_says_what_is_wrong(tmp_path, sd1, capsys):
         (*merge, lora, "--model", sd1 / "unet"): "merge: --model .*/unet has no model_index",
         (*merge, lora, "--model", "nowhere"): "merge: --model 'nowhere' is neither a directory",
         (*merge, "nowhere", "--model", sd1): "merge: --lora nowhere: no",
+        (*merge, lora, "--model", sd1, "--revision", "x"): "--revision x is for the hub",
         ("merge", "--model", sd1, "--lora", lora, new, "--strength", "inf"): "--strength",
         ("merge", "--model", sd1, "--lora", there, tmp_path / "m"): "damaged or not safetensors",
     }.items():
@@ -803,9 +882,11 @@ def test_a_lora_is_used_on_top_of_what_it_was_trained_on(tmp_path, sd1, capsys):
         off()
     code, text_said = said(capsys, "merge", "--model", sd1, "--lora", lora, tmp_path / "m")
     assert code == 0 and "which is not merged with it: merge that one first" in text_said
-    save_lora(lora, unet=top, metadata={**meta, "base_lora": {"path": 3}})
-    with pytest.raises(ValueError, match="header has base_lora"):
-        off()
+    nan = float("nan")
+    for bad in ({"path": 3}, "x", [1], {**entry, "strength": nan}, {**entry, "strength": 10**400}):
+        save_lora(lora, unet=top, metadata={**meta, "base_lora": bad})
+        with pytest.raises(ValueError, match=r"top\.safetensors has the metadata base_lora = "):
+            off()
     other = make_checkpoint(tmp_path / "other", "sd2")  # matrices where SD1 has convolutions
     narrow = {k: t[:, :8] if "lora_down" in k else t for k, t in load_file(moved).items()}
     save_file({k: t.contiguous() for k, t in narrow.items()}, moved)
@@ -883,3 +964,20 @@ def test_a_companion_that_sees_the_before_image_under_a_lora_that_does(tmp_path,
     over = train(replace(cfg, base_lora=str(under), output_dir=str(tmp_path / "over")))
     assert read_lora(over)[0]["unet"]["conv_in"].A.shape[1] == 8
     assert load_pipeline(None, over).unet.in_channels == 8
+
+
+@pytest.mark.parametrize("under", ["companion", "adapter"])
+def test_an_adapter_of_a_first_layer_that_is_widened_later(sd1, under):
+    """It reads the first four channels as before."""
+    inject(unet := load_unet(sd1), "conv_in,attn", 2, generator=torch.Generator().manual_seed(0))
+    for layer in lora_layers(unet).values():
+        layer.lora_B.data.normal_()
+    x_t, t, ctx = draw(1, 4, 8, 8), torch.tensor([500]), draw(1, 7, 32, seed=1)
+    with torch.no_grad():
+        expected = unet(x_t, t, ctx)
+        if under == "companion":
+            factors, unet = adapter_factors(unet), load_unet(sd1)
+            fix(unet, factors)
+        unet.widen(4)
+        got = unet(torch.cat([x_t, draw(1, 4, 8, 8, seed=2)], dim=1), t, ctx)
+    assert relative(got, expected) < 1e-6
