@@ -14,6 +14,7 @@ the same bytes.
 
 import argparse
 import math
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,7 +29,7 @@ from tqdm import tqdm
 
 from cli import Parser
 from data import PairDataset
-from durable import read_or_empty, refuse_others
+from durable import file_sha256, read_or_empty, refuse_others
 from editing.config import MOST, EditConfig, objective_of, prompt_of
 from editing.edits import batches, edit_pixels, fades
 from editing.flags import (
@@ -44,7 +45,9 @@ from editing.flags import (
     warn_of_unread,
 )
 from editing.framing import Framing, frame_of, within_memory
+from model.detail import keep_detail
 from model.draws import seed_for
+from model.lora_files import lora_path
 from model.pipeline import Pipeline, decode, encode
 from pairing.images import eight_bit, to_image
 from pairing.pairs import SIDES, Pair, find_pairs, fingerprint, image_hashes, refuse_among
@@ -89,6 +92,12 @@ def find_held_out(args: argparse.Namespace) -> HeldOut:
     folders += [("--outcome_dirs", folder) for folder in args.outcome_dirs]
     folders = [(flag, folder) for flag, folder in folders if folder is not None]
     refuse_among((Path(args.out), Path(args.out, "pictures")), folders)
+    for flags, some in (
+        ("--after_data_dir and --outcome_dirs", [args.after_data_dir, *args.outcome_dirs]),
+        ("--between_dirs", args.between_dirs),
+    ):
+        if len({os.path.realpath(folder) for folder in some}) < len(some):
+            raise ValueError(f"two folders of {flags} are the same; expected one for each truth")
 
     def found(flag: str, folder: str, mask_dir: str | None = None) -> list[Pair]:
         flags = SIDES[0], flag
@@ -156,11 +165,12 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
                 row["between"] = compare_between(at, truths, eight_bit(item["before"]))
             if len(drawn) > 1:
                 truths = [round_trip(pipe, others[i]["after"], whole) for others in outcomes]
+                truths, same = [seen["after"], *truths], seen["before"]
+                if cfg.keep_detail:
+                    same = eight_bit(item["before"])
+                    truths = [as_edited(same, seen["before"], truth) for truth in truths]
                 draws = [eight_bit(some[k]) for some in drawn]
-                same = eight_bit(item["before"]) if cfg.keep_detail else seen["before"]
-                row["samples"] = judge_samples(
-                    same, draws, seen["before"], [seen["after"], *truths]
-                )
+                row["samples"] = judge_samples(same, draws, truths)
             rows.append({"name": pairs[i].name, **row})
             if i < max(SHEET, args.pictures):
                 pictures.append([to_image(2 * x - 1) for x in shown])
@@ -175,6 +185,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
         )
     result = {
         "lora": str(args.lora),
+        "lora_sha256": file_sha256(lora_path(args.lora)),
         "base": pipe.base,
         "objective": objective,
         "resolution": resolution,
@@ -227,6 +238,13 @@ def round_trip(pipe: Pipeline, pixels: Tensor, frame: Framing) -> Tensor:
         return decode(pipe.vae, encode(pipe.vae, pixels[None], frame.tiles), frame.tiles)[0]
 
     return eight_bit(within_memory(again, frame))
+
+
+def as_edited(before: Tensor, seen: Tensor, truth: Tensor) -> Tensor:
+    """A true outcome as an edit would show it, with the before image's detail. All in [0, 1]; seen
+    and truth are copies by the autoencoder."""
+    images = (2 * image[None] - 1 for image in (before, seen, truth))
+    return eight_bit(keep_detail(*images)[0])
 
 
 def make_parser() -> Parser:

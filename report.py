@@ -16,7 +16,7 @@ from html import escape
 from pathlib import Path
 
 import cli
-from durable import read_or_empty, write_text
+from durable import file_sha256, read_or_empty, write_text
 from pairing.images import image_size, load_image
 from reporting.evaluation import DIGITS, KINDS
 from reporting.md import figure
@@ -78,8 +78,8 @@ def write_report(run: Path) -> Path:
     if pictures.exists():
         show = lambda content: strengths(run / "strengths", content)  # noqa: E731
         parts += ["<h2>Strength</h2>", made_of(pictures, show)]
-    # an evaluation that is older than the LoRA belongs to an earlier training in this folder
-    if judged.exists() and lora.exists() and judged.stat().st_mtime_ns > lora.stat().st_mtime_ns:
+    # not one of an earlier training in this folder
+    if lora.exists() and read(judged, {}).get("lora_sha256") == file_sha256(lora):
         parts += ["<h2>Held-out pairs</h2>", made_of(judged, evaluation)]
         if (sheet := judged.with_name("sheet.png")).exists():
             parts.append(f"<details><summary>pictures</summary>{picture(sheet, 768)}</details>")
@@ -135,7 +135,8 @@ def made_of(path: Path, part: Callable[[dict], str]) -> str:
 
 def facts(config: dict, summary: dict, ran: dict) -> dict:
     """The key facts of a run, {title: value}. ran: its revision.json, if it is there."""
-    seen = config.get("before_data_dir") or config.get("instance_data_dir")
+    sources = ("before_data_dir", "sequence_dirs", "frames_dir", "instance_data_dir")
+    seen = next((config[name] for name in sources if config.get(name)), None)
     held_out = summary.get("last_evaluation")
     held_out = held_out if isinstance(held_out, dict) else {}
     found = {

@@ -78,18 +78,18 @@ def progress(states: Sequence[Tensor], start: Tensor, before: Tensor, after: Ten
 # ---- several predictions of a random change beside several truths --------------------------------
 
 
-def judge_samples(before: Tensor, draws: list[Tensor], seen: Tensor, truths: list[Tensor]) -> dict:
+def judge_samples(before: Tensor, draws: list[Tensor], truths: list[Tensor]) -> dict:
     """Metrics of several predictions for one image of a random change, beside several truths.
 
-    The change is measured against `before` in the predictions, and in the truths, which are copies
-    by the autoencoder, against `seen`, its copy of the before.
+    All have lost the same: without `keep_detail` each is the autoencoder's copy, with it each has
+    the before image's detail where it is as before.
     """
     near = lambda some: np.array([[psnr(mse(x, y)) for y in truths] for x in some])  # noqa: E731
     row = {
         **best(near(draws), near(truths)),
         "spread": spread(draws),
         "statistics": [statistics(before, x) for x in draws],
-        "truth": [statistics(seen, y) for y in truths],
+        "truth": [statistics(before, y) for y in truths],
     }
     return row | ({"spread_of_truth": spread(truths)} if len(truths) > 1 else {})
 
@@ -168,7 +168,8 @@ def collect(rows: list[dict], strengths: Sequence[float]) -> dict:
     }
     if len(places) > 1:
         outside = [result[n]["mse_outside"]["mean"] for n in ("predicted", "ceiling")]
-        result["outside_over_ceiling"] = outside[0] / outside[1] if None not in outside else None
+        known = None not in outside and outside[1] > 0
+        result["outside_over_ceiling"] = outside[0] / outside[1] if known else None
     result["strengths"] = {
         "values": list(strengths),
         "progress": [summary(column) for column in zip(*(row["progress"] for row in rows))],

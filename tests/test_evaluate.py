@@ -165,18 +165,28 @@ def test_random_changes_are_judged_by_their_distribution(monkeypatch, tmp_path, 
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_what_the_autoencoder_loses_is_no_change(monkeypatch, tmp_path, sd1, scenes, kept):
-    """True outcomes have the area of true outcomes, with the detail that it loses or without."""
-    folder = scenes / "urban"
+    """True outcomes in the draws' place are the truths that they are judged by, with the detail
+    that it loses or without."""
+    folder, judged = scenes / "urban", []
     befores, truths = _read(folder / "before"), _read(folder / "outcome-1")
+    noise = 0.2 * torch.randn((3, 32, 32), generator=torch.Generator().manual_seed(0))
 
     def truth(before, after, others, s, rng):
-        return truths[int((befores - before).abs().sum((1, 2, 3)).argmin())]
+        true = truths[int((befores - before).abs().sum((1, 2, 3)).argmin())]
+        images = map(evaluate.eight_bit, (before, before + noise, true + noise))
+        return 2 * evaluate.as_edited(*images).float() - 1 if kept else true
 
+    def judge(before, draws, truths):
+        judged.append((draws[0] - truths[1]).abs().max())
+        return judging.judge_samples(before, draws, truths)
+
+    monkeypatch.setattr(evaluate, "judge_samples", judge)
     more = ["--outcome_dirs", folder / "outcome-1", "--samples", 2]
     more += [] if kept else ["--no-keep_detail"]
     found = score(monkeypatch, tmp_path, sd1, folder, truth, *more, lost=0.2, kept=kept)
     area = found["samples"]["area"]
     assert area["distance"] < 0.6 and area["mean"] == pytest.approx(area["truth"], abs=0.03)
+    assert len(judged) == 6 and max(judged) < 1.01 / 255
 
 
 def test_draws_and_truths_are_judged_in_equal_numbers():
@@ -407,6 +417,10 @@ def test_distance_between_samples():
         (["--between_dirs", "nowhere", "--between_times", "0.5"], "nowhere"),
         (["--outcome_dirs", "nowhere"], "--samples must be at least 2"),
         (["--samples", "0"], "--samples must be at least 1"),
+        (["--outcome_dirs", "{root}/after", "--samples", "2"],
+         "two folders of --after_data_dir and --outcome_dirs are the same"),
+        (["--between_dirs", *2 * ["{root}/time-0.50"], "--between_times", "0.5", "0.7"],
+         "two folders of --between_dirs are the same"),
         (["--out", ""], "--out: expected a path, got ''"),
         (["--out", "{root}/after"], "is among the images of --after_data_dir"),
         (["--out", "{root}/mask/deep"], "is among the images of --mask_dir"),

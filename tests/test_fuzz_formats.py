@@ -7,6 +7,7 @@ import copy
 import io
 import json
 import shutil
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -341,7 +342,7 @@ def test_reports(place):
         "config.json": {"instance_prompt": "a", "pair_objective": "delta", "seed": 0},
         "summary.json": {"status": "finished", "seconds": 1.5, "last_evaluation": {"loss": 0.1}},
         "strengths/strengths.json": told,
-        "evaluation/evaluation.json": judged(),
+        "evaluation/evaluation.json": judged() | {"lora_sha256": sha256(b"").hexdigest()},
     }
     files = {name: json.dumps(content).encode() for name, content in objects.items()}
     pictures = ("samples/000003.png", "strengths/b.png", "loss.png")

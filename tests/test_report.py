@@ -1,10 +1,10 @@
 """report.html: whole, escaped, alone; its slider moves in a real browser."""
 
 import base64
+import hashlib
 import html
 import io
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -56,16 +56,14 @@ def grey(size, level):
     return Image.new("RGB", (size, size), (level,) * 3)
 
 
-def judge(run, seconds):
-    """An evaluation so many seconds younger than the LoRA."""
+def judge(run, lora=b""):
+    """An evaluation of a LoRA file with this content."""
     (run / "evaluation").mkdir()
     one = {"mean": 0.8765, "se": 0.0124, "n": 3}
     kinds = {kind: {"psnr": one, "ssim": one} for kind in ("copy", "predicted", "ceiling")}
     result = {"gap_closed": {"whole": one}, "strengths": {"spearman": one}, "pairs": 3, **kinds}
-    path = run / "evaluation" / "evaluation.json"
-    path.write_text(json.dumps(result))
-    now = (run / "pytorch_lora_weights.safetensors").stat().st_mtime
-    os.utime(path, (now + seconds, now + seconds))
+    result["lora_sha256"] = hashlib.sha256(lora).hexdigest()
+    (run / "evaluation" / "evaluation.json").write_text(json.dumps(result))
 
 
 def sources(page):
@@ -104,14 +102,14 @@ def test_whatever_comes_from_files_is_text(run):
 
 
 def test_an_evaluation_of_this_training_is_shown(run):
-    judge(run, seconds=5)
+    judge(run)
     page = report.write_report(run).read_text(encoding="utf-8")
     assert "gap closed (whole)<td>0.876 ± 0.012" in page or "0.877 ± 0.012" in page
     assert "<tr><th>psnr<td>" in page
 
 
 def test_an_evaluation_of_an_earlier_training_is_not(run):
-    judge(run, seconds=-5)
+    judge(run, lora=b"another")
     assert "Held-out pairs" not in report.write_report(run).read_text(encoding="utf-8")
 
 
@@ -259,6 +257,8 @@ def test_evaluate_puts_its_figures_into_the_page(tmp_path, sd1):
     out = folder / "evaluation"
     assert evaluate.main(flags(folder, pairs, out, "--strengths", "0,1")) == 0
     assert "Held-out pairs" in (folder / "report.html").read_text(encoding="utf-8")
+    shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)  # and not the times
+    assert "Held-out pairs" in report.write_report(tmp_path / "copy").read_text(encoding="utf-8")
 
     # another training in the same folder: what was seen and judged of the first is not its own
     train(replace(cfg, overwrite=True, num_validation_images=0, max_train_steps=1))
