@@ -35,13 +35,15 @@ ifneq ($(filter urban clearing craters,$(CHANGE)),)
   SCENE_JUDGE := --samples 4 --outcome_dirs $(foreach k,1 2 3,data/scenes/$(CHANGE)/test/outcome-$(k))
 else
   SCENE_FLAGS += --loss l1 --random_scale 1.25 --max_train_steps 500 \
-    $(if $(findstring --pair_objective,$(ARGS)),,--no-delta_base)
+    $(if $(findstring --pair_objective,$(subst --pair_objective delta,,$(ARGS))),,--no-delta_base)
 endif
+
+CHANGES := autumn clearing craters flood snow solar urban
 
 # make ablate F=FILE first makes the scenes and the random base model that the file mentions
 F      ?= experiments/objective_solar.txt
 SEEDS  ?= 0
-NEEDED  = $(addsuffix /.done,$(sort $(shell grep -oshE 'data/(scenes/[a-z]+|random_base)' $(call quote,$(F)))))
+NEEDED  = $(addsuffix /.done,$(sort $(shell grep -oshE 'data/(scenes/($(subst $() ,|,$(CHANGES)))|random_base)\b' $(call quote,$(F)))))
 
 VENV ?= .venv
 ifneq ($(words $(VENV)),1)
@@ -57,8 +59,8 @@ else
   READY_DEV := $(VENV)/.installed-dev
 endif
 
-# The LoRA for `generate`: RUN if given, whether it exists or not, else the default run if it exists
-LORA = $(if $(filter-out file,$(origin RUN)),$(RUN),$(if $(wildcard $(RUN)),$(RUN)))
+# $(call given,NAME): what the command line or the environment sets NAME to, never a default here
+given = $(if $(filter-out file,$(origin $(1))),$($(1)))
 
 # keeps a variable's spaces and quotes in one shell word
 quote = '$(subst ','\'',$(1))'
@@ -95,14 +97,14 @@ train: $(READY) $(if $(SCENES),$(SCENES)/.done) ## train a LoRA on BEFORE= AFTER
 	  $(call flag,--mask_dir,$(MASK)) $(call flag,--instance_data_dir,$(INSTANCE)) \
 	  --output_dir $(call quote,$(or $(OUT),$(RUN))) $(if $(SCENES),$(SCENE_FLAGS)) \
 	  $(call flag,--instance_prompt,$(PROMPT)) $(call flag,--max_train_steps,$(STEPS)) $(ARGS)
-	$(if $(SCENES),@$(MAKE) --no-print-directory evaluate RUN=$(call quote,$(or $(OUT),$(RUN))) OUT= ARGS= MASK=)
+	$(if $(SCENES),@$(MAKE) --no-print-directory evaluate RUN=$(call quote,$(or $(OUT),$(RUN))) OUT= ARGS= MASK= PROMPT=)
 
 evaluate: $(READY) $(if $(SCENES),$(SCENES)/.done) ## evaluate on held-out pairs: RUN= BEFORE= AFTER= [MASK=]
 	$(PY) evaluate.py --lora $(call quote,$(RUN)) --out $(call quote,$(or $(OUT),$(RUN)/evaluation)) \
 	  $(call flag,--before_data_dir,$(or $(BEFORE),$(SCENES:%=%/test/before))) \
 	  $(call flag,--after_data_dir,$(or $(AFTER),$(SCENES:%=%/test/after))) \
 	  $(call flag,--mask_dir,$(or $(MASK),$(SCENES:%=%/test/mask))) \
-	  $(if $(SCENES),$(SCENE_JUDGE)) $(ARGS)
+	  $(call flag,--model,$(call given,MODEL)) $(call flag,--prompt,$(PROMPT)) $(if $(SCENES),$(SCENE_JUDGE)) $(ARGS)
 
 ablate: $(READY) $(NEEDED) ## compare the arms of a file, one training per arm and seed: F= [SEEDS="0 1 2" OUT=]
 	$(PY) ablate.py $(call quote,$(F)) --seeds $(SEEDS) $(call flag,--out,$(OUT)) $(ARGS)
@@ -112,7 +114,7 @@ data/scenes/%/.done: scenes/world.py scenes/paint.py scenes/render.py Makefile $
 	$(PY) -m scenes.render --change $* --pairs 32 --seed 1 --times 0.25,0.5,0.75 --outcomes 4 --out $(@D)/test
 	@touch $@
 
-data/random_base/.done: scenes/random_base.py $(READY)
+data/random_base/.done: scenes/random_base.py model/unet.py $(wildcard scenes/base/*/*) $(READY)
 	$(PY) -m scenes.random_base --out $(@D)
 	@touch $@
 
@@ -121,10 +123,13 @@ base: $(READY) ## retrain the embedded base model (two hours on two CPU cores)
 
 sample: $(READY) ## apply a LoRA to new before images: RUN= INPUT= STRENGTH=
 	$(PY) sample.py edit --lora $(call quote,$(RUN)) $(call flag,--input,$(INPUT)) \
-	  --strength $(call quote,$(STRENGTH)) --out $(call quote,$(or $(OUT),samples)) $(call flag,--prompt,$(PROMPT)) $(ARGS)
+	  --strength $(call quote,$(STRENGTH)) --out $(call quote,$(or $(OUT),samples)) \
+	  $(call flag,--model,$(call given,MODEL)) $(call flag,--prompt,$(PROMPT)) $(ARGS)
 
 generate: $(READY) ## generate images from a prompt: PROMPT= [RUN=]
-	$(PY) sample.py generate $(if $(LORA),--lora $(call quote,$(LORA)),--model $(call quote,$(MODEL))) \
+	$(PY) sample.py generate $(call flag,--lora,$(call given,RUN)) \
+	  $(call flag,--model,$(if $(call given,RUN),$(call given,MODEL),$(MODEL))) \
+	  $(if $(call given,RUN)$(filter-out scenes/base,$(MODEL)),,--height 64 --width 64) \
 	  --out $(call quote,$(or $(OUT),samples)) $(call flag,--prompt,$(PROMPT)) $(ARGS)
 
 bench: $(READY) $(READY_DEV) ## benchmark speed and memory against diffusers + peft: ARGS=[--quick | --device cuda]

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
@@ -16,7 +17,6 @@ import shutil
 import socket
 import warnings
 from collections.abc import Callable, Iterable
-from io import FileIO
 from pathlib import Path
 
 from PIL import Image
@@ -141,12 +141,15 @@ def damage(folder: Path) -> str | None:
 # ---- one writer ----------------------------------------------------------------------------------
 
 
-def lock(folder: Path, flag: str) -> FileIO:
+def lock(folder: Path, flag: str) -> io.FileIO:
     """Lock the folder until the returned file is closed or the process ends.
 
     BlockingIOError if another process holds the lock. Warns on a file system without locks.
     """
-    file = open(folder / LOCK, "ab+", buffering=0)  # noqa: SIM115
+    path = folder / LOCK
+    if path.is_symlink():  # whose target would be overwritten
+        raise FileExistsError(f"{flag} {folder}: {path} is a link; expected a file")
+    file = open(path, "ab+", buffering=0)  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -166,7 +169,7 @@ def lock(folder: Path, flag: str) -> FileIO:
     return file
 
 
-def sign(file: FileIO) -> None:
+def sign(file: io.FileIO) -> None:
     """Write the holder (process and host) into the lock file."""
     try:
         file.truncate(0)
@@ -185,7 +188,8 @@ def save_image(
     how = {"format": "PNG", "icc_profile": profile}
     if path.suffix == ".tif":
         how |= {"format": "TIFF", "compression": "tiff_deflate", "tiffinfo": tags or {}}
-    write_aside(path, lambda aside: image.save(aside, **how))
+    image.save(file := io.BytesIO(), **how)  # as Pillow's TIFF takes no name that is not UTF-8
+    write_aside(path, lambda aside: aside.write_bytes(file.getvalue()))
 
 
 def read_or_empty(path: Path) -> dict:

@@ -50,11 +50,13 @@ class Job(NamedTuple):
 
 
 def make_jobs(path: Path, arms: list[Arm], seeds: list[int], out: Path) -> list[Job]:
-    """All arms of the first seed, then all of the next. Exits with one sentence on a bad flag."""
+    """All arms of the first seed, then all of the next. A ValueError or exit names a bad flag."""
     jobs, runs = [], {}
     for seed in seeds:
         for arm in arms:
             cfg = cli.parse([*arm.train, "--seed", str(seed)], prog=f"{path}:{arm.line}")
+            if cfg.push_to_hub:  # in a file of its --config
+                raise ValueError(f"{path}:{arm.line}: --push_to_hub is for single runs")
             folder = out / arm.name / f"seed{seed}"
             run, lock = runs.setdefault(json.dumps(plain(cfg)), (folder, threading.Lock()))
             jobs.append(Job(arm, seed, folder, run, cfg, lock))

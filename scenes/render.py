@@ -15,9 +15,12 @@ from pathlib import Path
 from PIL import Image
 
 from cli import Parser, floats, report
-from durable import refuse_file
+from durable import refuse_file, refuse_others, write_json
 from scenes.paint import change_mask, render
 from scenes.world import CHANGES, caption, make_scene, surroundings
+
+FOLDERS = ("before", "after", "mask", "time-*", "outcome-*")
+MARK = "scenes.json"  # what was drawn in a folder
 
 # ---- folders of pairs ----------------------------------------------------------------------------
 
@@ -79,7 +82,7 @@ def check(args: argparse.Namespace) -> None:
     """ValueError or FileExistsError names an invalid flag."""
     # each seed has 1,000,000 scenes, and those of seed 2000 trained the base
     bounds = {
-        "pairs": (1, 1_000_000), "seed": (0, 1999), "size": (1, 2048), "extent": (1, 16),
+        "pairs": (1, 100_000), "seed": (0, 1999), "size": (1, 2048), "extent": (1, 16),
         "outcomes": (1, 1000),
     }  # fmt: skip
     for name, (least, most) in bounds.items():
@@ -90,6 +93,18 @@ def check(args: argparse.Namespace) -> None:
             f"--extent times --size must be at most 2048, got {args.extent} times {args.size}"
         )
     refuse_file(args.out, "--out")
+    there = [path.name for pattern in FOLDERS for path in args.out.glob(pattern)]
+    refuse_others(args.out, there, MARK)
+
+
+def clear(out: Path) -> None:
+    """Remove the scenes that were drawn in this folder before."""
+    for folder in (path for pattern in FOLDERS for path in out.glob(pattern)):
+        for kind in ("png", "txt"):
+            for old in folder.glob(f"{5 * '[0-9]'}.{kind}"):
+                old.unlink()
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -100,7 +115,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--change", required=True, choices=CHANGES)
     parser.add_argument("--pairs", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0, help="other seeds give other scenes")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="older scenes in it are replaced"
+    )
     parser.add_argument("--size", type=int, default=64, help="pixels")
     parser.add_argument(
         "--extent",
@@ -116,6 +133,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         check(args)
+        clear(args.out)
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_json(args.out / MARK, {k: v for k, v in vars(args).items() if k != "out"})
         write_pairs(
             args.out, args.change, args.pairs,
             seed=args.seed, size=args.size, extent=args.extent, times=args.times,

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from cli import Parser, report
-from durable import refuse_file, write_aside
+from durable import read_or_empty, refuse_file, write_aside, write_json
 from model.draws import seeded
 from model.optim import learning_rate
 from model.pipeline import pick_device
@@ -209,10 +209,38 @@ def unet_loss(
 # ---- all of it -----------------------------------------------------------------------------------
 
 
+def check(args: argparse.Namespace) -> None:
+    """ValueError names an invalid flag: before hours of training rather than after."""
+    for name in ("images", "held_out"):  # a half of the images, and a standard error
+        if getattr(args, name) < 2:
+            raise ValueError(f"--{name} must be at least 2, got {getattr(args, name)}")
+    for name in ("vae_steps", "vae_batch", "unet_steps", "unet_batch"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    for name, most in (("sheet_steps", 1000), ("seed", 2**31 - 1)):
+        least = int(name == "sheet_steps")
+        if not least <= (value := getattr(args, name)) <= most:
+            raise ValueError(f"--{name} must be in {least}..{most}, got {value}")
+
+
+def begin(args: argparse.Namespace) -> None:
+    """Make --work, or see that its training is this one. ValueError names what differs."""
+    fixed = ("seed", "images", "vae_steps", "vae_batch", "unet_steps", "unet_batch",
+             "mixed_precision")  # fmt: skip
+    flags, file = {name: getattr(args, name) for name in fixed}, args.work / "flags.json"
+    if any(args.work.glob("*.pt")):
+        had = read_or_empty(file)
+        if other := [name for name in fixed if had.get(name) != flags[name]]:
+            told = ", ".join(f"--{name} {had.get(name)}" for name in other)
+            raise ValueError(f"--work {args.work} holds a training with {told}: choose another")
+    args.work.mkdir(parents=True, exist_ok=True)
+    write_json(file, flags)
+
+
 def train_base(args: argparse.Namespace) -> Path:
     device = pick_device(None)
     precision = {"no": torch.float32, "bf16": torch.bfloat16}[args.mixed_precision]
-    args.work.mkdir(parents=True, exist_ok=True)
+    begin(args)
     torch.manual_seed(args.seed)  # initial weights
     vae = VAE(VAE_CONFIG).to(device, memory_format=torch.channels_last)
     unet = UNet(UNET_CONFIG).to(device, memory_format=torch.channels_last)
@@ -282,8 +310,9 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m scenes.train_base", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, required=True, help="the model's folder, replaced")
-    parser.add_argument("--work", type=Path, default=Path("runs/base"), help="training state")
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="DIR", help="the model's folder, replaced")
+    add("--work", type=Path, default=Path("runs/base"), metavar="DIR", help="training state")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=12000, help="training scenes of the UNet")
     parser.add_argument("--vae_steps", type=int, default=4000)
@@ -298,11 +327,12 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     args = parser.parse_args(argv)
     try:
+        check(args)
         refuse_other(args.out)  # fail before hours of training rather than after
         refuse_file(args.work, "--work")
         args.out.parent.mkdir(parents=True, exist_ok=True)
         print(train_base(args))
-    except OSError as error:
+    except (ValueError, OSError) as error:
         return report(parser.prog, error)
     return 0
 

@@ -165,6 +165,13 @@ def test_a_bad_line_is_one_sentence_with_its_number(lab, capsys, line, said):
     assert not lab.out.exists() and not lab.started
 
 
+def test_an_upload_in_a_config_file_is_refused_too(lab, capsys, tmp_path):
+    (tmp_path / "mine.json").write_text('{"push_to_hub": true}')
+    assert lab.run(f"first:\na: --config {tmp_path / 'mine.json'}\n") == 2
+    assert f"{lab.file}:7: --push_to_hub is for single runs" in capsys.readouterr().err
+    assert not lab.out.exists() and not lab.started
+
+
 def test_files_that_are_no_arms(lab, capsys):
     lab.file.write_text("common: --resolution 64\n")
     assert ablate.main([str(lab.file)]) == 2

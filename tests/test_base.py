@@ -56,7 +56,7 @@ def test_what_is_written_is_a_checkpoint(tmp_path):
     assert not list(base.rglob("*.bin"))
 
 
-def test_a_stopped_training_goes_on(tmp_path, monkeypatch):
+def test_a_stopped_training_goes_on(tmp_path, monkeypatch, capsys):
     """Killed in the UNet's phase and started again: the same weights as without the interruption.
 
     The learning rate's schedule and the draws are functions of the step.
@@ -87,6 +87,12 @@ def test_a_stopped_training_goes_on(tmp_path, monkeypatch):
         one, two = (read_state(weights_file(root, part)) for root in (whole, again))
         assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
     shutil.rmtree(tmp_path / "b" / "base")
+
+    more = ["--out", tmp_path / "c", "--work", tmp_path / "b" / "work", "--seed", 1]
+    more += ["--vae_steps", 2, "--unet_steps", 5, *SMALL.split()]
+    assert train_base.main(list(map(str, more))) == 2 and not (tmp_path / "c").exists()
+    said = capsys.readouterr().err
+    assert "work holds a training with --seed 0, --unet_steps 4: choose another" in said
 
 
 def test_the_control_has_learnt_nothing(tmp_path):

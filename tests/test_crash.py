@@ -26,7 +26,7 @@ import runs
 import train
 from cli import report
 from config import TrainConfig
-from durable import damage, lock, seal, write_aside, write_json
+from durable import damage, lock, save_image, seal, write_aside, write_json
 from model import weighting
 from model.lora_files import LORA_FILE
 from model.memory import out_of_memory
@@ -176,6 +176,21 @@ def test_a_name_of_255_bytes_can_be_written_aside(tmp_path):
     name = "ü" * 127 + "n"
     write_aside(tmp_path / name, lambda aside: aside.write_text("x"))
     assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("kind", ["png", "tif"])
+def test_an_image_takes_any_name(tmp_path, kind):
+    path = tmp_path / os.fsdecode(b"\xff\xfe." + kind.encode())
+    save_image(image := Image.new("RGB", (3, 2), (1, 2, 3)), path)
+    assert Image.open(io.BytesIO(path.read_bytes())).tobytes() == image.tobytes()
+
+
+def test_a_lock_that_is_a_link_is_not_written_to(tmp_path):
+    (tmp_path / "letter.txt").write_text("mine")
+    (tmp_path / ".lock").symlink_to(tmp_path / "letter.txt")
+    with pytest.raises(FileExistsError, match=r"\.lock is a link; expected a file"):
+        lock(tmp_path, "--output_dir")
+    assert (tmp_path / "letter.txt").read_text() == "mine"
 
 
 def test_json_takes_any_name_and_any_number(tmp_path):

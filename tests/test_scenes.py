@@ -1,6 +1,7 @@
 """The renderer: determined by its seeds, exact outside the mask, continuous in time."""
 
 import hashlib
+import json
 import re
 import shutil
 import subprocess
@@ -147,6 +148,7 @@ def test_the_command_writes_pairs_masks_states_and_outcomes(tmp_path, capsys):
     out = tmp_path / "pairs"
     arguments = "--change urban --pairs 3 --seed 4 --size 48 --times 0,0.5 --outcomes 2"
     assert main([*arguments.split(), "--captions", "--out", str(out)]) == 0
+    (out / "scenes.json").unlink()
     assert sorted(p.name for p in out.iterdir()) == [
         "after", "before", "mask", "outcome-1", "time-0.00", "time-0.50"
     ]  # fmt: skip
@@ -184,13 +186,30 @@ def refused(program, argv, capsys) -> str:
         ("--times", "0.251,0.252", "expected times that differ by 0.01, got '0.251,0.252'"),
         *(("--seed", seed, f"--seed must be in 0..1999, got {seed}") for seed in (-1, 2000)),
         *(("--size", size, f"--size must be in 1..2048, got {size}") for size in (0, -5)),
-        *(("--pairs", pairs, f"--pairs must be in 1..1000000, got {pairs}") for pairs in (0, -2)),
+        *(("--pairs", pairs, f"--pairs must be in 1..100000, got {pairs}") for pairs in (0, -2)),
         *(("--outcomes", k, f"--outcomes must be in 1..1000, got {k}") for k in (0, -1)),
     ],
 )  # fmt: skip
 def test_pairs_that_cannot_be_drawn(tmp_path, capsys, flag, value, said):
     argv = ["--change", "solar", "--pairs", 2, "--out", tmp_path / "out", flag, value]
     assert re.search(said, refused(main, argv, capsys)) and not list(tmp_path.iterdir())
+
+
+def test_scenes_replace_scenes_and_nothing_else(tmp_path, capsys):
+    """Of another change and number; a user's image of the same name stays."""
+    (mine := tmp_path / "mine" / "before").mkdir(parents=True)
+    (mine / "00000.png").write_text("mine")
+    said = refused(main, ["--change", "solar", "--pairs", 1, "--out", mine.parent], capsys)
+    assert "holds before, which would be replaced, but no scenes.json" in said
+    assert (mine / "00000.png").read_text() == "mine" and len(list(mine.parent.iterdir())) == 1
+    out = tmp_path / "out"
+    assert main(["--change=urban", "--pairs=3", "--outcomes=2", "--captions", f"--out={out}"]) == 0
+    (out / "after" / "notes.md").write_text("mine")
+    assert main(["--change=snow", "--pairs=2", f"--out={out}"]) == 0
+    left = sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
+    drawn = [f"{folder}/0000{i}.png" for folder in ("after", "before", "mask") for i in range(2)]
+    assert left == sorted([*drawn, "after/notes.md", "scenes.json"])
+    assert json.loads((out / "scenes.json").read_text())["change"] == "snow"
 
 
 @pytest.mark.parametrize(
@@ -205,6 +224,23 @@ def test_a_file_is_no_folder(tmp_path, capsys, monkeypatch, program, argv):
         said = refused(program, [*argv, "--out", out], capsys)
         assert f"--out {out}: {file} is a file; expected a folder" in said
     assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "flag, said",
+    [
+        *((f"--{name}=1", f"--{name} must be at least 2, got 1")
+          for name in ("images", "held_out")),
+        *((f"--{name}=0", f"--{name} must be at least 1, got 0")
+          for name in ("vae_steps", "vae_batch", "unet_steps", "unet_batch")),
+        ("--sheet_steps=0", "--sheet_steps must be in 1..1000, got 0"),
+        ("--seed=-1", "--seed must be in 0..2147483647, got -1"),
+        ("--work=", "--work: expected a path"),
+    ],
+)  # fmt: skip
+def test_bases_that_cannot_be_trained(tmp_path, capsys, flag, said):
+    assert said in refused(train_base.main, ["--out", tmp_path / "base", flag], capsys)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("program", [random_base.main, train_base.main])
@@ -243,6 +279,10 @@ def test_a_model_is_replaced_but_not_the_one_that_is_copied(tmp_path, capsys):
         ("generate PROMPT=x RUN=runs/typo", "--lora 'runs/typo'", "--model"),
         ("generate PROMPT=x CHANGE=none", "--model 'scenes/base'", "--lora"),
         ("generate PROMPT=x RUN=", "--model 'scenes/base'", "--lora"),
+        ("generate PROMPT=x", "--height 64 --width 64", "--lora"),
+        ("generate PROMPT=x MODEL=m", "--model 'm'", "--height"),
+        ("sample RUN=r INPUT=i MODEL=m", "--model 'm'", "--prompt"),
+        ("evaluate RUN=r BEFORE=b AFTER=a PROMPT=p", "--prompt 'p'", "--model"),
         ("check-data BEFORE=b AFTER=a MASK=m", "--mask_dir 'm'", "--out"),
     ],
 )
@@ -253,6 +293,17 @@ def test_make_names_what_was_given_and_nothing_else(words, has, lacks):
     program = words.split()[0].replace("generate", "sample").replace("-", "_")
     last = said[said.index(f"{program}.py") :]
     assert has in last and lacks not in last
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_draws_the_scenes_of_an_ablation_and_no_others(tmp_path):
+    """A folder of the user's own may be there too."""
+    arms = [f"a{i}: --before_data_dir data/scenes/{name}/train/before" for i, name in
+            enumerate((*CHANGES, "mine", "snowy"))]  # fmt: skip
+    (tmp_path / "arms.txt").write_text("\n".join(arms))
+    make = ["make", "-n", "-B", "ablate", f"F={tmp_path / 'arms.txt'}", "PYTHON=python"]
+    said = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {*re.findall(r"--change (\w+)", said)} == {*CHANGES}
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
