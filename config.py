@@ -187,7 +187,7 @@ class TrainConfig:
         "blocks, or all",
         choices=("transformer", "all"),
     )
-    learning_rate: float = knob(2e-4, "peak learning rate", least=0)
+    learning_rate: float = knob(2e-4, "peak learning rate", least=0, most=1e30)
     scale_lr: bool = knob(
         False, "multiply --learning_rate by batch size, accumulation steps and processes"
     )
@@ -210,14 +210,15 @@ class TrainConfig:
     adam_beta1: float = knob(0.9, "AdamW's β₁", least=0, below=1)
     adam_beta2: float = knob(0.999, "AdamW's β₂", least=0, below=1)
     adam_weight_decay: float = knob(1e-2, "AdamW's decoupled weight decay", least=0)
-    adam_epsilon: float = knob(1e-8, "ε in AdamW's denominator", above=0)
+    # the least number of float32 is 1e-38: below it ε would be 0
+    adam_epsilon: float = knob(1e-8, "ε in AdamW's denominator", least=1e-30)
     max_grad_norm: float = knob(1.0, "clip the gradient to this norm", above=0)
     seed: int = knob(0, "all randomness of a step comes from (seed, step)", least=0, most=2**31 - 1)
     on_nan: str = knob(
         "stop", "what to do when the loss or gradient is not finite", choices=("stop", "skip")
     )
     tokenizer_max_length: int | None = knob(
-        None, "tokens per prompt; the tokenizer's maximum when not given", least=1
+        None, "tokens per prompt; the tokenizer's maximum when not given", least=2
     )
     text_encoder_use_attention_mask: bool = knob(False, "mask the padding in the text encoder")
     pre_compute_text_embeddings: bool = knob(False, "always done; accepted for old commands")

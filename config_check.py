@@ -1,7 +1,9 @@
 """Which values and combinations of a training's flags make sense, and which flags do nothing."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from config import TrainConfig, is_pairs
 from knobs import check_fields
@@ -36,6 +38,9 @@ def check(cfg: TrainConfig) -> TrainConfig:
     )
     given = [name for name in SOURCES if getattr(cfg, name) is not None]
     need(len(given) < 2, f"{' and '.join(f'--{name}' for name in given)} are mutually exclusive")
+    for name in ("sequence_dirs", "frames_dir"):
+        alone = getattr(cfg, name) is None or cfg.after_data_dir is None
+        need(alone, f"--{name} and --after_data_dir are mutually exclusive")
     if pairs and not cfg.sequence_dirs and not cfg.frames_dir:
         for one, other in (("after", "before"), ("before", "after")):
             given = getattr(cfg, f"{one}_data_dir") is not None
@@ -77,6 +82,8 @@ def check(cfg: TrainConfig) -> TrainConfig:
         not (cfg.overwrite and cfg.resume_from_checkpoint),
         "--overwrite and --resume_from_checkpoint are mutually exclusive",
     )
+    inside = not os.path.isabs(cfg.logging_dir) and ".." not in Path(cfg.logging_dir).parts
+    need(inside, f"--logging_dir must be a folder inside --output_dir, got {cfg.logging_dir}")
     need(cfg.push_to_hub or cfg.hub_token is None, "--hub_token needs --push_to_hub")
     need(
         cfg.hub_token is None or cfg.report_to != "wandb",
@@ -95,14 +102,12 @@ def without_effect(cfg: TrainConfig, reads: Sequence[str]) -> list[str]:
     restarts = "cosine_with_restarts"
     looked = cfg.num_validation_images or cfg.validation_pairs
     unmatchable = is_pairs(cfg) or cfg.mask_dir is not None
-    random_views = not cfg.center_crop or cfg.random_flip or cfg.random_scale > 1
     rules = [
         ("mask_outside", cfg.mask_dir or cfg.mask_from_change, "--mask_dir or --mask_from_change"),
         ("sequence_times", cfg.sequence_dirs, "--sequence_dirs"),
         ("frame_stride", cfg.frames_dir, "--frames_dir"),
         ("base_lora_strength", cfg.base_lora is not None, "--base_lora"),
         ("allow_unmatched", unmatchable and not cfg.frames_dir, "folders of pairs, or --mask_dir"),
-        ("views", random_views, "random crops, --random_flip or --random_scale"),
         ("huber_c", cfg.loss == "huber", "--loss huber"),
         ("recompute", cfg.gradient_checkpointing, "--gradient_checkpointing"),
         ("lr_warmup_steps", cfg.lr_scheduler != "constant", "--lr_scheduler constant_with_warmup"),

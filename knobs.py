@@ -53,6 +53,8 @@ def check_fields(cfg) -> None:
         value, choices = getattr(cfg, f.name), f.metadata["choices"]
         if value is None:
             continue
+        if any("\0" in str(one) for one in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"--{f.name} has a null character, got {value!r}")
         if choices and value not in choices:
             raise ValueError(f"--{f.name} must be {' or '.join(choices)}, got {value!r}")
         if isinstance(value, float) and not math.isfinite(value):

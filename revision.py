@@ -11,6 +11,7 @@ import platform
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -29,10 +30,9 @@ def code() -> dict[str, str]:
     """The files that this process has imported and a step depends on: 12 hex digits of each one's
     sha256."""
     files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
-    inside = [
-        path for file in files if file and (path := Path(file).resolve()).is_relative_to(ROOT)
-    ]
-    names = sorted({path.relative_to(ROOT).as_posix() for path in inside})
+    real = cache(os.path.realpath)  # thousands of modules are in a few hundred folders
+    paths = [Path(real(os.path.dirname(file)), os.path.basename(file)) for file in files if file]
+    names = sorted({p.relative_to(ROOT).as_posix() for p in paths if p.is_relative_to(ROOT)})
     return {name: sha for name in names if name.startswith(STEPS) and (sha := _sha256(name))}
 
 

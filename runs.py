@@ -14,6 +14,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from durable import (
@@ -38,7 +39,8 @@ FREE = {
     "max_train_steps", "num_train_epochs", "output_dir", "overwrite", "resume_from_checkpoint",
     "checkpointing_steps", "checkpoints_total_limit", "log_every", "report_to", "logging_dir",
     "push_to_hub", "hub_token", "hub_model_id", "cache_dir", "latents_on", "validation_steps",
-    "validation_epochs", "num_validation_images", "validation_prompt", "dataloader_num_workers",
+    "validation_epochs", "num_validation_images", "validation_images", "validation_prompt",
+    "dataloader_num_workers",
     "local_rank", "pre_compute_text_embeddings", "compile", "channels_last", "cuda_graph",
     "device",
     "enable_xformers_memory_efficient_attention", "lora_format", "lora_dtype", "on_nan",
@@ -50,7 +52,7 @@ FREE = {
 FILES = ("config.json", "summary.json", "metrics.jsonl", "loss.png", "report.html", "README.md",
          "samples", "strengths")  # fmt: skip
 BEGINNING = ".beginning"  # marks a run that is starting and has no config.json yet
-PATTERNS = ("checkpoint-*", "pytorch_lora_weights*.safetensors")
+PATTERNS = ("checkpoint-*", "pytorch_lora_weights*.safetensors", "pytorch_lora_weights*.set-aside")
 
 
 class Run:
@@ -146,18 +148,20 @@ class Run:
         if self._open_tracker is not None:  # before anything is cleared: it may fail
             self._tracker = self._open_tracker(self.folder, self.resume_step + 1)
         for left in self.folder.glob(".*.tmp"):
-            remove(left)
+            if _written(left.name[1:].removesuffix(".tmp").removesuffix(".old")):
+                remove(left)
         rows = self.rows() if self.checkpoint else []
         if self.checkpoint is None:
             # config.json goes first: a kill in between then leaves no run rather than half of one
             (self.folder / BEGINNING).touch()
             for old in self._replaced():
                 remove(old)
-        for later in self.checkpoints():  # damaged, or beyond the step that is resumed from
-            if _step(later) > self.resume_step:
-                aside = later.with_name(f"{later.name}.set-aside")
-                remove(aside)
-                os.replace(later, aside)
+        # damaged, or beyond the step that is resumed from; and what such a training resulted in
+        later = [path for path in self.checkpoints() if _step(path) > self.resume_step]
+        for old in [*later, *(self.folder.glob(PATTERNS[1]) if later else ())]:
+            aside = old.with_name(f"{old.name}.set-aside")
+            remove(aside)
+            os.replace(old, aside)
         (self.folder / "samples").mkdir(exist_ok=True)
         # the steps after the checkpoint will be logged again
         kept = [row for row in rows if row["step"] <= self.resume_step]
@@ -358,6 +362,12 @@ class Run:
         losses = [(step, loss) for step, loss in losses if loss is not None]
         if len(losses) > 1:
             save_image(curve(losses, "loss"), self.folder / "loss.png")
+
+
+def _written(name: str) -> bool:
+    """Whether a run writes a file or a folder of this name."""
+    names = (*FILES, "revision.json", "wandb.json")
+    return name in names or any(fnmatchcase(name, pattern) for pattern in PATTERNS)
 
 
 def is_config(content: dict) -> bool:

@@ -18,14 +18,19 @@ def adamw(
     """AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101). ValueError if bitsandbytes is missing."""
     settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     if eight_bit:
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError as error:
-            raise ValueError(
-                "--use_8bit_adam needs the package bitsandbytes: pip install bitsandbytes"
-            ) from error
-        return AdamW8bit([flat], **settings)
+        return eight_bit_adamw()([flat], **settings)
     return torch.optim.AdamW([flat], fused=flat.is_cuda, **settings)
+
+
+def eight_bit_adamw() -> type:
+    """ValueError if bitsandbytes is missing."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError(
+            "--use_8bit_adam needs the package bitsandbytes: pip install bitsandbytes"
+        ) from error
+    return AdamW8bit
 
 
 def step_if(ok: Tensor, opt: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:

@@ -176,6 +176,8 @@ def plan_memory(
         further[name] = (whole.tensors - one.tensors) / max(batch - 1, 1)
         need[name] = [one.tensors + further[name] * (b - 1) for b in cuts]
         workspace = max(workspace, whole.workspace)
+        if sum(held.values()) + workspace + one.tensors <= budget * GIB:
+            break  # to recompute more would only cost time
     checkpoint_activations(unet, ())
     set_strength(unet, 1.0)  # replace the fake tensor left there
     fixed = sum(held.values()) + workspace

@@ -44,7 +44,7 @@ def zero_terminal_snr(betas: Tensor) -> Tensor:
 RANGES = {  # of the numbers in a scheduler config; integers if the bounds are
     "beta_start": (0.0, 1.0),
     "beta_end": (0.0, 1.0),
-    "num_train_timesteps": (1, 100_000),
+    "num_train_timesteps": (1000, 100_000),  # knobs name timesteps up to 999
     "steps_offset": (0, 100_000),
     "clip_sample_range": (0.0, 1e6),
 }

@@ -229,16 +229,16 @@ def _component(
     return module, weight_files(name_or_path, prefix, "diffusion_pytorch_model", variant, revision)
 
 
-def unet_channels(
+def bare_unet(
     name_or_path: str | Path, *, variant: str | None = None, revision: str | None = None
-) -> int:
-    """Input channels of a checkpoint's UNet; reads no weights. ValueError if it is none of ours."""
+) -> UNet:
+    """The UNet of a checkpoint on torch's meta device: no weights are read, no memory is used."""
     if path := single_file(name_or_path):
         config = unet_part(path, variant).config
     else:
         path, _ = locate_component(name_or_path, "unet", "config.json", revision)
         config = read_json(path)
-    return _network(UNet, config, path).in_channels
+    return _network(UNet, config, path)
 
 
 def load_unet(

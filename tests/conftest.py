@@ -1,3 +1,4 @@
+import gc
 import os
 import warnings
 
@@ -11,6 +12,13 @@ from tests.pairs import write_pairs
 os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start
 torch.set_num_threads(1)
 warnings.filterwarnings("ignore", module="diffusers|huggingface_hub|transformers|peft")
+
+
+def pytest_collection_finish():
+    """Leave what has been imported out of every later collection of garbage: a training has several
+    of them, and diffusers, transformers and peft are a million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

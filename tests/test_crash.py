@@ -395,7 +395,19 @@ def test_what_is_written_lies_apart_from_what_is_read(config, pairs, tmp_path):
             },
             "--output_dir .* lies in --sequence_dirs",
         ),
-        ({"class_data_dir": f"{pairs}/after", **classes}, "--class_data_dir .* lies in --after"),
+        (
+            {"class_data_dir": f"{pairs}/after/class", **classes},
+            "--class_data_dir .* lies in --after",
+        ),
+        ({"class_data_dir": f"{pairs}", **classes}, "--before_data_dir .* lies in --class_data"),
+        (
+            {
+                "class_data_dir": str(Path(config.output_dir).parent / "c"),
+                **classes,
+                "output_dir": str(Path(config.output_dir).parent / "c" / "run"),
+            },
+            "--output_dir .* lies in --class_data_dir .*, whose images are all taken",
+        ),
         ({"cache_dir": f"{pairs}/before/cache"}, "--cache_dir .* lies in --before_data_dir"),
         (
             {"base_lora": config.output_dir, "overwrite": True},
@@ -439,6 +451,27 @@ def test_other_class_images_are_other_data(config, tmp_path):
     Image.new("RGB", (64, 64), "red").save(sorted((tmp_path / "class").iterdir())[0])
     with pytest.raises(ValueError, match="other class images"):
         train.train(replace(more, max_train_steps=3))
+
+
+def test_what_others_leave_in_a_run_s_folder_stays(config):
+    """A hidden file that ends like those of a write that was cut short."""
+    folder = Path(config.output_dir)
+    for name in (".mine.tmp", ".checkpoint-1.tmp", ".strengths.old.tmp"):
+        (folder / name).mkdir(parents=True)
+    train.train(replace(config, max_train_steps=1, num_validation_images=0))
+    assert [path.name for path in folder.glob(".*.tmp")] == [".mine.tmp"]
+
+
+def test_a_result_of_later_steps_is_set_aside(config, monkeypatch):
+    """A run that goes on from an earlier checkpoint and then crashes has no result yet."""
+    folder = train.train(replace(config, max_train_steps=4))
+    later = (folder / LORA_FILE).read_bytes()
+    monkeypatch.setattr(train, "write_result", None)
+    again = {"resume_from_checkpoint": "checkpoint-2", "resume_changed": True, "seed": 1}
+    with pytest.warns(UserWarning, match="seed was"), pytest.raises(TypeError):
+        train.train(replace(config, max_train_steps=4, **again))
+    assert not (folder / LORA_FILE).exists()
+    assert (folder / f"{LORA_FILE}.set-aside").read_bytes() == later
 
 
 # ---- one writer ----------------------------------------------------------------------------------

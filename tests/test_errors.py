@@ -63,6 +63,7 @@ def place(tmp_path_factory, sd1):
         "negative": {"train_batch_size": -1},
     }.items():  # fmt: skip
         (root / f"{name}.json").write_text(json.dumps(values))
+    (root / "null.json").write_text(json.dumps({"cache_dir": "a\0b"}))
     (root / "nan.json").write_text('{"learning_rate": NaN}')
     for name in ("xl", "tiny vae", "no config", "no weights"):
         shutil.copytree(sd1, root / name)
@@ -170,6 +171,11 @@ TRAIN = {
     "--resolution=-8": "--resolution must be a positive multiple of 8, got -8",
     "--delta_t=1000": "--delta_t must be in 1..999, got 1000",
     "--random_scale=1e38": "--random_scale must be in 1..100",
+    "--learning_rate=5e37": "--learning_rate must be in 0..1e+30, got 5e+37",
+    "--adam_epsilon=1e-50": "--adam_epsilon must be at least 1e-30, got 1e-50",
+    "--tokenizer_max_length=1": "--tokenizer_max_length must be at least 2, got 1",
+    "--logging_dir=../logs": "--logging_dir must be a folder inside --output_dir, got ../logs",
+    "--config=null.json": "--cache_dir has a null character",
     "--adam_beta1=1": "--adam_beta1 must be in [0, 1), got 1.0",
     "--adam_beta2=1": "--adam_beta2 must be in [0, 1), got 1.0",
     "--mask_outside=1.5": "--mask_outside must be in 0..1, got 1.5",

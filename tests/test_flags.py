@@ -310,6 +310,10 @@ def preserve_weight(lab, patch):
     """At first nothing differs from the base; then the term counts, and where nothing else does,
     outside the mask, the images stay nearer to what they were."""
     stops("--preserve_weight needs --mask_dir or", preserve_weight=1.0)(lab, patch)
+    (few := lab.root / "few masks").mkdir()
+    shutil.copy(lab.pairs / "mask" / "4.png", few)
+    some = {"mask_dir": str(few), "allow_unmatched": True, "max_pairs": 2}
+    stops("has no mask for the 2 pairs", preserve_weight=1.0, **some)(lab, patch)
     beside = {"mask_dir": str(lab.pairs / "mask")}
     changes(2, beside=beside, preserve_weight=1.0)[1](lab, patch)
     more = {**beside, "mask_outside": 0.0, "max_train_steps": 30, "learning_rate": 1e-2}
@@ -328,9 +332,9 @@ def sequence_dirs(lab, patch):
     three = {**none, "sequence_dirs": (sides[0], half, sides[1])}
     folder = lab.run(**three)
     assert "10 pairs" in lab.said[folder] and column(folder) != column(lab.run())
-    stops("sequence_dirs and --instance_data_dir are mutually", **three, instance_data_dir="x")(
-        lab, patch
-    )
+    for other in ("instance_data_dir", "after_data_dir"):
+        both = {**three, other: "x"}
+        stops(f"sequence_dirs and --{other} are mutually", **both)(lab, patch)
 
 
 def sequence_times(lab, patch):
@@ -608,7 +612,7 @@ def num_class_images(lab, patch):
 def prior_generation_precision(lab, patch):
     made = []
     for precision in (None, "fp32", "bf16"):
-        where = Path(lab.new())
+        where = Path(f"{lab.new()} class")
         lab.fresh(**prior(lab, class_data_dir=str(where), num_class_images=1, max_train_steps=1,
                           prior_generation_precision=precision))  # fmt: skip
         made.append((where / "generated_000000.png").read_bytes())
@@ -620,7 +624,8 @@ def sample_batch_size(lab, patch):
     patch.setattr(
         Pipeline, "generate", lambda *a, **k: sizes.append(len(a[3])) or generate(*a, **k)
     )
-    lab.fresh(**prior(lab, class_data_dir=lab.new(), num_class_images=3, sample_batch_size=2))
+    lab.fresh(**prior(lab, class_data_dir=f"{lab.new()} class", num_class_images=3,
+                     sample_batch_size=2))  # fmt: skip
     assert sizes == [2, 1]
 
 
@@ -1343,7 +1348,6 @@ def test_flag(name, lab, monkeypatch):
         ("img2img_t", 300, "an objective that reads it"),
         ("image_dropout", 0.5, "an objective that reads it"),
         ("base_lora_strength", 0.5, "--base_lora"),
-        ("views", 2, "random crops"),
         ("delta_t", 200, "an objective that reads it"),
         ("delta_base", False, "an objective that reads it"),
         ("recompute", "transformer", "--gradient_checkpointing"),
@@ -1447,7 +1451,7 @@ def test_the_table_of_flags_is_what_the_config_says():
     of_edits = [f.name for f in dataclasses.fields(EditConfig)]
     assert list(lines) == [f"--{name}" for name in dict.fromkeys([*FIELDS, *of_edits])]
     assert {line.replace("\\|", "").count("|") for line in lines.values()} == {5}
-    assert "| `0.0002` | number at least 0 |" in lines["--learning_rate"]
+    assert "| `0.0002` | number in 0..1e+30 |" in lines["--learning_rate"]
     groups = re.findall(r"^## (.+)$", written, re.M)
     said = [f.metadata["group"] for f in FIELDS.values() if f.metadata["group"]]
     assert [name.lower() for name in groups] == [*(name.lower() for name in said), "an edit"]

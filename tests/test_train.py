@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -280,6 +281,47 @@ def test_a_picture_that_does_not_fit_costs_no_step(config, monkeypatch):
     assert len(tried) == 2 * len(list((expected / "samples").iterdir()))
     assert not any((folder / "samples").iterdir()) and losses(folder) == losses(expected)
     assert (folder / LORA_FILE).read_bytes() == (expected / LORA_FILE).read_bytes()
+
+
+def test_the_last_pictures_that_do_not_fit_are_left_out(config, monkeypatch):
+    """The run is finished all the same, without those that an earlier result had."""
+    cfg = replace(config, num_validation_images=1, max_train_steps=1)
+    train(cfg)
+
+    def full(*how):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Watch, "strengths", full)
+    with pytest.warns(UserWarning, match="out of memory: no pictures at several strengths"):
+        folder = train(replace(cfg, overwrite=True))
+    assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
+    assert (folder / "report.html").exists() and not (folder / "strengths").exists()
+
+
+def test_mistakes_are_found_before_anything_is_encoded(config, monkeypatch, tmp_path):
+    """Of what is trained, of the optimizer, of held-out pairs and of what is shown."""
+    monkeypatch.setattr(loop, "encode_all", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    root = tmp_path / "other"
+    for side, width in (("before", 64), ("after", 32)):
+        shutil.copytree(Path(config.before_data_dir).parent / side, root / side)
+        image = Image.open(root / side / "0.png")
+        image.resize((width, 32)).save(root / side / "0.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "small.png")
+    dirs = {f"{side}_data_dir": str(root / side) for side in ("before", "after")}
+    for said, changes in {
+        "--lora_targets has 'foo'": {"lora_targets": "foo"},
+        "--lora_rank 999 does not fit": {"lora_rank": 999},
+        "--use_8bit_adam needs the package": {"use_8bit_adam": True},
+        "0: before is 64x32": {**dirs, "validation_pairs": 1},
+        "is 8x8, too small": {
+            "native_scale": True,
+            "validation_images": (str(tmp_path / "small.png"),),
+            "num_validation_images": 1,
+        },
+    }.items():
+        with pytest.raises(ValueError, match=said):
+            train(replace(config, **changes))
 
 
 def test_an_autoencoder_that_does_not_fit_goes_back():
@@ -937,6 +979,19 @@ def test_a_half_of_small_images_is_not_doubted(config, tmp_path):
             Image.new("RGB", (size, size)).save(tmp_path / side / f"{name}.png")
     dataset = PairDataset(find_pairs(tmp_path / "before", tmp_path / "after"), 32)
     assert not [*doubts(config, dataset, size_of(config, 2, 1), draws=None)]
+
+
+def test_views_of_what_is_cropped_alike_are_doubted(config, pairs):
+    """Images as large as --resolution, with no flips: one view each."""
+    cfg = replace(config, views=9, resolution=32)
+    said = lambda cfg: [  # noqa: E731
+        sentence
+        for sentence in doubts(cfg, make_dataset(cfg, find), size_of(cfg, 5, 1), draws=None)
+        if sentence.startswith("--views 9 has no effect")
+    ]
+    find = find_pairs(pairs / "before", pairs / "after")
+    assert len(said(cfg)) == 1 and not said(replace(cfg, random_flip=True))
+    assert not said(replace(cfg, views=1))
 
 
 def test_centre_crops_that_leave_most_out_are_doubted(config, tmp_path):

@@ -1,7 +1,8 @@
 """What is trained: an fp32 LoRA on frozen networks, as one flat parameter, and its AdamW.
 
 read_given    the LoRA files a run begins with: --base_lora (frozen, beneath), --init_lora
-adapt         the LoRA layers as one flat parameter, and AdamW; restored from a checkpoint if given
+add_lora      the LoRA layers of a UNet
+adapt         all LoRA layers as one flat parameter, and AdamW; restored from a checkpoint if given
 rate          the learning rate of a step
 """
 
@@ -81,6 +82,18 @@ class Trained(NamedTuple):
     state: dict  # state.json of the checkpoint resumed from, else {}
 
 
+def add_lora(cfg: TrainConfig, unet: UNet, given: Given, objective: Objective) -> None:
+    """Put --base_lora under the UNet, widen it by what the objective adds to its input, inject a
+    LoRA. ValueError names a flag that does not fit; a UNet on the meta device is enough for that.
+    """
+    given.put_under(cfg, unet=unet)
+    if objective.extra:
+        unet.widen(4 + objective.extra - unet.in_channels)  # --base_lora may have widened it
+    generator = seeded_for(cfg.seed, "LoRA")
+    how = {"needed": objective.needs, "generator": generator}
+    inject(unet, cfg.lora_targets, cfg.lora_rank, cfg.lora_alpha, **how)
+
+
 def adapt(
     cfg: TrainConfig,
     unet: UNet,
@@ -89,17 +102,12 @@ def adapt(
     objective: Objective,
     checkpoint: Path | None,
 ) -> Trained:
-    """Widen the UNet by what the objective adds to its input and inject a LoRA, in place.
+    """A LoRA in the UNet (`add_lora`), in place, and its optimizer.
 
     `text`: a trained text encoder, which has its LoRA already. Initial weights: the checkpoint's,
     else --init_lora's, else random.
     """
-    given.put_under(cfg, unet=unet)
-    if objective.extra:
-        unet.widen(4 + objective.extra - unet.in_channels)  # --base_lora may have widened it
-    generator = seeded_for(cfg.seed, "LoRA")
-    how = {"needed": objective.needs, "generator": generator}
-    inject(unet, cfg.lora_targets, cfg.lora_rank, cfg.lora_alpha, **how)
+    add_lora(cfg, unet, given, objective)
     adapted = {"unet": unet} | ({"text_encoder": text.model} if text else {})
     for part, factors in given.start.items():
         model, what = adapted[part], f"--init_lora {cfg.init_lora}"

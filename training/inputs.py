@@ -93,6 +93,11 @@ def find_data(cfg: TrainConfig) -> Data:
     kept = set([place for place in places if place not in held_places][: cfg.max_pairs])
     held_out = [pair for pair in pairs if pair.before in held_places]
     pairs = [pair for pair in pairs if pair.before in kept]
+    if cfg.mask_dir and not cfg.mask_from_change and not any("mask" in p.files for p in pairs):
+        raise ValueError(
+            f"--mask_dir {cfg.mask_dir} has no mask for the {len(pairs)} pairs that --max_pairs "
+            "and --validation_pairs leave to train on"
+        )
     whole = [pair for pair in held_out or pairs if pair.strength == 1]
     if cfg.validation_images is None:
         return Data(pairs, held_out, spread(whole, cfg.num_validation_images))
@@ -168,6 +173,11 @@ def doubts(
         yield (
             f"--random_scale {cfg.random_scale:g} upscales {dataset.enlarged} of {n} images beyond "
             f"native resolution: {draws} will generate equally blurred images"
+        )
+    if dataset.deterministic and cfg.views not in (1, TrainConfig.views):
+        yield (
+            f"--views {cfg.views} has no effect: each image is always cropped alike; --random_flip "
+            "or --random_scale make a difference"
         )
     if dataset.center_crop and dataset.coverage < 0.5:
         yield (

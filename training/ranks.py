@@ -31,12 +31,22 @@ GRACE = 5.0  # seconds for rank 0 to report an error before another rank does
 VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
+def _variable(name: str, usual: int) -> int:
+    text = os.environ.get(name) or str(usual)
+    if not text.isdecimal():
+        raise ValueError(f"the environment variable {name} must be a number, got {text!r}")
+    return int(text)
+
+
 class Ranks:
-    """Rank and world size, from the environment; `join` connects the processes."""
+    """Rank and world size, from the environment; `join` connects the processes.
+
+    ValueError for a variable that is not a number.
+    """
 
     def __init__(self):
-        self.world = int(os.environ.get("WORLD_SIZE") or 1)
-        self.rank = int(os.environ.get("RANK") or 0) if self.world > 1 else 0
+        self.world = _variable("WORLD_SIZE", 1)
+        self.rank = _variable("RANK", 0) if self.world > 1 else 0
         self.leads = self.rank == 0
         self.name = f"rank {self.rank} of {self.world}"
         self._store: dist.Store | None = None

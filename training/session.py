@@ -28,6 +28,13 @@ def refuse_overlap(cfg: TrainConfig) -> None:
     read += [("sequence_dirs", folder) for folder in cfg.sequence_dirs or ()]
     written = [(flag, getattr(cfg, flag)) for flag in ("output_dir", "class_data_dir", "cache_dir")]
     out = Path(cfg.output_dir).resolve()
+    if cfg.class_data_dir is not None:
+        for flag, folder in [("output_dir", cfg.output_dir), *read]:
+            if Path(folder).resolve().is_relative_to(Path(cfg.class_data_dir).resolve()):
+                raise ValueError(
+                    f"--{flag} {folder} lies in --class_data_dir {cfg.class_data_dir}, whose "
+                    "images are all taken for class images"
+                )
     for flag, folder in read:
         there = Path(folder).resolve()
         for mine, path in written:
