@@ -253,6 +253,9 @@ def run_jobs(
             stop.set()
             print("stopped; the same command continues from here", file=sys.stderr, flush=True)
             return 130
+        except BaseException:  # a full disk, say: not after all other trainings
+            stop.set()
+            raise
     names = ("table.md", "plot.png", "sheet.png") if done else ("table.md",)
     print("", text, *(f"{name:9} {out / name}" for name in names), sep="\n")
     return 1 if failed else 0

@@ -284,7 +284,13 @@ def adapted(
         with torch.enable_grad():
             pipe = fit(pipe, prompt, z, delta=method == "direct", seed=args.seed, **how)
     elif args.lora_after:
-        load_lora(args.lora_after, unet=pipe.unet, text=pipe.text)
+        other = load_lora(args.lora_after, unet=pipe.unet, text=pipe.text)
+        if other.get("base_lora") not in (None, pipe.meta.get("base_lora")):
+            warnings.warn(
+                f"--lora_after {args.lora_after} was trained on top of another LoRA, which is left "
+                "out",
+                stacklevel=2,
+            )
         if getattr(getattr(pipe.text.model, "lora_adapters", None), "count", 2) != 2:
             raise ValueError("--lora and --lora_after must both adapt the text encoder, or neither")
         pipe = replace(pipe, meta=pipe.meta | {"adapters": 2})

@@ -95,7 +95,7 @@ def model_card(
         "### sample.py",
         fenced(own_snippet(repo, meta, local), "sh"),
         "### diffusers",
-        *diffusers_part(repo, meta, local),
+        *diffusers_part(repo, meta, flags, local),
         "### ComfyUI, A1111, Forge",
         *others_part(repo, meta, layouts),
         "## Training",
@@ -157,12 +157,14 @@ def own_snippet(repo: str, meta: dict, local: bool) -> str:
     )
 
 
-def diffusers_part(repo: str, meta: dict, local: bool) -> list[str]:
+def diffusers_part(repo: str, meta: dict, flags: dict, local: bool) -> list[str]:
     objective, base, name = meta["objective"], meta["base_model"], repo.rpartition("/")[2]
+    of_files = ("revision", "variant")
     if objective == "concat":
         merged = (
             f"python -m model.weights merge --model {'path/to/base' if local else base} "
             f"--lora {name} merged --strength 1"
+            + "".join(f" --{key} {shlex.quote(meta[key])}" for key in of_files if meta.get(key))
         )
         return [
             "The UNet has more input channels than the base. Merged into the base, the LoRA gives "
@@ -171,19 +173,26 @@ def diffusers_part(repo: str, meta: dict, local: bool) -> list[str]:
         ]
     if objective not in PORTABLE:
         return ["No diffusers pipeline implements how this LoRA is applied: use sample.py."]
-    edits = objective != "dreambooth"
-    revision = f", revision={meta['revision']!r}" if meta.get("revision") else ""
+    edits, straight = objective != "dreambooth", objective == "img2img"
     pipeline = f"StableDiffusion{'Img2Img' * edits}Pipeline"
-    straight = objective == "img2img"
+    options = [f"{key}={meta[key]!r}" for key in of_files if meta.get(key)]
+    if vae := meta.get("vae_path"):
+        vae = "path/to/vae" if is_local(vae) else vae
+        options.append(f"vae=AutoencoderKL.from_pretrained({vae!r})")
+    scheduled = ["pipe.scheduler.config"]
+    if "prediction_type" in flags:  # the base does not say it
+        scheduled.append(f"prediction_type={flags['prediction_type']!r}")
+    ddim = straight or len(scheduled) > 1
+    needed = ["AutoencoderKL"] * bool(vae) + ["DDIMScheduler"] * ddim + [pipeline]
     level = meta["img2img_t"] / 1000 if straight else 0.7
     given = f', image=load_image("photo.jpg"), strength={level:g}, guidance_scale=1' * edits
     code = [
-        f"from diffusers import {'DDIMScheduler, ' * straight}{pipeline}",
+        f"from diffusers import {', '.join(needed)}",
         *(["from diffusers.utils import load_image"] if edits else []),
         "",
         f"base = {'path/to/base' if local else MOVED.get(base, base)!r}",
-        f"pipe = {pipeline}.from_pretrained(base{revision})",
-        *(["pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)"] * straight),
+        f"pipe = {pipeline}.from_pretrained({', '.join(['base', *options])})",
+        *([f"pipe.scheduler = DDIMScheduler.from_config({', '.join(scheduled)})"] * ddim),
         f'pipe.load_lora_weights("{repo}", weight_name="{LORA_FILE}", adapter_name="change")',
         "strength = 1.0",
         f'pipe.set_adapters("change", {multiplier(meta)})',

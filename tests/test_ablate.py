@@ -172,6 +172,17 @@ def test_an_upload_in_a_config_file_is_refused_too(lab, capsys, tmp_path):
     assert not lab.out.exists() and not lab.started
 
 
+def test_a_table_that_cannot_be_written_ends_the_ablation(lab, monkeypatch):
+    """Not after all the trainings that were still to come."""
+
+    def full(*what):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ablate, "write_results", full)
+    assert lab.run("".join(f"a{i}: --lora_rank {i}\n" for i in range(1, 9))) == 1  # a full disk
+    assert len(lab.started) < 8
+
+
 def test_files_that_are_no_arms(lab, capsys):
     lab.file.write_text("common: --resolution 64\n")
     assert ablate.main([str(lab.file)]) == 2

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -239,6 +240,7 @@ def test_each_client_gets_its_file():
     assert "/where" not in local and "base_model" not in front(local) and "/x" not in local
     assert "a local checkpoint" in local and "--vae_path=vae" in local
     assert "from_pretrained(base, revision='v2')" in card(revision="v2")
+    assert " --variant fp16" in card(objective="concat", variant="fp16")
     gone = card(base_model="runwayml/stable-diffusion-v1-5")
     assert front(gone)["base_model"] == "stable-diffusion-v1-5/stable-diffusion-v1-5"
     under = card(base_lora={"path": "/where/style.safetensors", "strength": 0.5, "sha256": ""})
@@ -247,13 +249,18 @@ def test_each_client_gets_its_file():
 
 def test_the_diffusers_snippet_runs(cfg, sd1, tmp_path, monkeypatch):
     """As it is in the card, with the run's folder for the repository."""
+    vae = tmp_path / "other vae"
+    shutil.copytree(sd1 / "vae", vae)
+    how = {"vae_path": str(vae), "prediction_type": "v_prediction"}
     run = train.train(replace(cfg, output_dir=str(tmp_path / "it"), push_to_hub=False,
-                              hub_model_id=None, instance_prompt="a 'field'"))  # fmt: skip
+                              hub_model_id=None, instance_prompt="a 'field'", **how))  # fmt: skip
     uploads.write_card(run, str(run))
     code = blocks((run / "README.md").read_text(), "python")[0][1]
     Image.new("RGB", (32, 32)).save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    exec(code.replace("path/to/base", str(sd1)), names)
+    exec(code.replace("path/to/base", str(sd1)).replace("path/to/vae", str(vae)), names)
+    assert names["pipe"].scheduler.config.prediction_type == "v_prediction"
+    assert names["pipe"].vae.config._name_or_path == str(vae)
     assert isinstance(names["pipe"], diffusers.StableDiffusionImg2ImgPipeline)
     assert names["pipe"].get_active_adapters() == ["change"] and names["image"].size == (32, 32)
