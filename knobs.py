@@ -53,7 +53,7 @@ def check_fields(cfg) -> None:
         value, choices = getattr(cfg, f.name), f.metadata["choices"]
         if value is None:
             continue
-        if any("\0" in str(one) for one in (value if isinstance(value, list) else [value])):
+        if any("\0" in str(one) for one in (value if isinstance(value, list | tuple) else [value])):
             raise ValueError(f"--{f.name} has a null character, got {value!r}")
         if choices and value not in choices:
             raise ValueError(f"--{f.name} must be {' or '.join(choices)}, got {value!r}")

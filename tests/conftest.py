@@ -14,6 +14,11 @@ torch.set_num_threads(1)
 warnings.filterwarnings("ignore", module="diffusers|huggingface_hub|transformers|peft")
 
 
+def pytest_collection_modifyitems(items):
+    """The slow ones first: none is then left running alone, beside idle workers."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def pytest_collection_finish():
     """Leave what has been imported out of every later collection of garbage: a training has several
     of them, and diffusers, transformers and peft are a million objects."""

@@ -202,7 +202,7 @@ def before_step(rank: int, at: int, what):
 
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
-    [({"learning_rate": -1.0}, "--learning_rate must be at least 0, got -1.0"),
+    [({"learning_rate": -1.0}, "--learning_rate must be in 0..1e+30, got -1.0"),
      ({"before_data_dir": "nowhere"},
       "Before images root doesn't exist: nowhere (--before_data_dir)"),
      ({"device": "cuda:1"}, "--device cuda:1 for 2 processes: expected cuda or cpu")],
