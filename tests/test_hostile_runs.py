@@ -302,9 +302,10 @@ def test_a_disk_full_for_an_animation(tmp_path):
 
 # What writes by itself: into what its caller has aside, into memory, line by line, or nowhere.
 WRITERS = {
-    "ablate.py": {"call"}, "training/checkpoint.py": {"save_state"}, "durable.py": {"seal", "lock", "save_image"},
-    "report.py": {"picture"}, "training/rows.py": {"save_shard"}, "runs.py": {"start"},
-    "train.py": {"main"}, "training/watching.py": {"strengths"}, "model/lora_convert.py": {"write"},
+    "ablate.py": {"call"}, "training/checkpoint.py": {"save_state"},
+    "durable.py": {"seal", "lock", "save_image"}, "report.py": {"picture"},
+    "training/rows.py": {"save_shard"}, "runs.py": {"start"}, "train.py": {"main"},
+    "training/watching.py": {"strengths"}, "model/lora_convert.py": {"write"},
     "model/lora_files.py": {"write_lora"},
 }  # fmt: skip
 
