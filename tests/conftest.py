@@ -19,11 +19,20 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
-def pytest_collection_finish():
-    """Leave what has been imported out of every later collection of garbage: a training has several
-    of them, and diffusers, transformers and peft are a million objects."""
+def leave_out_of_garbage():
+    """Later collections of garbage, of which a training has several, will pass over what is there
+    now: diffusers, peft and a compiler import more than a million objects."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_finish():
+    leave_out_of_garbage()
+
+
+def pytest_runtest_teardown(item, nextitem):
+    if nextitem is not None and nextitem.path != item.path:
+        leave_out_of_garbage()
 
 
 @pytest.fixture(scope="session")
