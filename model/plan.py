@@ -165,22 +165,22 @@ def plan_memory(
     Chooses the first checkpointing level, from `level` on, at which one sample fits, then the
     largest micro-batch that fits. `held`: permanent allocations, {name: bytes}. Measured at 1 and
     at the whole batch; sizes between them need at most the linear interpolation, since the peak is
-    a maximum over moments that are each linear in the batch. ValueError: nothing fits.
+    a maximum over moments that are each linear in the batch, as the workspace is over kernels.
+    ValueError: nothing fits.
     """
     cuts = [b for b in range(1, batch + 1) if batch % b == 0]
-    need, further, workspace = {}, {}, 0  # {level: bytes at every cut}, {level: per sample more}
+    need, further = {}, {}  # {level: bytes at every cut}, {level: per sample more}
+    fixed = sum(held.values())
     for name in list(LEVELS)[list(LEVELS).index(level) :]:
         checkpoint_activations(unet, LEVELS[name], keep_strength(unet))
-        one = measure(loss, params, 1)
-        whole = measure(loss, params, batch) if batch > 1 else one
-        further[name] = (whole.tensors - one.tensors) / max(batch - 1, 1)
-        need[name] = [one.tensors + further[name] * (b - 1) for b in cuts]
-        workspace = max(workspace, whole.workspace)
-        if sum(held.values()) + workspace + one.tensors <= budget * GIB:
+        one = sum(measure(loss, params, 1))
+        whole = sum(measure(loss, params, batch)) if batch > 1 else one
+        further[name] = (whole - one) / max(batch - 1, 1)
+        need[name] = [one + further[name] * (b - 1) for b in cuts]
+        if fixed + one <= budget * GIB:
             break  # to recompute more would only cost time
     checkpoint_activations(unet, ())
     set_strength(unet, 1.0)  # replace the fake tensor left there
-    fixed = sum(held.values()) + workspace
     fits = [(n, i) for n in need for i, size in enumerate(need[n]) if fixed + size <= budget * GIB]
     if not fits:
         least = min(sizes[0] for sizes in need.values())
@@ -192,12 +192,11 @@ def plan_memory(
     i = max(i for name, i in fits if name == chosen)
     total = round(fixed + need[chosen][i])
     held = {what: size for what, size in held.items() if size}
-    held |= {"workspace of kernels (estimated)": workspace} if workspace else {}
     lines = [f"memory plan for {budget:g} GiB, in MiB"]
     lines += [f"  {what:<38}{size / MIB:11.1f}" for what, size in held.items()]
     row = lambda what, cells: f"  {what:<38}{''.join(f'{cell:>13}' for cell in cells)}"  # noqa: E731
     mib = lambda sizes: [f"{size / MIB:.1f}" for size in sizes]  # noqa: E731
-    lines.append(row("a step, recomputing", need))
+    lines.append(row("a step and its kernels, recomputing", need))
     lines += [
         row(f"    micro-batch {b}", mib(sizes)) for b, sizes in zip(cuts, zip(*need.values()))
     ]

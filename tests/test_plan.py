@@ -161,8 +161,9 @@ def test_the_cut_that_fits(monkeypatch):
 
     monkeypatch.setattr(planning, "checkpoint_activations", recomputed)
     monkeypatch.setattr(
-        planning, "measure", lambda loss, params, b: Need((1 + need[levels[-1]] * b) * MIB, 2 * MIB)
-    )
+        planning, "measure",
+        lambda loss, params, b: Need((1 + (need[levels[-1]] - 1) * b) * MIB, (2 + b) * MIB),
+    )  # fmt: skip
 
     def plan(budget, level="none"):
         how = dict(held={"rest": 5 * MIB}, batch=6, accum=2, budget=budget / 1024, level=level)

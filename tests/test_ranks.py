@@ -267,9 +267,13 @@ def test_a_rank_that_is_killed_ends_the_other(config, launched, victim):
 
 @pytest.mark.parametrize("asked", [0, 1])
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(config, launched, asked):
-    """A checkpoint between two due ones; gone on with it is the whole run, to the bit."""
+    """A checkpoint between two due ones; gone on with it is the whole run, to the bit.
+
+    Signalled twice, as by the manager of a job and by torchrun, which it has signalled too.
+    """
     cfg = replace(config, checkpointing_steps=100, log_every=100)
-    stop = before_step(asked, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    twice = lambda: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)]  # noqa: E731
+    stop = before_step(asked, 2, twice)
     statuses, (said, nothing) = launched(argv(cfg), argv(cfg), happens=stop)
     folder = Path(cfg.output_dir)
     assert (statuses, nothing) == ([143, 143], "")

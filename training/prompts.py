@@ -86,12 +86,13 @@ def load_prompts(
         )
     given.put_under(cfg, text=text)
     row = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-    ids = text.tokenize(list(row), cfg.tokenizer_max_length).to(device)  # (p, l)
+    ids = text.tokenize(list(row), cfg.tokenizer_max_length)  # (p, l), in host memory
     mask = text.mask(ids) if cfg.text_encoder_use_attention_mask else None
     if cfg.train_text_encoder:
         generator = seeded_for(cfg.seed, "LoRA", "text encoder")
         inject(text.model, "attn", cfg.lora_rank, cfg.lora_alpha, generator=generator)
-        return Prompts(row, ids, mask, None, text, device)
+        mask = None if mask is None else mask.to(device)
+        return Prompts(row, ids.to(device), mask, None, text, device)
     contexts = encode_prompts(text, ids, mask, device, cfg.latents_on, cfg.cache_dir)
     if len(row) > MANY:
         print(f"contexts      {contexts}")
@@ -120,9 +121,9 @@ def encode_prompts(
     key = first.numpy().tobytes()  # identifies the encoder and any LoRA on it
 
     def name(part: range) -> str:
-        made_of = key + ids[part.start : part.stop].cpu().numpy().tobytes()
+        made_of = key + ids[part.start : part.stop].numpy().tobytes()
         if mask is not None:
-            made_of += mask[part.start : part.stop].cpu().numpy().tobytes()
+            made_of += mask[part.start : part.stop].numpy().tobytes()
         return f"contexts-{part.start:07d}-{hashlib.sha256(made_of).hexdigest()}.safetensors"
 
     def make(parts: list[range]) -> Iterator[dict[str, Tensor]]:

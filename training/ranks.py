@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from durable import read_or_empty
+from model.memory import out_of_memory
 
 # A dead rank is noticed at once, by its closed connections and by torchrun; this timeout is for
 # work of rank 0 that the others wait for: generating class images may take hours.
@@ -210,6 +211,8 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if out_of_memory(error):  # of this process
+            raise
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's: write the summary first
         why = re.sub(r"^\[[^]]*\] ", "", str(error).splitlines()[0]).split(". ")[0]
         raise ConnectionError(f"another process of the run has ended or is lost: {why}") from error

@@ -19,9 +19,9 @@ class Stop:
 
     A second signal ends the process at once.
 
-    `quiet`, for one of several processes: it prints nothing and, after an error, ignores further
-    signals while it writes its summary, since the launcher signals all processes once one has
-    ended.
+    `quiet`, for one of several processes: it prints nothing, and ignores further signals, after an
+    error too, while it writes its summary: the launcher signals all processes once one has ended or
+    it is signalled itself, and the manager of a job may have signalled each of them before.
     """
 
     def __init__(self, quiet: bool = False):
@@ -43,7 +43,7 @@ class Stop:
 
     def _came(self, number: int, _) -> None:
         for each in self._before:
-            signal.signal(each, signal.SIG_DFL)
+            signal.signal(each, signal.SIG_IGN if self.quiet else signal.SIG_DFL)
         self.asked = number
         if not self.waits:
             raise Stopped(number)
