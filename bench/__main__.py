@@ -45,6 +45,12 @@ ARMS = {  # {task: {arm: settings of its process, besides the case}}
         "peer script": {"system": "peer", "setting": "script"},
         "peer tuned eager": {"system": "peer", "setting": "tuned"},
         "peer tuned": {"system": "peer", "setting": "tuned", "compile": True},
+        "peer tuned captured": {
+            "system": "peer",
+            "setting": "tuned",
+            "compile": True,
+            "cuda_graph": True,
+        },
     },
     "encode": {"ours": {"system": "ours"}, "peer": {"system": "peer"}},
     "sample": {

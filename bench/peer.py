@@ -5,7 +5,8 @@
 Two ways to train. `script` does in every step what diffusers' DreamBooth-LoRA example does: it
 encodes images and prompt again, runs the UNet eagerly (under autocast unless in fp32) and reads the
 loss on the host. `tuned` is what a user gets without writing a trainer: latents and prompt encoded
-once, channels_last, torch.compile, fused AdamW, no synchronization for the loss.
+once, channels_last, torch.compile, fused AdamW, no synchronization for the loss; `captured`: with
+torch.compile's own CUDA graphs as well.
 """
 
 import json
@@ -72,9 +73,10 @@ def training(job: dict, turns: Turns) -> None:
         del vae, text, model
         unet.to(memory_format=torch.channels_last)
         if job["compile"]:
-            unet.compile()
+            unet.compile(mode="reduce-overhead" if job["cuda_graph"] else None)
     while True:
         turns()
+        torch.compiler.cudagraph_mark_step_begin()
         if script:
             z, ctx = encoded()
         eps = torch.randn_like(z)

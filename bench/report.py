@@ -30,6 +30,8 @@ MEANING = """\
   itself
 - of ceiling: that, over what a square matrix product of this precision reached in the same rounds
 - × ...: that arm's time over this one's, the median over the rounds of the ratio within a round
+- captured: replayed as a CUDA graph, ours whole, `peer tuned captured` with torch.compile's own;
+  `peer tuned` is compiled without one
 - peak: the process' resident memory on a CPU, since its start; what is allocated in a turn on CUDA
 - first: seconds from the start of the process (imports, weights, latents, compiling) to the end of
   the first unit; `warm` with the compiled code of an earlier start in its cache
