@@ -100,6 +100,7 @@ train: $(READY) $(if $(SCENES),$(SCENES)/.done) ## train a LoRA on BEFORE= AFTER
 	$(if $(SCENES),@$(MAKE) --no-print-directory evaluate RUN=$(call quote,$(or $(OUT),$(RUN))) OUT= ARGS= MASK= PROMPT=)
 
 evaluate: $(READY) $(if $(SCENES),$(SCENES)/.done) ## evaluate on held-out pairs: RUN= BEFORE= AFTER= [MASK=]
+	$(if $(SCENES),@echo 'no BEFORE= and AFTER=: on the embedded scenes of $(SCENES)')
 	$(PY) evaluate.py --lora $(call quote,$(RUN)) --out $(call quote,$(or $(OUT),$(RUN)/evaluation)) \
 	  $(call flag,--before_data_dir,$(or $(BEFORE),$(SCENES:%=%/test/before))) \
 	  $(call flag,--after_data_dir,$(or $(AFTER),$(SCENES:%=%/test/after))) \
@@ -122,6 +123,7 @@ base: $(READY) ## retrain the embedded base model (two hours on two CPU cores)
 	$(PY) -m scenes.train_base --out $(call quote,$(or $(OUT),scenes/base)) $(ARGS)
 
 sample: $(READY) ## apply a LoRA to new before images: RUN= INPUT= STRENGTH=
+	$(if $(call given,INPUT)$(BEFORE),,@echo 'no INPUT=: on $(INPUT)')
 	$(PY) sample.py edit --lora $(call quote,$(RUN)) $(call flag,--input,$(INPUT)) \
 	  --strength $(call quote,$(STRENGTH)) --out $(call quote,$(or $(OUT),samples)) \
 	  $(call flag,--model,$(call given,MODEL)) $(call flag,--prompt,$(PROMPT)) $(ARGS)
@@ -130,7 +132,7 @@ generate: $(READY) ## generate images from a prompt: PROMPT= [RUN=]
 	$(PY) sample.py generate $(call flag,--lora,$(call given,RUN)) \
 	  $(call flag,--model,$(if $(call given,RUN),$(call given,MODEL),$(MODEL))) \
 	  $(if $(call given,RUN)$(filter-out scenes/base,$(MODEL)),,--height 64 --width 64) \
-	  --out $(call quote,$(or $(OUT),samples)) $(call flag,--prompt,$(PROMPT)) $(ARGS)
+	  --out $(call quote,$(or $(OUT),generated)) $(call flag,--prompt,$(PROMPT)) $(ARGS)
 
 bench: $(READY) $(READY_DEV) ## benchmark speed and memory against diffusers + peft: ARGS=[--quick | --device cuda]
 	$(PY) -m bench $(ARGS)

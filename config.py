@@ -54,7 +54,9 @@ class TrainConfig:
     )
     frame_stride: int = knob(1, "use every N-th frame of a clip", least=1)
     max_pairs: int | None = knob(
-        None, "train on the first N pairs only, not counting held-out ones", least=1
+        None,
+        "train on the first N pairs only, or places with all their states, besides held-out ones",
+        least=1,
     )
     instance_data_dir: str | None = knob(None, "folder of single images (DreamBooth mode)")
     class_data_dir: str | None = knob(

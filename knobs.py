@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import types
+import typing
 from dataclasses import field
 
 
@@ -47,12 +49,25 @@ def within(value: float, f: dataclasses.Field) -> bool:
     )
 
 
+WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text",
+         tuple: "a list"}  # fmt: skip
+
+
 def check_fields(cfg) -> None:
-    """ValueError names the first field that is not one of its choices, finite or within bounds."""
+    """ValueError names the first field that is not of its type, one of its choices, finite or
+    within bounds."""
+    hints = typing.get_type_hints(type(cfg))
     for f in dataclasses.fields(cfg):
         value, choices = getattr(cfg, f.name), f.metadata["choices"]
         if value is None:
             continue
+        hint = hints[f.name]
+        hint = typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint  # X | None
+        kind = typing.get_origin(hint) or hint
+        if not isinstance(value, {float: (float, int), tuple: (tuple, list)}.get(kind, kind)) or (
+            isinstance(value, bool) and kind is not bool
+        ):
+            raise ValueError(f"--{f.name} must be {WORDS[kind]}, got {value!r}")
         if any("\0" in str(one) for one in (value if isinstance(value, list | tuple) else [value])):
             raise ValueError(f"--{f.name} has a null character, got {value!r}")
         if choices and value not in choices:

@@ -79,6 +79,7 @@ class Run:
         self.checkpoint: Path | None = None
         self._config, self._changed, self._usual = config, changed, usual or {}
         self._new = not overwrite  # the folder must not hold a run
+        self.differs = False  # from the run that is resumed, which `changed` allowed
         self._lock, self._metrics, self._early = None, None, []
         self._open_tracker, self._tracker = tracker, None
         refuse_file(self.folder, "--output_dir")
@@ -214,6 +215,7 @@ class Run:
                 f"--resume_from_checkpoint: the run in {self.folder} had {what} "
                 "(--resume_changed resumes anyway)"
             )
+        self.differs = True
         warnings.warn(f"--resume_changed: the run in {self.folder} had {what}", stacklevel=4)
 
     def _compare(self) -> None:

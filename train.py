@@ -164,6 +164,13 @@ def run_phases(
         raise ValueError(
             f"--max_train_steps {size.steps} is less than the {run.resume_step} steps already done"
         )
+    if run.resume_step == size.steps:
+        if run.differs:
+            raise ValueError(
+                f"--resume_changed: all {size.steps} steps are done, so nothing would be trained "
+                "with these changes; expected more --max_train_steps"
+            )
+        print(f"all {size.steps} steps are done: only the pictures and the result are made again")
     draws = name if task.objective.generates else None
     for sentence in doubts(cfg, dataset, size, draws=draws) if ranks.leads else ():
         warnings.warn(sentence, stacklevel=2)

@@ -85,6 +85,8 @@ def edit_pixels(
     The networks see them as `frame_of` says; if memory runs out, fewer at a time, then in windows.
     `seeds`: see `editor`.
     """
+    if pixels.dim() != 4 or pixels.shape[1] != 3:
+        raise ValueError(f"expected pixels of shape (b, 3, H, W), got {tuple(pixels.shape)}")
     seeds = [cfg.seed] * len(pixels) if seeds is None else seeds
 
     @pipe.replays.sparing

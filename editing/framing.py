@@ -54,7 +54,7 @@ def frame_of(cfg: EditConfig, pipe: Pipeline, size: Sequence[int]) -> Framing:
     side, f = cfg.tile or 0, pipe.vae.downscale
     if side % f or (side and side < LEAST * f):
         raise ValueError(
-            f"--tile must be 0 or a multiple of {f}, at least {LEAST * f}, for this autoencoder, "
+            f"--tile must be a multiple of {f}, at least {LEAST * f}, for this autoencoder, "
             f"got {side}"
         )
     cut = OBJECTIVES[objective].windows

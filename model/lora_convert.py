@@ -143,7 +143,8 @@ def merge_into(args: argparse.Namespace, folder: Path) -> str:
         )
     if under := metadata.get("base_lora"):
         warnings.warn(
-            f"{args.lora} was trained on top of another LoRA, {under}, which is not merged "
+            f"{args.lora} was trained on top of another LoRA, {under['path']} at strength "
+            f"{under['strength']:g}, which is not merged "
             "with it: merge that one first if it should be",
             stacklevel=2,
         )

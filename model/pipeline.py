@@ -244,7 +244,10 @@ def load_pipeline(
     if base is None:
         if "base_model" not in meta:
             why = f", and {lora} does not say what it was trained on" if lora is not None else ""
-            raise ValueError(f"--model is missing{why}")
+            raise ValueError(
+                f"--model is missing{why}: expected a directory, a hub id or a single file, or a "
+                "--lora that names it"
+            )
         base = meta["base_model"]
         revision, variant = revision or meta.get("revision"), variant or meta.get("variant")
         base_told = True

@@ -240,11 +240,11 @@ def find_pairs(
         raise ValueError(f"No matching image pairs found: {held[0]}, {held[1]}{hint}")
     if any(lonely) and not allow_unmatched:
         parts = [
-            f"{len(only)} of {len(side)} {word} images {'has' if len(only) == 1 else 'have'} "
-            f"no partner in {listed([other])}: {listed(only)}"
-            for only, side, word, other in (
-                (lonely[0], before, "before", after_dir),
-                (lonely[1], after, "after", before_dir),
+            f"{len(only)} of {len(side)} images of {flag} {listed([own])} "
+            f"{'has' if len(only) == 1 else 'have'} no partner in {listed([other])}: {listed(only)}"
+            for only, side, flag, own, other in (
+                (lonely[0], before, flags[0], before_dir, after_dir),
+                (lonely[1], after, flags[1], after_dir, before_dir),
             )
             if only
         ]

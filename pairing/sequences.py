@@ -133,6 +133,11 @@ def find_clips(folder: Path | str, stride: int = 1, *, mask_dir: Path | str | No
     for name, frames in clips.items():
         taken = frames[::stride]
         if len(taken) < 2:
+            if len(frames) == 1 and isinstance(frames[0], Frame):
+                raise ValueError(
+                    f"--frames_dir {listed([folder])} holds images, such as {listed([name])}: "
+                    "expected a folder of frames, or an animated file, for each clip"
+                )
             raise ValueError(
                 f"--frames_dir: {listed([name])} has {len(frames)} frames, "
                 f"expected at least {stride + 1} at --frame_stride {stride}"

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -451,6 +452,24 @@ def test_other_class_images_are_other_data(config, tmp_path):
     Image.new("RGB", (64, 64), "red").save(sorted((tmp_path / "class").iterdir())[0])
     with pytest.raises(ValueError, match="other class images"):
         train.train(replace(more, max_train_steps=3))
+
+
+def test_a_run_without_steps_left_is_not_relabelled(config, capsys):
+    """Nothing would be trained with the changes, and its files would say that it was."""
+    cfg = replace(config, max_train_steps=2, num_validation_images=0)
+    folder = train.train(cfg)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    again = replace(cfg, resume_from_checkpoint="latest", resume_changed=True)
+    stops = partial(pytest.raises, ValueError)
+    with pytest.warns(UserWarning, match="loss was"), stops(match="all 2 steps are done"):
+        train.train(replace(again, loss="l1"))
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    other = replace(again, lora_alpha=4.0 * cfg.lora_rank, max_train_steps=3)
+    with pytest.warns(UserWarning, match="lora_alpha was"), stops(match="at scale 1, and --lora_a"):
+        train.train(other)
+    capsys.readouterr()
+    train.train(again)
+    assert "all 2 steps are done" in capsys.readouterr().out
 
 
 def test_what_others_leave_in_a_run_s_folder_stays(config):

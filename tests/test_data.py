@@ -150,8 +150,9 @@ def test_unmatched_images_are_named_and_can_be_skipped(folders):
     with pytest.raises(ValueError) as error:
         find_pairs(before, after)
     assert str(error.value) == (
-        f"2 of 3 before images have no partner in {after}: a, b; "
-        f"1 of 2 after images has no partner in {before}: d; --allow_unmatched skips them"
+        f"2 of 3 images of --before_data_dir {before} have no partner in {after}: a, b; "
+        f"1 of 2 images of --after_data_dir {after} has no partner in {before}: d; "
+        "--allow_unmatched skips them"
     )
     assert [p.name for p in find_pairs(before, after, allow_unmatched=True)] == ["c"]
     assert unmatched(before, after) == (["a", "b"], ["d"])
@@ -224,7 +225,8 @@ def test_singles_are_pairs_without_a_before(folders, tmp_path):
 def test_odd_names_match_load_and_stay_on_one_line(folders, name):
     before, after = folders([name + ".png", "lonely.png"], [name + ".png"])
     (before / "lonely.png").rename(before / (name + "x.png"))
-    with pytest.raises(ValueError, match="1 of 2 before images has no partner") as error:
+    said = r"1 of 2 images of --before_data_dir .* has no partner"
+    with pytest.raises(ValueError, match=said) as error:
         find_pairs(before, after)
     assert "\n" not in str(error.value)
     (pair,) = find_pairs(before, after, allow_unmatched=True)
@@ -952,6 +954,8 @@ def test_clips_are_folders_and_animations_alike(tmp_path, suffix):
         ValueError, match="one has 1 frames, expected at least 2 at --frame_stride 1"
     ):
         find_clips(root)
+    with pytest.raises(ValueError, match="holds images, such as 0: expected a folder of frames"):
+        find_clips(root / "one")
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png"])

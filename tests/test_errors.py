@@ -122,7 +122,8 @@ TRAIN = {
     "(other0, other1, other2, and 2 more), pairs/after holds 5 images (0, 1, 2, and 2 more)",
     "--before_data_dir=empty": "No matching image pairs found: empty holds 0 images (none)",
     "--before_data_dir=pairs/after": "are the same folder",
-    "--before_data_dir=unmatched": "1 of 6 before images has no partner in pairs/after: alone",
+    "--before_data_dir=unmatched": "1 of 6 images of --before_data_dir unmatched has no partner in "
+    "pairs/after: alone",
     "--before_data_dir=doubled": "2 files are named 0, not one: doubled/0.bmp, doubled/0.png",
     "--before_data_dir=broken": "broken/3.png cannot be read as an image",
     "--after_data_dir=broken": "broken/3.png cannot be read as an image",

@@ -460,6 +460,18 @@ def test_no_flag_is_recommended_that_is_not_there(tmp_path, sd1, scenes, capsys,
     assert "00001" in said and "--allow_unmatched" not in said
 
 
+def test_folders_that_do_not_match_are_named(tmp_path, sd1, scenes, capsys):
+    for side in ("before", "after", "mask"):
+        shutil.copytree(scenes / "solar" / side, tmp_path / "few" / side)
+        (tmp_path / "few" / side / "00001.png").unlink()
+    between = scenes / "solar" / "time-0.50"
+    more = ("--between_dirs", between, "--between_times", 0.5)
+    lora = write_lora(tmp_path / "lora", sd1)
+    assert evaluate.main(flags(lora, tmp_path / "few", tmp_path / "out", *more)) == 2
+    said = capsys.readouterr().err
+    assert f"1 of 6 images of --between_dirs {between} has no partner in" in said
+
+
 def test_pairs_that_were_trained_on_are_counted(tmp_path, sd1, scenes, capsys):
     """By the bytes of their images, whatever else is judged with them; beside a file, too."""
     held_out = scenes / "solar"

@@ -11,7 +11,7 @@ from PIL import Image
 
 from config import TrainConfig
 from editing.config import EditConfig
-from editing.edits import editor
+from editing.edits import edit_pixels, editor
 from model import objectives
 from model.pipeline import encode, load_pipeline
 from model.weights import load_unet
@@ -50,6 +50,22 @@ def test_the_python_of_the_page_runs(tmp_path, monkeypatch):
     torch.testing.assert_close(x_0_hat, names["x_0_hat"], rtol=1e-4, atol=1e-4)
     assert not again.equal(names["base"])
     assert names["pipe"].unet.state_dict().keys() == load_unet("scenes/base").state_dict().keys()
+
+
+def test_mistakes_from_python_are_the_sentences_of_the_commands(sd1):
+    """Of a wrong type too, which a command line cannot have."""
+    for wrong, said in {
+        "x": "--learning_rate must be a number, got 'x'", True: "--learning_rate must be a number",
+        float("nan"): "--learning_rate must be a finite number",
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            train(TrainConfig(instance_data_dir="x", learning_rate=wrong))
+    with pytest.raises(ValueError, match=r"--steps must be a whole number, got 2\.5"):
+        EditConfig(steps=2.5)
+    with pytest.raises(ValueError, match="--validation_images must be a list, got "):
+        train(TrainConfig(instance_data_dir="x", validation_images="a.png"))
+    with pytest.raises(ValueError, match=r"pixels of shape \(b, 3, H, W\), got \(3, 8, 8\)"):
+        edit_pixels(None, torch.zeros(3, 8, 8), [1.0])
 
 
 @pytest.fixture

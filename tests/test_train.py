@@ -994,6 +994,17 @@ def test_views_of_what_is_cropped_alike_are_doubted(config, pairs):
     assert not said(replace(cfg, views=1))
 
 
+def test_single_images_that_nothing_names_are_doubted(config, pairs):
+    """Without a prompt and captions there is nothing to ask the LoRA by."""
+    dirs = {"before_data_dir": None, "after_data_dir": None, "instance_data_dir": "x"}
+    cfg = replace(config, **dirs, resolution=32)
+    dataset = PairDataset(find_singles(pairs / "after"), 32)
+    said = lambda cfg: [*doubts(cfg, dataset, size_of(cfg, 5, 1), draws=None)]  # noqa: E731
+    assert not said(cfg)
+    (sentence,) = said(replace(cfg, instance_prompt=""))
+    assert sentence.startswith("no --instance_prompt: ")
+
+
 def test_centre_crops_that_leave_most_out_are_doubted(config, tmp_path):
     """Of strips, and of large images as they are, where more --views would see no more."""
     for side in ("before", "after"):

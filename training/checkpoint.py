@@ -1,5 +1,6 @@
 """What a checkpoint holds besides its LoRA, and the metadata of a LoRA file."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -42,6 +43,12 @@ def restore(checkpoint: Path, adapted: dict, opt: torch.optim.Optimizer, scaler)
                         f"expected {tuple(mine.shape)}"
                     )
                 mine.data.copy_(its)
+            scale, was = layer.lora_mix[0, 0].item(), saved[name].scale
+            if not math.isclose(scale, was, rel_tol=1e-6):
+                raise ValueError(
+                    f"{checkpoint / LORA_FILE} has {name} at scale {was:g}, and --lora_alpha makes "
+                    f"it {scale:g}: such a change would rescale what is learnt"
+                )
     state = read_json(checkpoint / "state.json")
     moments = dict(read_tensors(checkpoint / "optimizer.safetensors"))
     groups = opt.state_dict()["param_groups"]

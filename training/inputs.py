@@ -192,6 +192,8 @@ def doubts(
         )
     if config.is_pairs(cfg):
         yield from unregistered(dataset)
+    elif not cfg.instance_prompt and not all(pair.caption for pair in dataset.pairs):
+        yield "no --instance_prompt: images without a caption are learnt for the empty prompt"
     if cfg.lr_scheduler != "constant" and cfg.lr_warmup_steps >= size.steps:
         yield (
             f"--lr_warmup_steps {cfg.lr_warmup_steps} does not end within {size.steps} steps: "

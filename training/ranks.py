@@ -231,6 +231,7 @@ class NullRun:
 
     def __init__(self, folder: str | Path):
         self.folder, self.checkpoint, self.resume_step = Path(folder), None, 0
+        self.differs = False
 
     def start(self, fingerprints: dict) -> None:
         pass
