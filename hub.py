@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         check_name(args.name, "OWNER/NAME")
-        if not {"objective", "base_model", "prompt"} <= read_lora(args.run, "RUN")[1].keys():
+        if "objective" not in read_lora(args.run, "RUN")[1]:
             raise ValueError(f"{args.run} holds no LoRA trained with PairLoRA")
         if not (args.run / "config.json").is_file():
             raise ValueError(f"{args.run} has no config.json; expected the folder of a run")

@@ -1522,6 +1522,12 @@ DOCUMENTED = {
         **FOR_BOTH, "instance_data_dir": "data/single_images", "max_train_steps": 200,
         "instance_prompt": "a photo of [cls]",
     },
+    "lora_ckpt/prior": {
+        **FOR_BOTH, "instance_data_dir": "data/single_images", "max_train_steps": 200,
+        "instance_prompt": "a photo of [cls]", "with_prior_preservation": True,
+        "class_data_dir": "data/class_images", "class_prompt": "a photo of a building",
+        "num_class_images": 100,
+    },
 }  # fmt: skip
 
 
@@ -1533,7 +1539,7 @@ def documented() -> dict[str, list[str]]:
 
 
 def test_the_documented_commands_say_what_they_did():
-    """The two documented commands mean the ancestor's flags, value by value."""
+    """The documented commands mean the ancestor's flags, value by value."""
     commands = documented()
     assert commands.keys() == DOCUMENTED.keys()
     for where, argv in commands.items():
