@@ -111,6 +111,7 @@ ablate: $(READY) $(NEEDED) ## compare the arms of a file, one training per arm a
 	$(PY) ablate.py $(call quote,$(F)) --seeds $(SEEDS) $(call flag,--out,$(OUT)) $(ARGS)
 
 data/scenes/%/.done: scenes/world.py scenes/paint.py scenes/render.py Makefile $(READY)
+	@test ! -e $@ || touch $(@D)/train/scenes.json $(@D)/test/scenes.json  # drawn by an older revision
 	$(PY) -m scenes.render --change $* --pairs 64 --seed 0 --times 0.25,0.5,0.75 --out $(@D)/train
 	$(PY) -m scenes.render --change $* --pairs 32 --seed 1 --times 0.25,0.5,0.75 --outcomes 4 --out $(@D)/test
 	@touch $@

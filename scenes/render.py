@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 from cli import Parser, floats, report
-from durable import refuse_file, refuse_others, write_json
+from durable import read_or_empty, refuse_file, refuse_others, write_json
 from scenes.paint import change_mask, render
 from scenes.world import CHANGES, caption, make_scene, surroundings
 
@@ -98,9 +98,10 @@ def check(args: argparse.Namespace) -> None:
 
 
 def clear(out: Path) -> None:
-    """Remove the scenes that were drawn in this folder before."""
+    """Remove the scenes that were drawn in this folder before, with captions if they had them."""
+    kinds = ("png", "txt") if read_or_empty(out / MARK).get("captions") else ("png",)
     for folder in (path for pattern in FOLDERS for path in out.glob(pattern)):
-        for kind in ("png", "txt"):
+        for kind in kinds:
             for old in folder.glob(f"{5 * '[0-9]'}.{kind}"):
                 old.unlink()
         if not any(folder.iterdir()):

@@ -206,6 +206,10 @@ def test_scenes_replace_scenes_and_nothing_else(tmp_path, capsys):
     assert main(["--change=urban", "--pairs=3", "--outcomes=2", "--captions", f"--out={out}"]) == 0
     (out / "after" / "notes.md").write_text("mine")
     assert main(["--change=snow", "--pairs=2", f"--out={out}"]) == 0
+    (out / "after" / "00001.txt").write_text("mine")  # that time none were written
+    assert main(["--change=snow", "--pairs=2", f"--out={out}"]) == 0
+    assert (out / "after" / "00001.txt").read_text() == "mine"
+    (out / "after" / "00001.txt").unlink()
     left = sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
     drawn = [f"{folder}/0000{i}.png" for folder in ("after", "before", "mask") for i in range(2)]
     assert left == sorted([*drawn, "after/notes.md", "scenes.json"])
