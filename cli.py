@@ -16,6 +16,7 @@ from pathlib import Path
 
 from config import TrainConfig
 from config_check import check
+from knobs import misfit
 
 PATHS = {"DIR", "FILE", "IMAGE", "IMAGE_OR_DIR", "RUN_OR_FILE"}  # metavars
 
@@ -135,19 +136,12 @@ def read_file(path: str) -> dict:
     for key, value in content.items():
         if key not in hints:
             raise ValueError(f"--config {path} has the unknown key {key!r}")
-        kind = hints[key]
-        allowed = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-        allowed = [typing.get_origin(k) or k for k in allowed]
-        each, fit = (str, {str}) if "str" in str(kind) else (float, {float, int})  # in a list
-        if tuple in allowed and isinstance(value, list) and {type(v) for v in value} <= fit:
-            content[key] = tuple(each(v) for v in value)
-        elif type(value) is int and float in allowed and abs(value) < 2**63:
-            content[key] = float(value)
-        elif type(value) not in allowed:
-            wanted = "a list of numbers" if each is float else "a list of strings"
-            names = {tuple: wanted, types.NoneType: "null"}
-            wanted = " or ".join(names.get(k, k.__name__) for k in allowed)
+        if wanted := misfit(value, hints[key]):
             raise ValueError(f"--config {path} has {key}={value!r}; expected {wanted}")
+        if isinstance(value, list):  # of texts or of floats
+            content[key] = tuple(float(v) if isinstance(v, int) else v for v in value)
+        elif type(value) is int and float in (hints[key], *typing.get_args(hints[key])):
+            content[key] = float(value)
     return content
 
 

@@ -188,8 +188,10 @@ def save_image(
     how = {"format": "PNG", "icc_profile": profile}
     if path.suffix == ".tif":
         how |= {"format": "TIFF", "compression": "tiff_deflate", "tiffinfo": tags or {}}
-    image.save(file := io.BytesIO(), **how)  # as Pillow's TIFF takes no name that is not UTF-8
-    write_aside(path, lambda aside: aside.write_bytes(file.getvalue()))
+        image.save(file := io.BytesIO(), **how)  # Pillow's takes no name that is not UTF-8
+        write_aside(path, lambda aside: aside.write_bytes(file.getbuffer()))
+    else:
+        write_aside(path, lambda aside: image.save(aside, **how))
 
 
 def read_or_empty(path: Path) -> dict:

@@ -49,8 +49,24 @@ def within(value: float, f: dataclasses.Field) -> bool:
     )
 
 
-WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text",
-         tuple: "a list"}  # fmt: skip
+WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+LISTS = {float: "a list of numbers", str: "a list of texts"}
+
+
+def misfit(value: object, hint) -> str | None:
+    """What is wanted, in words, if a value is not of a field's type. A list will do for a tuple, an
+    integer for a float."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kind = next(one for one in kinds if one is not types.NoneType)
+    if value is None and types.NoneType in kinds:
+        return None
+    if typing.get_origin(kind) is tuple:
+        each = typing.get_args(kind)[0]
+        fits = isinstance(value, list | tuple) and not any(misfit(one, each) for one in value)
+        return None if fits else LISTS[each]
+    whole = kind is float and isinstance(value, int) and abs(value) < 2**63
+    fits = (whole or isinstance(value, kind)) and (kind is bool or not isinstance(value, bool))
+    return None if fits else WORDS[kind]
 
 
 def check_fields(cfg) -> None:
@@ -61,13 +77,8 @@ def check_fields(cfg) -> None:
         value, choices = getattr(cfg, f.name), f.metadata["choices"]
         if value is None:
             continue
-        hint = hints[f.name]
-        hint = typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint  # X | None
-        kind = typing.get_origin(hint) or hint
-        if not isinstance(value, {float: (float, int), tuple: (tuple, list)}.get(kind, kind)) or (
-            isinstance(value, bool) and kind is not bool
-        ):
-            raise ValueError(f"--{f.name} must be {WORDS[kind]}, got {value!r}")
+        if wanted := misfit(value, hints[f.name]):
+            raise ValueError(f"--{f.name} must be {wanted}, got {value!r}")
         if any("\0" in str(one) for one in (value if isinstance(value, list | tuple) else [value])):
             raise ValueError(f"--{f.name} has a null character, got {value!r}")
         if choices and value not in choices:

@@ -44,7 +44,7 @@ from model.weights import bare_unet, load_scheduler_config, load_unet, load_vae
 from pairing.pairs import fingerprint, image_hashes
 from report import write_report
 from runs import Run
-from training.adapting import Trained, adapt, add_lora, rate, read_given
+from training.adapting import Trained, adapt, prepare, rate, read_given
 from training.checkpoint import lora_metadata, save_state
 from training.fitting import Fitted, plan_step
 from training.inputs import (
@@ -150,7 +150,7 @@ def run_phases(
     if bare.in_channels != 4:
         raise ValueError(f"{base} has a UNet with {bare.in_channels} input channels, not 4")
     task = Task(name, OBJECTIVES[name], schedule, knobs)
-    add_lora(cfg, bare, given, task.objective)  # what does not fit fails here
+    prepare(cfg, bare, given, task.objective)  # what does not fit fails here
     if cfg.use_8bit_adam:
         eight_bit_adamw()
     with ranks.leader_first():  # generates missing images for all

@@ -76,7 +76,8 @@ def training(job: dict, turns: Turns) -> None:
             unet.compile(mode="reduce-overhead" if job["cuda_graph"] else None)
     while True:
         turns()
-        torch.compiler.cudagraph_mark_step_begin()
+        if job["cuda_graph"]:  # it imports the compiler
+            torch.compiler.cudagraph_mark_step_begin()
         if script:
             z, ctx = encoded()
         eps = torch.randn_like(z)

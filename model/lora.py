@@ -147,6 +147,22 @@ def match_targets(model: nn.Module, targets: str) -> list[str]:
     return [n for n in names if n in chosen]
 
 
+def layer_ranks(
+    model: nn.Module, targets: str, rank: int, needed: Sequence[str] = ()
+) -> dict[str, int]:
+    """{path: rank} of what `inject` adds; errors as there. The model may be on the meta device."""
+    asked, ranks = {*match_targets(model, targets)}, {}
+    for name in match_targets(model, ",".join([targets, *needed])):
+        weight = model.get_submodule(name).weight
+        most = min(weight.shape[0], weight[0].numel())
+        if not 1 <= rank <= most and name in asked:
+            raise ValueError(
+                f"--lora_rank {rank} does not fit {name}, whose rank is at most {most}"
+            )
+        ranks[name] = min(rank, most)
+    return ranks
+
+
 def inject(
     model: nn.Module,
     targets: str = "attn",
@@ -163,25 +179,16 @@ def inject(
     well, of at most their full rank. ValueError: unknown target, or a rank that does not fit a
     layer.
     """
-    asked, scale = {*match_targets(model, targets)}, 1.0 if alpha is None else alpha / rank
-    names = match_targets(model, ",".join([targets, *needed]))
-    factors = {}
-    for name in names:
+    scale, factors = 1.0 if alpha is None else alpha / rank, {}
+    for name, r in layer_ranks(model, targets, rank, needed).items():
         weight = model.get_submodule(name).weight
-        c_out, c_in = weight.shape[:2]
-        most = min(c_out, weight[0].numel())
-        if not 1 <= rank <= most and name in asked:
-            raise ValueError(
-                f"--lora_rank {rank} does not fit {name}, whose rank is at most {most}"
-            )
-        r = min(rank, most)
-        kernel = weight.shape[2:]
+        c_out, c_in, *kernel = weight.shape
         dtype = torch.promote_types(torch.float32, weight.dtype)
         A = torch.randn((r, c_in, *kernel), generator=generator, dtype=dtype) / r
         B = torch.zeros((c_out, r, *[1] * len(kernel)), dtype=dtype)
         factors[name] = Factors(A, B, scale)
     attach(model, factors)
-    return names
+    return list(factors)
 
 
 def _find(model: nn.Module, name: str) -> nn.Module | None:

@@ -25,10 +25,10 @@ from durable import refuse_file, write_aside, write_json
 from model.files import is_local, lacks, locate, moved_note, read_json
 from model.lora import detach, merge
 from model.lora_algebra import concat, truncate
-from model.lora_files import apply_lora, multiplier, read_lora, write_lora
+from model.lora_files import apply_lora, contradiction, multiplier, read_lora, write_lora
 from model.lora_layouts import LAYOUTS, Parts
 from model.objectives import PORTABLE, Knobs
-from model.weights import contradiction, load_text, load_unet
+from model.weights import load_text, load_unet
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 HUB_FILES = (  # the required files of a model on the hub
@@ -169,7 +169,8 @@ def merge_into(args: argparse.Namespace, folder: Path) -> str:
         path = folder / part / f"{stem}{dot}.safetensors"
         save_file(state, path, metadata={"format": "pt"})
 
-    if differ := contradiction(base, metadata, args.revision):
+    scheduler = locate(base, "scheduler/scheduler_config.json", args.revision)
+    if scheduler and (differ := contradiction(metadata, read_json(scheduler), base)):
         warnings.warn(f"{differ} in its scheduler_config.json, which is copied", stacklevel=2)
     if "unet" in parts:
         unet = load_unet(base, **files)

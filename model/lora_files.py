@@ -223,6 +223,14 @@ def load_lora(
     return metadata
 
 
+def contradiction(metadata: dict, scheduler: dict, base: str | Path) -> str | None:
+    """A sentence if a LoRA was trained to predict something else than a base's scheduler config,
+    not overridden, says."""
+    trained, own = metadata.get("prediction_type"), scheduler.get("prediction_type", "epsilon")
+    differ = f"the LoRA was trained to predict {trained}, {base} says {own}"
+    return differ if trained not in (None, own) else None
+
+
 def multiplier(metadata: dict, strength: float) -> float:
     """The LoRA multiplier for a strength (0 = before, 1 = after)."""
     slope, offset = metadata.get("multiplier", (1.0, 0.0))

@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.cpu import quick_convs
+from model.files import single_file
 from model.graph import Replays
 from model.lora_files import (
     apply_lora,
+    contradiction,
     find_companion,
     multiplier,
     read_lora,
@@ -30,13 +32,7 @@ from model.text import TextEncoder
 from model.tiles import Tiles, through
 from model.unet import UNet
 from model.vae import VAE
-from model.weights import (
-    contradiction,
-    load_scheduler_config,
-    load_text,
-    load_unet,
-    load_vae,
-)
+from model.weights import load_scheduler_config, load_text, load_unet, load_vae
 
 DTYPES = {
     "no": torch.float32,
@@ -251,11 +247,14 @@ def load_pipeline(
         base = meta["base_model"]
         revision, variant = revision or meta.get("revision"), variant or meta.get("variant")
         base_told = True
-    elif prediction_type is None and (differ := contradiction(base, meta, revision)):
-        warnings.warn(f"{differ}: used as trained without --prediction_type", stacklevel=2)
     files = {"revision": revision, "variant": variant, "device": device}
     with _named(base_told, "--model"):
-        config = load_scheduler_config(base, revision=revision, prediction_type=predicted)
+        # a single file may only guess what it predicts
+        known = predicted if single_file(base) else None
+        config = load_scheduler_config(base, revision=revision, prediction_type=known)
+    if not base_told and prediction_type is None and (differ := contradiction(meta, config, base)):
+        warnings.warn(f"{differ}: used as trained without --prediction_type", stacklevel=2)
+    config |= {"prediction_type": predicted} if predicted else {}
     schedule = Schedule.from_config(config).to(device)
     tokenizer = tokenizer_name or meta.get("tokenizer_name")
     with _named(bool(tokenizer) and tokenizer_name is None, "--tokenizer_name"):

@@ -393,16 +393,5 @@ def load_scheduler_config(
     return config if prediction_type is None else config | {"prediction_type": prediction_type}
 
 
-def contradiction(name_or_path: str | Path, metadata: dict, revision: str | None) -> str | None:
-    """A sentence if a LoRA's header and this base, a directory, differ in what is predicted."""
-    trained = metadata.get("prediction_type")
-    if trained is None or single_file(name_or_path):  # of which it may be a guess
-        return None
-    config = load_scheduler_config(name_or_path, revision=revision)
-    own = config.get("prediction_type", "epsilon")
-    differ = f"the LoRA was trained to predict {trained}, {name_or_path} says {own}"
-    return differ if own != trained else None
-
-
 if __name__ == "__main__":  # the command line imports this module, so it is not imported here
     runpy.run_module("model.lora_convert", run_name="__main__")

@@ -218,7 +218,7 @@ TRAIN = {
     "--config=array.json": "--config array.json should hold a JSON object",
     "--config=list.json": "--config list.json has validation_images=[1]; expected a list",
     "--config=key.json": "--config key.json has the unknown key 'sead'",
-    "--config=type.json": "--config type.json has seed='1'; expected int",
+    "--config=type.json": "--config type.json has seed='1'; expected a whole number",
     "--config=choice.json": "--lr_scheduler must be linear or cosine or",
     "--config=number.json": "--config number.json has learning_rate=1000",
     "--config=nan.json": "--learning_rate must be a finite number, got nan",

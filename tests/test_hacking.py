@@ -62,7 +62,7 @@ def test_mistakes_from_python_are_the_sentences_of_the_commands(sd1):
             train(TrainConfig(instance_data_dir="x", learning_rate=wrong))
     with pytest.raises(ValueError, match=r"--steps must be a whole number, got 2\.5"):
         EditConfig(steps=2.5)
-    with pytest.raises(ValueError, match="--validation_images must be a list, got "):
+    with pytest.raises(ValueError, match="--validation_images must be a list of texts, got "):
         train(TrainConfig(instance_data_dir="x", validation_images="a.png"))
     with pytest.raises(ValueError, match=r"pixels of shape \(b, 3, H, W\), got \(3, 8, 8\)"):
         edit_pixels(None, torch.zeros(3, 8, 8), [1.0])

@@ -28,7 +28,7 @@ ARROWS = {
     "knobs": [],
     "config": ["knobs"],
     "config_check": ["config", "knobs"],
-    "cli": ["config", "config_check"],
+    "cli": ["config", "config_check", "knobs"],
     "durable": [],
     "pairing.images": [],
     "pairing.registration": [],
@@ -88,9 +88,9 @@ ARROWS = {
     "model.tiles": ["model.objectives"],
     "model.predict": ["model.lora", "model.objectives", "model.text", "model.unet"],
     "model.pipeline": [
-        "model.cpu", "model.graph", "model.lora_files", "model.objectives", "model.predict",
-        "model.samplers", "model.schedule", "model.text", "model.tiles", "model.unet",
-        "model.vae", "model.weights",
+        "model.cpu", "model.files", "model.graph", "model.lora_files", "model.objectives",
+        "model.predict", "model.samplers", "model.schedule", "model.text", "model.tiles",
+        "model.unet", "model.vae", "model.weights",
     ],
     "model.plan": ["model.lora", "model.memory", "model.objectives", "model.weighting"],
     "model.morph": [

@@ -1,8 +1,8 @@
 """What is trained: an fp32 LoRA on frozen networks, as one flat parameter, and its AdamW.
 
 read_given    the LoRA files a run begins with: --base_lora (frozen, beneath), --init_lora
-add_lora      the LoRA layers of a UNet
-adapt         all LoRA layers as one flat parameter, and AdamW; restored from a checkpoint if given
+prepare       the UNet as the LoRA will find it
+adapt         the LoRA layers as one flat parameter, and AdamW; restored from a checkpoint if given
 rate          the learning rate of a step
 """
 
@@ -16,7 +16,7 @@ from torch import nn
 from config import TrainConfig
 from durable import file_sha256
 from model.draws import seeded_for
-from model.lora import inject, lora_layers
+from model.lora import inject, layer_ranks, lora_layers
 from model.lora_algebra import start_from
 from model.lora_files import (
     apply_lora,
@@ -82,16 +82,16 @@ class Trained(NamedTuple):
     state: dict  # state.json of the checkpoint resumed from, else {}
 
 
-def add_lora(cfg: TrainConfig, unet: UNet, given: Given, objective: Objective) -> None:
-    """Put --base_lora under the UNet, widen it by what the objective adds to its input, inject a
-    LoRA. ValueError names a flag that does not fit; a UNet on the meta device is enough for that.
+def prepare(cfg: TrainConfig, unet: UNet, given: Given, objective: Objective) -> None:
+    """Put --base_lora under the UNet and widen it by what the objective adds to its input.
+
+    ValueError names a flag that does not fit, of the LoRA to be trained too; a UNet on the meta
+    device is enough for that.
     """
     given.put_under(cfg, unet=unet)
     if objective.extra:
         unet.widen(4 + objective.extra - unet.in_channels)  # --base_lora may have widened it
-    generator = seeded_for(cfg.seed, "LoRA")
-    how = {"needed": objective.needs, "generator": generator}
-    inject(unet, cfg.lora_targets, cfg.lora_rank, cfg.lora_alpha, **how)
+    layer_ranks(unet, cfg.lora_targets, cfg.lora_rank, objective.needs)
 
 
 def adapt(
@@ -102,12 +102,14 @@ def adapt(
     objective: Objective,
     checkpoint: Path | None,
 ) -> Trained:
-    """A LoRA in the UNet (`add_lora`), in place, and its optimizer.
+    """`prepare` the UNet and inject a LoRA, in place; its optimizer.
 
     `text`: a trained text encoder, which has its LoRA already. Initial weights: the checkpoint's,
     else --init_lora's, else random.
     """
-    add_lora(cfg, unet, given, objective)
+    prepare(cfg, unet, given, objective)
+    how = {"needed": objective.needs, "generator": seeded_for(cfg.seed, "LoRA")}
+    inject(unet, cfg.lora_targets, cfg.lora_rank, cfg.lora_alpha, **how)
     adapted = {"unet": unet} | ({"text_encoder": text.model} if text else {})
     for part, factors in given.start.items():
         model, what = adapted[part], f"--init_lora {cfg.init_lora}"
