@@ -7,6 +7,7 @@ table of keys from the base's own modules, and merge straight from the file's te
 import copy
 import json
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -752,6 +753,9 @@ def test_a_base_that_predicts_otherwise_is_told(tmp_path, sd1, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_pipeline(None, lora), load_pipeline(str(sd1), lora, prediction_type="epsilon")
+    shutil.copytree(sd1, bare := tmp_path / "bare", ignore=shutil.ignore_patterns("scheduler"))
+    code, text_said = said(capsys, "merge", "--model", bare, "--lora", lora, tmp_path / "bare_m")
+    assert code == 0 and "trained to predict" not in text_said  # nothing there says otherwise
 
 
 def test_merge_into_a_repository_of_the_hub(tmp_path, sd1, capsys, monkeypatch):
