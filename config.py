@@ -309,6 +309,11 @@ class TrainConfig:
         "capture each step's forward and backward pass as one CUDA graph and replay it; "
         "on one GPU when not given",
     )
+    fused_lora: bool | None = knob(
+        None,
+        "compute each linear layer and its LoRA in one kernel; in half precision on a GPU with "
+        "Triton when not given",
+    )
     deterministic: bool = knob(False, "bit-identical results on CUDA too, where it is slower")
     device: str | None = knob(None, "cuda, cuda:1 or cpu; the best available when not given")
     enable_xformers_memory_efficient_attention: bool = knob(

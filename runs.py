@@ -42,7 +42,7 @@ FREE = {
     "validation_epochs", "num_validation_images", "validation_images", "validation_prompt",
     "dataloader_num_workers",
     "local_rank", "pre_compute_text_embeddings", "compile", "channels_last", "cuda_graph",
-    "device",
+    "fused_lora", "device",
     "enable_xformers_memory_efficient_attention", "lora_format", "lora_dtype", "on_nan",
     "resume_changed",
 }  # fmt: skip

@@ -29,6 +29,7 @@ from hub import find_token, open_repository, publish
 from model.draws import draw
 from model.files import is_local, moved_note
 from model.frozen import freeze
+from model.fused import can_fuse
 from model.graph import compile_blocks
 from model.lora import cast_together, keep_strength, lora_layers
 from model.lora_files import LORA_FILE, file_of, save_lora
@@ -119,12 +120,16 @@ def run_phases(
     base, paired = cfg.pretrained_model_name_or_path, config.is_pairs(cfg)
     dtype = pick_dtype(cfg.mixed_precision, device)
     cuda = device.type == "cuda"
+    unable = can_fuse(device, dtype)
+    if cfg.fused_lora and unable:
+        raise ValueError(f"--fused_lora needs {unable}")
     # CUDA graphs have not been tested with --deterministic or with several GPUs
     alone = cuda and ranks.world == 1 and not cfg.deterministic
     cfg = replace(
         cfg,
         cuda_graph=alone if cfg.cuda_graph is None else cfg.cuda_graph,
         channels_last=cuda if cfg.channels_last is None else cfg.channels_last,
+        fused_lora=unable is None if cfg.fused_lora is None else cfg.fused_lora,
     )
     files = {"variant": cfg.variant, "revision": cfg.revision, "device": device}
     name = config.objective_of(cfg)

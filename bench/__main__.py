@@ -41,6 +41,13 @@ ARMS = {  # {task: {arm: settings of its process, besides the case}}
         "ours compiled": {"system": "ours", "compile": True},
         "ours compiled captured": {"system": "ours", "compile": True, "cuda_graph": True},
         "ours captured int8": {"system": "ours", "cuda_graph": True, "base_storage": "int8"},
+        "ours captured unfused": {"system": "ours", "cuda_graph": True, "fused_lora": False},
+        "ours compiled captured unfused": {
+            "system": "ours",
+            "compile": True,
+            "cuda_graph": True,
+            "fused_lora": False,
+        },
         "ours delta": {"system": "ours", "objective": "delta"},
         "peer script": {"system": "peer", "setting": "script"},
         "peer tuned eager": {"system": "peer", "setting": "tuned"},
@@ -208,7 +215,8 @@ def measure(case: Case, arms: dict[str, dict], args: argparse.Namespace, folder:
         subprocess.run([*made, str(case.resolution), str(case.batch)], cwd=ROOT, check=True)
     common = case._asdict() | {
         "root": str(root), "rank": 16, "compile": False, "cuda_graph": False,
-        "objective": "after", "base_storage": None, "processor_time": args.processor_time,
+        "objective": "after", "base_storage": None, "fused_lora": None,
+        "processor_time": args.processor_time,
     }  # fmt: skip
     running = {
         name: Arm(job["system"], common | job, folder / f"{i}", args)

@@ -53,6 +53,7 @@ def training(job: dict, turns: Turns) -> None:
                 compile=job["compile"],
                 cuda_graph=job["cuda_graph"],
                 base_storage=job["base_storage"],
+                fused_lora=job["fused_lora"],
                 gradient_checkpointing=job["checkpointing"],
                 device=job["device"],
                 max_train_steps=NEVER,

@@ -22,6 +22,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from model.fused import flop
 from model.graph import WARM
 from model.memory import peak_mib
 
@@ -45,7 +46,7 @@ def attention_backward(dy: torch.Size, q: torch.Size, k: torch.Size, *rest, **mo
 def fused() -> dict:
     """Formulas of all fused kernels for torch's FLOP counter, which lacks some."""
     aten = torch.ops.aten
-    return {
+    return {torch.ops.pairlora.adapted: flop} | {
         getattr(aten, f"_scaled_dot_product_{name}{end}"): formula
         for name in KERNELS
         for end, formula in (("", attention), ("_backward", attention_backward))

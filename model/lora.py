@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.fused import MOST_RANK, adapted
+
 # Short names for groups of module suffixes in published checkpoints; anything else is a pattern.
 GROUPS = {
     "attn": ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj"),
@@ -44,6 +46,7 @@ class Adapters:
         self.count = 0
         # (b or 1, k or 1), where 1 broadcasts; None: the base alone
         self.strength: Tensor | None = torch.ones(1, 1)
+        self.fused = False  # whether linear layers use `adapted`, where `can_fuse` allows it
 
     def off(self, layer: nn.Module) -> bool:
         return self.strength is None or layer.lora_merged is not None
@@ -64,10 +67,13 @@ class FixedConv2d(nn.Conv2d):
 
 class LoRALinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
         if self.lora_adapters.off(self):
-            return y
+            return super().forward(x)
         A, B = _factors(self, x.dtype)
+        if _fuses(self, x):
+            s = self.lora_adapters.strength.to(x.device)
+            return adapted(x, self.weight, self.bias, A, B, s, self.lora_mix)[0]
+        y = super().forward(x)
         h = F.linear(x, A)  # (b, ..., r)
         m = _rank_factors(self).to(x.dtype)  # (b or 1, r)
         m = m.view(m.shape[0], *[1] * (x.dim() - 2), m.shape[1])
@@ -87,6 +93,13 @@ class LoRAConv2d(nn.Conv2d):
 
 def _factors(layer: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return layer.lora_cast or (layer.lora_A.to(dtype), layer.lora_B.to(dtype))
+
+
+def _fuses(layer: nn.Module, x: Tensor) -> bool:
+    """Whether the kernel takes the layer: one adapter, on a base that is neither int8 nor fixed."""
+    k, r = layer.lora_mix.shape
+    whole = layer.weight.dtype == x.dtype and not isinstance(layer, FixedLinear)
+    return layer.lora_adapters.fused and whole and k == 1 and r <= MOST_RANK
 
 
 def _rank_factors(layer: nn.Module) -> Tensor:

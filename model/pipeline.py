@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from model.cpu import quick_convs
 from model.files import single_file
+from model.fused import can_fuse
 from model.graph import Replays
 from model.lora_files import (
     apply_lora,
@@ -274,6 +275,8 @@ def load_pipeline(
         apply_lora(under_parts, under[0], unet=unet, text=text, fixed=fixed)
     if lora is not None:
         apply_lora(parts, lora, unet=unet, text=text)
+        if hasattr(unet, "lora_adapters"):  # it may adapt the text encoder alone
+            unet.lora_adapters.fused = can_fuse(device, dtype) is None
     # a capture is on the current device
     here = on_cuda and device.index in (None, torch.cuda.current_device())
     replays = Replays(asking(unet), possible=here and cuda_graph is not False)

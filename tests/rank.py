@@ -9,6 +9,8 @@ import signal
 import sys
 from pathlib import Path
 
+import torch
+
 import train
 from training import adapting
 
@@ -29,6 +31,8 @@ def adamw(param, **settings):
 
 
 if __name__ == "__main__":
+    if torch.cuda.device_count() == 1:  # shared by all
+        os.environ["LOCAL_RANK"] = "0"
     train.draw = draw if "HAPPENS" in os.environ else usual_draw
     adapting.adamw = adamw
     status = train.main(sys.argv[1:])

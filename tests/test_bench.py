@@ -30,6 +30,7 @@ def job(place, **more):
     common = {"root": str(place), "rank": 4, "compile": False, "objective": "after"} | {
         "cuda_graph": False,
         "base_storage": None,
+        "fused_lora": None,
         "processor_time": True,
     }
     return CASE._asdict() | common | more

@@ -1317,6 +1317,8 @@ FLAGS = {
     "channels_last": effect(channels_last),
     # what it does is in test_train.py, on a stand-in for CUDA, and in test_gpu.py
     "cuda_graph": sentence("--cuda_graph requires CUDA, but the device is cpu", cuda_graph=True),
+    # what it does is in test_fused.py and test_gpu.py
+    "fused_lora": sentence("--fused_lora needs an NVIDIA GPU", fused_lora=True),
     "deterministic": effect(deterministic),
     "device": effect(device),
     "enable_xformers_memory_efficient_attention": accepted(

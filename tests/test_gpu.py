@@ -21,6 +21,7 @@ import train as loop
 from bench.turns import kernels
 from model.draws import draw
 from model.frozen import freeze
+from model.fused import adapted, can_fuse
 from model.graph import Replayed
 from model.lora import inject, keep_strength, lora_layers, set_strength
 from model.memory import LEVELS, MIB, checkpoint_activations, flatten
@@ -49,6 +50,10 @@ pytestmark = [
 LORA = "pytorch_lora_weights.safetensors"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at cuBLAS' first call: a later
 # test's --deterministic would come too late
+
+
+def nccl_version() -> tuple[int, ...]:
+    return torch.cuda.nccl.version() if torch.cuda.is_available() else ()
 
 
 @pytest.fixture(autouse=True)
@@ -225,26 +230,32 @@ def test_deterministic_resumes_to_the_bit(config, tmp_path, measured):
     assert measured("tensors that differ after a resumed run", different, "0") == 0
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.skipif(
+    torch.cuda.device_count() < 2 and nccl_version() < (2, 30),
+    reason="needs two GPUs, or NCCL 2.30, of which two processes can share one",
+)
 @pytest.mark.parametrize(
     "more",
     [{}, {"cuda_graph": True, "mixed_precision": "bf16"}, {"mixed_precision": "fp16"}],
     ids=["fp32", "bf16 captured", "fp16"],
 )
-def test_two_gpus_are_one_with_twice_the_accumulation(config, tmp_path, more, request, measured):
+def test_two_processes_are_one_with_twice_the_accumulation(
+    config, tmp_path, more, request, measured
+):
     """By NCCL under torchrun; one of the two is killed once, and both go on from a checkpoint."""
     name = request.node.callspec.id
     cfg = replace(config, pair_objective="after", checkpointing_steps=3, **more)
     kept = tmp_path / "kept"
     kept.mkdir()
-    done = torchrun(cfg, restarts=1, HAPPENS="1 5 KILL", KEPT=str(kept))
+    how = {"HAPPENS": "1 5 KILL", "KEPT": str(kept), "NCCL_MULTI_RANK_GPU_ENABLE": "1"}
+    done = torchrun(cfg, restarts=1, **how)
     assert done.returncode == 0, done.stderr
     two = [row["loss"] for row in rows(tmp_path / "run")]
     one = losses(replace(cfg, gradient_accumulation_steps=2), tmp_path, "one")
     off, bound = furthest(two, one), 0.01 if name == "fp32" else 0.05  # TF32 in convolutions
-    assert measured(f"losses of two GPUs ({name}), off one's", off, f"< {bound:g}") < bound
+    assert measured(f"losses of two processes ({name}), off one's", off, f"< {bound:g}") < bound
     alike = (kept / "0").read_bytes() == (kept / "1").read_bytes()
-    assert measured(f"weights of two GPUs ({name}), the same bits", alike, "1")
+    assert measured(f"weights of two processes ({name}), the same bits", alike, "1")
 
 
 @pytest.mark.parametrize("objective", ["after", "delta", "slider", "bridge"])
@@ -368,6 +379,7 @@ def sd15():
         for p in model.parameters():
             p.normal_(std=0.02)
     inject(model, "attn", rank=16, generator=torch.Generator().manual_seed(0))
+    model.lora_adapters.fused = can_fuse(torch.device("cuda"), torch.bfloat16) is None
     params = [p for m in lora_layers(model).values() for p in (m.lora_A, m.lora_B)]
     flatten(params)
     freeze(model)
@@ -446,6 +458,60 @@ def test_a_frozen_convolution_keeps_no_input(measured):
     assert measured("MiB that a frozen convolution keeps", kept[1] / MIB, "0") < 0.1 < kept[0] / MIB
     assert torch.allclose(grads[0], grads[1], rtol=1e-2, atol=1e-2)
     measured("its time over torch's own", took[1] / took[0], "about 1")
+
+
+WITH_TRITON = pytest.mark.skipif(
+    torch.cuda.is_available() and can_fuse(torch.device("cuda"), torch.bfloat16) is not None,
+    reason="needs Triton, and a GPU of compute capability 8.0",
+)
+
+
+@WITH_TRITON
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank, width, out", [(16, 320, 320), (4, 768, 320), (64, 100, 200)])
+@pytest.mark.parametrize("pixels", [77, 4096])
+def test_the_kernel_of_a_lora_is_as_exact_as_products(dtype, rank, width, out, pixels, measured):
+    """Values and gradients against float64: no further than with four products and a sum."""
+
+    def normal(*shape, scale=1.0):
+        return (torch.randn(shape, generator=rng, device="cuda") * scale).to(dtype)
+
+    rng = torch.Generator("cuda").manual_seed(0)
+    x, W, bias = normal(3, pixels, width), normal(out, width, scale=width**-0.5), normal(out)
+    A, B = normal(rank, width, scale=width**-0.5), normal(out, rank, scale=0.1)
+    s = torch.tensor([[1.0], [-0.5], [0.7]], device="cuda")
+    mix, dy = torch.full((1, rank), 0.5, device="cuda"), normal(3, pixels, out)
+    inputs = x, W, bias, A, B, s, mix
+
+    def apart(x, W, bias, A, B, s, mix):
+        h = (x @ A.t()) * (s * mix)[:, None].to(x.dtype)
+        return x @ W.t() + bias + h @ B.t(), h
+
+    def answers(compute, inputs, dy):
+        x, W, bias, A, B, s, mix = inputs
+        of = [z.detach().requires_grad_() for z in (x, A, B)]
+        y, _ = compute(of[0], W, bias, *of[1:], s, mix)
+        return [y.detach(), *torch.autograd.grad(y, of, dy)]
+
+    expected = answers(apart, [z.double() for z in inputs], dy.double())
+    off = []
+    for compute in (adapted, apart):
+        got = answers(compute, inputs, dy)
+        off.append([float((a - b).norm() / b.norm()) for a, b in zip(got, expected, strict=True)])
+    name = f"{str(dtype)[6:]}, rank {rank}, {pixels} x {width} to {out}"
+    worst = max(ours / theirs for ours, theirs in zip(*off))
+    assert max(off[0]) < 0.01
+    assert measured(f"error of the kernel over the products', {name}", worst, "< 1.05") < 1.05
+
+
+@WITH_TRITON
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_step_with_the_kernel_equals_one_without(config, tmp_path, compiled, measured):
+    cfg = replace(config, mixed_precision="bf16", lora_targets="attn,ff", compile=compiled)
+    expected = losses(replace(cfg, fused_lora=False), tmp_path, "apart")
+    off = furthest(losses(replace(cfg, fused_lora=True), tmp_path, "fused"), expected)
+    name = f"losses with the kernel of a LoRA{' compiled' * compiled}, off those without"
+    assert measured(name, off, "< 0.01") < 0.01
 
 
 @pytest.mark.parametrize("kernel, stride", [(3, 1), (3, 2), (1, 1)])

@@ -110,6 +110,7 @@ def adapt(
     prepare(cfg, unet, given, objective)
     how = {"needed": objective.needs, "generator": seeded_for(cfg.seed, "LoRA")}
     inject(unet, cfg.lora_targets, cfg.lora_rank, cfg.lora_alpha, **how)
+    unet.lora_adapters.fused = bool(cfg.fused_lora)
     adapted = {"unet": unet} | ({"text_encoder": text.model} if text else {})
     for part, factors in given.start.items():
         model, what = adapted[part], f"--init_lora {cfg.init_lora}"
