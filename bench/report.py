@@ -14,7 +14,7 @@ KINDS = {  # of CUDA kernels, by patterns of their names; the first match counts
     "compiled elementwise": r"^triton",
     "attention": r"flash|fmha|sdpa|attention|dot_do_o|convert_dq",
     "convolution": r"conv|[fwd]prop|dgrad|wgrad",
-    "matrix product": r"gemm|gemv|nvjet|cutlass|splitk|cublas",
+    "matrix product": r"gemm|gemv|nvjet|cutlass|splitk|cublas|^_adapted",
     "torch's norm": r"norm|moments|compute(fused|internal|backward)",
     "copy": r"mem(cpy|set)|copy|catarray|transpose|upsample|nchw|nhwc",
     "torch's reduction": r"reduce|softmax",
@@ -30,6 +30,7 @@ MEANING = """\
   itself
 - of ceiling: that, over what a square matrix product of this precision reached in the same rounds
 - × ...: that arm's time over this one's, the median over the rounds of the ratio within a round
+- unfused: a linear layer's LoRA as products of its own, not in one kernel with it
 - captured: replayed as a CUDA graph, ours whole, `peer tuned captured` with torch.compile's own;
   `peer tuned` is compiled without one
 - peak: the process' resident memory on a CPU, since its start; what is allocated in a turn on CUDA
