@@ -123,6 +123,8 @@ def run_phases(
     unable = can_fuse(device, dtype)
     if cfg.fused_lora and unable:
         raise ValueError(f"--fused_lora needs {unable}")
+    if unable and cuda and cfg.fused_lora is None:
+        print(f"--no-fused_lora, as one kernel for a layer and its LoRA needs {unable}")
     # CUDA graphs have not been tested with --deterministic or with several GPUs
     alone = cuda and ranks.world == 1 and not cfg.deterministic
     cfg = replace(

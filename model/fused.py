@@ -7,6 +7,7 @@ again: the layer is bound by memory, at small batches by launches. The gradient 
 the same operator with Wᵀ, Bᵀ and Aᵀ in the place of W, A and B.
 """
 
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -24,7 +25,21 @@ def can_fuse(device: torch.device, dtype: torch.dtype) -> str | None:
         return "half precision: --mixed_precision bf16 or fp16"
     if torch.cuda.get_device_capability(device) < (8, 0):  # asynchronous copies, bf16
         return "a GPU of compute capability 8.0 or above"
-    return None if find_spec("triton") else "Triton, which comes with torch for Linux"
+    if not find_spec("triton"):
+        return "Triton, which comes with torch for Linux"
+    return failing(device, dtype)
+
+
+@cache
+def failing(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None, or how the operator fails on a small input: Triton needs a C compiler and a cache."""
+    x, s = torch.zeros(16, 16, device=device, dtype=dtype), torch.zeros(1, 16, device=device)
+    try:
+        adapted(x, x, None, x, x, s[:, :1], s)
+    except Exception as error:
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        return f"Triton, which fails here: {said[0]}"
+    return None
 
 
 # any layout will do; else a compiler copies x for every layer that reads it

@@ -83,8 +83,8 @@ def tiles(rows: int, out: int, processors: int) -> tuple[int, int, int, int, int
     """(BM, BN, BK, warps, stages): large tiles where they occupy the GPU, otherwise small ones.
 
     Of eleven, the quickest or within 3 % of it at SD1.5's shapes on an H200 (experiments/LOG.md).
-    No registers are spilled on 8.0, 8.6 and 9.0, and shared memory is at most 82 KiB of the 99 that
-    8.6 has, 120 on 9.0, at rank 64.
+    Compiled for compute capability 8.0 to 12.0 they spill no registers, and at rank 64 take 80 KiB
+    of shared memory where there are 99, and 120 on 9.0 and 10.0.
     """
     if triton.cdiv(rows, 128) * triton.cdiv(out, 128) < processors:
         return 64, 64, 64, 4, 4

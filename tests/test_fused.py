@@ -10,7 +10,7 @@ import train as loop
 from bench.turns import fused
 from model import lora
 from model.frozen import freeze
-from model.fused import MOST_RANK, adapted, can_fuse
+from model.fused import MOST_RANK, adapted, can_fuse, failing
 from model.lora import Factors, attach, fix, inject, keep_strength, lora_layers, merge, set_strength
 from model.memory import LEVELS, checkpoint_activations
 from model.weights import load_unet
@@ -118,7 +118,23 @@ def test_why_it_cannot_run(monkeypatch):
     monkeypatch.setattr("model.fused.find_spec", lambda name: None)
     assert "Triton" in can_fuse(torch.device("cuda"), torch.bfloat16)
     monkeypatch.setattr("model.fused.find_spec", lambda name: name)
-    assert can_fuse(torch.device("cuda"), torch.bfloat16) is None
+    for tried in (None, "a compiler"):
+        monkeypatch.setattr("model.fused.failing", lambda device, dtype, tried=tried: tried)
+        assert can_fuse(torch.device("cuda"), torch.bfloat16) == tried
+
+
+def test_a_kernel_that_does_not_compile_is_told(monkeypatch):
+    failing.cache_clear()
+    assert failing(torch.device("cpu"), torch.bfloat16) is None
+
+    def refuse(*inputs):
+        raise RuntimeError("Failed to find C compiler.\nTraceback")
+
+    failing.cache_clear()
+    monkeypatch.setattr("model.fused.adapted", refuse)
+    told = failing(torch.device("cpu"), torch.bfloat16)
+    assert told == "Triton, which fails here: Failed to find C compiler."
+    failing.cache_clear()
 
 
 def test_a_training_uses_it_unless_told_not_to(sd1, tmp_path, calls, monkeypatch):
