@@ -49,7 +49,7 @@ from model.detail import keep_detail
 from model.draws import seed_for
 from model.lora_files import lora_path
 from model.pipeline import Pipeline, decode, encode
-from pairing.images import eight_bit, to_image
+from pairing.images import by, eight_bit, image_size, to_image
 from pairing.pairs import SIDES, Pair, find_pairs, fingerprint, image_hashes, refuse_among
 from progress import no_bars
 from report import write_report
@@ -119,6 +119,14 @@ def training_images(lora: str) -> set[str]:
     return {one for one in hashes if isinstance(one, str)} if isinstance(hashes, list) else set()
 
 
+def same_sizes(pairs: list[Pair], others: list[Pair]) -> None:
+    """ValueError if a truth has another size than the after image, in whose place it is cropped."""
+    for pair, other in zip(pairs, others):
+        own, its = image_size(pair.after), image_size(other.after)
+        if own != its:
+            raise ValueError(f"{other.after} is {by(its)}, but {pair.after} is {by(own)}")
+
+
 def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
     """The content of evaluation.json, and before, predicted, after and error of the first pairs."""
     pairs, between, outcomes = held_out = find_held_out(args)
@@ -137,6 +145,8 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
         PairDataset, resolution=resolution, center_crop=True, background=background,
         native_scale=pipe.meta.get("native_scale", False),
     )  # fmt: skip
+    for others in (*between, *outcomes):
+        same_sizes(pairs, others)
     dataset, outcomes = opened(pairs), [opened(some) for some in outcomes]
     between = {time: opened(some) for time, some in zip(args.between_times, between)}
     wanted = sorted({*strengths, *between})

@@ -51,6 +51,7 @@ FREE = {
 # What a new run replaces.
 FILES = ("config.json", "summary.json", "metrics.jsonl", "loss.png", "report.html", "README.md",
          "samples", "strengths")  # fmt: skip
+RECORDS = ("revision.json", "wandb.json")  # what it overwrites
 BEGINNING = ".beginning"  # marks a run that is starting and has no config.json yet
 PATTERNS = ("checkpoint-*", "pytorch_lora_weights*.safetensors", "pytorch_lora_weights*.set-aside")
 
@@ -126,7 +127,8 @@ class Run:
 
     def _refuse_others(self) -> None:
         """BEGINNING marks a run that was killed before it had a config.json: it may be replaced."""
-        if self._new and not (self.folder / BEGINNING).exists() and (others := self._replaced()):
+        others = self._replaced() + [self.folder / n for n in RECORDS if (self.folder / n).exists()]
+        if self._new and not (self.folder / BEGINNING).exists() and others:
             raise FileExistsError(
                 f"--output_dir {self.folder} holds no run, but {others[0].name}, which a run "
                 "would replace: choose another folder, or replace it with --overwrite"
@@ -247,7 +249,8 @@ class Run:
                 stacklevel=4,
             )
         kinds = {"data": "other data", "class_data": "other class images",
-                 "base_lora": "another base LoRA"}  # fmt: skip
+                 "base_lora": "another base LoRA",
+                 "schedule": "another noise schedule"}  # fmt: skip
         for key, what in kinds.items():
             was, now = then.get(key), fingerprints.get(key)
             if was not in (None, now):
@@ -368,7 +371,7 @@ class Run:
 
 def _written(name: str) -> bool:
     """Whether a run writes a file or a folder of this name."""
-    names = (*FILES, "revision.json", "wandb.json")
+    names = (*FILES, *RECORDS)
     return name in names or any(fnmatchcase(name, pattern) for pattern in PATTERNS)
 
 

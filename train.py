@@ -7,6 +7,7 @@ The big modules are loaded one after the other: text encoder, VAE, UNet. The fir
 table of contexts and a table of latents; the loop needs nothing else of them.
 """
 
+import json
 import os
 import signal
 import sys
@@ -32,7 +33,7 @@ from model.frozen import freeze
 from model.fused import can_fuse
 from model.graph import compile_blocks
 from model.lora import cast_together, keep_strength, lora_layers
-from model.lora_files import LORA_FILE, file_of, save_lora
+from model.lora_files import LORA_FILE, check_metadata, file_of, save_lora
 from model.lora_layouts import LAYOUTS
 from model.memory import LEVELS, MIB, checkpoint_activations, peak_mib, phase, unless_full
 from model.objectives import OBJECTIVES, Draws, Knobs, Task
@@ -120,6 +121,12 @@ def run_phases(
     base, paired = cfg.pretrained_model_name_or_path, config.is_pairs(cfg)
     dtype = pick_dtype(cfg.mixed_precision, device)
     cuda = device.type == "cuda"
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if cfg.mixed_precision is None and asked != "no" and DTYPES.get(asked) != dtype:
+        warnings.warn(
+            f"accelerate's mixed precision {asked} is not read: give --mixed_precision {asked}",
+            stacklevel=2,
+        )
     unable = can_fuse(device, dtype)
     if cfg.fused_lora and unable:
         raise ValueError(f"--fused_lora needs {unable}")
@@ -142,13 +149,15 @@ def run_phases(
         raise ValueError(f"--revision {cfg.revision} is for the hub; {base} is a local directory")
 
     # ---- 1. data: checked before anything is loaded or written
-    given = read_given(cfg, fresh=run.checkpoint is None)  # --base_lora, --init_lora
+    given = read_given(cfg, run.checkpoint)  # --base_lora, --init_lora
     pairs, held_out, shown = find_data(cfg)
     held_out = spread(held_out, 32)  # enough for a loss
     if not ranks.leads:  # rank 0 evaluates for all
         held_out, shown = [], []
     for line in passed_over(cfg) if ranks.leads else ():
         print(line)
+    if captions := [pair.caption for pair in pairs if pair.caption]:
+        print(f"captions      {len(captions)} of {len(pairs)} images, such as {captions[0][:60]!r}")
     dataset = make_dataset(cfg, pairs)
     schedule = Schedule.from_config(
         load_scheduler_config(base, revision=cfg.revision, prediction_type=cfg.prediction_type)
@@ -246,10 +255,12 @@ def run_phases(
     states = 1 + len({pair.strength for pair in pairs})
     about = {"prompts": {*pair_prompts}, "states": states, "resized": dataset.resized}
     meta = lora_metadata(cfg, name, knobs, schedule, **about)
+    check_metadata(json.loads(json.dumps(meta)), run.folder / LORA_FILE)  # it could not be read
     run.start(
         {
             "objective": name,
             "base": base,
+            "schedule": schedule.fingerprint(),
             "data": fingerprint(pairs, dataset.hashes),
             "images": image_hashes(pairs, dataset.hashes),
             "class_data": fingerprint(class_pairs) if class_pairs else None,

@@ -20,9 +20,11 @@ from config import TrainConfig
 from durable import file_sha256, read_or_empty
 from evaluate import find_held_out
 from model.lora_files import lora_path
+from model.schedule import Schedule
+from model.weights import load_scheduler_config
 from pairing.pairs import find_singles, fingerprint
 from reporting import judging, measures
-from revision import other_code
+from revision import ROOT, other_code
 from training.inputs import find_data
 from training.session import ONCE
 
@@ -65,7 +67,7 @@ def make_jobs(path: Path, arms: list[Arm], seeds: list[int], out: Path) -> list[
 
 def changed(job: Job) -> list[str]:
     """The fields in which an existing run differs from the requested one; "data", "class_data",
-    "base_lora" and "init_lora" if their files do.
+    "base_lora", "init_lora" and "schedule" if their files do.
 
     A field missing from an older run counts as its default.
     """
@@ -80,6 +82,9 @@ def changed(job: Job) -> list[str]:
         "class_data": class_images(job.cfg.class_data_dir, job.cfg.num_class_images),
         "base_lora": lora_sha256(job.cfg.base_lora),
         "init_lora": lora_sha256(job.cfg.init_lora),
+        "schedule": noise_schedule(
+            job.cfg.pretrained_model_name_or_path, job.cfg.revision, job.cfg.prediction_type
+        ),
     }
     return other + [k for k, v in are.items() if None not in (v, were.get(k)) and v != were[k]]
 
@@ -98,6 +103,14 @@ def class_images(folder: str | None, count: int) -> str | None:
     with contextlib.suppress(OSError, ValueError):
         found = find_singles(folder, flag="--class_data_dir") if folder is not None else []
         return fingerprint(found[: max(count, 1)]) if len(found) >= max(count, 1) else None
+
+
+@cache
+def noise_schedule(base: str, revision: str | None, prediction_type: str | None) -> str | None:
+    """The fingerprint of a base's noise schedule; None if it cannot be read."""
+    with contextlib.suppress(OSError, ValueError):
+        config = load_scheduler_config(base, revision=revision, prediction_type=prediction_type)
+        return Schedule.from_config(config).fingerprint()
 
 
 @cache
@@ -129,7 +142,10 @@ def evaluation_key(job: Job) -> dict:
 
 @cache
 def measuring_code() -> list[str]:
-    return [file_sha256(Path(module.__file__)) for module in (evaluate, judging, measures)]
+    """Of the measures, and of all that an edit may go through."""
+    edits = [*(ROOT / "editing").glob("*.py"), *(ROOT / "model").glob("*.py")]
+    measured = [Path(module.__file__) for module in (evaluate, judging, measures)]
+    return [file_sha256(path) for path in [*measured, *sorted(edits)]]
 
 
 def is_done(job: Job) -> bool:

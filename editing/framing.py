@@ -103,8 +103,10 @@ def smaller(frame: Framing) -> Framing:
         return frame._replace(tiles=tiles._replace(batch=1))
     side = tiles.side if tiles else math.ceil(max(height, width) / unit)
     if side <= least:
-        what = f"an image of {by((width, height))} pixels does not fit in memory"
-        raise MemoryError(f"{what}: pass a lower --resolution")
+        raise MemoryError(
+            f"an image that is processed at {by((width, height))} pixels does not fit in memory: "
+            "pass a lower --resolution or fewer --strengths, or cut it into pieces"
+        )
     side = max(math.ceil(side / 2), least)
     what = f"processing images of {by((width, height))} in windows of {side * unit} pixels"
     warnings.warn(f"out of memory: {what}", stacklevel=3)

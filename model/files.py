@@ -66,7 +66,7 @@ def _cached(repo: str, revision: str | None) -> bool:
 
     probes = ("model_index.json", "unet/config.json", "vae/config.json", "text_encoder/config.json",
               "scheduler/scheduler_config.json", "tokenizer/vocab.json", "config.json",
-              "vocab.json")  # fmt: skip
+              "vocab.json", "tokenizer/tokenizer.json", "tokenizer.json")  # fmt: skip
     return any(isinstance(try_to_load_from_cache(repo, p, revision=revision), str) for p in probes)
 
 
@@ -136,13 +136,16 @@ def lacks(name_or_path: str | Path, file: str, revision: str | None) -> str:
 
 
 def locate_component(
-    name_or_path: str | Path, folder: str, file: str, revision: str | None
+    name_or_path: str | Path, folder: str, file: str, revision: str | None, *instead: str
 ) -> tuple[Path, str]:
-    """`file` in the checkpoint's `folder`, or at the root if the checkpoint is one component."""
+    """`file` in the checkpoint's `folder`, or at the root if the checkpoint is one component.
+
+    instead: other names for it, where there is no such file.
+    """
     for prefix in (f"{folder}/", ""):
-        path = locate(name_or_path, prefix + file, revision)
-        if path is not None:
-            return path, prefix
+        for name in (file, *instead):
+            if (path := locate(name_or_path, prefix + name, revision)) is not None:
+                return path, prefix
     raise FileNotFoundError(
         f"{lacks(name_or_path, f'{folder}/{file}', revision)}; "
         "expected a checkpoint in the diffusers layout"

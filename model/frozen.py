@@ -87,7 +87,9 @@ def freeze(model: nn.Module, *, int8: bool = False) -> None:
         assert not W.requires_grad, f"{name} is trained"
         if int8 and name not in ("conv_in", "conv_out"):
             most = W.flatten(1).abs().amax(1).float()  # (out,)
-            scale = (most / 127).clamp(min=torch.finfo(W.dtype).tiny).to(W.dtype)
+            # fp16's normal numbers end at 6e-5, where rows of small weights begin
+            least = 2.0**-24 if W.dtype == torch.float16 else torch.finfo(W.dtype).tiny
+            scale = (most / 127).clamp(min=least).to(W.dtype)
             q = W.float() / scale.float().view(-1, *[1] * (W.dim() - 1))
             q = q.round_().clamp_(-127, 127).to(torch.int8)
             layer.weight = nn.Parameter(q, requires_grad=False)

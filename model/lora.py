@@ -46,6 +46,7 @@ class Adapters:
         self.count = 0
         # (b or 1, k or 1), where 1 broadcasts; None: the base alone
         self.strength: Tensor | None = torch.ones(1, 1)
+        self.merged = False
         self.fused = False  # whether linear layers use `adapted`, where `can_fuse` allows it
 
     def off(self, layer: nn.Module) -> bool:
@@ -223,6 +224,8 @@ def _check_fit(model: nn.Module, factors: dict[str, Factors]) -> None:
                 f"the LoRA's {name} has A {tuple(f.A.shape)} and B {tuple(f.B.shape)}; "
                 f"the layer is {tuple(layer.weight.shape)}"
             )
+        if getattr(layer, "lora_merged", None) is not None:
+            raise ValueError(f"{name} is merged; unmerge it before adding another adapter")
         if isinstance(layer, nn.Conv2d) and layer.groups != 1:
             raise ValueError(f"the LoRA has {name}, a grouped convolution, which is not supported")
 
@@ -245,8 +248,6 @@ def attach(model: nn.Module, factors: dict[str, Factors]) -> None:
         rank = A.shape[0]
         mix = torch.zeros(shared.count, rank, device=weight.device)
         if type(layer) in PLAIN:
-            if layer.lora_merged is not None:
-                raise ValueError(f"{name} is merged; unmerge it before adding another adapter")
             A, B = torch.cat([layer.lora_A.data, A]), torch.cat([layer.lora_B.data, B], dim=1)
             mix = torch.cat([layer.lora_mix, mix], dim=1)
         else:
@@ -297,8 +298,10 @@ def set_strength(model: nn.Module, strength: float | Tensor | None) -> None:
     """Set s for subsequent forwards: a number, (b,) per sample, or (b, k) per sample and adapter.
 
     None disables the adapters: the result of 0 without its cost. The previous tensor is replaced,
-    not overwritten: a pending backward still needs it.
+    not overwritten: a pending backward still needs it. ValueError while they are merged.
     """
+    if model.lora_adapters.merged:
+        raise ValueError("the LoRA is merged into the weights; unmerge it to set its strength")
     if strength is None:
         model.lora_adapters.strength = None
         return
@@ -376,6 +379,7 @@ def merge(model: nn.Module, strength: float | Tensor = 1.0) -> None:
         layer.weight = nn.Parameter(
             (layer.weight + delta).to(layer.weight.dtype), requires_grad=False
         )
+    model.lora_adapters.merged = True
 
 
 def unmerge(model: nn.Module) -> None:
@@ -383,3 +387,4 @@ def unmerge(model: nn.Module) -> None:
     for layer in lora_layers(model).values():
         if layer.lora_merged is not None:
             layer.weight, layer.lora_merged = layer.lora_merged, None
+    model.lora_adapters.merged = False

@@ -2,7 +2,7 @@
 initializing an adapter from another one. Sums are of the products B A, never of A and B separately.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,13 @@ def truncate(f: Factors, rank: int) -> tuple[Factors, float, float]:
     return Factors(A_new.to(dtype), B_new.to(dtype), 1.0), cut, whole
 
 
+def refuse_untrained(factors: dict[str, Factors], trained: Container[str], what: str) -> None:
+    """ValueError if `what` adapts a layer that is not among those that are trained."""
+    for name in factors:
+        if name not in trained:
+            raise ValueError(f"{what} adapts {name}, which --lora_targets leaves out")
+
+
 @torch.no_grad()
 def start_from(model: nn.Module, factors: dict[str, Factors], what: str) -> float:
     """Initialize the model's single fresh adapter from `factors`; returns the relative error.
@@ -61,9 +68,8 @@ def start_from(model: nn.Module, factors: dict[str, Factors], what: str) -> floa
     adapts a layer that is not trained, or has another shape.
     """
     layers, cut, whole = lora_layers(model), 0.0, 0.0
+    refuse_untrained(factors, layers, what)
     for name, f in factors.items():
-        if name not in layers:
-            raise ValueError(f"{what} adapts {name}, which --lora_targets leaves out")
         layer = layers[name]
         r, scale = layer.lora_A.shape[0], layer.lora_mix[0, 0].item()
         if f.A.shape[1:] != layer.lora_A.shape[1:] or f.B.shape[0] != layer.lora_B.shape[0]:

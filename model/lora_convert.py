@@ -23,21 +23,22 @@ from safetensors.torch import save_file
 from cli import Parser, floats, report
 from durable import refuse_file, write_aside, write_json
 from model.files import is_local, lacks, locate, moved_note, read_json
-from model.lora import detach, merge
+from model.lora import Factors, detach, merge
 from model.lora_algebra import concat, truncate
 from model.lora_files import apply_lora, contradiction, multiplier, read_lora, write_lora
 from model.lora_layouts import LAYOUTS, Parts
-from model.objectives import PORTABLE, Knobs
+from model.objectives import OBJECTIVES, PORTABLE
 from model.weights import load_text, load_unet
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 HUB_FILES = (  # the required files of a model on the hub
-    "scheduler/scheduler_config.json", "tokenizer/vocab.json", "tokenizer/merges.txt",
+    "scheduler/scheduler_config.json",
     "vae/config.json", "vae/diffusion_pytorch_model{}.safetensors",
     "unet/config.json", "unet/diffusion_pytorch_model{}.safetensors",
     "text_encoder/config.json", "text_encoder/model{}.safetensors",
 )  # fmt: skip
 MAYBE = ("tokenizer/tokenizer_config.json", "tokenizer/special_tokens_map.json",
+         "tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/tokenizer.json",
          "feature_extractor/preprocessor_config.json")  # fmt: skip
 
 # ---- files to files ------------------------------------------------------------------------------
@@ -68,10 +69,19 @@ def truncate_parts(parts: Parts, rank: int) -> tuple[Parts, float, tuple[float, 
     return small, math.sqrt(cut / whole) if whole else 0.0, worst
 
 
+def folded(f: Factors) -> Factors:
+    """The same with scale 1."""
+    B = f.B.to(torch.promote_types(f.B.dtype, torch.float32)) * f.scale
+    return f if f.scale == 1 else Factors(f.A, B, 1.0)
+
+
 def _save(args: argparse.Namespace, parts: Parts, metadata: dict) -> None:
     count = sum(map(len, parts.values()))
     ranks = sorted({len(f.A) for factors in parts.values() for f in factors.values()})
     dtype = DTYPES[args.dtype]
+    if args.format == "diffusers":  # whose α is in the header alone, which not every client reads
+        parts = {part: {path: folded(f) for path, f in factors.items()}
+                 for part, factors in parts.items()}  # fmt: skip
     write_aside(
         args.out, lambda aside: write_lora(aside, parts, metadata, dtype=dtype, layout=args.format)
     )
@@ -88,6 +98,10 @@ def run_convert(args: argparse.Namespace) -> None:
         at = f"; largest at {path}, {most:.3g}" if most else ""
         print(f"rank {args.rank}: relative error {error:.3g} (Frobenius norm){at}")
         metadata = {key: metadata[key] for key in metadata.keys() - {"rank", "alpha"}}
+    if metadata.get("objective") not in (None, *PORTABLE):
+        warnings.warn(
+            f"the LoRA is for {metadata['objective']}, which only sample.py can apply", stacklevel=2
+        )
     _save(args, parts, metadata)
 
 
@@ -99,10 +113,11 @@ def run_concat(args: argparse.Namespace) -> None:
     read = [read_lora(file, "LORA") for file in args.loras]
     first, *others = [metadata for _, metadata in read]
     agreed = {k: v for k, v in first.items() if all(o.get(k) == v for o in others)}
-    own = [knob for knob in Knobs._fields if knob.startswith(f"{first.get('objective')}_")]
+    own = OBJECTIVES[first["objective"]].reads if first.get("objective") in OBJECTIVES else ()
     needed = ("objective", "multiplier", "base_model", "revision", "variant", "vae_path",
-              "tokenizer_name", "prediction_type", "prompt", "base_lora", "background", "states",
-              *own)  # fmt: skip
+              "tokenizer_name", "tokenizer_max_length", "text_encoder_use_attention_mask",
+              "prediction_type", "prompt", "base_lora", "background", "states", "resolution",
+              "resized", *own)  # fmt: skip
     for key in needed:
         if key not in agreed and any(key in metadata for _, metadata in read):
             warnings.warn(f"the LoRAs differ in {key}: the new file omits it", stacklevel=2)
@@ -207,6 +222,8 @@ def merge_into(args: argparse.Namespace, folder: Path) -> str:
                 shutil.copy(path, folder / file)
             elif file not in MAYBE:
                 raise FileNotFoundError(lacks(base, file, args.revision))
+        if not (folder / "tokenizer").is_dir():
+            raise FileNotFoundError(lacks(base, "tokenizer/vocab.json", args.revision))
     absent = {part: [None, None] for part, value in about.items()
               if isinstance(value, list) and not (folder / part).is_dir()}  # fmt: skip
     write_json(folder / "model_index.json", about | absent)

@@ -23,6 +23,10 @@ from model.text import TextEncoder
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for in a folder
 PEFT_FILE = "adapter_model.safetensors"  # that of peft's save_pretrained, with its config beside it
+FILES = tuple(f"{name[: -len('safetensors')]}{end}" for end in ("safetensors", "bin")
+              for name in (LORA_FILE, PEFT_FILE))  # fmt: skip
+# what peft initializes from the base's weights, which it changes with it
+WITH_BASE = ("pissa", "olora", "corda", "loftq")
 
 
 def file_of(layout: str) -> str:
@@ -62,8 +66,8 @@ def write_lora(
     tensors, header = pack(parts, layout, dtype)
     if layout == "kohya" and (strange := strange_to_kohya(parts)):
         warnings.warn(
-            f"kohya's own loader ignores {', '.join(strange)}; "
-            "diffusers, ComfyUI and A1111 apply them",
+            f"kohya's own loader ignores {', '.join(strange)}, which diffusers, ComfyUI and A1111 "
+            "read",
             stacklevel=2,
         )
     header["pairlora"] = json.dumps(metadata or {}, sort_keys=True)
@@ -83,12 +87,14 @@ def _sorted_header(file: bytes) -> bytes:
 def lora_path(run_or_file: str | Path, flag: str = "--lora") -> Path:
     """The LoRA file of a run's, a checkpoint's or peft's folder, or the file itself."""
     path = Path(run_or_file)
-    if path.is_dir():
-        names = [name for name in (LORA_FILE, PEFT_FILE) if (path / name).is_file()]
-        path = path / (names or [LORA_FILE])[0]
-    if not path.is_file():
-        raise FileNotFoundError(f"{flag} {run_or_file}: no {LORA_FILE} there")
-    return path
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise FileNotFoundError(f"{flag} {run_or_file} does not exist")
+    for name in FILES:
+        if (path / name).is_file():
+            return path / name
+    raise FileNotFoundError(f"{flag} {run_or_file}: no {LORA_FILE} there")
 
 
 def read_lora(run_or_file: str | Path, flag: str = "--lora") -> tuple[Parts, dict]:
@@ -108,9 +114,15 @@ def read_lora(run_or_file: str | Path, flag: str = "--lora") -> tuple[Parts, dic
     except (json.JSONDecodeError, AssertionError, RecursionError) as error:
         raise ValueError(f"{path} has a header that is not JSON") from error
     beside = path.with_name("adapter_config.json")
-    if path.name == PEFT_FILE and not peft and beside.is_file():
+    if Path(path.name).stem == Path(PEFT_FILE).stem and not peft and beside.is_file():
         peft = read_json(beside)
-    _check_metadata(metadata, path)
+    for key, how in peft.items():
+        if key.endswith("init_lora_weights") and str(how).lower().startswith(WITH_BASE):
+            raise ValueError(
+                f"{flag} {run_or_file} was initialized by {how}, which changes the base as well: "
+                "save it from peft with path_initial_model_for_weight_conversion"
+            )
+    check_metadata(metadata, path)
     return unpack(tensors, peft, path), metadata
 
 
@@ -183,18 +195,19 @@ def _fits(key: str, value: object) -> bool:
         return Knobs._field_defaults.get(key) is None
     if kind is float:
         return _is_number(value)
-    least = 0 if key in Knobs._fields else 1
+    least = -(2**16) if key in Knobs._fields else 1
     return type(value) is kind and (kind is not int or least <= value <= 2**16)
 
 
-def _check_metadata(metadata: dict, path: Path) -> None:
+def check_metadata(metadata: dict, path: Path) -> None:
     """ValueError for an entry of the wrong type or range: the file may come from anyone."""
     slope_offset = metadata.get("multiplier", [1, 0])
     wrong = [key for key in KINDS if key in metadata and not _fits(key, metadata[key])]
     if not (isinstance(slope_offset, list) and list(map(_is_number, slope_offset)) == [True, True]):
         wrong.append("multiplier")
     for key in STEPS:
-        if key in metadata and metadata[key] not in range(1, 1000):
+        value = metadata.get(key, Knobs._field_defaults[key])
+        if value is not None and value not in range(1, 1000):
             wrong.append(key)
     if (under := metadata.get("base_lora")) is not None:
         whole = isinstance(under, dict) and _is_number(under.get("strength"))

@@ -260,15 +260,20 @@ def concat_loss(predict, schedule, a, b, s, draws, knobs):
 
 def concat_edit(predict, schedule, z, s, how):
     """From the base (multiplier 0) to s with z beside x_t, at image guidance g:
-    e([x, 0]) + g (e([x, z]) − e([x, 0]))."""
+    e([x, 0]) + g (e([x, z]) − e([x, 0])).
+
+    Guidance by the text is added to it, as in InstructPix2Pix, eq. 3, not scaled by it.
+    """
 
     def guide(e: Predict) -> Predict:
         def seeing(x_t: Tensor, t: Tensor, m: Tensor) -> Tensor:
-            seen = e(torch.cat([x_t, z], 1), t, m)
+            beside = torch.cat([x_t, z], 1)
+            seen = e(beside, t, m)
             if how.image_guidance == 1:
                 return seen
-            blind = e(torch.cat([x_t, torch.zeros_like(z)], 1), t, m)
-            return blind + how.image_guidance * (seen - blind)
+            plain = seen if e is predict else predict(beside, t, m)
+            blind = predict(torch.cat([x_t, torch.zeros_like(z)], 1), t, m)
+            return seen + (how.image_guidance - 1) * (plain - blind)
 
         return seeing
 
@@ -331,16 +336,18 @@ def anchored_steps(t, schedule, knobs):
 def anchored_loss(predict, schedule, a, b, s, draws, knobs):
     """½ ‖e_{−s}(a_t) − e_0(b_t)‖² + ½ ‖e_s(b_t) − e_0(a_t)‖², the same ε and t, t high; e_0 fixed.
 
-    At b_t the prediction e_0(a_t) puts the clean image at x̂_0(a_t) + (b − a): the base's estimate
-    of the before, plus the whole change. The idea of ADDifT (the trainer TrainTrain): errors of the
-    base that both sides share cancel, and the LoRA learns only the difference.
+    e is the noise that a prediction of any kind implies. At b_t the noise e_0(a_t) puts the clean
+    image at x̂_0(a_t) + (b − a): the base's estimate of the before, plus the whole change. The idea
+    of ADDifT (the trainer TrainTrain): errors of the base that both sides share cancel, and the
+    LoRA learns only the difference.
     """
     t = anchored_steps(draws.t, schedule, knobs)
     t, eps = torch.cat([t, t]), torch.cat([draws.eps, draws.eps])
     x_t = schedule.add_noise(torch.cat([a, b]), eps, t)
+    noise = lambda m: schedule.split(x_t, predict(x_t, t, m), t)[1]  # noqa: E731
     with torch.no_grad():
-        of_a, of_b = predict(x_t, t, None).chunk(2)
-    return penalty(predict(x_t, t, torch.cat([-s, s])) - torch.cat([of_b, of_a]), knobs)
+        of_a, of_b = noise(None).chunk(2)
+    return penalty(noise(torch.cat([-s, s])) - torch.cat([of_b, of_a]), knobs)
 
 
 # ---- after: what the ancestor project called pairs -----------------------------------------------

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -140,8 +141,9 @@ def generate_latents(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     x_T = noise_like(torch.empty((len(seeds), *shape), device=device), generators)
     m = torch.full((len(seeds),), multiplier, device=device)
-    more = {"generator": generators} if sampler == "ddpm" else {}
-    return SAMPLERS[sampler](lambda x, t: predict(x, t, m), x_T, schedule, steps, **more)
+    sample = SAMPLERS[sampler]
+    more = {"generator": generators} if "generator" in signature(sample).parameters else {}
+    return sample(lambda x, t: predict(x, t, m), x_T, schedule, steps, **more)
 
 
 # ---- all of it from files ------------------------------------------------------------------------

@@ -83,10 +83,13 @@ def guided_predictor(
     def halves(m: Tensor) -> Tensor:  # m (2b,), [unconditional, conditional] -> (2b, l, d)
         return torch.cat([rows(c, half) for c, half in zip((uncond, ctx), m.chunk(2))])
 
-    both = predictor(unet, halves, ask)
+    both, apart = predictor(unet, halves, ask), [predictor(unet, c, ask) for c in (uncond, ctx)]
 
-    def predict(x_t: Tensor, t: Tensor, m: Tensor) -> Tensor:
-        e_0, e_c = both(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([m, m])).chunk(2)
+    def predict(x_t: Tensor, t: Tensor, m: Tensor | None) -> Tensor:
+        if m is None:
+            e_0, e_c = (one(x_t, t, None) for one in apart)
+        else:
+            e_0, e_c = both(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([m, m])).chunk(2)
         return e_0 + scale * (e_c - e_0)
 
     return predict
@@ -101,7 +104,9 @@ def exaggerated(predict: Predict, scale: float) -> Predict:
     if scale == 1.0:
         return predict
 
-    def scaled(x_t: Tensor, t: Tensor, m: Tensor) -> Tensor:
+    def scaled(x_t: Tensor, t: Tensor, m: Tensor | None) -> Tensor:
+        if m is None:
+            return predict(x_t, t, None)
         e_0 = predict(x_t, t, torch.zeros_like(m))
         return e_0 + scale * (predict(x_t, t, m) - e_0)
 

@@ -51,20 +51,24 @@ def _alpha(schedule: Schedule, t: int) -> float:
     return 1.0 if schedule.set_alpha_to_one else schedule.on_host[0].item()
 
 
+def sigmas(a: Tensor) -> Tensor:
+    """σ = √((1−ā)/ā); for ā = 0, which has none, that of 2⁻²⁴, as in diffusers."""
+    a = torch.where(a == 0, 2.0**-24, a)
+    return ((1 - a) / a).sqrt()
+
+
 def sigma(schedule: Schedule, t: float) -> float:
     """σ = √((1−ā)/ā), linear in t between the training timesteps."""
     lower = min(int(t), schedule.num_steps - 1)
     upper = min(lower + 1, schedule.num_steps - 1)
-    a = schedule.on_host[[lower, upper]].clamp(min=2**-24).tolist()  # ā = 0 has no σ
-    low, high = (((1 - a_t) / a_t) ** 0.5 for a_t in a)
+    low, high = sigmas(schedule.on_host[[lower, upper]]).tolist()
     return low + (t - lower) * (high - low)
 
 
 def even_in_sigma(schedule: Schedule, top: int, steps: int) -> list[int]:
     """At most `steps` of the timesteps top..0, descending, both ends included, about evenly spaced
     in σ^(1/ρ), ρ = 2: Karras et al. 2022 (arXiv 2206.00364), eq. 5."""
-    a = schedule.on_host[: top + 1].clamp(min=2**-24)  # ā = 0 has no σ
-    roots = ((1 - a) / a) ** 0.25  # (top + 1,), of σ = √((1−ā)/ā)
+    roots = sigmas(schedule.on_host[: top + 1]).sqrt()  # (top + 1,)
     wanted = torch.linspace(roots[-1], roots[0], steps, dtype=roots.dtype)
     nearest = (roots[:, None] - wanted).abs().argmin(0)  # (steps,)
     return sorted({top, *nearest.tolist()}, reverse=True)
@@ -104,6 +108,8 @@ def ddpm(
     x = x_T
     for i in range(start, steps):
         t, t_prev = ts[i], ts[i + 1] if i + 1 < steps else -1
+        if t == t_prev:  # the offset of "leading" cut to the last timestep
+            continue
         a_t, a_prev = _alpha(schedule, t), _alpha(schedule, t_prev) if t_prev >= 0 else 1.0
         alpha = a_t / a_prev  # α of this stride, β = 1 − α
         tb = _batch(t, x)

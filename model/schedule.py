@@ -6,6 +6,7 @@ x_0, x_t   the clean latent, and the noised one at timestep t
 pred       the network's output: ε, v or x_0, according to `prediction_type`
 """
 
+import hashlib
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -120,7 +121,11 @@ class Schedule:
                 known.get("beta_end", 0.02),
                 known.get("num_train_timesteps", 1000),
             )
-        if betas.dim() != 1 or not len(betas) or not ((betas >= 0) & (betas <= 1)).all():
+        if betas.dim() == 1 and not 1000 <= len(betas) <= 100_000:
+            raise ValueError(
+                f"scheduler config has {len(betas)} trained_betas; expected 1000 to 100000"
+            )
+        if betas.dim() != 1 or not ((betas >= 0) & (betas <= 1)).all():
             raise ValueError("scheduler config has betas that are not a list of numbers in 0..1")
         if known.get("rescale_betas_zero_snr"):
             betas = zero_terminal_snr(betas)
@@ -141,6 +146,11 @@ class Schedule:
     def on_host(self) -> Tensor:
         """ā in host memory, where reading a number does not wait for the GPU."""
         return self.alphas_cumprod.cpu()
+
+    def fingerprint(self) -> str:
+        """sha256 of what a training depends on."""
+        values = self.on_host.numpy().tobytes() + self.prediction_type.encode()
+        return hashlib.sha256(values).hexdigest()
 
     @property
     def num_steps(self) -> int:
@@ -206,7 +216,7 @@ class Schedule:
         snr = self.snr(t)
         weight = snr.clamp(max=snr_gamma)
         if self.prediction_type == "epsilon":
-            weight = weight / snr
+            weight = (snr_gamma / snr).clamp(max=1)  # 1 at SNR 0
         elif self.prediction_type == "v_prediction":
             weight = weight / (snr + 1)
         return weight.float()

@@ -272,12 +272,17 @@ def load_vae(
 
 
 def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None):
-    """The CLIP tokenizer of a checkpoint: vocab.json, merges.txt, and the padding token."""
+    """The CLIP tokenizer of a checkpoint, with its padding token.
+
+    vocab.json and merges.txt or, as transformers 5 saves it, tokenizer.json.
+    """
     from transformers import CLIPTokenizer
 
-    vocab, prefix = locate_component(name_or_path, "tokenizer", "vocab.json", revision)
+    names = "vocab.json", "tokenizer.json"
+    vocab, prefix = locate_component(name_or_path, "tokenizer", names[0], revision, names[1])
     for file in ("merges.txt", "tokenizer_config.json", "special_tokens_map.json"):
-        if locate(name_or_path, prefix + file, revision) is None and file == "merges.txt":
+        found = locate(name_or_path, prefix + file, revision)
+        if found is None and file == "merges.txt" and vocab.name == names[0]:
             raise FileNotFoundError(lacks(name_or_path, prefix + file, revision))
     try:
         words = CLIPTokenizer.from_pretrained(vocab.parent, local_files_only=True)
@@ -307,7 +312,8 @@ def _tokenizer_for(single: Path, tokenizer: str | Path | None, open_clip: bool):
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{single} contains no tokenizer: give --tokenizer_name, a directory with vocab.json "
-            f"and merges.txt or a hub id; the default is not available: {error}"
+            "and merges.txt, or with tokenizer.json, or a hub id; the default is not available: "
+            f"{error}"
         ) from error
     if open_clip:
         words.pad_token = "!"  # OpenCLIP pads with 0, the id of this token
@@ -384,12 +390,14 @@ def load_scheduler_config(
 ) -> dict:
     """scheduler/scheduler_config.json, for `Schedule.from_config`.
 
-    `prediction_type` overrides the file's.
+    `prediction_type` overrides the file's. Latents are not clipped and steps_offset is 1, whatever
+    the file says: diffusers' pipelines for Stable Diffusion set both (samplers saved with other
+    models have defaults for pixels).
     """
     if path := single_file(name_or_path):
         return single_file_scheduler(path, prediction_type)
     path, _ = locate_component(name_or_path, "scheduler", "scheduler_config.json", revision)
-    config = read_json(path)
+    config = read_json(path) | {"clip_sample": False, "steps_offset": 1}
     return config if prediction_type is None else config | {"prediction_type": prediction_type}
 
 

@@ -127,7 +127,7 @@ def check(
     places, first to last, small."""
     states = places.states
     if masks is not None:
-        doubled = sorted(name for name, files in masks.items() if files[1:] and name in states)
+        doubled = sorted(name for name, files in masks.items() if files[1:])
         report.note("names with several files in one folder", *doubled)
         states = {name: some for name, some in states.items() if name not in doubled}
         report.note("pairs without a mask", *(name for name in states if name not in masks))
@@ -182,10 +182,11 @@ def look_at(
             report.note("broken files", str(error))
             return None
 
-    try:
-        read_caption(files[-1], files[0])
-    except (OSError, ValueError) as error:
-        report.note("unusable captions", str(error))
+    for text in dict.fromkeys(file.with_suffix(".txt") for file in files):
+        try:
+            read_caption(text)
+        except (OSError, ValueError) as error:
+            report.note("unusable captions", str(error))
     mask = mask_file and load(mask_file, load_mask)
     before, small = None, {}
     for i, file in enumerate(files):

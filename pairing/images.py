@@ -58,6 +58,12 @@ def _reading(path: Path | str) -> Iterator[None]:
         reason = f"{error}" or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
             reason = "unknown format or broken header"
+            with open(path, "rb") as file:
+                if file.read(4) in (b"II*\0", b"MM\0*"):
+                    reason = (
+                        "a TIFF that is broken, or of bands or bits that Pillow does not read: "
+                        "export red, green and blue as 8 bits"
+                    )
         raise ValueError(
             f"{listed([path])} cannot be read as an image: {' '.join(reason.split())}"
         ) from error
@@ -66,7 +72,10 @@ def _reading(path: Path | str) -> Iterator[None]:
 def _open(path: Path | str) -> Image.Image:
     """Opens by content; other formats are excluded, as for some Pillow runs Ghostscript, whatever
     the file's name."""
-    return Image.open(path, formats=("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF"))
+    image = Image.open(path, formats=("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF"))
+    if image.format == "TIFF":
+        image.filename = ""  # Pillow would map a rotated file's pixels in the wrong shape
+    return image
 
 
 _playing: dict[tuple, Image.Image] = {}  # the animated file read last, still open
@@ -117,7 +126,8 @@ def image_size(path: Path | str) -> tuple[int, int]:
         if image.format == "PNG" and not _png_with_exif(path):  # Pillow's getexif would decode it
             return image.size
         # Pillow has rotated a TIFF already; exif_transpose ignores values above 8 too
-        turned = image.format != "TIFF" and image.getexif().get(0x0112) in (5, 6, 7, 8)
+        done = image.format == "TIFF" and image.tag_v2.get(0x0112, 1) != 1
+        turned = not done and image.getexif().get(0x0112) in (5, 6, 7, 8)
         return image.size[::-1] if turned else image.size
 
 
@@ -134,7 +144,11 @@ def _deep_grey(image: Image.Image, labels: bool) -> Image.Image:
     """
     values = np.asarray(image)  # (H, W)
     low, high = values.min(), values.max()
-    if high <= 1 and (labels or image.mode == "F"):
+    tags = getattr(image, "tag_v2", {})
+    packed = tags.get(258) == (12,)
+    if packed and image.mode[0] == "I":
+        top = 4095
+    elif high <= 1 and (labels or image.mode == "F"):
         top = 1
     else:
         top = 255 if image.mode == "F" else 65535
@@ -146,15 +160,20 @@ def _deep_grey(image: Image.Image, labels: bool) -> Image.Image:
     grey = np.empty(values.shape, np.uint8)
     for row, into in zip(values, grey):  # row by row: a satellite's band has 10^8 pixels
         into[:] = np.rint(row * np.float64(255 / top))
-    return Image.fromarray(grey)
+    if tags.get(262) == 0:  # white is zero, which Pillow heeds up to 8 bits
+        np.subtract(255, grey, out=grey)
+    made = Image.fromarray(grey)
+    if isinstance(clear := image.info.get("transparency"), int):  # a grey value of a PNG
+        made.putalpha(Image.fromarray(np.uint8(255) * (values != clear)))
+    return made
 
 
 def _coloured_labels(image: Image.Image) -> bool:
-    """Whether it holds 0 and 1 in a palette other than black and white."""
-    if image.mode != "P" or image.getextrema() != (0, 1) or image.has_transparency_data:
+    """Whether it holds 0 or 1 alone, in a palette other than black and white."""
+    if image.mode != "P" or image.getextrema()[1] > 1 or image.has_transparency_data:
         return False
-    colours = np.array(image.getpalette("RGB")[:6]).reshape(2, 3)  # (label, channel)
-    return sorted(colours.sum(1)) != [0, 765]
+    colours = np.array(image.getpalette("RGB")[:6]).reshape(-1, 3)  # (label, channel)
+    return len(colours) == 2 and sorted(colours.sum(1)) != [0, 765]
 
 
 def _refuse_tiff(image: Image.Image) -> None:
@@ -165,6 +184,8 @@ def _refuse_tiff(image: Image.Image) -> None:
     samples, bits, extra = tags.get(277, 1), tags.get(258, (1,)), tags.get(338)
     if samples > 1 and bands == 1:
         raise ValueError(f"it has {samples} bands and does not say which are red, green and blue")
+    if tags.get(339, (1,))[0] == 2 and max(bits) == 8:
+        raise ValueError("its values are signed 8-bit numbers; expected unsigned ones")
     planar = tags.get(284) == 2 and samples > 1
     if planar and max(bits) > 8 and image.info.get("compression") == "raw":
         raise ValueError(
@@ -212,7 +233,8 @@ def place_on_map(path: Path | str) -> TiffImagePlugin.ImageFileDirectory_v2:
     """
     found = TiffImagePlugin.ImageFileDirectory_v2()
     with _reading(path), _open(path) as image:
-        tags = image.tag_v2 if image.format == "TIFF" and image.tag_v2.get(274, 1) == 1 else {}
+        upright = image.format == "TIFF" and image.getexif().get(274, 1) == 1  # XMP's too
+        tags = image.tag_v2 if upright else {}
         for tag, kind in GEO_TAGS.items():
             if tag in tags and tags.tagtype[tag] == kind:
                 found.tagtype[tag], found[tag] = kind, tags[tag]

@@ -29,13 +29,35 @@ def _edges(image: Image.Image) -> np.ndarray:
 def find_shift(before: Image.Image, after: Image.Image) -> tuple[int, int] | None:
     """Shift of the after image relative to the before, (x right, y down) in pixels; None: unknown.
 
-    Phase correlation (Kuglin & Hines 1975) at 256 px or less. A result needs a peak more than
-    MIN_PEAK standard deviations high and at least MIN_RATIO times the second peak, more than 6 px
-    away. A pair that changed nearly everywhere has no such peak: None.
+    Phase correlation (Kuglin & Hines 1975) at 256 px or less; of a larger image, whose pixels that
+    does not resolve, once more between its centre at full scale and the place found for it.
     """
-    small = [image.copy() for image in (before.resize(after.size), after)]
+    before = before.resize(after.size)
+    found, unit = _correlated(before, after, 256), max(after.size) / 256
+    if found is None or unit <= 1:
+        return found
+    side = min(512, *after.size)
+    corner = [(n - side) // 2 for n in after.size]
+    there = [min(max(c - shift, 0), n - side) for c, shift, n in zip(corner, found, after.size)]
+    parts = [image.crop((x, y, x + side, y + side))
+             for image, (x, y) in ((before, there), (after, corner))]  # fmt: skip
+    rest = _correlated(*parts, side)
+    if rest is None or max(map(abs, rest)) > 2 * unit:
+        return found
+    x, y = (c - t + r for c, t, r in zip(corner, there, rest))
+    return x, y
+
+
+def _correlated(before: Image.Image, after: Image.Image, side: int) -> tuple[int, int] | None:
+    """The shift of two images of one size, measured at `side` pixels or less.
+
+    A result needs a peak more than MIN_PEAK standard deviations high and at least MIN_RATIO times
+    the second peak, more than 6 px away. A pair that changed nearly everywhere has no such peak:
+    None.
+    """
+    small = [before.copy(), after.copy()]
     for image in small:
-        image.thumbnail((256, 256), Image.Resampling.BILINEAR)
+        image.thumbnail((side, side), Image.Resampling.BILINEAR)
     if min(small[0].size) < 32:  # the 13 px neighbourhood would be most of it
         return None
     cross = np.conj(np.fft.fft2(_edges(small[0]))) * np.fft.fft2(_edges(small[1]))

@@ -35,11 +35,12 @@ def _states(
     name: str, frames: Sequence[Path | Frame], shares: Sequence[float], mask: Path | None
 ) -> list[Pair]:
     """Pairs of the first frame with each of the others."""
-    caption = read_caption(frames[-1], frames[0])
-    return [
-        Pair(name if s == 1 else f"{name} at {s:g}", frames[0], frame, mask, caption, s)
-        for s, frame in zip(shares[1:], frames[1:])
-    ]
+
+    def state(s: float, frame: Path | Frame) -> Pair:
+        caption = read_caption(frame, frames[-1], frames[0])
+        return Pair(name if s == 1 else f"{name} at {s:g}", frames[0], frame, mask, caption, s)
+
+    return [state(s, frame) for s, frame in zip(shares[1:], frames[1:])]
 
 
 def find_sequences(

@@ -17,7 +17,7 @@ from config import TrainConfig
 from durable import file_sha256
 from model.draws import seeded_for
 from model.lora import inject, layer_ranks, lora_layers
-from model.lora_algebra import start_from
+from model.lora_algebra import refuse_untrained, start_from
 from model.lora_files import (
     apply_lora,
     factors_for,
@@ -40,6 +40,7 @@ class Given(NamedTuple):
     under: dict  # --base_lora: frozen, beneath the trained LoRA
     under_at: float  # its multiplier
     start: dict  # --init_lora: the initial weights
+    text: dict  # {path: Factors}: layers of the text encoder that are trained besides attention
     start_sha256: str | None  # of its file
 
     def put_under(self, cfg: TrainConfig, **model: nn.Module) -> None:
@@ -48,7 +49,7 @@ class Given(NamedTuple):
             apply_lora(self.under, cfg.base_lora, **model, fixed=self.under_at)
 
 
-def read_given(cfg: TrainConfig, *, fresh: bool) -> Given:
+def read_given(cfg: TrainConfig, checkpoint: Path | None) -> Given:
     """Read --base_lora and, for a fresh run, --init_lora. ValueError names what cannot be used."""
     under, under_at, start, sha256 = {}, 1.0, {}, None
     if cfg.base_lora is not None:
@@ -56,7 +57,7 @@ def read_given(cfg: TrainConfig, *, fresh: bool) -> Given:
         refuse_chain(cfg.base_lora, meta)
         under_at = multiplier(meta, cfg.base_lora_strength)
         print(f"--base_lora {cfg.base_lora} is active, frozen, at multiplier {under_at:g}")
-    if cfg.init_lora is not None and fresh:
+    if cfg.init_lora is not None and checkpoint is None:
         start, meta = read_lora(cfg.init_lora, "--init_lora")
         sha256 = file_sha256(lora_path(cfg.init_lora))
         if meta.get("base_lora") and cfg.base_lora is None:
@@ -70,7 +71,8 @@ def read_given(cfg: TrainConfig, *, fresh: bool) -> Given:
                 f"--init_lora {cfg.init_lora} adapts the text encoder too: "
                 "train that as well, with --train_text_encoder"
             )
-    return Given(under, under_at, start, sha256)
+    trained = start if checkpoint is None else read_lora(checkpoint)[0]
+    return Given(under, under_at, start, trained.get("text_encoder", {}), sha256)
 
 
 class Trained(NamedTuple):
@@ -91,7 +93,12 @@ def prepare(cfg: TrainConfig, unet: UNet, given: Given, objective: Objective) ->
     given.put_under(cfg, unet=unet)
     if objective.extra:
         unet.widen(4 + objective.extra - unet.in_channels)  # --base_lora may have widened it
-    layer_ranks(unet, cfg.lora_targets, cfg.lora_rank, objective.needs)
+    if objective.extra and "conv_in" not in objective.needs:
+        raise ValueError("an objective with extra input channels needs conv_in, to learn them")
+    ranks = layer_ranks(unet, cfg.lora_targets, cfg.lora_rank, objective.needs)
+    refuse_untrained(
+        factors_for(unet, given.start.get("unet", {})), ranks, f"--init_lora {cfg.init_lora}"
+    )
 
 
 def adapt(

@@ -21,7 +21,14 @@ def save_state(folder: Path, opt: torch.optim.Optimizer, state: dict) -> None:
     tensors = {key: value for key, value in moments.items() if torch.is_tensor(value)}
     (folder / "optimizer.safetensors").write_bytes(save(tensors))
     rest = {key: value for key, value in moments.items() if key not in tensors}
-    write_json(folder / "state.json", {**state, "optimizer": rest})
+    write_json(folder / "state.json", {**state, "optimizer": rest, "group": changed_in_group(opt)})
+
+
+def changed_in_group(opt: torch.optim.Optimizer) -> dict:
+    """What an optimizer has changed in its parameter group, as D-Adaptation and Prodigy do."""
+    group = opt.param_groups[0].items()
+    plain = {key: x for key, x in group if isinstance(x, int | float | str) and key != "lr"}
+    return {key: x for key, x in plain.items() if x != opt.defaults.get(key)}
 
 
 def restore(checkpoint: Path, adapted: dict, opt: torch.optim.Optimizer, scaler) -> dict:
@@ -52,6 +59,7 @@ def restore(checkpoint: Path, adapted: dict, opt: torch.optim.Optimizer, scaler)
     state = read_json(checkpoint / "state.json")
     moments = dict(read_tensors(checkpoint / "optimizer.safetensors"))
     groups = opt.state_dict()["param_groups"]
+    groups[0] |= state.get("group", {})
     moments |= state["optimizer"]
     opt.load_state_dict({"state": {0: moments} if moments else {}, "param_groups": groups})
     if state["scaler"]:  # none, if --resume_changed is going on in fp16

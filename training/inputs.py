@@ -126,7 +126,7 @@ def passed_over(cfg: TrainConfig) -> Iterator[str]:
         yield f"--num_validation_images {most}: of {given} --validation_images the first are shown"
     folders = [*zip(SIDES, sides), ("--mask_dir", cfg.mask_dir)]
     folders += [("--sequence_dirs", folder) for folder in times]
-    folders += [("--frames_dir", cfg.frames_dir)]
+    folders += [("--frames_dir", cfg.frames_dir), ("--instance_data_dir", cfg.instance_data_dir)]
     for flag, folder in folders:
         others = left_out(folder, flag) if folder is not None else []
         if flag == "--frames_dir":
@@ -194,6 +194,13 @@ def doubts(
         yield from unregistered(dataset)
     elif not cfg.instance_prompt and not all(pair.caption for pair in dataset.pairs):
         yield "no --instance_prompt: images without a caption are learnt for the empty prompt"
+    more = cfg.num_class_images if cfg.with_prior_preservation else 0
+    if cfg.num_train_epochs and not cfg.max_train_steps and more > n:
+        yield (
+            f"--num_train_epochs {cfg.num_train_epochs:g} is {size.steps} steps: an epoch is every "
+            f"image once; for every class image as often, as in diffusers' script, give "
+            f"--max_train_steps {math.ceil(cfg.num_train_epochs * more / size.total)}"
+        )
     if cfg.lr_scheduler != "constant" and cfg.lr_warmup_steps >= size.steps:
         yield (
             f"--lr_warmup_steps {cfg.lr_warmup_steps} does not end within {size.steps} steps: "
@@ -260,7 +267,9 @@ def class_images(cfg: TrainConfig, device: torch.device, log: Callable) -> list[
             )
             predict = pipe.predictors(cfg.class_prompt, 7.5)[1]  # the other would outlive the phase
             folder.mkdir(parents=True, exist_ok=True)
-            side = cfg.resolution - cfg.resolution % pipe.vae.downscale
+            # at the size the base was trained at: it draws badly at others
+            own, f = pipe.unet.config.get("sample_size"), pipe.vae.downscale
+            side = own * f if isinstance(own, int) else cfg.resolution - cfg.resolution % f
             free = (
                 seed
                 for seed in count(cfg.seed)

@@ -14,6 +14,7 @@ from torch import Tensor
 from config import TrainConfig
 from model.draws import seeded_for
 from model.lora import inject
+from model.lora_files import factors_for
 from model.pipeline import loaded
 from model.predict import Context, text_context
 from model.text import TextEncoder
@@ -90,7 +91,10 @@ def load_prompts(
     mask = text.mask(ids) if cfg.text_encoder_use_attention_mask else None
     if cfg.train_text_encoder:
         generator = seeded_for(cfg.seed, "LoRA", "text encoder")
-        inject(text.model, "attn", cfg.lora_rank, cfg.lora_alpha, generator=generator)
+        there = {name for name, _ in text.model.named_modules()}
+        needed = [name for name in factors_for(text.model, given.text) if name in there]
+        how = {"needed": needed, "generator": generator}
+        inject(text.model, "attn", cfg.lora_rank, cfg.lora_alpha, **how)
         mask = None if mask is None else mask.to(device)
         return Prompts(row, ids.to(device), mask, None, text, device)
     contexts = encode_prompts(text, ids, mask, device, cfg.latents_on, cfg.cache_dir)
