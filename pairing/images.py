@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,14 +137,13 @@ def frame_count(path: Path | str) -> int:
         return getattr(image, "n_frames", 1)
 
 
-def _deep_grey(image: Image.Image, labels: bool) -> Image.Image:
+def _deep_grey(image: Image.Image, labels: bool, tags: Mapping) -> Image.Image:
     """16 and 32-bit grey to 8 bits on fixed scales: per-image scaling would undo the change.
 
-    With `labels`, an image of 0 and 1 is black and white.
+    With `labels`, an image of 0 and 1 is black and white. `tags`: a TIFF's.
     """
     values = np.asarray(image)  # (H, W)
     low, high = values.min(), values.max()
-    tags = getattr(image, "tag_v2", {})
     packed = tags.get(258) == (12,)
     if packed and image.mode[0] == "I":
         top = 4095
@@ -211,7 +210,7 @@ def load_image(
         opened.load()
         image = ImageOps.exif_transpose(opened)
         if image.mode[0] in "IF":  # I;16, I;16B, I, F
-            image = _deep_grey(image, labels)
+            image = _deep_grey(image, labels, getattr(opened, "tag_v2", {}))
         elif labels and _coloured_labels(image):
             image = image.point(lambda value: 255 * (value == 1), "L")
         if not image.has_transparency_data:

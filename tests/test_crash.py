@@ -315,7 +315,9 @@ def test_class_images_of_another_seed_are_kept(config, tmp_path):
 # ---- nothing of others ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["README.md", "samples/mine.png", "checkpoint-5/x", LORA_FILE])
+@pytest.mark.parametrize(
+    "name", ["README.md", "samples/mine.png", "checkpoint-5/x", LORA_FILE, "revision.json"]
+)
 def test_a_folder_of_others_is_not_cleared(config, name):
     """It holds no run, and what a run would replace."""
     mine = Path(config.output_dir) / name

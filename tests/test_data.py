@@ -712,6 +712,14 @@ def test_a_shift_is_measured_and_a_strong_change_is_none(seed):
     assert find_shift(*doubled) == (14, -10)  # in pixels of the original
 
 
+@pytest.mark.parametrize("shift", [(5, 0), (-3, 4), (0, 0), (30, -17)])
+def test_a_shift_of_a_large_image_is_measured_at_its_own_scale(shift):
+    """256 px of 1024: one is four."""
+    scene = picture(0, (1100, 1100))
+    before, after = (scene.crop((36 - x, 36 - y, 1060 - x, 1060 - y)) for x, y in ((0, 0), shift))
+    assert find_shift(before, repaint(after, 50)) == shift
+
+
 @pytest.fixture
 def planted(tmp_path):
     """A data set with one of each fault."""
@@ -737,6 +745,8 @@ def planted(tmp_path):
     save(picture(22), b / "double.jpg")
     save(picture(23), a / "double.png")
     save(picture(23), m / "double.png")
+    save(picture(23), m / "spare.png")
+    save(picture(23), m / "spare.jpg")
     (a / "good.txt").write_bytes(b"")
     return tmp_path
 
@@ -765,7 +775,7 @@ def test_the_report_finds_what_was_planted(planted, capsys):
     another_size = ["sized (before 256x256, after 256x255)", "sized (mask 256x256, after 256x255)"]
     another_size += ["small (mask 256x256, after 64x64)"]
     assert blocks == {
-        "PROBLEM      names with several files in one folder: 1": "double",
+        "PROBLEM      names with several files in one folder: 2": "double, spare",
         "PROBLEM      before images without a partner: 1": "alone",
         "PROBLEM      after images without a partner: 1": "other",
         "PROBLEM      pairs without a mask: 1": "moved",
@@ -906,6 +916,21 @@ def state(root: Path, time: int, names=("a", "b")) -> Path:
     return folder
 
 
+def test_every_state_may_have_a_caption(tmp_path, capsys):
+    """The last one's where it has none; check_data.py reads them all."""
+    dirs = [state(tmp_path, t) for t in (0, 10, 40)]
+    (dirs[1] / "a.txt").write_text("half built")
+    (dirs[2] / "a.txt").write_text("built")
+    (dirs[2] / "b.txt").write_text("built, too")
+    assert [p.caption for p in find_sequences(dirs)] == [
+        "half built", "built", "built, too", "built, too"
+    ]  # fmt: skip
+    (dirs[1] / "b.txt").write_text("")
+    check = ["--sequence_dirs", *map(str, dirs), "--out", str(tmp_path / "out")]
+    assert check_data.main([*check, "--resolution", "8"]) == 1
+    assert "unusable captions: 1" in capsys.readouterr().out
+
+
 def test_a_sequence_is_a_pair_for_every_later_state(tmp_path):
     """The first state is every pair's before; the strength is the share of the time."""
     dirs = [state(tmp_path, t) for t in (0, 10, 40)]
@@ -1000,6 +1025,12 @@ def test_what_is_not_trained_on_is_told(tmp_path):
     (said,) = passed_over(TrainConfig(frames_dir=str(root)))
     left = f"{root / 'a' / 'd.gif'}, {root / 'c.mp4'}"
     assert said == f"--frames_dir: skipping 2 files that are not images: {left}"
+    singles = tmp_path / "singles"
+    save(picture(0), singles / "a.png")
+    (singles / "b.jfif").write_bytes(b"left out")
+    assert list(passed_over(TrainConfig(instance_data_dir=str(singles)))) == [
+        f"--instance_data_dir: skipping 1 files that are not images: {singles / 'b.jfif'}"
+    ]
     times = [tmp_path / name for name in ("2016", "2019", "2024")]
     for folder, names in zip(times, ("ab", "a", "acd")):
         for name in names:

@@ -129,6 +129,18 @@ def test_a_channel_of_zeros_stays_zero(dtype):
         assert W.isfinite().all() and not W[1].any() and W[0].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("std", [0.02, 1e-3, 3e-4])
+def test_rows_of_small_weights_keep_their_levels(dtype, std):
+    """fp16's normal numbers end at 6e-5, where the scale of such a row lies."""
+    layer = nn.Sequential(nn.Linear(320, 64)).requires_grad_(False)
+    nn.init.normal_(layer[0].weight, std=std, generator=torch.Generator().manual_seed(0))
+    W = layer.to(dtype)[0].weight.float()
+    freeze(layer, int8=True)
+    got = dequantized(layer[0].weight, layer[0].weight_scale).float()
+    assert (got - W).norm() / W.norm() < 0.012
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("int8", [False, True])
 def test_it_compiles_in_one_graph(sd1, int8):

@@ -249,6 +249,23 @@ def test_factors_cast_together_are_the_same_to_the_bit(sd1, how):
     assert all(torch.equal(a, b) for a, b in zip(*answers))
 
 
+def test_what_is_merged_has_no_strength(unet):
+    """A base alone would be one with the LoRA in it; and nothing is added to some layers only."""
+    inject(unet, "attn", rank=2)
+    merge(trained(unet))
+    for s in (None, 0.0, 1.0):
+        with pytest.raises(ValueError, match="merged into the weights; unmerge it to set"):
+            set_strength(unet, s)
+    with pytest.raises(ValueError, match="is merged; unmerge it before adding another"):
+        inject(unet, "attn,ff,conv", rank=2)
+    assert unet.lora_adapters.count == 1
+    assert not any("ff" in name or "conv" in name for name in lora_layers(unet))
+    unmerge(unet)
+    set_strength(unet, None)
+    inject(unet, "attn,ff,conv", rank=2)
+    assert unet.lora_adapters.count == 2
+
+
 @pytest.mark.slow
 def test_a_compiled_block_follows_the_strength(sd1):
     """Generated code for one block: per-sample strengths, new ones without a recompile."""

@@ -440,8 +440,12 @@ def test_what_save_pretrained_of_peft_writes(tmp_path, sd1):
         LoraConfig(r=4, lora_alpha=6, target_modules=["to_q", "conv1"], init_lora_weights=False),
     )
     theirs.save_pretrained(tmp_path)
+    pickled = tmp_path / "pickled"
+    theirs.save_pretrained(pickled, safe_serialization=False)
     text = load_text(sd1)
-    for lora in (tmp_path, tmp_path / "adapter_model.safetensors"):
+    files = tmp_path, tmp_path / "adapter_model.safetensors", pickled, pickled / "adapter_model.bin"
+    assert all(file.exists() for file in files)
+    for lora in files:
         load_lora(lora, unet=(unet := load_unet(sd1)))
         assert {f.scale for f in adapter_factors(unet).values()} == {1.5}
         assert_same(outputs(unet, text), outputs(theirs, text))
@@ -627,6 +631,32 @@ def test_any_layout_becomes_any_other(tmp_path, sd1, capsys):
     assert {t.dtype for t in load_file(tmp_path / "half.safetensors").values()} == {torch.float16}
 
 
+def test_a_converted_file_needs_no_header(tmp_path, sd1, capsys):
+    """diffusers, given tensors alone: α of kohya's file is in the factors. An objective of our own
+    is told."""
+    unet, _ = adapted(sd1, "mixed")
+    kohya, out = tmp_path / "kohya.safetensors", tmp_path / "out.safetensors"
+    save_lora(kohya, unet=unet, layout="kohya", metadata={"objective": "delta"})
+    code, told = said(capsys, "convert", kohya, out)
+    assert code == 0 and "the LoRA is for delta, which only sample.py can apply" in told
+    save_file(load_file(out), tmp_path / "bare.safetensors")
+    full, bare = delta_of(out), delta_of(tmp_path / "bare.safetensors")
+    assert max(relative(full[key], bare[key]) for key in full) == 0
+    whole = delta_of(kohya)
+    assert max(relative(full[key], whole[key]) for key in full) < 1e-6
+
+
+@pytest.mark.parametrize("how", ["pissa", "olora", "pissa_niter_4"])
+def test_a_lora_that_changed_its_base_is_refused(tmp_path, sd1, how):
+    theirs = get_peft_model(
+        UNet2DConditionModel.from_pretrained(sd1, subfolder="unet"),
+        LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=how),
+    )
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"was initialized by {how}, which changes the base"):
+        load_lora(tmp_path, unet=load_unet(sd1))
+
+
 def delta_of(path) -> dict[tuple, torch.Tensor]:
     parts, _ = read_lora(path)
     return {
@@ -665,14 +695,15 @@ def test_concat_is_the_weighted_sum(tmp_path, sd1, capsys):
         both, meta = {"text": text} if CASES[case][1] else {}, {"prompt": case, "base_model": "x"}
         meta |= {"objective": "delta", "delta_t": 200 + len(case), "bridge_t": 200 + len(case)}
         meta["delta_base"] = case != "text"
+        meta |= {"resized": True, "resolution": 32 + len(case)}
         save_lora(file, unet=unet, **both, layout=layout, metadata=meta)
     out = tmp_path / "sum.safetensors"
     weights = ["--weights", "-1e0,-0.5,2"]  # a list that begins like a flag
     code, text_said = said(capsys, "concat", *files, out, *weights, "--format", "kohya")
     assert code == 0 and "differ in prompt" in text_said
     assert "differ in delta_t" in text_said and "differ in delta_base" in text_said
-    assert "bridge_t" not in text_said
-    assert read_lora(out)[1] == {"base_model": "x", "objective": "delta"}
+    assert "bridge_t" not in text_said and "differ in resolution" in text_said
+    assert read_lora(out)[1] == {"base_model": "x", "objective": "delta", "resized": True}
     total = {}
     for file, w in zip(files, names.values()):
         for key, delta in delta_of(file).items():

@@ -8,7 +8,14 @@ import pytest
 from PIL import Image, TiffImagePlugin
 
 import sample
-from pairing.images import GEO_TAGS, load_image, load_mask, place_on_map
+from pairing.images import (
+    GEO_TAGS,
+    _deep_grey,
+    image_size,
+    load_image,
+    load_mask,
+    place_on_map,
+)
 from tests.test_sample import write_lora
 
 DEFLATE, RAW = 8, 1
@@ -116,6 +123,75 @@ def test_a_palette_of_black_and_white_is_a_picture(tmp_path, white):
     labels.save(tmp_path / "mask.png")
     mask = np.asarray(load_mask(tmp_path / "mask.png"))
     assert (mask == 255).sum() == (16 if white else 48) and set(mask.flat) == {0, 255}
+
+
+@pytest.mark.parametrize("share", [0, 1])
+def test_a_tile_of_one_label_is_read_like_the_others(tmp_path, share):
+    """Of a set in white and red: by its colour, what is unchanged would be masked as changed."""
+    tile = Image.new("P", (8, 8), share)
+    tile.putpalette([255, 255, 255, 255, 0, 0])
+    tile.save(tmp_path / "mask.png")
+    assert load_mask(tmp_path / "mask.png").getextrema() == (255 * share, 255 * share)
+
+
+@pytest.mark.parametrize("orientation", [6, 8])
+@pytest.mark.parametrize("mode", ["L", "I;16", "P", "RGBA", "RGB"])
+def test_a_turned_tiff_is_upright(tmp_path, mode, orientation):
+    """Pillow maps a file of one strip into memory, in the shape of the turned picture."""
+    values = np.random.default_rng(0).integers(0, 255, (4, 6), dtype=np.uint8)
+    image = Image.fromarray(values)
+    wide = Image.fromarray(values.astype(np.uint16) * 257)
+    if mode == "P":
+        image.putpalette(bytes(range(256)) * 3)
+    elif mode[:3] == "RGB":
+        image = image.convert(mode)
+    path = tmp_path / "turned.tif"
+    (wide if mode == "I;16" else image).save(path, tiffinfo={274: orientation})
+    want = np.rot90(np.asarray(image.convert("RGB")), -1 if orientation == 6 else 1)
+    assert image_size(path) == (4, 6)
+    assert np.array_equal(np.asarray(load_image(path)), want)
+
+
+def test_an_orientation_in_xmp_alone_is_heeded(tmp_path, picture):
+    image = Image.fromarray(picture[:4, :6, :3])
+    xmp = b'<rdf:Description tiff:Orientation="6"/>'
+    path = tmp_path / "turned.tif"
+    tags = geo_tags(GEO)
+    tags.tagtype[700], tags[700] = 1, xmp
+    image.save(path, tiffinfo=tags)
+    assert image_size(path) == load_image(path).size == (4, 6)
+    assert not place_on_map(path)
+
+
+def test_greys_that_pillow_misreads(tmp_path):
+    """White is zero; signed; 12 bits."""
+    grey = np.array([[0, 257, 65535]], np.uint16)
+    Image.fromarray(grey).save(tmp_path / "a.tif", tiffinfo={262: 1})
+    data = bytearray((tmp_path / "a.tif").read_bytes())
+    at = data.index(struct.pack("<HHI", 262, 3, 1)) + 8
+    assert data[at] == 1
+    data[at] = 0
+    (tmp_path / "inverted.tif").write_bytes(data)
+    assert np.asarray(load_image(tmp_path / "a.tif"))[0, :, 0].tolist() == [0, 1, 255]
+    assert np.asarray(load_image(tmp_path / "inverted.tif"))[0, :, 0].tolist() == [255, 254, 0]
+    signed = Image.fromarray(np.array([[255, 100]], np.uint8))
+    signed.save(tmp_path / "signed.tif", tiffinfo={339: 2})
+    with pytest.raises(ValueError, match=r"signed\.tif .*: its values are signed"):
+        load_image(tmp_path / "signed.tif")
+    twelve = Image.fromarray(np.array([[0, 4095]], np.uint16))
+    assert _deep_grey(twelve, labels=False, tags={258: (12,)}).getextrema() == (0, 255)
+
+
+def test_a_clear_grey_of_16_bits_is_laid_over_the_background(tmp_path):
+    deep = np.array([[0, 257]], np.uint16)
+    Image.fromarray(deep).save(tmp_path / "a.png", transparency=0)
+    assert np.asarray(load_image(tmp_path / "a.png"))[0].tolist() == [[255] * 3, [1] * 3]
+
+
+def test_bands_that_pillow_does_not_read_are_told(tmp_path, picture):
+    path = write_tiff(tmp_path / "a.tif", picture.astype(np.uint16), grey=True, extra=0)
+    with pytest.raises(ValueError, match="bits that Pillow does not read: export red, green"):
+        load_image(path)
 
 
 GEO = {  # a Sentinel-2 tile's: 10 m a pixel, UTM 33 north

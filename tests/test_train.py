@@ -28,7 +28,7 @@ from model import weighting
 from model.draws import draw, seeded_for
 from model.graph import WARM, Replayed, compile_blocks
 from model.lora import inject, lora_layers
-from model.lora_files import LORA_FILE, read_lora
+from model.lora_files import LORA_FILE, read_lora, save_lora
 from model.memory import LEVELS, flatten
 from model.objectives import OBJECTIVES
 from model.schedule import Schedule
@@ -39,7 +39,7 @@ from pairing.pairs import find_pairs, find_singles
 from tests.pairs import write_pairs
 from tests.small import losses, rows, small
 from train import train
-from training import fitting
+from training import adapting, fitting
 from training.adapting import rate
 from training.inputs import (
     class_images,
@@ -826,6 +826,98 @@ def test_prior_preservation(config, tmp_path):
                     output_dir=str(tmp_path / "alone"))  # fmt: skip
     assert losses(train(off)) == losses(train(alone))
     assert one[0] > 1.2 * losses(tmp_path / "off")[0]
+
+
+def test_class_images_have_the_size_of_the_base(config, sd1, tmp_path):
+    """Not of the training, at which it may draw badly; an epoch is of the own images."""
+    base = shutil.copytree(sd1, tmp_path / "base")
+    path = base / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": 24}))
+    cfg = replace(
+        config, pretrained_model_name_or_path=str(base), pair_objective="after",
+        with_prior_preservation=True, class_prompt="land", class_data_dir=str(tmp_path / "class"),
+        num_class_images=9, sample_batch_size=9, max_train_steps=None, num_train_epochs=1,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="--num_train_epochs 1 is . steps: .* --max_train_steps 9"):
+        train(cfg)
+    sizes = {Image.open(path).size for path in (tmp_path / "class").iterdir()}
+    assert len(sizes) == 1 and sizes.pop()[0] == 24 * load_vae(base).downscale
+
+
+def test_a_lora_of_more_text_layers_is_gone_on_with(config, tmp_path):
+    """kohya's has those of the text encoder's mlp too; and a resume knows them."""
+    base = config.pretrained_model_name_or_path
+    unet, text = load_unet(base), load_text(base)
+    inject(unet, "attn", rank=2)
+    inject(text.model, "attn,ff", rank=2)
+    start = tmp_path / "start.safetensors"
+    save_lora(start, unet=unet, text=text, layout="kohya")
+    cfg = replace(config, init_lora=str(start), train_text_encoder=True, pair_objective="after",
+                  max_train_steps=2, checkpointing_steps=1)  # fmt: skip
+    folder = train(cfg)
+    names = read_lora(folder)[0]["text_encoder"]
+    assert any("mlp.fc1" in name for name in names)
+    whole = (folder / LORA).read_bytes()
+    shutil.rmtree(folder / "checkpoint-2")
+    train(replace(cfg, resume_from_checkpoint="latest"))
+    assert (folder / LORA).read_bytes() == whole
+    inject(other := load_unet(base), "attn,ff", rank=2)
+    save_lora(start, unet=other)
+    with pytest.raises(ValueError, match="adapts .*ff.*, which --lora_targets leaves out"):
+        train(replace(cfg, output_dir=f"{config.output_dir}2"))
+
+
+def test_captions_and_what_accelerate_asks_are_told(config, pairs, tmp_path, capsys, monkeypatch):
+    data = shutil.copytree(pairs, tmp_path / "captioned")
+    name = sorted((data / "after").iterdir())[0]
+    name.with_suffix(".txt").write_text("0 0.51 0.42 0.1 0.2")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    cfg = replace(config, before_data_dir=str(data / "before"), after_data_dir=str(data / "after"),
+                  max_train_steps=1)  # fmt: skip
+    with pytest.warns(UserWarning, match="accelerate's mixed precision bf16 is not read"):
+        train(cfg)
+    assert "captions      1 of " in (out := capsys.readouterr().out)
+    assert "such as '0 0.51 0.42 0.1 0.2'" in out
+
+
+def test_a_lora_that_could_not_be_read_is_not_trained(config):
+    with pytest.raises(ValueError, match="has the metadata huber_c = 1e\\+10|10000000000"):
+        train(replace(config, pair_objective="after", loss="huber", huber_c=1e10))
+    assert not Path(config.output_dir).exists()
+
+
+def test_another_noise_schedule_is_not_gone_on_with(config, tmp_path):
+    base = shutil.copytree(config.pretrained_model_name_or_path, tmp_path / "base")
+    cfg = replace(config, pretrained_model_name_or_path=str(base), max_train_steps=1)
+    train(cfg)
+    path = base / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"beta_end": 0.03}))
+    with pytest.raises(ValueError, match="another noise schedule"):
+        train(replace(cfg, max_train_steps=2, resume_from_checkpoint="latest"))
+
+
+def test_what_an_optimizer_keeps_in_its_group_is_resumed(config, monkeypatch):
+    """D-Adaptation's and Prodigy's step size, for example."""
+
+    class Growing(torch.optim.SGD):
+        def __init__(self, params, lr):
+            super().__init__(params, lr=lr)
+            self.param_groups[0]["d"] = 1e-3
+
+        def step(self, closure=None):
+            group = self.param_groups[0]
+            group["d"] *= 1.5
+            with torch.no_grad():
+                for p in group["params"]:
+                    p -= group["d"] * p.grad
+
+    monkeypatch.setattr(adapting, "adamw", lambda flat, lr, **more: Growing([flat], lr))
+    cfg = replace(config, pair_objective="after", max_train_steps=4, checkpointing_steps=2)
+    folder = train(cfg)
+    whole = (folder / LORA).read_bytes()
+    shutil.rmtree(folder / "checkpoint-4")
+    train(replace(cfg, resume_from_checkpoint="latest"))
+    assert (folder / LORA).read_bytes() == whole
 
 
 @pytest.mark.parametrize("objective", PAIRED)

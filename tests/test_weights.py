@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
+from model.schedule import Schedule
 from model.weights import (
     load_scheduler_config,
     load_text,
@@ -250,6 +251,27 @@ def test_tokenizer_from_elsewhere(root, sd1, tmp_path, inner):
     text = load_text(root, tokenizer=tmp_path / "words")
     assert torch.equal(text.tokenize(["a"]), load_text(sd1).tokenize(["b"]))
     assert "has no tokenizer/vocab.json" in refusal(load_text, root)
+
+
+def test_a_tokenizer_as_transformers_saves_it_today(root, sd1):
+    """One file, tokenizer.json."""
+    words = load_text(sd1).tokenizer
+    shutil.rmtree(root / "tokenizer")
+    words.save_pretrained(root / "tokenizer")
+    assert not (root / "tokenizer" / "vocab.json").exists()
+    prompts = ["a b", "", "the square, changed"]
+    ours, theirs = (load_text(path).tokenize(prompts) for path in (root, sd1))
+    assert torch.equal(ours, theirs)
+    assert load_text(root).tokenizer.pad_token_id == words.pad_token_id
+
+
+def test_latents_are_not_clipped(root):
+    """Whatever the sampler's config says: as diffusers' pipelines have it."""
+    path = root / "scheduler" / "scheduler_config.json"
+    for config in ({"_class_name": "DDPMScheduler"}, {"clip_sample": True, "steps_offset": 0}):
+        write_json(path, json.loads(path.read_text()) | config)
+        schedule = Schedule.from_config(load_scheduler_config(root))
+        assert not schedule.clip_sample and schedule.steps_offset == 1
 
 
 # ---- weight files that are wrong -----------------------------------------------------------------

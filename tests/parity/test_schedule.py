@@ -206,6 +206,17 @@ def test_a_network_that_knows_x_0_ends_there(name, start):
     torch.testing.assert_close(x, x_0, rtol=1e-7, atol=1e-6)
 
 
+def test_only_an_alpha_of_0_has_no_sigma():
+    """A cosine schedule ends at ā = 2e-9, a σ of 20000, as in diffusers."""
+    schedule = Schedule.from_config({"beta_schedule": "squaredcos_cap_v2"})
+    a = schedule.alphas_cumprod[-1].item()
+    assert 0 < a < 2**-24
+    assert samplers.sigma(schedule, 999) == pytest.approx(((1 - a) / a) ** 0.5)
+    zero = Schedule.from_config({**SD15, "rescale_betas_zero_snr": True})
+    assert zero.alphas_cumprod[-1] == 0
+    assert samplers.sigma(zero, 999) == pytest.approx((2**24 - 1) ** 0.5)
+
+
 def test_as_many_steps_as_there_are():
     """An offset steps over no end; where two of DPM-Solver's would be one there is a sentence."""
     schedule = Schedule.from_config(SD15)  # its offset is 1
@@ -262,6 +273,26 @@ def test_min_snr_weights():
     assert snr[0] > 5 > snr[2]  # the clamp was on one side and off on the other
 
 
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+def test_a_weight_at_snr_0_is_its_limit(prediction_type):
+    config = {**SD15, "prediction_type": prediction_type, "rescale_betas_zero_snr": True}
+    weight = Schedule.from_config(config).loss_weight(torch.tensor([998, 999]), 5.0)
+    torch.testing.assert_close(weight[1], weight[0], atol=1e-3, rtol=0)
+
+
+def test_no_step_is_walked_twice():
+    """ "leading" with an offset of 1 begins at 999 twice in 1000 steps; at SNR 0 that is 0/0."""
+    config = {**SD15, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    schedule, asked = Schedule.from_config({**config, "timestep_spacing": "leading"}), []
+
+    def predict(x, t):
+        asked.append(int(t[0]))
+        return x
+
+    end = samplers.ddpm(predict, noise(0, (1, 4, 2, 2)), schedule, 1000)
+    assert end.isfinite().all() and asked == [*range(999, 0, -1)]
+
+
 def test_config_errors_name_what_came():
     for config, word in [
         ({"beta_schedule": "sigmoid"}, "sigmoid"),
@@ -269,6 +300,7 @@ def test_config_errors_name_what_came():
         ({"timestep_spacing": "karras"}, "karras"),
         ({"thresholding": True}, "thresholding"),
         ({"variance_type": "learned"}, "learned"),
+        ({"trained_betas": [0.01] * 500}, "500 trained_betas; expected 1000"),
     ]:
         with pytest.raises(ValueError, match=word):
             Schedule.from_config(config)
