@@ -51,6 +51,7 @@ from model.lora_files import lora_path
 from model.pipeline import Pipeline, decode, encode
 from pairing.images import by, eight_bit, image_size, to_image
 from pairing.pairs import SIDES, Pair, find_pairs, fingerprint, image_hashes, refuse_among
+from pairing.registration import MAX_ASPECT, aspect_gap
 from progress import no_bars
 from report import write_report
 from reporting.evaluation import SHEET, table, write
@@ -119,11 +120,11 @@ def training_images(lora: str) -> set[str]:
     return {one for one in hashes if isinstance(one, str)} if isinstance(hashes, list) else set()
 
 
-def same_sizes(pairs: list[Pair], others: list[Pair]) -> None:
-    """ValueError if a truth has another size than the after image, in whose place it is cropped."""
+def same_ground(pairs: list[Pair], others: list[Pair], native_scale: bool) -> None:
+    """ValueError if a truth, cropped for itself, would not show what the after image shows."""
     for pair, other in zip(pairs, others):
         own, its = image_size(pair.after), image_size(other.after)
-        if own != its:
+        if (native_scale and own != its) or aspect_gap(own, its) > MAX_ASPECT:
             raise ValueError(f"{other.after} is {by(its)}, but {pair.after} is {by(own)}")
 
 
@@ -146,7 +147,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
         native_scale=pipe.meta.get("native_scale", False),
     )  # fmt: skip
     for others in (*between, *outcomes):
-        same_sizes(pairs, others)
+        same_ground(pairs, others, pipe.meta.get("native_scale", False))
     dataset, outcomes = opened(pairs), [opened(some) for some in outcomes]
     between = {time: opened(some) for time, some in zip(args.between_times, between)}
     wanted = sorted({*strengths, *between})

@@ -22,8 +22,15 @@ import durable
 import evaluate
 import runs
 import train
-from ablating import comparison
-from ablating.jobs import class_images, judged_on, lora_sha256, make_jobs, trained_on
+from ablating import comparison, jobs
+from ablating.jobs import (
+    class_images,
+    judged_on,
+    lora_sha256,
+    make_jobs,
+    noise_schedule,
+    trained_on,
+)
 from model import memory
 from reporting import md
 from tests.pairs import write_pairs
@@ -339,6 +346,30 @@ def test_other_data_are_another_run(lab, tmp_path, pairs, capsys):
         trained_on.cache_clear(), judged_on.cache_clear()
         assert lab.run(arms) == 0 and [program for program, _ in lab.names()] == again
     assert "a, seed 0: training (again, other data)" in capsys.readouterr().out
+
+
+def test_another_noise_schedule_or_edit_is_another_result(lab, tmp_path, sd1, capsys, monkeypatch):
+    """The base of the same name: trained again. Other code of an edit: judged again."""
+    base = shutil.copytree(sd1, tmp_path / "base")
+    arms = f"a: --pretrained_model_name_or_path {base}\n"
+    assert lab.run(arms) == 0
+    path = base / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"beta_end": 0.03}))
+    noise_schedule.cache_clear()
+    capsys.readouterr()
+    assert lab.run(arms) == 0
+    assert [program for program, _ in lab.names()] == ["train.py", "evaluate.py"]
+    assert "a, seed 0: training (again, other schedule)" in capsys.readouterr().out
+    assert lab.run(arms) == 0 and not lab.started
+    root = tmp_path / "code"
+    for folder in ("editing", "model"):
+        shutil.copytree(jobs.ROOT / folder, root / folder)
+    with open(root / "editing" / "edits.py", "a", encoding="utf-8") as file:
+        file.write("# another edit")
+    monkeypatch.setattr(jobs, "ROOT", root)
+    jobs.measuring_code.cache_clear()
+    assert lab.run(arms) == 0 and [program for program, _ in lab.names()] == ["evaluate.py"]
+    jobs.measuring_code.cache_clear()
 
 
 def test_some_arms_alone(lab, capsys):

@@ -117,6 +117,23 @@ def test_half_of_the_change_closes_three_quarters(monkeypatch, tmp_path, sd1, sc
     assert back["predicted"]["cosine"]["mean"] < -0.5
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_a_truth_of_other_ground_is_refused(tmp_path, sd1, scenes, capsys, native):
+    """At native scale, one of another size is cropped to less of it; else one of another shape."""
+    folder = shutil.copytree(scenes / "solar", tmp_path / "solar")
+    path = sorted((folder / "time-0.50").glob("*.png"))[0]
+    with Image.open(path) as image:
+        image.resize((image.width * 2, image.height * (1 + native))).save(path)
+    meta = {"objective": "after", "resolution": 32, "native_scale": native, "resized": not native}
+    lora = write_lora(tmp_path / "run", sd1, **meta)
+    argv = ["--lora", lora, "--before_data_dir", folder / "before", "--after_data_dir",
+            folder / "after", "--between_dirs", folder / "time-0.50", "--between_times", 0.5,
+            "--out", tmp_path / "out", "--device", "cpu"]  # fmt: skip
+    assert evaluate.main(list(map(str, argv))) == 2
+    side = image.width
+    assert f"is {2 * side}x{(1 + native) * side}, but " in capsys.readouterr().err
+
+
 def test_states_in_between_are_judged_beside_the_fade(monkeypatch, tmp_path, sd1, scenes):
     """The fade itself scores as the fade; the true states score higher."""
     folder = scenes / "solar"

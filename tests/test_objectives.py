@@ -25,6 +25,7 @@ from model.samplers import even_in_sigma
 from model.schedule import Schedule
 from model.weights import load_unet
 from tests.parity.test_schedule import SD15, noise
+from training.adapting import Given, prepare
 
 PREDICTIONS = ["epsilon", "v_prediction"]
 ONES = torch.ones(2, dtype=torch.float64)
@@ -310,6 +311,13 @@ def test_an_edit_of_delta_is_at_the_step_trained_at():
     how = How(knobs=Knobs(delta_t=599))
     OBJECTIVES["delta"].edit(predict, schedule(), noise(1), ONES, how)
     assert [t.tolist() for _, t, _ in calls] == [[599, 599]] * 2
+
+
+def test_channels_that_nobody_learns_are_refused(sd1):
+    given = Given({}, 1.0, {}, {}, None)
+    wide = OBJECTIVES["bridge"]._replace(needs=())
+    with pytest.raises(ValueError, match="extra input channels needs conv_in"):
+        prepare(TrainConfig(), load_unet(sd1), given, wide)
 
 
 def test_a_path_is_walked_in_no_more_steps_than_it_has():

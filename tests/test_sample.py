@@ -22,6 +22,7 @@ from model.lora import inject, lora_layers
 from model.objectives import OBJECTIVES, Knobs
 from model.pipeline import decode, load_pipeline
 from model.predict import exaggerated, guided_predictor, predictor
+from model.samplers import SAMPLERS, ddim
 from model.text import TextEncoder
 from model.unet import UNet
 from model.vae import VAE
@@ -208,6 +209,24 @@ def test_guidance_is_one_batched_pass(sd1):
     found = guided_predictor(unet, ctx, uncond, 7.5)(x_t, t, m)
     torch.testing.assert_close(found, e_0 + 7.5 * (e_c - e_0), rtol=1e-4, atol=1e-4)
     assert asked == [4]
+    for guided in (guided_predictor(unet, ctx, uncond, 7.5), exaggerated(predictor(unet, ctx), 2)):
+        base = guided(x_t, t, None)  # without a LoRA: the same, of the base
+        assert base.shape == x_t.shape
+    base = guided_predictor(unet, ctx, uncond, 7.5)(x_t, t, None)
+    torch.testing.assert_close(base, found, rtol=1e-4, atol=1e-4)
+
+
+def test_a_sampler_that_draws_has_the_seed(sd1, monkeypatch):
+    """Whatever it is called."""
+    pipe = load_pipeline(str(sd1))
+    ancestral = lambda *args, generator=None: ddim(*args, eta=1.0, generator=generator)  # noqa: E731
+    monkeypatch.setitem(SAMPLERS, "euler_a", ancestral)
+    how = {"sampler": "euler_a", "steps": 3}
+    one, two, other = (
+        pipe.generate(predictor(pipe.unet, pipe.context("")), (32, 32), [seed], **how)
+        for seed in (3, 3, 4)
+    )
+    assert torch.equal(one, two) and not torch.equal(one, other)
 
 
 @pytest.mark.parametrize("objective, scale", [("bridge", 1.1), ("img2img", 1), ("after", 1)])

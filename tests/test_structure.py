@@ -134,8 +134,8 @@ ARROWS = {
         "model.unet", "training.checkpoint",
     ],
     "training.prompts": [
-        "config", "model.draws", "model.lora", "model.pipeline", "model.predict",
-        "model.text", "model.weights", "pairing.pairs", "training.adapting",
+        "config", "model.draws", "model.lora", "model.lora_files", "model.pipeline",
+        "model.predict", "model.text", "model.weights", "pairing.pairs", "training.adapting",
         "training.latents", "training.rows",
     ],
     "training.session": [
@@ -167,8 +167,9 @@ ARROWS = {
     "ablating.arms": ["cli", "evaluate"],
     "ablating.jobs": [
         "cli", "config", "durable", "evaluate", "ablating.arms", "ablating.comparison",
-        "model.lora_files", "pairing.pairs", "reporting.judging", "reporting.measures",
-        "revision", "training.inputs", "training.session",
+        "model.lora_files", "model.schedule", "model.weights", "pairing.pairs",
+        "reporting.judging", "reporting.measures", "revision", "training.inputs",
+        "training.session",
     ],
     "ablate": [
         "cli", "config", "durable", "evaluate", "ablating.arms", "ablating.comparison",

@@ -863,7 +863,7 @@ def test_a_lora_of_more_text_layers_is_gone_on_with(config, tmp_path):
     assert (folder / LORA).read_bytes() == whole
     inject(other := load_unet(base), "attn,ff", rank=2)
     save_lora(start, unet=other)
-    with pytest.raises(ValueError, match="adapts .*ff.*, which --lora_targets leaves out"):
+    with pytest.raises(ValueError, match=r"adapts .*ff.*, which --lora_targets leaves out"):
         train(replace(cfg, output_dir=f"{config.output_dir}2"))
 
 
@@ -881,7 +881,7 @@ def test_captions_and_what_accelerate_asks_are_told(config, pairs, tmp_path, cap
 
 
 def test_a_lora_that_could_not_be_read_is_not_trained(config):
-    with pytest.raises(ValueError, match="has the metadata huber_c = 1e\\+10|10000000000"):
+    with pytest.raises(ValueError, match=r"has the metadata huber_c = 1e\+10|10000000000"):
         train(replace(config, pair_objective="after", loss="huber", huber_c=1e10))
     assert not Path(config.output_dir).exists()
 
