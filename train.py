@@ -30,7 +30,6 @@ from hub import find_token, open_repository, publish
 from model.draws import draw
 from model.files import is_local, moved_note
 from model.frozen import freeze
-from model.fused import can_fuse
 from model.graph import compile_blocks
 from model.lora import cast_together, keep_strength, lora_layers
 from model.lora_files import LORA_FILE, check_metadata, file_of, save_lora
@@ -66,7 +65,7 @@ from training.inputs import (
 from training.latents import Batch, one_ahead
 from training.prompts import Prompts, load_prompts, prompts_of
 from training.ranks import NullRun, Ranks, launch_id
-from training.session import open_run, settings, summarized
+from training.session import for_device, open_run, settings, summarized
 from training.stop import Stop, Stopped
 from training.tally import Pace, Tally, Trend, not_finite
 from training.watching import ValidationPairs, Watch
@@ -120,26 +119,7 @@ def run_phases(
     """Everything between opening the run's folder and closing it. `token`: of --push_to_hub."""
     base, paired = cfg.pretrained_model_name_or_path, config.is_pairs(cfg)
     dtype = pick_dtype(cfg.mixed_precision, device)
-    cuda = device.type == "cuda"
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if cfg.mixed_precision is None and asked != "no" and DTYPES.get(asked) != dtype:
-        warnings.warn(
-            f"accelerate's mixed precision {asked} is not read: give --mixed_precision {asked}",
-            stacklevel=2,
-        )
-    unable = can_fuse(device, dtype)
-    if cfg.fused_lora and unable:
-        raise ValueError(f"--fused_lora needs {unable}")
-    if unable and cuda and cfg.fused_lora is None:
-        print(f"--no-fused_lora, as one kernel for a layer and its LoRA needs {unable}")
-    # CUDA graphs have not been tested with --deterministic or with several GPUs
-    alone = cuda and ranks.world == 1 and not cfg.deterministic
-    cfg = replace(
-        cfg,
-        cuda_graph=alone if cfg.cuda_graph is None else cfg.cuda_graph,
-        channels_last=cuda if cfg.channels_last is None else cfg.channels_last,
-        fused_lora=unable is None if cfg.fused_lora is None else cfg.fused_lora,
-    )
+    cfg = for_device(cfg, device, dtype, ranks.world)
     files = {"variant": cfg.variant, "revision": cfg.revision, "device": device}
     name = config.objective_of(cfg)
     knobs = Knobs(**{field: getattr(cfg, field) for field in Knobs._fields})
@@ -190,11 +170,15 @@ def run_phases(
     draws = name if task.objective.generates else None
     for sentence in doubts(cfg, dataset, size, draws=draws) if ranks.leads else ():
         warnings.warn(sentence, stacklevel=2)
+    pair_prompts, held_out_prompts = prompts_of(cfg, pairs), prompts_of(cfg, held_out)
+    states = 1 + len({pair.strength for pair in pairs})
+    about = {"prompts": {*pair_prompts}, "states": states, "resized": dataset.resized}
+    meta = lora_metadata(cfg, name, knobs, schedule, **about)
+    check_metadata(json.loads(json.dumps(meta)), run.folder / LORA_FILE)  # it could not be read
     if token is not None:  # fail before the training rather than at the upload
         open_repository(repository(cfg), token)
 
     # ---- 2. text: encode every prompt once; the encoder is then freed, unless it is trained
-    pair_prompts, held_out_prompts = prompts_of(cfg, pairs), prompts_of(cfg, held_out)
     shown_prompts = [cfg.validation_prompt or prompt for prompt in prompts_of(cfg, shown)]
     prompt = cfg.validation_prompt or cfg.instance_prompt  # for samples without pairs
     with phase("text", device, run.log):
@@ -252,10 +236,6 @@ def run_phases(
         checkpoint_activations(unet, LEVELS[level], keep_strength(unet))
         if cfg.compile:
             compile_blocks(unet)
-    states = 1 + len({pair.strength for pair in pairs})
-    about = {"prompts": {*pair_prompts}, "states": states, "resized": dataset.resized}
-    meta = lora_metadata(cfg, name, knobs, schedule, **about)
-    check_metadata(json.loads(json.dumps(meta)), run.folder / LORA_FILE)  # it could not be read
     run.start(
         {
             "objective": name,

@@ -71,8 +71,9 @@ def truncate_parts(parts: Parts, rank: int) -> tuple[Parts, float, tuple[float, 
 
 def folded(f: Factors) -> Factors:
     """The same with scale 1."""
-    B = f.B.to(torch.promote_types(f.B.dtype, torch.float32)) * f.scale
-    return f if f.scale == 1 else Factors(f.A, B, 1.0)
+    if f.scale == 1:
+        return f
+    return Factors(f.A, f.B.to(torch.promote_types(f.B.dtype, torch.float32)) * f.scale, 1.0)
 
 
 def _save(args: argparse.Namespace, parts: Parts, metadata: dict) -> None:

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import train as loop
 from bench.turns import fused
 from model import lora
 from model.frozen import freeze
@@ -18,6 +17,7 @@ from tests.pairs import write_pairs
 from tests.small import rows, small
 from tests.test_lora import batch, draw, relative, trained
 from train import train
+from training import session
 
 
 def operands(b=3, width=8, out=6, rank=4, shared=False):
@@ -82,11 +82,11 @@ def test_layers_that_the_kernel_cannot_take_go_without(sd1, calls):
         trained(unet).lora_adapters.fused = True
         if change is attach:
             attach(unet, one)
-        elif change is merge:
-            merge(unet)
         elif change is freeze:
             freeze(unet, int8=True)
         set_strength(unet, None if change is None else 1.0)
+        if change is merge:
+            merge(unet)
         calls.clear()
         unet(*batch())
         return len(calls)
@@ -139,7 +139,7 @@ def test_a_kernel_that_does_not_compile_is_told(monkeypatch):
 
 def test_a_training_uses_it_unless_told_not_to(sd1, tmp_path, calls, monkeypatch):
     """On a CPU, as if it had the kernel."""
-    monkeypatch.setattr(loop, "can_fuse", lambda device, dtype: None)
+    monkeypatch.setattr(session, "can_fuse", lambda device, dtype: None)
     pairs = write_pairs(tmp_path / "pairs", 3, 32)
     cfg = small(sd1, pairs, tmp_path / "run", max_train_steps=3, mixed_precision="no")
     losses, counts = [], []

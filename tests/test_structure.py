@@ -139,7 +139,8 @@ ARROWS = {
         "training.latents", "training.rows",
     ],
     "training.session": [
-        "config", "durable", "runs", "model.memory", "training.ranks", "training.trackers",
+        "config", "durable", "runs", "model.fused", "model.memory", "model.pipeline",
+        "training.ranks", "training.trackers",
     ],
     "reporting.hub_card": ["model.files", "model.lora_files", "model.objectives", "reporting.md"],
     "hub": [

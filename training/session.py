@@ -1,6 +1,7 @@
 """The frame of a run: opening its folder, torch's settings meanwhile, its summary and errors."""
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -10,7 +11,9 @@ import torch
 
 from config import TrainConfig
 from durable import refuse_file
+from model.fused import can_fuse
 from model.memory import out_of_memory, peak_mib
+from model.pipeline import DTYPES
 from runs import FILES, Run
 from training.ranks import NullRun, Ranks
 from training.trackers import pick_tracker
@@ -18,6 +21,32 @@ from training.trackers import pick_tracker
 # how the folder was opened and the upload: not saved, so that --config repeats only the training
 ONCE = ("overwrite", "resume_from_checkpoint", "resume_changed",
         "push_to_hub", "hub_token", "hub_model_id")  # fmt: skip
+
+
+def for_device(
+    cfg: TrainConfig, device: torch.device, dtype: torch.dtype, world: int
+) -> TrainConfig:
+    """The config with what was left to the device. ValueError names what it cannot do."""
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if cfg.mixed_precision is None and asked != "no" and DTYPES.get(asked) != dtype:
+        warnings.warn(
+            f"accelerate's mixed precision {asked} is not read: give --mixed_precision {asked}",
+            stacklevel=3,
+        )
+    cuda, unable = device.type == "cuda", can_fuse(device, dtype)
+    if cfg.fused_lora and unable:
+        raise ValueError(f"--fused_lora needs {unable}")
+    if unable and cuda and cfg.fused_lora is None:
+        print(f"--no-fused_lora, as one kernel for a layer and its LoRA needs {unable}")
+    # CUDA graphs have not been tested with --deterministic or with several GPUs
+    alone = cuda and world == 1 and not cfg.deterministic
+    given = lambda value, usual: usual if value is None else value  # noqa: E731
+    return replace(
+        cfg,
+        cuda_graph=given(cfg.cuda_graph, alone),
+        channels_last=given(cfg.channels_last, cuda),
+        fused_lora=given(cfg.fused_lora, unable is None),
+    )
 
 
 def refuse_overlap(cfg: TrainConfig) -> None:
