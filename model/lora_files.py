@@ -195,7 +195,7 @@ def _fits(key: str, value: object) -> bool:
         return Knobs._field_defaults.get(key) is None
     if kind is float:
         return _is_number(value)
-    least = -(2**16) if key in Knobs._fields else 1
+    least = 0 if key in Knobs._fields else 1
     return type(value) is kind and (kind is not int or least <= value <= 2**16)
 
 

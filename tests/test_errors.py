@@ -312,7 +312,7 @@ def test_what_diverges_is_no_mistake_of_the_command(place):
 # ---- sample.py -----------------------------------------------------------------------------------
 
 COMMON = {
-    "--lora nowhere": f"--lora nowhere: no {LORA_FILE} there",
+    "--lora nowhere": "--lora nowhere does not exist",
     "--lora pairs": f"--lora pairs: no {LORA_FILE} there",
     "--lora notes.txt": "notes.txt (16 bytes) is damaged or not safetensors",
     "--lora kohya.safetensors": "has the key lora_unet_x.lora_up.weight",

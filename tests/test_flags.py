@@ -689,7 +689,7 @@ def init_lora(lab, patch):
           lora_targets="conv_in")(lab, patch)  # fmt: skip
     stops("train that as well, with --train_text_encoder",
           init_lora=words)(lab, patch)  # fmt: skip
-    stops("--init_lora nowhere: no", init_lora="nowhere")(lab, patch)
+    stops("--init_lora nowhere does not exist", init_lora="nowhere")(lab, patch)
 
 
 def base_lora(lab, patch):
@@ -701,7 +701,7 @@ def base_lora(lab, patch):
     assert not layers(folder, "text_encoder") and "frozen, at multiplier 1" in lab.said[folder]
     assert meta(folder)["base_lora"]["path"] == str(Path(under) / LORA_FILE)
     assert meta(lab.run())["base_lora"] is None
-    stops("--base_lora nowhere: no", base_lora="nowhere")(lab, patch)
+    stops("--base_lora nowhere does not exist", base_lora="nowhere")(lab, patch)
     # as on a base that has it merged, and as the uninterrupted run after a stop
     merged = lab.new()
     argv = ["--model", str(lab.sd1), "--lora", under, merged]

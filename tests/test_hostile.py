@@ -406,4 +406,4 @@ def test_every_knob_that_a_file_may_have_is_looked_at():
     for knob in ("delta_t", "bridge_t", "img2img_t"):
         for step in (0, 1000):
             with pytest.raises(ValueError, match=f"the metadata {knob} = {step}"):
-                lora_files._check_metadata({knob: step}, Path("lora.safetensors"))
+                lora_files.check_metadata({knob: step}, Path("lora.safetensors"))

@@ -438,7 +438,7 @@ MISTAKES = {
     "--fit_steps 2": "--fit_steps and --lora are mutually exclusive",
     "--lora_rank 0": "--lora_rank must be at least 1, got 0",
     "--learning_rate nan": "--learning_rate must be between 0 and 1, got nan",
-    "--lora_after nowhere --model nowhere": "--lora_after nowhere: no pytorch_lora_weights.safete",
+    "--lora_after nowhere --model nowhere": "--lora_after nowhere does not exist",
     "--lora_after {root}/delta --method direct": "--method direct needs one LoRA",
     "--objective both": "--objective: invalid choice: 'both'",
     "--method fade": "--method: invalid choice: 'fade'",
