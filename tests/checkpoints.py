@@ -79,7 +79,7 @@ def unet_config(family: str = "sd1", size: str = "tiny") -> dict:
         "norm_eps": 1e-05,
         "norm_num_groups": s["groups"],
         "out_channels": 4,
-        "sample_size": 64,
+        "sample_size": 64 if size == "full" else 8,
         **({"use_linear_projection": True, "upcast_attention": True} if sd2 else {}),
     }
 

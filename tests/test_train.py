@@ -832,7 +832,7 @@ def test_class_images_have_the_size_of_the_base(config, sd1, tmp_path):
     """Not of the training, at which it may draw badly; an epoch is of the own images."""
     base = shutil.copytree(sd1, tmp_path / "base")
     path = base / "unet" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": 24}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": 12}))
     cfg = replace(
         config, pretrained_model_name_or_path=str(base), pair_objective="after",
         with_prior_preservation=True, class_prompt="land", class_data_dir=str(tmp_path / "class"),
@@ -841,7 +841,7 @@ def test_class_images_have_the_size_of_the_base(config, sd1, tmp_path):
     with pytest.warns(UserWarning, match="--num_train_epochs 1 is . steps: .* --max_train_steps 9"):
         train(cfg)
     sizes = {Image.open(path).size for path in (tmp_path / "class").iterdir()}
-    assert len(sizes) == 1 and sizes.pop()[0] == 24 * load_vae(base).downscale
+    assert len(sizes) == 1 and sizes.pop()[0] == 12 * load_vae(base).downscale
 
 
 def test_a_lora_of_more_text_layers_is_gone_on_with(config, tmp_path):
