@@ -19,6 +19,7 @@ from itertools import chain
 from pathlib import Path
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from cli import Parser
@@ -39,6 +40,7 @@ from editing.flags import (
 from editing.framing import frame_of, scale_in_doubt
 from model.pipeline import Pipeline
 from model.samplers import SAMPLERS
+from pairing.holes import filled, holes_of
 from pairing.images import (
     colour_profile,
     contact_sheet,
@@ -179,7 +181,10 @@ def edit(args: argparse.Namespace) -> None:
     bar = tqdm(total=len(files), desc=args.command, disable=no_bars())
     for part in batches(sizes, lambda size: min(cfg.batch_size, AT_ONCE // math.prod(size) or 1)):
         images = [load_image(file, background) for file in files[part]]
-        pixels = torch.stack([to_tensor(image) for image in images])  # (b, 3, H, W)
+        holes = [holes_of(file) for file in files[part]]
+        seen = [image if hole is None else filled(image, hole)
+                for image, hole in zip(images, holes)]  # fmt: skip
+        pixels = torch.stack([to_tensor(image) for image in seen])  # (b, 3, H, W)
         edited = [  # for each setting and strength b pictures, in 8 bits
             [list(map(to_image, at)) for at in edit_pixels(pipe, pixels, strengths, one)]
             for _, _, one in settings
@@ -191,6 +196,9 @@ def edit(args: argparse.Namespace) -> None:
             profile, first = colour_profile(file), None
             for (label, tag, _), ends, at in zip(settings, endings, edited):
                 results = [some[k] for some in at]
+                if holes[k] is not None:
+                    for result in results:
+                        result.paste(image, mask=Image.fromarray(holes[k]))
                 first = first or results
                 differs |= results != first
                 for ending, result in zip(ends, results):

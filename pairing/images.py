@@ -195,6 +195,15 @@ def _refuse_tiff(image: Image.Image) -> None:
         raise ValueError("it has 4 bands and does not say if the last is alpha (ExtraSamples)")
 
 
+@contextmanager
+def opened_upright(path: Path | Frame | str) -> Iterator[tuple[Image.Image, Mapping]]:
+    """The (first) image in a file, upright, in its own mode, and a TIFF's tags."""
+    with _reading(path), _opened(path) as opened:
+        _refuse_tiff(opened)
+        opened.load()
+        yield ImageOps.exif_transpose(opened), getattr(opened, "tag_v2", {})
+
+
 def load_image(
     path: Path | Frame | str, background: str = "white", *, labels: bool = False
 ) -> Image.Image:
@@ -205,12 +214,9 @@ def load_image(
     ValueError names a file that is broken, truncated, empty or larger than Pillow's bomb limit.
     """
     colour = ImageColor.getrgb(background)[:3]
-    with _reading(path), _opened(path) as opened:
-        _refuse_tiff(opened)
-        opened.load()
-        image = ImageOps.exif_transpose(opened)
+    with opened_upright(path) as (image, tags):
         if image.mode[0] in "IF":  # I;16, I;16B, I, F
-            image = _deep_grey(image, labels, getattr(opened, "tag_v2", {}))
+            image = _deep_grey(image, labels, tags)
         elif labels and _coloured_labels(image):
             image = image.point(lambda value: 255 * (value == 1), "L")
         if not image.has_transparency_data:

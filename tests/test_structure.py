@@ -32,6 +32,7 @@ ARROWS = {
     "cli": ["config", "config_check", "knobs"],
     "durable": [],
     "pairing.images": [],
+    "pairing.holes": ["pairing.images"],
     "pairing.registration": [],
     "pairing.pairs": ["durable", "pairing.images"],
     "pairing.sequences": ["pairing.images", "pairing.pairs"],

@@ -1,0 +1,55 @@
+"""Parts of an image without data: a network takes them for ground, and what is beside them suffers
+(experiments/LOG.md). An edit sees the rest mirrored there, and leaves them as they were."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pairing.images import opened_upright
+
+NODATA = 42113  # GDAL's tag: the value that means it, as text
+
+
+def holes_of(path: Path | str) -> np.ndarray | None:
+    """Where a file declares that it has no data, (H, W) bool, upright; None if nowhere.
+
+    That is where it is fully transparent or, in a TIFF, where every band has GDAL's nodata value.
+    ValueError as for `load_image`.
+    """
+    with opened_upright(path) as (image, tags):
+        deep = image.mode[0] in "IF"  # whose transparency is one grey value
+        if image.has_transparency_data and not deep:
+            holes = np.asarray(image.convert("RGBA").getchannel("A")) == 0
+        else:
+            told = image.info.get("transparency", "") if deep else ""
+            try:
+                value = float(str(told or tags.get(NODATA, told)).rstrip("\0 "))
+            except ValueError:  # not declared
+                return None
+            same = np.asarray(image) == value  # (H, W) or (H, W, bands)
+            holes = same.all(2) if same.ndim == 3 else same
+    return holes if holes.any() and not holes.all() else None
+
+
+def filled(image: Image.Image, holes: np.ndarray) -> Image.Image:
+    """RGB, with each hole (H, W) filled by the pixels beside it, mirrored: in its row, or where
+    that has none, in its column."""
+    pixels = np.array(image)  # (H, W, 3)
+    for row, hole in zip(pixels, holes):
+        if hole.any() and not hole.all():
+            row[hole] = row[_beside(~hole)[hole]]
+    empty = holes.all(1)
+    pixels[empty] = pixels[_beside(~empty)[empty]]
+    return Image.fromarray(pixels)
+
+
+def _beside(there: np.ndarray) -> np.ndarray:
+    """For each place of a line (n,) the one mirrored at the nearest place that is `there`, or that
+    place itself if its mirror image is not."""
+    n, at = len(there), np.arange(len(there))
+    before = np.maximum.accumulate(np.where(there, at, -n))
+    after = np.minimum.accumulate(np.where(there, at, 2 * n)[::-1])[::-1]
+    nearest = np.where(at - before <= after - at, before, after)
+    mirror = np.clip(2 * nearest - at, 0, n - 1)
+    return np.where(there[mirror], mirror, nearest)
