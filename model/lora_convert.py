@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from cli import Parser, floats, report
 from durable import refuse_file, write_aside, write_json
-from model.files import is_local, lacks, locate, moved_note, read_json
+from model.files import is_local, lacks, locate, moved_note, read_json, single_file
 from model.lora import Factors, detach, merge
 from model.lora_algebra import concat, truncate
 from model.lora_files import apply_lora, contradiction, multiplier, read_lora, write_lora
@@ -140,6 +140,11 @@ def merge_into(args: argparse.Namespace, folder: Path) -> str:
     base, files = args.model, {"variant": args.variant, "revision": args.revision}
     if args.revision is not None and is_local(base):
         raise ValueError(f"--revision {args.revision} is for the hub; {base} is a local directory")
+    if single_file(base):
+        raise ValueError(
+            f"--model {base} is a single file; expected a directory in the diffusers layout or a "
+            "hub id"
+        )
     dtype, dot = DTYPES[args.dtype], f".{args.variant}" if args.variant else ""
     parts, metadata = read_lora(args.lora)
     m = multiplier(metadata, args.strength)

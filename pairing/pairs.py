@@ -17,7 +17,7 @@ from pathlib import Path
 from durable import file_sha256
 from pairing.images import Frame, listed
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 SIDES = ("--before_data_dir", "--after_data_dir")
 MAX_CAPTION = 10_000  # characters
 MAX_LINKS = 1000  # symlinked folders followed in one search: mutual links multiply

@@ -1027,9 +1027,11 @@ def test_what_is_not_trained_on_is_told(tmp_path):
     assert said == f"--frames_dir: skipping 2 files that are not images: {left}"
     singles = tmp_path / "singles"
     save(picture(0), singles / "a.png")
-    (singles / "b.jfif").write_bytes(b"left out")
+    save(picture(0), singles / "c.jpg").rename(singles / "c.jfif")
+    assert len(find_singles(singles, flag="--instance_data_dir")) == 2
+    (singles / "b.avif").write_bytes(b"left out")
     assert list(passed_over(TrainConfig(instance_data_dir=str(singles)))) == [
-        f"--instance_data_dir: skipping 1 files that are not images: {singles / 'b.jfif'}"
+        f"--instance_data_dir: skipping 1 files that are not images: {singles / 'b.avif'}"
     ]
     times = [tmp_path / name for name in ("2016", "2019", "2024")]
     for folder, names in zip(times, ("ab", "a", "acd")):

@@ -827,6 +827,7 @@ def test_the_command_line_says_what_is_wrong(tmp_path, sd1, capsys):
         ("concat", lora, lora, new, "--weights", "1"): "--weights has 1 numbers for 2 LoRAs",
         ("concat", lora, lora, new, "--weights", "1,nan"): "numbers such as 1,0.5",
         (*merge, lora, "--model", sd1 / "unet"): "merge: --model .*/unet has no model_index",
+        (*merge, lora, "--model", lora): "merge: --model .* is a single file; expected a directory",
         (*merge, lora, "--model", "nowhere"): "merge: --model 'nowhere' is neither a directory",
         (*merge, "nowhere", "--model", sd1): "merge: --lora nowhere does not exist",
         (*merge, lora, "--model", sd1, "--revision", "x"): "--revision x is for the hub",
