@@ -51,8 +51,7 @@ def figures(result: dict, folder: Path) -> dict[str, tuple[float, float | None]]
         distances = [value["distance"] for value in samples.values() if "distance" in value]
         found["best sample"] = samples["best_psnr"]
         found["statistics"] = {"mean": sum(distances) / len(distances), "se": None}
-    others = COLUMNS.keys() & result["predicted"].keys() - found.keys()
-    found |= {name: result["predicted"][name] for name in COLUMNS if name in others}
+    found |= {name: value for name, value in result["predicted"].items() if name in COLUMNS}
     found["training s"] = {"mean": training_seconds(folder), "se": None}
     return {k: (v["mean"], v["se"]) for k, v in found.items() if v and v["mean"] is not None}
 

@@ -379,7 +379,7 @@ def merge(model: nn.Module, strength: float | Tensor = 1.0) -> None:
         layer.weight = nn.Parameter(
             (layer.weight + delta).to(layer.weight.dtype), requires_grad=False
         )
-    model.lora_adapters.merged = True
+        layer.lora_adapters.merged = True
 
 
 def unmerge(model: nn.Module) -> None:
@@ -387,4 +387,4 @@ def unmerge(model: nn.Module) -> None:
     for layer in lora_layers(model).values():
         if layer.lora_merged is not None:
             layer.weight, layer.lora_merged = layer.lora_merged, None
-    model.lora_adapters.merged = False
+            layer.lora_adapters.merged = False

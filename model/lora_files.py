@@ -23,8 +23,7 @@ from model.text import TextEncoder
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for in a folder
 PEFT_FILE = "adapter_model.safetensors"  # that of peft's save_pretrained, with its config beside it
-FILES = tuple(f"{name[: -len('safetensors')]}{end}" for end in ("safetensors", "bin")
-              for name in (LORA_FILE, PEFT_FILE))  # fmt: skip
+FILES = (LORA_FILE, PEFT_FILE, "pytorch_lora_weights.bin", "adapter_model.bin")  # in a folder
 # what peft initializes from the base's weights, which it changes with it
 WITH_BASE = ("pissa", "olora", "corda", "loftq")
 
@@ -114,7 +113,7 @@ def read_lora(run_or_file: str | Path, flag: str = "--lora") -> tuple[Parts, dic
     except (json.JSONDecodeError, AssertionError, RecursionError) as error:
         raise ValueError(f"{path} has a header that is not JSON") from error
     beside = path.with_name("adapter_config.json")
-    if Path(path.name).stem == Path(PEFT_FILE).stem and not peft and beside.is_file():
+    if path.stem == "adapter_model" and not peft and beside.is_file():
         peft = read_json(beside)
     for key, how in peft.items():
         if key.endswith("init_lora_weights") and str(how).lower().startswith(WITH_BASE):

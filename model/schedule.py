@@ -121,9 +121,10 @@ class Schedule:
                 known.get("beta_end", 0.02),
                 known.get("num_train_timesteps", 1000),
             )
-        if betas.dim() == 1 and not 1000 <= len(betas) <= 100_000:
+        least, most = RANGES["num_train_timesteps"]
+        if betas.dim() == 1 and not least <= len(betas) <= most:
             raise ValueError(
-                f"scheduler config has {len(betas)} trained_betas; expected 1000 to 100000"
+                f"scheduler config has {len(betas)} trained_betas; expected {least} to {most}"
             )
         if betas.dim() != 1 or not ((betas >= 0) & (betas <= 1)).all():
             raise ValueError("scheduler config has betas that are not a list of numbers in 0..1")

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pairing.images import opened_upright
+from pairing.images import header_of, opened_upright
 
 NODATA = 42113  # GDAL's tag: the value that means it, as text
 
@@ -17,6 +17,9 @@ def holes_of(path: Path | str) -> np.ndarray | None:
     That is where it is fully transparent or, in a TIFF, where every band has GDAL's nodata value.
     ValueError as for `load_image`.
     """
+    with header_of(path) as image:  # most files need not be read once more
+        if not image.has_transparency_data and NODATA not in getattr(image, "tag_v2", {}):
+            return None
     with opened_upright(path) as (image, tags):
         deep = image.mode[0] in "IF"  # whose transparency is one grey value
         if image.has_transparency_data and not deep:

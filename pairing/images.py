@@ -78,6 +78,13 @@ def _open(path: Path | str) -> Image.Image:
     return image
 
 
+@contextmanager
+def header_of(path: Path | str) -> Iterator[Image.Image]:
+    """The image before its pixels are read."""
+    with _reading(path), _open(path) as image:
+        yield image
+
+
 _playing: dict[tuple, Image.Image] = {}  # the animated file read last, still open
 
 
@@ -122,7 +129,7 @@ def _png_with_exif(path: Path | str) -> bool:
 
 def image_size(path: Path | str) -> tuple[int, int]:
     """(width, height) as `load_image` returns them, from the file's header alone."""
-    with _reading(path), _open(path) as image:
+    with header_of(path) as image:
         if image.format == "PNG" and not _png_with_exif(path):  # Pillow's getexif would decode it
             return image.size
         # Pillow has rotated a TIFF already; exif_transpose ignores values above 8 too
@@ -133,7 +140,7 @@ def image_size(path: Path | str) -> tuple[int, int]:
 
 def frame_count(path: Path | str) -> int:
     """Number of frames in a file, from its header alone."""
-    with _reading(path), _open(path) as image:
+    with header_of(path) as image:
         return getattr(image, "n_frames", 1)
 
 
@@ -237,7 +244,7 @@ def place_on_map(path: Path | str) -> TiffImagePlugin.ImageFileDirectory_v2:
     Empty too if `load_image` rotates its pixels, for which they would be wrong.
     """
     found = TiffImagePlugin.ImageFileDirectory_v2()
-    with _reading(path), _open(path) as image:
+    with header_of(path) as image:
         upright = image.format == "TIFF" and image.getexif().get(274, 1) == 1  # XMP's too
         tags = image.tag_v2 if upright else {}
         for tag, kind in GEO_TAGS.items():
@@ -248,7 +255,7 @@ def place_on_map(path: Path | str) -> TiffImagePlugin.ImageFileDirectory_v2:
 
 def colour_profile(path: Path | str) -> bytes | None:
     """The ICC profile of an RGB picture: what its numbers, which `load_image` keeps, mean."""
-    with _reading(path), _open(path) as image:
+    with header_of(path) as image:
         return image.info.get("icc_profile") if image.mode in ("RGB", "RGBA", "P") else None
 
 

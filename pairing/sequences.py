@@ -35,9 +35,10 @@ def _states(
     name: str, frames: Sequence[Path | Frame], shares: Sequence[float], mask: Path | None
 ) -> list[Pair]:
     """Pairs of the first frame with each of the others."""
+    usual = read_caption(frames[-1], frames[0])
 
     def state(s: float, frame: Path | Frame) -> Pair:
-        caption = read_caption(frame, frames[-1], frames[0])
+        caption = read_caption(frame) or usual
         return Pair(name if s == 1 else f"{name} at {s:g}", frames[0], frame, mask, caption, s)
 
     return [state(s, frame) for s, frame in zip(shares[1:], frames[1:])]
