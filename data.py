@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageColor
 from torch import Tensor
 
+from pairing.holes import filled, holes_of, union
 from pairing.images import by, image_size, listed, load_image, load_mask, to_tensor
 from pairing.pairs import Pair, file_hash, find_pairs  # noqa: F401, a data set's two steps are at hand together
 from pairing.registration import MAX_ASPECT, aspect_gap
@@ -245,8 +246,9 @@ class PairDataset(torch.utils.data.Dataset):
         return item
 
     def images(self, k: int) -> dict[str, Image.Image]:
-        """Those of pair k, resized to its after image. The last pair's are kept, so that successive
-        views of a large pair read it once."""
+        """Those of pair k, resized to its after image; where a side of a pair has no data, all show
+        the rest mirrored. The last pair's are kept, so that successive views of a large pair read
+        it once."""
         if self._opened[0] != k:
             pair, images = self.pairs[k], {}
             for side, path in pair.files.items():
@@ -257,6 +259,14 @@ class PairDataset(torch.utils.data.Dataset):
                 if image.size != size:
                     smooth = Image.Resampling.BOX if side == "mask" else Image.Resampling.BILINEAR
                     images[side] = image.resize(size, smooth)
+            if pair.before is not None:
+                hole = union([holes_of(path) for path in (pair.before, pair.after)], size)
+                if hole is not None and hole.all():
+                    raise ValueError(
+                        f"pair {listed([pair.name])}: no place has data in both of its images"
+                    )
+                if hole is not None:  # all alike, so that what is mirrored is a pair too
+                    images = {side: filled(image, hole) for side, image in images.items()}
             self._opened = k, images
         return self._opened[1]
 

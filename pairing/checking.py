@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageChops, ImageOps
 
+from pairing.holes import filled, holes_of, union
 from pairing.images import Frame, by, listed, load_image, load_mask
 from pairing.pairs import by_name, find_pairs, read_caption
 from pairing.registration import MAX_ASPECT, MIN_SHIFT, aspect_gap, find_shift
@@ -28,9 +29,11 @@ VERDICTS = {  # in the order of the report: whether it would stop the training, 
     "clips without a change": (True, "two frames are needed, --frame_stride apart"),
     "pairs without a mask": (True, ADD),
     "images of another shape": (True, "crop them to the frame of the after image"),
+    "pairs whose images share no data": (True, "no place has data in both: remove the pair"),
     "unusable captions": (True, "fix the text file or delete it"),
     "images of another size": (False, "they will be resized to the after image"),
     "pairs that look shifted": (False, "align them; (right, down) px of after over before"),
+    "pairs with places without data": (False, "they will show the rest of the pair mirrored there"),
     "pairs without change": (False, "they teach that nothing happens"),
     "nearly black images": (False, "12-bit data in 16-bit files? scale it to the full range"),
     "files with other suffixes, skipped": (False, "save them as PNG, JPEG, WebP, BMP or TIFF"),
@@ -188,7 +191,7 @@ def look_at(
         except (OSError, ValueError) as error:
             report.note("unusable captions", str(error))
     mask = mask_file and load(mask_file, load_mask)
-    before, small = None, {}
+    before, hole, small = None, None, {}
     for i, file in enumerate(files):
         label, last = places.label(i), i == len(files) - 1
         if (image := load(file)) is None:
@@ -202,10 +205,11 @@ def look_at(
                 "nearly black images", f"{name} ({label}, mostly at most {most:.0f} of 255)"
             )
         if i == 0:
-            before = image
+            before, hole = image, holes_of(file)
         elif before is None or not note_pair(
             name if len(files) == 2 else f"{name}, {label}",
             {places.label(0): before, label: image} | ({"mask": mask} if mask and last else {}),
+            [hole, holes_of(file)],
             resolution,
             report,
             whole=last,
@@ -217,10 +221,16 @@ def look_at(
 
 
 def note_pair(
-    name: str, images: dict[str, Image.Image], resolution: int, report: Report, *, whole: bool
+    name: str,
+    images: dict[str, Image.Image],
+    holes: Sequence[np.ndarray | None],
+    resolution: int,
+    report: Report,
+    *,
+    whole: bool,
 ) -> bool:
-    """Notes what is found in a pair: images by label, before, after and perhaps the mask. `whole`:
-    it shows the whole change. Returns whether it is usable."""
+    """Notes what is found in a pair: images by label, before, after and perhaps the mask; `holes`:
+    where the two have no data. `whole`: it shows the whole change. Returns whether it is usable."""
     labels = list(images)
     before, after = images[labels[0]], images[labels[1]]
     mask = images.get("mask")
@@ -232,6 +242,13 @@ def note_pair(
             report.note(f"images of another {what}", example)
     if aspect_gap(before.size, after.size) > MAX_ASPECT:
         return False
+    before = before.resize(after.size)
+    if (hole := union(holes, after.size)) is not None:
+        if hole.all():
+            report.note("pairs whose images share no data", name)
+            return False
+        report.note("pairs with places without data", f"{name} ({hole.mean():.0%})")
+        before, after = filled(before, hole), filled(after, hole)
     report.usable += 1
     if min(after.size) < resolution:
         report.note("pairs smaller than {} px", f"{name} ({by(after.size)})", word=resolution)
@@ -240,7 +257,7 @@ def note_pair(
             report.note("empty masks", name)
         else:
             report.note("faint masks", f"{name} (at most {most} of 255)")
-    difference = ImageChops.difference(before.resize(after.size), after)
+    difference = ImageChops.difference(before, after)
     if whole and np.asarray(difference).mean() < NO_CHANGE:
         report.note("pairs without change", name)
     if (shift := find_shift(before, after)) is not None:

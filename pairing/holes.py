@@ -1,6 +1,8 @@
-"""Parts of an image without data: a network takes them for ground, and what is beside them suffers
-(experiments/LOG.md). An edit sees the rest mirrored there, and leaves them as they were."""
+"""Parts of an image without data. A network takes them for ground, so what is beside them suffers,
+and so does a LoRA that is trained on them (experiments/LOG.md). A training sees the rest mirrored
+there, in both images of a pair alike; an edit does too, and leaves them as they were."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -32,18 +34,33 @@ def holes_of(path: Path | str) -> np.ndarray | None:
                 return None
             same = np.asarray(image) == value  # (H, W) or (H, W, bands)
             holes = same.all(2) if same.ndim == 3 else same
-    return holes if holes.any() and not holes.all() else None
+    return holes if holes.any() else None
+
+
+def union(holes: Iterable[np.ndarray | None], size: tuple[int, int]) -> np.ndarray | None:
+    """Where any of them is, as (H, W) for images brought to `size` (width, height); None if none
+    is anywhere."""
+    found = None
+    for hole in holes:
+        if hole is None:
+            continue
+        if hole.shape != size[::-1]:  # all that the images' resampling has touched
+            image = Image.fromarray(np.uint8(255) * hole)
+            hole = np.asarray(image.resize(size, Image.Resampling.BILINEAR)) > 0
+        found = hole if found is None else found | hole
+    return found
 
 
 def filled(image: Image.Image, holes: np.ndarray) -> Image.Image:
-    """RGB, with each hole (H, W) filled by the pixels beside it, mirrored: in its row, or where
-    that has none, in its column."""
-    pixels = np.array(image)  # (H, W, 3)
+    """RGB or grey, with each hole (H, W) filled by the pixels beside it, mirrored: in its row, or
+    where that has none, in its column. An image that is all hole stays."""
+    pixels = np.array(image)  # (H, W, 3) or (H, W)
     for row, hole in zip(pixels, holes):
         if hole.any() and not hole.all():
             row[hole] = row[_beside(~hole)[hole]]
     empty = holes.all(1)
-    pixels[empty] = pixels[_beside(~empty)[empty]]
+    if not empty.all():
+        pixels[empty] = pixels[_beside(~empty)[empty]]
     return Image.fromarray(pixels)
 
 

@@ -6,9 +6,12 @@ import torch
 from PIL import Image, TiffImagePlugin
 
 import sample
+from check_data import main as check_data
+from data import PairDataset
 from editing import edits
-from pairing.holes import NODATA, filled, holes_of
-from pairing.images import load_image
+from pairing.holes import NODATA, filled, holes_of, union
+from pairing.images import load_image, to_image
+from pairing.pairs import Pair
 from tests.test_sample import write_lora
 
 
@@ -29,7 +32,7 @@ def test_where_a_file_says_that_it_has_none(tmp_path):
     assert black.tolist() == [[True, True, False], [False, True, False]]
     assert np.array_equal(holes_of(tiff(tmp_path / "c.tif", colour, **{one: "0 "})), black)
     assert holes_of(tiff(tmp_path / "d.tif", colour, **{one: "255"})) is None  # in no pixel of it
-    assert holes_of(tiff(tmp_path / "e.tif", grey * 0, **{one: "0"})) is None  # nothing to see
+    assert holes_of(tiff(tmp_path / "e.tif", grey * 0, **{one: "0"})).all()
     assert holes_of(tiff(tmp_path / "f.tif", grey, **{one: "none"})) is None
     deep = tiff(tmp_path / "g.tif", grey.astype(np.uint16) * 257, **{one: "65535"})
     assert holes_of(deep).tolist() == [[False] * 3, [False, False, True]]
@@ -52,6 +55,7 @@ def test_a_hole_is_filled_with_what_is_beside_it_mirrored():
     assert result.tolist() == [[5, 4, 3, 4, 5, 4]] * 4  # rows without any: those above
     kept = pixels != 0
     assert np.array_equal(result[kept], pixels[kept])
+    assert np.array_equal(filled(image, pixels >= 0), np.asarray(image))
 
 
 @pytest.mark.parametrize("strengths", ["1", "0,1"])
@@ -74,3 +78,62 @@ def test_an_edit_sees_no_hole_and_leaves_it(tmp_path, sd1, monkeypatch, strength
     assert torch.equal(pixels[..., :12].flip(-1), pixels[..., 13:25])
     edited = np.asarray(load_image(tmp_path / "out" / "a_s1.png"))
     assert not edited[:, :12].any() and edited[:, 12:].any()
+
+
+def picture(seed, *empty, size=(32, 32)):
+    """An RGBA picture, transparent in the given columns."""
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(1, 255, (size[1], size[0], 4), dtype=np.uint8)
+    pixels[..., 3] = 255
+    pixels[:, list(empty), 3] = 0
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Without data in columns 0..5 before and 3..8 after."""
+    for k, (side, empty) in enumerate({"before": range(6), "after": range(3, 9)}.items()):
+        (tmp_path / side).mkdir()
+        picture(k, *empty).save(tmp_path / side / "a.png")
+    (tmp_path / "mask").mkdir()
+    picture(2).convert("L").save(tmp_path / "mask" / "a.png")
+    return Pair("a", *(tmp_path / side / "a.png" for side in ("before", "after", "mask")))
+
+
+def test_both_images_of_a_pair_and_its_mask_are_mirrored_alike(pair):
+    item = PairDataset([pair], 32)[0]
+    for k, side in enumerate(("before", "after", "mask")):
+        pixels, given = item[side], np.asarray(picture(k).convert("RGB"), np.float32)
+        assert torch.equal(pixels[..., :9], pixels[..., 10:19].flip(-1))  # the edge is column 9
+        if side != "mask":
+            assert np.array_equal(np.asarray(to_image(pixels))[:, 9:], given[:, 9:])
+
+
+def test_a_single_image_is_not_mirrored(pair):
+    pixels = PairDataset([Pair("a", None, pair.after)], 32)[0]["after"]
+    assert (pixels[..., 3:9] == 1).all()  # --background
+
+
+def test_sides_of_two_sizes_leave_out_what_their_resampling_touched(pair, tmp_path):
+    picture(0, *range(12), size=(64, 64)).save(pair.before)
+    picture(1).save(pair.after)
+    with pytest.warns(UserWarning, match="1 images are resized"):
+        item = PairDataset([pair], 32)[0]
+    before, after = item["before"], item["after"]
+    assert torch.equal(before[..., :7], before[..., 8:15].flip(-1))  # column 6 is half white
+    assert torch.equal(after[..., :7], after[..., 8:15].flip(-1))
+    assert union([None, None], (32, 32)) is None
+
+
+def test_a_pair_whose_images_share_no_data_is_refused(pair, tmp_path, capsys):
+    argv = [f"--{side}={getattr(pair, side).parent}" for side in ("before", "after")]
+    argv += ["--resolution=32", f"--out={tmp_path / 'sheet.png'}"]
+    assert check_data(argv) == 0
+    told = "remark       pairs with places without data: 1\n             a (28%)"
+    assert told in capsys.readouterr().out
+    for empty in (range(6, 32), range(32)):
+        picture(1, *empty).save(pair.after)
+        with pytest.raises(ValueError, match="pair a: no place has data in both of its images"):
+            PairDataset([pair], 32)[0]
+    assert check_data(argv) == 2  # nothing is left
+    assert "PROBLEM      pairs whose images share no data: 1" in capsys.readouterr().out

@@ -37,9 +37,10 @@ ARROWS = {
     "pairing.pairs": ["durable", "pairing.images"],
     "pairing.sequences": ["pairing.images", "pairing.pairs"],
     "pairing.checking": [
-        "pairing.images", "pairing.pairs", "pairing.registration", "pairing.sequences",
+        "pairing.holes", "pairing.images", "pairing.pairs", "pairing.registration",
+        "pairing.sequences",
     ],
-    "data": ["pairing.images", "pairing.pairs", "pairing.registration"],
+    "data": ["pairing.holes", "pairing.images", "pairing.pairs", "pairing.registration"],
     "reporting.md": [],
     "reporting.evaluation": ["durable", "pairing.images", "reporting.md"],
     "training.stop": [],
