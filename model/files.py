@@ -25,6 +25,8 @@ MOVED = {  # repositories that are gone from the hub, and where their files are 
 
 
 PICKLED = (".bin", ".ckpt", ".pt")
+COMPONENTS = {"unet/": "diffusion_pytorch_model", "vae/": "diffusion_pytorch_model",
+              "text_encoder/": "model"}  # fmt: skip
 
 
 def is_local(name_or_path: str | Path) -> bool:
@@ -175,7 +177,36 @@ def _shards(
 def weight_files(
     name_or_path: str | Path, prefix: str, stem: str, variant: str | None, revision: str | None
 ) -> list[Path]:
-    """The files with a component's tensors: a single one, or the shards of an index."""
+    """The files with a component's tensors: a single one, or the shards of an index. Those without
+    a variant where only other components have it, as in diffusers."""
+    found = _of_variant(name_or_path, prefix, stem, variant, revision)
+    if found is None and variant and offers(name_or_path, variant, revision):
+        found = _of_variant(name_or_path, prefix, stem, None, revision)
+    if found is not None:
+        return found
+    dot = f".{variant}" if variant else ""
+    absent = lacks(name_or_path, f"{prefix}{stem}{dot}.safetensors", revision)
+    if not is_local(name_or_path):
+        raise FileNotFoundError(f"{absent}; from the hub only safetensors are read (see --variant)")
+    suffixes = (".safetensors", ".bin", ".ckpt", ".msgpack", ".json")
+    there = sorted(p.name for p in Path(name_or_path, prefix).glob("*") if p.suffix in suffixes)
+    there = [name for name in there if name != "config.json"]
+    hint = f"there is {', '.join(there)} (see --variant)" if there else "it has no weights"
+    raise FileNotFoundError(f"{absent}; {hint}")
+
+
+def offers(name_or_path: str | Path, variant: str, revision: str | None) -> bool:
+    """Whether any component of a model has files of this variant."""
+    return any(
+        _of_variant(name_or_path, prefix, stem, variant, revision) is not None
+        for prefix, stem in COMPONENTS.items()
+    )
+
+
+def _of_variant(
+    name_or_path: str | Path, prefix: str, stem: str, variant: str | None, revision: str | None
+) -> list[Path] | None:
+    """As `weight_files`, of this variant alone; None if there are none."""
     dot = f".{variant}" if variant else ""
     kinds = [(stem, "safetensors")]
     if is_local(name_or_path):  # from the hub, which is untrusted, safetensors only
@@ -191,14 +222,7 @@ def weight_files(
             path = locate(name_or_path, prefix + index, revision)
             if path is not None:
                 return _shards(name_or_path, prefix, path, kind, revision)
-    absent = lacks(name_or_path, f"{prefix}{stem}{dot}.safetensors", revision)
-    if not is_local(name_or_path):
-        raise FileNotFoundError(f"{absent}; from the hub only safetensors are read (see --variant)")
-    suffixes = (".safetensors", ".bin", ".ckpt", ".msgpack", ".json")
-    there = sorted(p.name for p in Path(name_or_path, prefix).glob("*") if p.suffix in suffixes)
-    there = [name for name in there if name != "config.json"]
-    hint = f"there is {', '.join(there)} (see --variant)" if there else "it has no weights"
-    raise FileNotFoundError(f"{absent}; {hint}")
+    return None
 
 
 def moved_note(name_or_path: str | Path) -> str | None:
@@ -315,4 +339,7 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
 
 def _plain(key: object, value: object) -> bool:
     named = isinstance(key, str) and isinstance(value, Tensor)
-    return named and value.layout == torch.strided and value.device.type == "cpu"
+    if not named or value.layout != torch.strided or value.device.type != "cpu":
+        return False
+    # expanded (stride 0), a few bytes would become any number of them
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()

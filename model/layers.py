@@ -231,12 +231,12 @@ class Up(nn.Module):
 def timestep_embedding(t: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
     """Sinusoids of t (b,) -> (b, dim) fp32, as in Vaswani et al. 2017, section 3.5.
 
-    In fp32 whatever the model's dtype: the checkpoints were trained so, and at t = 999 the rounding
-    of the angle shows up in a float64 comparison.
+    In fp32 whatever the model's dtype, its operations in diffusers' order: the checkpoints were
+    trained so, and at t = 999 another rounding of the angle shows up in a float64 comparison.
     """
     half = dim // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / (half - freq_shift)
-    frequency = torch.exp(-math.log(10000.0) * exponent)  # (half,)
+    exponent = -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=t.device)
+    frequency = torch.exp(exponent / (half - freq_shift))  # (half,)
     angle = t.float()[:, None] * frequency  # (b, half)
     sin, cos = angle.sin(), angle.cos()
     emb = torch.cat([cos, sin] if flip_sin_to_cos else [sin, cos], dim=1)  # (b, 2·half)

@@ -105,7 +105,7 @@ def _fuses(layer: nn.Module, x: Tensor) -> bool:
 
 def _rank_factors(layer: nn.Module) -> Tensor:
     s, mix = layer.lora_adapters.strength, layer.lora_mix
-    s = s.to(mix.device).expand(-1, mix.shape[0])  # (b or 1, k)
+    s = s.to(mix).expand(-1, mix.shape[0])  # (b or 1, k)
     # (b or 1, r); for one adapter a plain product, which a compiler can fuse
     return s * mix if mix.shape[0] == 1 else s @ mix
 
@@ -246,14 +246,14 @@ def attach(model: nn.Module, factors: dict[str, Factors]) -> None:
         dtype = torch.promote_types(torch.float32, weight.dtype)
         A, B = f.A.to(weight.device, dtype), f.B.to(weight.device, dtype)
         rank = A.shape[0]
-        mix = torch.zeros(shared.count, rank, device=weight.device)
+        mix = torch.zeros(shared.count, rank, device=weight.device, dtype=dtype)
         if type(layer) in PLAIN:
             A, B = torch.cat([layer.lora_A.data, A]), torch.cat([layer.lora_B.data, B], dim=1)
             mix = torch.cat([layer.lora_mix, mix], dim=1)
         else:
             layer.__class__ = ADAPTED[type(layer)]
             layer.lora_adapters, layer.lora_merged, layer.lora_cast = shared, None, None
-        own = torch.zeros(1, mix.shape[1], device=weight.device)
+        own = torch.zeros(1, mix.shape[1], device=weight.device, dtype=dtype)
         own[:, mix.shape[1] - rank :] = f.scale
         layer.lora_A, layer.lora_B = nn.Parameter(A), nn.Parameter(B)
         layer.register_buffer("lora_mix", torch.cat([mix, own]), persistent=False)
@@ -371,7 +371,7 @@ def merge(model: nn.Module, strength: float | Tensor = 1.0) -> None:
         if layer.lora_merged is not None:
             raise ValueError(f"{name} is already merged")
         mix = layer.lora_mix
-        s = torch.as_tensor(strength, dtype=torch.float32, device=mix.device).view(-1)
+        s = torch.as_tensor(strength, dtype=torch.float32).view(-1).to(mix)
         m = s.expand(mix.shape[0]) @ mix  # (r,)
         A, B = layer.lora_A, layer.lora_B.flatten(1)  # B (out, r)
         delta = ((B * m) @ A.flatten(1)).view(layer.weight.shape)

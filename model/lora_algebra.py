@@ -38,7 +38,10 @@ def truncate(f: Factors, rank: int) -> tuple[Factors, float, float]:
     A, B = f.A.flatten(1).double(), f.B.flatten(1).double()  # (r, n), (out, r)
     Q_A, R_A = torch.linalg.qr(A.T)  # (n, r), (r, r)
     Q_B, R_B = torch.linalg.qr(B)
-    U, S, Vh = torch.linalg.svd(f.scale * R_B @ R_A.T)
+    middle = f.scale * R_B @ R_A.T
+    if not middle.isfinite().all():
+        raise ValueError("an update exceeds the range of float64")
+    U, S, Vh = torch.linalg.svd(middle)
     whole = S.square().sum().item()
     if rank >= f.A.shape[0]:
         return f, 0.0, whole

@@ -219,10 +219,13 @@ def merge_into(args: argparse.Namespace, folder: Path) -> str:
             if part.name not in parts:
                 shutil.copytree(part, folder / part.name)
     else:
-        for file in (name.format(dot) for name in HUB_FILES + MAYBE):
-            if file.split("/")[0] in parts:
+        for name in HUB_FILES + MAYBE:
+            if name.split("/")[0] in parts:
                 continue
+            file = name.format(dot)
             path = locate(base, file, args.revision)
+            if path is None and file != name.format(""):  # a variant that other components have
+                path = locate(base, file := name.format(""), args.revision)
             if path is not None:
                 (folder / file).parent.mkdir(exist_ok=True)
                 shutil.copy(path, folder / file)

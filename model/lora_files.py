@@ -25,7 +25,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks 
 PEFT_FILE = "adapter_model.safetensors"  # that of peft's save_pretrained, with its config beside it
 FILES = (LORA_FILE, PEFT_FILE, "pytorch_lora_weights.bin", "adapter_model.bin")  # in a folder
 # what peft initializes from the base's weights, which it changes with it
-WITH_BASE = ("pissa", "olora", "corda", "loftq")
+WITH_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def file_of(layout: str) -> str:
@@ -111,7 +111,7 @@ def read_lora(run_or_file: str | Path, flag: str = "--lora") -> tuple[Parts, dic
         metadata = json.loads(header.get("pairlora", "{}"))
         assert isinstance(peft, dict) and isinstance(metadata, dict)
     except (json.JSONDecodeError, AssertionError, RecursionError) as error:
-        raise ValueError(f"{path} has a header that is not JSON") from error
+        raise ValueError(f"{path} has a header that is not an object in JSON") from error
     beside = path.with_name("adapter_config.json")
     if path.stem == "adapter_model" and not peft and beside.is_file():
         peft = read_json(beside)
@@ -164,9 +164,10 @@ def apply_lora(
     for part, model in (("unet", unet), ("text_encoder", text and text.model)):
         if model is not None and part in parts:
             factors = factors_for(model, parts[part])
-            # trained with the before latent as additional channels
+            # trained with further latents as additional channels; an inpainting LoRA's mask is none
             wide = factors.get("conv_in") if part == "unet" else None
-            if wide is not None and (extra := wide.A.shape[1] - unet.in_channels) > 0:
+            extra = wide.A.shape[1] - unet.in_channels if wide is not None else 0
+            if extra > 0 and extra % 4 == 0:
                 unet.widen(extra)
             try:
                 attach(model, factors) if fixed is None else fix(model, factors, fixed)

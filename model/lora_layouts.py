@@ -51,6 +51,9 @@ OLD = re.compile(
 OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 ROLES = {"lora_down.weight": "A", "down": "A", "lora_up.weight": "B", "up": "B",
          "lora_mid.weight": "mid"}  # fmt: skip
+MATRIX = re.compile(  # the end of a path whose layer is linear in every SD
+    r"(^|\.)(to_[qkv]|to_out\.0|net\.0\.proj|net\.2|[qkv]_proj|out_proj|fc[12]|time_emb_proj|linear_[12])$"
+)
 PARTNERS = {"lora_A": "lora_B", "lora_down": "lora_up", ".down.": ".up."}
 
 # ---- out -----------------------------------------------------------------------------------------
@@ -203,7 +206,8 @@ def unpack(tensors: dict[str, Tensor], peft: dict, file) -> Parts:
         A, B = tensors[roles["A"]], tensors[roles["B"]]
         if "mid" in roles:  # LoCon's three factors B · mid · A, where A is 1×1
             A = _with_mid(A, tensors[roles["mid"]], f"{file} has {roles['mid']}")
-        r = A.shape[0] if A.dim() in (2, 4) else 0
+        A, B = _as_published(path, A, B)
+        r = A.shape[0] if A.dim() in (2, 4) and A.numel() else 0
         if r == 0:
             raise ValueError(f"{file} has {roles['A']} with shape {tuple(A.shape)}")
         if list(B.shape[1:]) != [r, *[1] * (A.dim() - 2)]:
@@ -235,6 +239,16 @@ def _partner(key: str, role: str, wanted: str) -> str:
     return key
 
 
+def _as_published(path: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors as the path's layer has them: some tools store a matrix as a 1×1 convolution, or the
+    reverse. proj_in and proj_out are either, by the model; see `factors_for`."""
+    if MATRIX.search(path) and A.shape[2:] == B.shape[2:] == (1, 1):
+        return A.flatten(1), B.flatten(1)
+    if path.endswith("conv_shortcut") and A.dim() == B.dim() == 2:
+        return A[..., None, None], B[..., None, None]
+    return A, B
+
+
 def _with_mid(A: Tensor, mid: Tensor, what: str) -> Tensor:
     """A (q, in, 1, 1) followed by mid (r, q, kh, kw), as one A (r, in, kh, kw)."""
     if mid.dim() != 4 or A.dim() != 4 or A.shape[2:] != (1, 1) or mid.shape[1] != A.shape[0]:
@@ -244,7 +258,8 @@ def _with_mid(A: Tensor, mid: Tensor, what: str) -> Tensor:
 
 
 def _peft_scale(peft: dict, part: str, path: str, r: int, file) -> float:
-    """α/r as peft reads its config: patterns are regular expressions for the end of a path."""
+    """α/r as peft reads its config: patterns are regular expressions for the end of a path, here of
+    names and dots, as others from a stranger could keep the reader busy forever."""
 
     def setting(name: str, default):  # a single part is saved without its name
         return peft.get(f"{part}.{name}", peft.get(name, default))
@@ -253,6 +268,9 @@ def _peft_scale(peft: dict, part: str, path: str, r: int, file) -> float:
     names = {path, path.removeprefix("text_model.")}
     try:
         pattern = setting("alpha_pattern", None) or {}
+        for text in pattern:
+            if not re.fullmatch(r"[\w.\\^$|]*", text):
+                raise ValueError(text)
         hits = (v for p, v in pattern.items() for name in names
                 if p == name or re.match(rf"(.*\.)?({p})$", name))  # fmt: skip
         alpha = next(hits, setting("lora_alpha", r))

@@ -250,6 +250,12 @@ def load_pipeline(
         base = meta["base_model"]
         revision, variant = revision or meta.get("revision"), variant or meta.get("variant")
         base_told = True
+    elif variant is None and (trained := meta.get("variant")) is not None:
+        warnings.warn(
+            f"the LoRA was trained with --variant {trained} of its base: without it, the plain "
+            f"weights of {base} are used, which may be others",
+            stacklevel=2,
+        )
     files = {"revision": revision, "variant": variant, "device": device}
     with _named(base_told, "--model"):
         # a single file may only guess what it predicts

@@ -7,7 +7,7 @@ import json
 import shlex
 from pathlib import Path
 
-from model.files import MOVED, is_local
+from model.files import MOVED, PICKLED, is_local
 from model.lora_files import LORA_FILE, file_of
 from model.objectives import PORTABLE
 from reporting.md import escaped, fenced, printable
@@ -147,7 +147,9 @@ def strength_table(pictures: dict) -> str:
 
 def own_snippet(repo: str, meta: dict, local: bool) -> str:
     name = repo.rpartition("/")[2]
-    base = " --model path/to/base" if local else ""
+    base = ""
+    if local:
+        base = " --model path/to/base" + flag_of(meta, "variant")
     use = "edit --input photo.jpg"
     if meta["objective"] == "dreambooth":
         use = f"generate --prompt {shlex.quote(printable(meta['prompt']))}"
@@ -157,25 +159,33 @@ def own_snippet(repo: str, meta: dict, local: bool) -> str:
     )
 
 
+def flag_of(meta: dict, key: str) -> str:
+    return f" --{key} {shlex.quote(meta[key])}" if meta.get(key) else ""
+
+
 def diffusers_part(repo: str, meta: dict, flags: dict, local: bool) -> list[str]:
     objective, base, name = meta["objective"], meta["base_model"], repo.rpartition("/")[2]
-    of_files = ("revision", "variant")
+    of_files, single = ("revision", "variant"), base.endswith((".safetensors", *PICKLED))
     if objective == "concat":
         merged = (
             f"python -m model.weights merge --model {'path/to/base' if local else base} "
-            f"--lora {name} merged --strength 1"
-            + "".join(f" --{key} {shlex.quote(meta[key])}" for key in of_files if meta.get(key))
+            f"--lora {name} merged --strength 1" + "".join(flag_of(meta, key) for key in of_files)
         )
         return [
             "The UNet has more input channels than the base. Merged into the base, the LoRA gives "
             "a model for `StableDiffusionInstructPix2PixPipeline`:",
             fenced(merged, "sh"),
+            *(
+                ["Its base is a single file; that needs it as a directory, as diffusers saves it."]
+                if single
+                else []
+            ),
         ]
     if objective not in PORTABLE:
         return ["No diffusers pipeline implements how this LoRA is applied: use sample.py."]
     edits, straight = objective != "dreambooth", objective == "img2img"
     pipeline = f"StableDiffusion{'Img2Img' * edits}Pipeline"
-    options = [f"{key}={meta[key]!r}" for key in of_files if meta.get(key)]
+    options = [f"{key}={meta[key]!r}" for key in of_files if meta.get(key) and not single]
     if vae := meta.get("vae_path"):
         vae = "path/to/vae" if is_local(vae) else vae
         options.append(f"vae=AutoencoderKL.from_pretrained({vae!r})")
@@ -191,15 +201,23 @@ def diffusers_part(repo: str, meta: dict, flags: dict, local: bool) -> list[str]
         *(["from diffusers.utils import load_image"] if edits else []),
         "",
         f"base = {'path/to/base' if local else MOVED.get(base, base)!r}",
-        f"pipe = {pipeline}.from_pretrained({', '.join(['base', *options])})",
+        f"pipe = {pipeline}.from_{'single_file' if single else 'pretrained'}"
+        f"({', '.join(['base', *options])})",
         *([f"pipe.scheduler = DDIMScheduler.from_config({', '.join(scheduled)})"] * ddim),
         f'pipe.load_lora_weights("{repo}", weight_name="{LORA_FILE}", adapter_name="change")',
         "strength = 1.0",
         f'pipe.set_adapters("change", {multiplier(meta)})',
         f"image = pipe({printable(meta['prompt'])!r}{given}).images[0]",
     ]
-    remark = "The pipeline's own `strength` is how far the image is noised."
-    return [fenced("\n".join(code), "python"), *([remark] if edits else [])]
+    remarks = ["The pipeline's own `strength` is how far the image is noised."] * edits
+    if single and meta.get("variant"):
+        remarks.append("It was trained on the file's averaged weights, which diffusers leaves out.")
+    if meta.get("text_encoder_use_attention_mask") or meta.get("tokenizer_max_length"):
+        remarks.append(
+            "sample.py cuts or masks the prompt as in the training; other clients do not, so that "
+            "their results differ."
+        )
+    return [fenced("\n".join(code), "python"), *remarks]
 
 
 def others_part(repo: str, meta: dict, layouts: list[str]) -> list[str]:

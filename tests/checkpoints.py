@@ -1,6 +1,6 @@
 """Random checkpoints in the published layout, from the public config values of each family.
 
-    python tests/checkpoints.py OUT [--family sd1|sd2|ip2p|inpaint] [--size tiny|small|tenth|full]
+    python -m tests.checkpoints OUT [--family sd1|sd2|ip2p|inpaint] [--size tiny|small|tenth|full]
 
 `tiny` has every part of the real thing at two or more levels and takes milliseconds; `small` is the
 same at four levels and f = 8; `tenth` has SD1.5's graph at about a tenth of its widths; `full` is

@@ -63,6 +63,14 @@ def test_a_lora_that_is_a_pickle_is_refused_and_not_run(tmp_path, name):
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_small_pickle_does_not_become_a_large_tensor(tmp_path):
+    """Expanded, 2 kB would be 4 TB."""
+    large = {f"unet.conv_in.lora_{x}.weight": torch.zeros(1).expand(10**6, 10**6) for x in "AB"}
+    torch.save(large, tmp_path / "lora.bin")
+    with pytest.raises(ValueError, match=r"lora\.bin is not a dictionary of plain tensors"):
+        read_lora(tmp_path / "lora.bin")
+
+
 def test_a_tokenizers_code_is_not_run(sd1, tmp_path):
     """`auto_map` names Python files, which only trust_remote_code would load."""
     folder = tmp_path / "sd" / "tokenizer"

@@ -241,6 +241,13 @@ def test_each_client_gets_its_file():
     assert "a local checkpoint" in local and "--vae_path=vae" in local
     assert "from_pretrained(base, revision='v2')" in card(revision="v2")
     assert " --variant fp16" in card(objective="concat", variant="fp16")
+    single = {"base_model": "/where/I/live/base.safetensors", "variant": "ema"}
+    alone = card(**single)
+    assert "--model path/to/base --variant ema" in alone and "from_single_file(base)" in alone
+    assert "averaged weights, which diffusers leaves out" in alone
+    assert "needs it as a directory" in card(objective="concat", **single)
+    assert "other clients do not" in card(text_encoder_use_attention_mask=True)
+    assert "other clients do not" in card(tokenizer_max_length=20) and "do not" not in card()
     gone = card(base_model="runwayml/stable-diffusion-v1-5")
     assert front(gone)["base_model"] == "stable-diffusion-v1-5/stable-diffusion-v1-5"
     under = card(base_lora={"path": "/where/style.safetensors", "strength": 0.5, "sha256": ""})

@@ -581,6 +581,7 @@ def test_bad_files_are_one_sentence_that_names_the_key(tmp_path, sd1, name):
 
 
 HEADERS = ['{"unet.lora_alpha": "x"}', '{"unet.alpha_pattern": {"(": 1}}',
+           '{"unet.alpha_pattern": {"(.+)+!": 2}}',  # would never end
            '{"unet.alpha_pattern": 3}', '{"unet.lora_alpha": NaN}']  # fmt: skip
 
 
@@ -655,6 +656,63 @@ def test_a_lora_that_changed_its_base_is_refused(tmp_path, sd1, how):
     theirs.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"was initialized by {how}, which changes the base"):
         load_lora(tmp_path, unet=load_unet(sd1))
+
+
+def test_a_header_says_that_a_lora_changed_its_base(tmp_path, sd1):
+    """LoRA-GA needs gradients of the base to be made."""
+    inject(unet := load_unet(sd1), "attn", 2)
+    save_lora(path := tmp_path / "x.safetensors", unet=unet)
+    header = {"lora_adapter_metadata": json.dumps({"unet.init_lora_weights": "lora_ga"})}
+    save_file(load_file(path), path, metadata=header)
+    with pytest.raises(ValueError, match="was initialized by lora_ga, which changes the base"):
+        load_lora(path, unet=load_unet(sd1))
+
+
+def test_an_inpainting_lora_does_not_widen_a_plain_base(tmp_path, sd1, capsys):
+    inject(wide := load_unet(sd1), "conv_in", 2)
+    wide.widen(5)
+    save_lora(path := tmp_path / "x.safetensors", unet=wide)
+    unet = load_unet(sd1)
+    with pytest.raises(ValueError, match=r"the LoRA's conv_in has A \(2, 9, 3, 3\)"):
+        load_lora(path, unet=unet)
+    assert unet.in_channels == 4
+
+
+def test_converted_files_have_the_shapes_that_clients_expect(tmp_path, sd1, capsys):
+    """A matrix stored as a 1×1 convolution, and the reverse."""
+    inject(unet := load_unet(sd1), "attn,ff,conv,time_emb_proj,linear_1", 2)
+    save_lora(path := tmp_path / "x.safetensors", unet=unet)
+    right = load_file(path)
+
+    def wrong(key, tensor):
+        if tensor.dim() == 2:
+            return tensor[..., None, None]
+        return tensor.flatten(1) if "conv_shortcut" in key else tensor
+
+    save_file({key: wrong(key, tensor) for key, tensor in right.items()}, path)
+    for layout in LAYOUTS:
+        code, _ = said(
+            capsys, "convert", path, tmp_path / f"{layout}.safetensors", "--format", layout
+        )
+        assert code == 0
+    found = load_file(tmp_path / "diffusers.safetensors")
+    assert found.keys() == right.keys()
+    assert all(torch.equal(found[key], right[key]) for key in right)
+    by_size = lambda file: sorted(tuple(x.shape) for x in load_file(file).values() if x.dim())  # noqa: E731
+    for layout in LAYOUTS:
+        assert by_size(tmp_path / f"{layout}.safetensors") == by_size(
+            tmp_path / "diffusers.safetensors"
+        )
+
+
+def test_a_rank_of_numbers_out_of_range_is_one_sentence(tmp_path, capsys):
+    key = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_{}.weight"
+    huge = torch.full((4, 4), 1e200, dtype=torch.float64)
+    save_file(
+        {key.format(letter): huge.clone() for letter in "AB"}, path := tmp_path / "x.safetensors"
+    )
+    code, told = said(capsys, "convert", path, tmp_path / "y.safetensors", "--rank", 2)
+    assert code == 2 and "exceeds the range of float64" in told
 
 
 def delta_of(path) -> dict[tuple, torch.Tensor]:

@@ -583,3 +583,9 @@ def test_flags_that_another_one_switches_off_are_warned_of(tmp_path, sd1, images
             lora = write_lora(tmp_path / name, sd1, objective=objective)
         run(*make, "--lora", lora, "--out", tmp_path / "made")
         assert ("a LoRA of delta is for `sample.py edit`" in capsys.readouterr().out) is warned
+
+
+def test_another_place_of_the_base_does_not_drop_its_variant_in_silence(tmp_path, sd1):
+    lora = write_lora(tmp_path / "run", sd1, variant="ema")
+    with pytest.warns(UserWarning, match="trained with --variant ema of its base: without it, the"):
+        load_pipeline(str(sd1), lora)

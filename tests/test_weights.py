@@ -498,6 +498,13 @@ def test_a_wrong_variant_says_what_there_is(root, folder):
     assert f"has no {name.replace('.fp16', '')}; there is {there}" in sentence
 
 
+def test_a_variant_that_one_component_has(root, plain):
+    """The others are read without, as in diffusers (SD1.5's non_ema is of the UNet alone)."""
+    weights = weights_file(root, "unet")
+    weights.rename(weights_file(root, "unet", "non_ema"))
+    assert_same(contents(root, variant="non_ema"), plain)
+
+
 @pytest.mark.parametrize("folder", STEMS)
 def test_a_component_that_is_absent(root, folder):
     weights_file(root, folder).unlink()

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.embeddings import get_timestep_embedding
 from transformers import CLIPTextModel
 
-from model.layers import GroupNorm
+from model.layers import GroupNorm, timestep_embedding
 from model.weights import load_text, load_unet, load_vae
 from tests.checkpoints import IN_CHANNELS, make_checkpoint
 
@@ -37,6 +38,16 @@ def test_unet(tmp_path, family, size):
         assert pred.shape == (3, 4, h, w)
         assert relative(pred, expected) < 1e-9
         assert relative(ours(x_t, torch.tensor(500), ctx)[1:2], expected[1:2]) < 1e-9  # a scalar t
+
+
+@pytest.mark.parametrize("width", [32, 48, 320, 321])
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("flip", [True, False])
+def test_timestep_embedding(width, shift, flip):
+    """To the last bit at any width: SD's is 320, and its half no power of two."""
+    t = torch.arange(1000)
+    ours = timestep_embedding(t, width, flip, shift)
+    assert torch.equal(ours, get_timestep_embedding(t, width, flip, shift))
 
 
 def test_unet_gradients(sd1):
