@@ -77,7 +77,9 @@ class TrainConfig:
         "crop at the images' native scale, instead of resizing their short side to --resolution",
     )
     views: int = knob(4, "crops cached per image when cropping is random", least=1)
-    background: str = knob("white", "colour behind transparent pixels")
+    background: str = knob(
+        "white", "colour behind transparent pixels; where a pair has no data, it is mirrored"
+    )
     cache_dir: str | None = knob(None, "folder that keeps encoded latents for the next run")
     latents_on: str = knob(
         "auto",

@@ -16,6 +16,7 @@ from pairing.registration import MAX_ASPECT, MIN_SHIFT, aspect_gap, find_shift
 from pairing.sequences import clips_in, find_sequences
 
 NO_CHANGE = 0.5  # mean absolute difference, of 255: that of saving as JPEG twice
+BLACK, MUCH = 4, 0.05  # of 255, as JPEG blurs it; of the pixels
 DARK = 16  # of 255: white of 12-bit data in a 16-bit file
 TILE, SHEET_PLACES, SHEET_STATES = 192, 24, 5
 
@@ -34,6 +35,7 @@ VERDICTS = {  # in the order of the report: whether it would stop the training, 
     "images of another size": (False, "they will be resized to the after image"),
     "pairs that look shifted": (False, "align them; (right, down) px of after over before"),
     "pairs with places without data": (False, "they will show the rest of the pair mirrored there"),
+    "pairs of which one is black in places": (False, "no data there? transparent, it is mirrored"),
     "pairs without change": (False, "they teach that nothing happens"),
     "nearly black images": (False, "12-bit data in 16-bit files? scale it to the full range"),
     "files with other suffixes, skipped": (False, "save them as PNG, JPEG, WebP, BMP or TIFF"),
@@ -257,6 +259,9 @@ def note_pair(
             report.note("empty masks", name)
         else:
             report.note("faint masks", f"{name} (at most {most} of 255)")
+    black = [np.asarray(image).max(2) <= BLACK for image in (before, after)]
+    if (alone := (black[0] != black[1]).mean()) >= MUCH:
+        report.note("pairs of which one is black in places", f"{name} ({alone:.0%})")
     difference = ImageChops.difference(before, after)
     if whole and np.asarray(difference).mean() < NO_CHANGE:
         report.note("pairs without change", name)

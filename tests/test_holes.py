@@ -125,6 +125,21 @@ def test_sides_of_two_sizes_leave_out_what_their_resampling_touched(pair, tmp_pa
     assert union([None, None], (32, 32)) is None
 
 
+def test_a_side_that_is_black_where_the_other_is_not_is_a_remark(pair, tmp_path, capsys):
+    argv = [f"--{side}={getattr(pair, side).parent}" for side in ("before", "after")]
+    argv += ["--resolution=32", f"--out={tmp_path / 'sheet.png'}"]
+    black = Image.new("RGB", (8, 32), (2, 4, 0))
+    for columns, told in ((range(0), True), (range(8), False)):  # declared, it is no remark
+        image = picture(0, *columns).convert("RGBA")
+        image.paste(black, mask=None if told else Image.new("L", (8, 32)))
+        image.save(pair.before)
+        picture(1).save(pair.after)
+        assert check_data(argv) == 0
+        said = capsys.readouterr().out
+        assert ("pairs of which one is black in places: 1\n             a (25%)" in said) is told
+        assert ("pairs with places without data" in said) is not told
+
+
 def test_a_pair_whose_images_share_no_data_is_refused(pair, tmp_path, capsys):
     argv = [f"--{side}={getattr(pair, side).parent}" for side in ("before", "after")]
     argv += ["--resolution=32", f"--out={tmp_path / 'sheet.png'}"]
