@@ -135,7 +135,7 @@ class TrainConfig:
     with_prior_preservation: bool = knob(False, "also train on class images, to prevent drift")
     prior_loss_weight: float = knob(1.0, "weight of the prior-preservation loss", least=0)
     num_class_images: int = knob(
-        100, "class images to train on; missing ones are generated", least=0
+        100, "class images to train on; missing ones are generated", least=1
     )
     prior_generation_precision: str | None = knob(
         None,

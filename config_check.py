@@ -101,13 +101,13 @@ def without_effect(cfg: TrainConfig, reads: Sequence[str]) -> list[str]:
     prior = cfg.with_prior_preservation
     restarts = "cosine_with_restarts"
     looked = cfg.num_validation_images or cfg.validation_pairs
-    unmatchable = is_pairs(cfg) or cfg.mask_dir is not None
+    unmatchable = (is_pairs(cfg) and not cfg.frames_dir) or cfg.mask_dir is not None
     rules = [
         ("mask_outside", cfg.mask_dir or cfg.mask_from_change, "--mask_dir or --mask_from_change"),
         ("sequence_times", cfg.sequence_dirs, "--sequence_dirs"),
         ("frame_stride", cfg.frames_dir, "--frames_dir"),
         ("base_lora_strength", cfg.base_lora is not None, "--base_lora"),
-        ("allow_unmatched", unmatchable and not cfg.frames_dir, "folders of pairs, or --mask_dir"),
+        ("allow_unmatched", unmatchable, "folders of pairs, or --mask_dir"),
         ("huber_c", cfg.loss == "huber", "--loss huber"),
         ("recompute", cfg.gradient_checkpointing, "--gradient_checkpointing"),
         ("lr_warmup_steps", cfg.lr_scheduler != "constant", "--lr_scheduler constant_with_warmup"),

@@ -116,6 +116,8 @@ def find_held_out(args: argparse.Namespace) -> HeldOut:
 def training_images(lora: str) -> set[str]:
     """The `image_hashes` of the pairs this LoRA was trained on, if its run's folder has them."""
     folder = Path(lora) if Path(lora).is_dir() else Path(lora).parent
+    if not (folder / "revision.json").exists():
+        folder = folder.parent  # of a checkpoint
     hashes = read_or_empty(folder / "revision.json").get("images")
     return {one for one in hashes if isinstance(one, str)} if isinstance(hashes, list) else set()
 

@@ -139,6 +139,7 @@ def facts(config: dict, summary: dict, ran: dict) -> dict:
     seen = next((config[name] for name in sources if config.get(name)), None)
     held_out = summary.get("last_evaluation")
     held_out = held_out if isinstance(held_out, dict) else {}
+    since = summary.get("since")
     found = {
         "status": summary.get("status", "not finished"),
         "objective": config.get("pair_objective") or ran.get("objective"),
@@ -146,7 +147,7 @@ def facts(config: dict, summary: dict, ran: dict) -> dict:
         "images": seen,
         "prompt": config.get("instance_prompt"),
         "steps": summary.get("steps"),
-        "seconds": summary.get("seconds"),
+        f"seconds since step {since}" if since else "seconds": summary.get("seconds"),
         "peak memory, MiB": summary.get("peak_mib"),
         "held-out loss": held_out.get("loss"),
     }

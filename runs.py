@@ -166,6 +166,9 @@ class Run:
             remove(aside)
             os.replace(old, aside)
         (self.folder / "samples").mkdir(exist_ok=True)
+        for picture in (self.folder / "samples").glob("[0-9]*.png"):
+            if int(picture.stem) > self.resume_step:
+                remove(picture)
         # the steps after the checkpoint will be logged again
         kept = [row for row in rows if row["step"] <= self.resume_step]
         text = b"".join(map(json_bytes, kept))
@@ -248,9 +251,13 @@ class Run:
                 f"{', '.join(other[:3])}{f' and {len(other) - 3} more' if other[3:] else ''}",
                 stacklevel=4,
             )
-        kinds = {"data": "other data", "class_data": "other class images",
-                 "base_lora": "another base LoRA",
+        kinds = {"data": "other data", "held_out": "other held-out pairs",
+                 "class_data": "other class images", "base_lora": "another base LoRA",
                  "schedule": "another noise schedule"}  # fmt: skip
+        if (was := then.get("precision")) not in (None, now := fingerprints.get("precision")):
+            self._differs(f"another precision ({was}, not {now})")
+        elif then.get("weights") not in (None, fingerprints.get("weights")):
+            self._differs("other weights of the base model")
         for key, what in kinds.items():
             was, now = then.get(key), fingerprints.get(key)
             if was not in (None, now):
@@ -359,6 +366,7 @@ class Run:
             {
                 "status": status,
                 "steps": max([0, *(r["step"] for r in rows), *map(_step, self.checkpoints())]),
+                "since": self.resume_step,  # which took these seconds
                 "seconds": round(time.time() - self.started, 1),
                 **values,
             },

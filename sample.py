@@ -40,10 +40,11 @@ from editing.flags import (
 from editing.framing import frame_of, scale_in_doubt
 from model.pipeline import Pipeline
 from model.samplers import SAMPLERS
-from pairing.holes import filled, holes_of
+from pairing.holes import cleared, filled, holes_of
 from pairing.images import (
     colour_profile,
     contact_sheet,
+    further_pages,
     listed,
     load_image,
     place_on_map,
@@ -167,6 +168,11 @@ def edit(args: argparse.Namespace) -> None:
     sizes = [load_image(file).size for file in files]  # all are read before anything is written
     places = [place_on_map(file) if args.format == "tif" else None for file in files]
 
+    if more := [file for file in files if further_pages(file)]:
+        warnings.warn(
+            f"of files with several pages the first is edited: {listed(more)}", stacklevel=2
+        )
+
     pipe = open_pipeline(args)
     cfg = edit_config(args)
     objective = objective_of(cfg, pipe)
@@ -204,7 +210,7 @@ def edit(args: argparse.Namespace) -> None:
                 for ending, result in zip(ends, results):
                     path = out / f"{stem}{ending}"
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    save_image(result, path, places[part][k], profile)
+                    save_image(cleared(result, holes[k]), path, places[part][k], profile)
                 if len(strengths) > 1 and not tag:
                     between.save_gif(results, out / f"{stem}.gif")
                     strip = contact_sheet([results], columns[1:], [str(stem)])

@@ -41,7 +41,7 @@ from model.pipeline import DTYPES, loaded, pick_device, pick_dtype
 from model.predict import predictor
 from model.schedule import Schedule
 from model.weighting import in_and_out, pair_loss, prior_loss
-from model.weights import bare_unet, load_scheduler_config, load_unet, load_vae
+from model.weights import bare_unet, load_scheduler_config, load_unet, load_vae, weight_sum
 from pairing.pairs import fingerprint, image_hashes
 from report import write_report
 from runs import Run
@@ -60,7 +60,7 @@ from training.inputs import (
     masks,
     passed_over,
     size_of,
-    spread,
+    some_places,
 )
 from training.latents import Batch, one_ahead
 from training.prompts import Prompts, load_prompts, prompts_of
@@ -131,7 +131,7 @@ def run_phases(
     # ---- 1. data: checked before anything is loaded or written
     given = read_given(cfg, run.checkpoint)  # --base_lora, --init_lora
     pairs, held_out, shown = find_data(cfg)
-    held_out = spread(held_out, 32)  # enough for a loss
+    held_out = some_places(held_out, 32)  # enough for a loss
     if not ranks.leads:  # rank 0 evaluates for all
         held_out, shown = [], []
     for line in passed_over(cfg) if ranks.leads else ():
@@ -179,8 +179,9 @@ def run_phases(
         open_repository(repository(cfg), token)
 
     # ---- 2. text: encode every prompt once; the encoder is then freed, unless it is trained
-    shown_prompts = [cfg.validation_prompt or prompt for prompt in prompts_of(cfg, shown)]
-    prompt = cfg.validation_prompt or cfg.instance_prompt  # for samples without pairs
+    asked = cfg.validation_prompt
+    shown_prompts = [p if asked is None else asked for p in prompts_of(cfg, shown)]
+    prompt = cfg.instance_prompt if asked is None else asked  # for samples without pairs
     with phase("text", device, run.log):
         others = [*held_out_prompts, *shown_prompts, prompt, cfg.class_prompt or "", ""]
         prompts = load_prompts(cfg, [*pair_prompts, *others], device, given)
@@ -220,6 +221,7 @@ def run_phases(
     with phase("unet", device, run.log):
         unet = load_unet(base, **files, dtype=dtype)
         print(f"UNet          {loaded(unet, base)}")
+        weights = weight_sum(unet)
         if cfg.channels_last:  # before the LoRA weights become views of one flat buffer
             unet.to(memory_format=torch.channels_last)
         trained = adapt(cfg, unet, prompts.text, given, task.objective, run.checkpoint)
@@ -240,9 +242,12 @@ def run_phases(
         {
             "objective": name,
             "base": base,
+            "precision": str(dtype).removeprefix("torch."),
+            "weights": weights,
             "schedule": schedule.fingerprint(),
             "data": fingerprint(pairs, dataset.hashes),
             "images": image_hashes(pairs, dataset.hashes),
+            "held_out": galleries[0] and fingerprint(galleries[0].pairs, galleries[0].hashes),
             "class_data": fingerprint(class_pairs) if class_pairs else None,
             "base_lora": meta["base_lora"] and meta["base_lora"]["sha256"],
             "init_lora": given.start_sha256,
@@ -263,14 +268,18 @@ def run_phases(
     fade = meta["states"] == 2
     watch = Watch(unet, vae, schedule, task.objective, knobs, prompts.of, cfg.seed, fade)
 
+    def judge(done: int) -> bool:
+        """Log the held-out loss. True, to tell it from an OOM's None."""
+        if held_out.pairs:
+            run.log("eval", step=done, **watch.held_out_loss(held_out))
+        return True
+
     def show(done: int) -> bool:
-        """Write samples/STEP.png, log the held-out loss. True, to tell it from an OOM's None."""
+        """Write samples/STEP.png. True, as above."""
         if cfg.num_validation_images:
             label, how = f"step {done}", (prompt, latents.shape, cfg.num_validation_images)
             sheet = watch.sheet(shown, label) if shown.pairs else watch.drawn(*how, label)
             save_image(sheet, run.folder / "samples" / f"{done:06d}.png")
-        if held_out.pairs:
-            run.log("eval", step=done, **watch.held_out_loss(held_out))
         return True
 
     write_lora = partial(save_lora, unet=unet, text=prompts.text)
@@ -286,7 +295,8 @@ def run_phases(
         write_aside(run.folder / "strengths", partial(watch.strengths, shown))
         return True
 
-    loop(cfg, run, ranks, stop, task, items, prompts, trained, size, show, save)
+    looks = {"held-out loss": judge, "samples": show}
+    loop(cfg, run, ranks, stop, task, items, prompts, trained, size, looks, save)
     if ranks.leads:
         write_result(cfg, run.folder, partial(write_lora, metadata={**meta, "steps": size.steps}))
         remove(run.folder / "strengths")  # of the run until it was resumed
@@ -307,7 +317,7 @@ def loop(
     prompts: Prompts,
     trained: Trained,
     size: Size,
-    show: Callable[[int], bool],
+    looks: dict[str, Callable[[int], bool]],
     save: Callable[[Path, int, dict], None],
 ) -> None:
     """All remaining steps."""
@@ -427,10 +437,11 @@ def loop(
             logged = done
         recent = {ahead: drawn for ahead, drawn in recent.items() if ahead > done}
         # before the checkpoint, so that a run resumed from it has the samples up to this step
-        if showing and ranks.leads and unless_full(show, done) is None:
-            compute.release()
-            if unless_full(show, done) is None:
-                warnings.warn(f"out of memory: no samples at step {done}", stacklevel=1)
+        for what, look in looks.items() if showing and ranks.leads else ():
+            if unless_full(look, done) is None:
+                compute.release()
+                if unless_full(look, done) is None:
+                    warnings.warn(f"out of memory: no {what} at step {done}", stacklevel=1)
         stopping = ranks.delayed_maximum(stop.asked or 0)  # read once: a signal may come
         if saving or stopping:
             since = {"logged": logged, "tally": tally.sums.tolist()}

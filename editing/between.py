@@ -25,7 +25,16 @@ from model.morph import States, blended, fit, inverted, renderer, respaced, step
 from model.objectives import OBJECTIVES
 from model.pipeline import Pipeline, encode, padded
 from model.predict import predictor
-from pairing.images import by, contact_sheet, eight_bit, load_image, to_image, to_tensor
+from model.samplers import left_out
+from pairing.images import (
+    by,
+    colour_profile,
+    contact_sheet,
+    eight_bit,
+    load_image,
+    to_image,
+    to_tensor,
+)
 from pairing.registration import MAX_ASPECT, aspect_gap
 from reporting.measures import mse, path, perceived, psnr, structure
 
@@ -179,7 +188,7 @@ def morph(
             z,
             multiplier,
             steps=args.steps,
-            start=min(max(round((1 - args.noise_level) * args.steps), 0), args.steps - 1),
+            start=left_out(args.noise_level, args.steps),
             statistics=args.adain,
             attention=args.attention,
         )
@@ -193,9 +202,11 @@ def morph(
 
     out, images = Path(args.out), [to_image(finite(frame)) for frame in frames]
     out.mkdir(parents=True, exist_ok=True)
+    profiles = {colour_profile(args.before), colour_profile(args.after)}
+    profile = profiles.pop() if len(profiles) == 1 else None
     earlier = read_or_empty(out / "morph.json").get("strengths")
     for name, image in zip(frame_names(len(images)), images):
-        save_image(image, out / name)
+        save_image(image, out / name, profile=profile)
     had = len(earlier) if isinstance(earlier, list) else 0
     for name in frame_names(min(had, 1000))[len(images) :]:
         (out / name).unlink(missing_ok=True)  # left by an earlier, longer morph

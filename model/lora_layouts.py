@@ -52,7 +52,8 @@ OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out
 ROLES = {"lora_down.weight": "A", "down": "A", "lora_up.weight": "B", "up": "B",
          "lora_mid.weight": "mid"}  # fmt: skip
 MATRIX = re.compile(  # the end of a path whose layer is linear in every SD
-    r"(^|\.)(to_[qkv]|to_out\.0|net\.0\.proj|net\.2|[qkv]_proj|out_proj|fc[12]|time_emb_proj|linear_[12])$"
+    r"(^|\.)(to_[qkv]|to_out\.0|net\.0\.proj|net\.2|[qkv]_proj|out_proj|fc[12]"
+    r"|time_emb_proj|linear_[12])$"
 )
 PARTNERS = {"lora_A": "lora_B", "lora_down": "lora_up", ".down.": ".up."}
 

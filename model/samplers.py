@@ -19,6 +19,14 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 Generators = torch.Generator | list[torch.Generator] | None
 
 
+def left_out(noise_level: float, steps: int) -> int:
+    """How many of `steps`, from the noisiest on, an edit leaves out that goes part of the way to
+    noise: all but the share `noise_level`, but not the last two, as one alone changes nothing."""
+    if steps == 1:
+        warnings.warn("--steps 1 is at the end of the path, where nothing changes", stacklevel=2)
+    return min(max(round((1 - noise_level) * steps), 0), max(steps - 2, 0))
+
+
 def timesteps(schedule: Schedule, steps: int, spacing: str = "leading") -> list[int]:
     """`steps` descending timesteps, in a spacing of Lin et al. 2023 (arXiv 2305.08891), table 2."""
     T = schedule.num_steps

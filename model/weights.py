@@ -271,6 +271,11 @@ def load_vae(
     return load_strict(module, files, rename=_vae_key, dtype=dtype, device=device)
 
 
+def weight_sum(network: nn.Module) -> str:
+    """The sum of all absolute weights, which tells different ones under one name apart."""
+    return f"{sum(p.double().abs().sum().item() for p in network.parameters()):.8e}"
+
+
 def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None):
     """The CLIP tokenizer of a checkpoint, with its padding token.
 

@@ -10,12 +10,13 @@ import numpy as np
 from PIL import Image, ImageChops, ImageOps
 
 from pairing.holes import filled, holes_of, union
-from pairing.images import Frame, by, listed, load_image, load_mask
+from pairing.images import Frame, by, further_pages, listed, load_image, load_mask
 from pairing.pairs import by_name, find_pairs, read_caption
 from pairing.registration import MAX_ASPECT, MIN_SHIFT, aspect_gap, find_shift
 from pairing.sequences import clips_in, find_sequences
 
-NO_CHANGE = 0.5  # mean absolute difference, of 255: that of saving as JPEG twice
+# absolute difference, of 255, of the image and of its blocks of 16 pixels: saving as JPEG twice
+NO_CHANGE, NO_BLOCK = 0.5, 4
 BLACK, MUCH = 4, 0.05  # of 255, as JPEG blurs it; of the pixels
 DARK = 16  # of 255: white of 12-bit data in a 16-bit file
 TILE, SHEET_PLACES, SHEET_STATES = 192, 24, 5
@@ -38,6 +39,7 @@ VERDICTS = {  # in the order of the report: whether it would stop the training, 
     "pairs of which one is black in places": (False, "no data there? transparent, it is mirrored"),
     "pairs without change": (False, "they teach that nothing happens"),
     "nearly black images": (False, "12-bit data in 16-bit files? scale it to the full range"),
+    "files with several pages": (False, "the first is used: save the others as files of their own"),
     "files with other suffixes, skipped": (False, "save them as PNG, JPEG, WebP, BMP or TIFF"),
     "empty masks": (False, "they teach that nothing happens"),
     "faint masks": (False, "labels? the change is where a mask is white, 255"),
@@ -198,6 +200,8 @@ def look_at(
         label, last = places.label(i), i == len(files) - 1
         if (image := load(file)) is None:
             continue
+        if further_pages(file):
+            report.note("files with several pages", f"{name} ({label})")
         if places.compared is None or label in places.compared:
             digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest()
             report.pixels.setdefault((label, digest), []).append(name)
@@ -242,7 +246,7 @@ def note_pair(
             what = "shape" if aspect_gap(image.size, after.size) > MAX_ASPECT else "size"
             example = f"{name} ({label} {by(image.size)}, {labels[1]} {by(after.size)})"
             report.note(f"images of another {what}", example)
-    if aspect_gap(before.size, after.size) > MAX_ASPECT:
+    if any(aspect_gap(image.size, after.size) > MAX_ASPECT for image in images.values()):
         return False
     before = before.resize(after.size)
     if (hole := union(holes, after.size)) is not None:
@@ -263,7 +267,11 @@ def note_pair(
     if (alone := (black[0] != black[1]).mean()) >= MUCH:
         report.note("pairs of which one is black in places", f"{name} ({alone:.0%})")
     difference = ImageChops.difference(before, after)
-    if whole and np.asarray(difference).mean() < NO_CHANGE:
+    blocks = difference.reduce(min(16, *after.size))
+    still = (
+        np.asarray(difference).mean() < NO_CHANGE and np.asarray(blocks).mean(2).max() < NO_BLOCK
+    )
+    if whole and still:
         report.note("pairs without change", name)
     if (shift := find_shift(before, after)) is not None:
         report.measured += 1

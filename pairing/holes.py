@@ -8,9 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pairing.images import header_of, opened_upright
-
-NODATA = 42113  # GDAL's tag: the value that means it, as text
+from pairing.images import NODATA, header_of, no_data, opened_upright
 
 
 def holes_of(path: Path | str) -> np.ndarray | None:
@@ -27,14 +25,11 @@ def holes_of(path: Path | str) -> np.ndarray | None:
         if image.has_transparency_data and not deep:
             holes = np.asarray(image.convert("RGBA").getchannel("A")) == 0
         else:
-            told = image.info.get("transparency", "") if deep else ""
-            try:
-                value = float(str(told or tags.get(NODATA, told)).rstrip("\0 "))
-            except ValueError:  # not declared
-                return None
-            same = np.asarray(image) == value  # (H, W) or (H, W, bands)
-            holes = same.all(2) if same.ndim == 3 else same
-    return holes if holes.any() else None
+            values, clear = np.asarray(image), image.info.get("transparency") if deep else None
+            if tags.get(262) == 0 and image.mode == "L":  # white is zero: Pillow has inverted them
+                values = 255 - values
+            holes = no_data(values, tags) if clear is None else values == clear
+    return holes if holes is not None and holes.any() else None
 
 
 def union(holes: Iterable[np.ndarray | None], size: tuple[int, int]) -> np.ndarray | None:
@@ -62,6 +57,14 @@ def filled(image: Image.Image, holes: np.ndarray) -> Image.Image:
     if not empty.all():
         pixels[empty] = pixels[_beside(~empty)[empty]]
     return Image.fromarray(pixels)
+
+
+def cleared(image: Image.Image, holes: np.ndarray | None) -> Image.Image:
+    """The image, transparent in its holes, so that the next reader knows of them too."""
+    if holes is not None:
+        image = image.copy()
+        image.putalpha(Image.fromarray(np.uint8(255) * ~holes))
+    return image
 
 
 def _beside(there: np.ndarray) -> np.ndarray:

@@ -144,12 +144,40 @@ def frame_count(path: Path | str) -> int:
         return getattr(image, "n_frames", 1)
 
 
+def further_pages(path: Path | str) -> int:
+    """Number of a TIFF's pages that are not read: after the first, without smaller copies of it."""
+    with header_of(path) as image:
+        if image.format != "TIFF":
+            return 0
+        count = 0
+        for page in range(1, image.n_frames):
+            image.seek(page)
+            count += not image.tag_v2.get(254, 0)  # 1: an overview, 4: a mask
+        return count
+
+
+NODATA = 42113  # GDAL's tag: the value that means it, as text
+
+
+def no_data(values: np.ndarray, tags: Mapping) -> np.ndarray | None:
+    """Where values as in the file, (H, W) or (H, W, bands), are all a TIFF's nodata value: (H, W)
+    bool, or None if it declares none."""
+    try:
+        value = float(str(tags.get(NODATA, "")).rstrip("\0 "))
+    except ValueError:
+        return None
+    same = np.isnan(values) if np.isnan(value) else values == value
+    return same.all(2) if same.ndim == 3 else same
+
+
 def _deep_grey(image: Image.Image, labels: bool, tags: Mapping) -> Image.Image:
     """16 and 32-bit grey to 8 bits on fixed scales: per-image scaling would undo the change.
 
     With `labels`, an image of 0 and 1 is black and white. `tags`: a TIFF's.
     """
     values = np.asarray(image)  # (H, W)
+    if (lacking := no_data(values, tags)) is not None and lacking.any():  # it may be out of range
+        values = np.where(lacking, 0 if lacking.all() else values[~lacking].min(), values)
     low, high = values.min(), values.max()
     packed = tags.get(258) == (12,)
     if packed and image.mode[0] == "I":

@@ -125,12 +125,18 @@ def clips_in(folder: Path | str) -> dict[str, list[Path | Frame]]:
     return clips
 
 
-def find_clips(folder: Path | str, stride: int = 1, *, mask_dir: Path | str | None = None):
+def find_clips(
+    folder: Path | str,
+    stride: int = 1,
+    *,
+    mask_dir: Path | str | None = None,
+    allow_unmatched: bool = False,
+) -> list[Pair]:
     """Pairs from the clips in a folder: every `stride`-th frame is used; the first is the before of
     all others, and strengths are positions, 0..1, from the first to the last used. Errors as in
     `clips_in`; ValueError names a clip with fewer than two frames used."""
     clips = clips_in(folder)
-    masks = find_masks(list(clips), mask_dir, False) if mask_dir is not None else {}
+    masks = find_masks(list(clips), mask_dir, allow_unmatched) if mask_dir is not None else {}
     pairs = []
     for name, frames in clips.items():
         taken = frames[::stride]

@@ -105,8 +105,8 @@ ARROWS = {
     ],
     "training.inputs": [
         "config", "data", "durable", "progress", "model.memory", "model.pipeline",
-        "model.vae", "pairing.images", "pairing.pairs", "pairing.registration",
-        "pairing.sequences", "training.latents",
+        "model.vae", "model.weights", "pairing.images", "pairing.pairs",
+        "pairing.registration", "pairing.sequences", "training.latents",
     ],
     "editing.config": ["knobs", "model.objectives", "model.pipeline"],
     "editing.framing": [
@@ -124,7 +124,7 @@ ARROWS = {
     "editing.between": [
         "durable", "editing.config", "editing.edits", "editing.flags", "editing.framing",
         "model.lora_files", "model.morph", "model.objectives", "model.pipeline", "model.predict",
-        "pairing.images", "pairing.registration", "reporting.measures",
+        "model.samplers", "pairing.images", "pairing.registration", "reporting.measures",
     ],
     "training.checkpoint": [
         "config", "durable", "model.files", "model.lora", "model.lora_files",

@@ -23,6 +23,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 import sample
 import train as loop
 from config import TrainConfig
+from config_check import without_effect
 from data import PairDataset
 from model import weighting
 from model.draws import draw, seeded_for
@@ -31,11 +32,13 @@ from model.lora import inject, lora_layers
 from model.lora_files import LORA_FILE, read_lora, save_lora
 from model.memory import LEVELS, flatten
 from model.objectives import OBJECTIVES
+from model.pipeline import Pipeline
 from model.schedule import Schedule
 from model.vae import VAE
 from model.weighting import in_and_out, listened, preservation, weighted_mean
 from model.weights import load_text, load_unet, load_vae
-from pairing.pairs import find_pairs, find_singles
+from pairing.pairs import Pair, find_pairs, find_singles
+from tests.checkpoints import make_checkpoint
 from tests.pairs import write_pairs
 from tests.small import losses, rows, small
 from train import train
@@ -48,6 +51,7 @@ from training.inputs import (
     find_data,
     make_dataset,
     size_of,
+    some_places,
     spread,
 )
 from training.tally import Tally, Trend
@@ -896,6 +900,62 @@ def test_another_noise_schedule_is_not_gone_on_with(config, tmp_path):
         train(replace(cfg, max_train_steps=2, resume_from_checkpoint="latest"))
 
 
+@pytest.mark.parametrize("what", ["weights of the base model", "precision", "held-out pairs"])
+def test_what_no_flag_says_is_not_gone_on_without_a_word(
+    config, pairs, tmp_path, what, monkeypatch
+):
+    """Another model under the same name, another device's precision, other images to judge by."""
+    base = shutil.copytree(config.pretrained_model_name_or_path, tmp_path / "base")
+    shutil.copytree(pairs, tmp_path / "pairs")
+    dirs = {f"{s}_data_dir": str(tmp_path / "pairs" / s) for s in ("before", "after")}
+    cfg = replace(config, pretrained_model_name_or_path=str(base), max_train_steps=1, **dirs,
+                  validation_pairs=1)  # fmt: skip
+    train(cfg)
+    if what == "precision":
+        monkeypatch.setattr(loop, "pick_dtype", lambda asked, device: torch.bfloat16)
+    elif what == "held-out pairs":
+        held_out = find_data(cfg).held_out[0].after
+        Image.new("RGB", (32, 32), "teal").save(held_out)
+    else:
+        shutil.rmtree(base / "unet")
+        shutil.copytree(make_checkpoint(tmp_path / "other", "sd1", seed=1) / "unet", base / "unet")
+    more = replace(cfg, max_train_steps=2, resume_from_checkpoint="latest")
+    with pytest.raises(ValueError, match=f"had (an)?other {what}.*resume_changed resumes anyway"):
+        train(more)
+    with pytest.warns(UserWarning, match=f"had (an)?other {what}"):
+        train(replace(more, resume_changed=True))
+
+
+def test_another_optimizer_begins_anew(config, monkeypatch):
+    cfg = replace(config, max_train_steps=1)
+    train(cfg)
+    sgd = lambda flat, lr, **more: torch.optim.SGD([flat], lr=lr, momentum=0.9)  # noqa: E731
+    monkeypatch.setattr(adapting, "adamw", sgd)
+    with pytest.warns(UserWarning, match="was AdamW and is SGD: its moments begin anew"):
+        train(replace(cfg, max_train_steps=2, resume_from_checkpoint="latest"))
+
+
+def test_a_trained_text_encoder_is_not_dropped_by_a_resume(config):
+    cfg = replace(config, max_train_steps=1, train_text_encoder=True)
+    folder = train(cfg)
+    left = sorted(path.name for path in folder.iterdir())
+    more = {"train_text_encoder": False, "resume_changed": True, "max_train_steps": 2}
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="has trained the text_encoder"):
+        train(replace(cfg, **more, resume_from_checkpoint="latest"))
+    assert sorted(path.name for path in folder.iterdir()) == left
+
+
+def test_going_back_takes_the_later_pictures_along(config):
+    cfg = replace(config, num_validation_images=1, validation_steps=2, checkpointing_steps=2)
+    folder = train(replace(cfg, max_train_steps=6))
+    names = lambda: sorted(path.stem for path in (folder / "samples").iterdir())  # noqa: E731
+    assert names() == ["000002", "000004", "000006"]
+    train(replace(cfg, max_train_steps=4, resume_from_checkpoint="checkpoint-2"))
+    assert names() == ["000002", "000004"]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["since"], summary["steps"]) == (2, 4)
+
+
 def test_what_an_optimizer_keeps_in_its_group_is_resumed(config, monkeypatch):
     """D-Adaptation's and Prodigy's step size, for example."""
 
@@ -965,6 +1025,79 @@ def test_the_held_out_loss_is_of_the_states_held_out_with_noise_of_the_seed(
         )  # fmt: skip
     assert [s for s, _ in seen] == [0.5, 1.0] * 20  # ten bins of t, two runs
     assert not torch.equal(seen[0][1], seen[20][1])
+
+
+@pytest.mark.parametrize("states", [1, 2, 4, 5, 40])
+def test_held_out_places_keep_all_their_states(states):
+    pairs = [Pair(f"{i}", Path(f"{i}"), Path(f"{i}-{k}"), strength=k / states)
+             for i in range(50) for k in range(1, states + 1)]  # fmt: skip
+    kept = some_places(pairs, 32)
+    places = {pair.before for pair in kept}
+    assert len(places) == max(32 // states, 1) and len(kept) == states * len(places)
+    assert some_places([], 32) == []
+
+
+def test_the_held_out_loss_is_logged_though_no_picture_fits(config, monkeypatch):
+    def full(*how):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Watch, "sheet", full)
+    cfg = replace(config, validation_pairs=1, num_validation_images=1, max_train_steps=2)
+    with pytest.warns(UserWarning, match="out of memory: no samples at step 2"):
+        assert [row["step"] for row in rows(train(cfg), "eval")] == [2]
+
+
+def test_a_validation_image_has_its_own_caption(config, tmp_path):
+    Image.new("RGB", (32, 32), "teal").save(tmp_path / "x.png")
+    cfg = replace(config, validation_images=(str(tmp_path / "x.png"),), num_validation_images=1)
+    assert find_data(cfg).shown[0].caption is None
+    (tmp_path / "x.txt").write_text("snow")
+    assert find_data(cfg).shown[0].caption == "snow"
+
+
+@pytest.mark.parametrize("asked, used", [(None, "a square"), ("", ""), ("snow", "snow")])
+def test_an_empty_validation_prompt_is_one(config, monkeypatch, asked, used):
+    usual, seen = Watch.edited, []
+
+    def edited(self, shown, i, strengths):
+        seen.append(shown.prompts[i])
+        return usual(self, shown, i, strengths)
+
+    monkeypatch.setattr(Watch, "edited", edited)
+    train(replace(config, validation_prompt=asked, num_validation_images=1, max_train_steps=1))
+    assert set(seen) == {used}
+
+
+def test_class_images_are_drawn_in_halves_where_they_do_not_fit(config, tmp_path, monkeypatch):
+    usual, drawn = Pipeline.generate, []
+
+    def generate(self, predict, size, seeds, **how):
+        if len(seeds) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        drawn.append(list(seeds))
+        return usual(self, predict, size, seeds, **how | {"steps": 1})
+
+    monkeypatch.setattr(Pipeline, "generate", generate)
+    train(replace(
+        config, pair_objective="after", with_prior_preservation=True, class_prompt="land",
+        class_data_dir=str(tmp_path / "class"), num_class_images=3, max_train_steps=1,
+    ))  # fmt: skip
+    assert drawn == [[0], [1], [2]] and len(list((tmp_path / "class").iterdir())) == 3
+
+
+def test_clips_without_a_mask_may_be_allowed(tmp_path):
+    for name in "ab":
+        for k in range(2):
+            (tmp_path / "clips" / name).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32), (90 * k, 0, 0)).save(tmp_path / "clips" / name / f"{k}.png")
+    (tmp_path / "masks").mkdir()
+    Image.new("L", (32, 32), 255).save(tmp_path / "masks" / "a.png")
+    cfg = TrainConfig(frames_dir=str(tmp_path / "clips"), mask_dir=str(tmp_path / "masks"))
+    with pytest.raises(ValueError, match="b; --allow_unmatched accepts them"):
+        find_data(cfg)
+    allowed = replace(cfg, allow_unmatched=True)
+    assert ["mask" in pair.files for pair in find_data(allowed).train] == [True, False]
+    assert not [said for said in without_effect(allowed, ()) if "allow_unmatched" in said]
 
 
 def test_a_held_out_pair_is_looked_at_with_its_own_caption(config, pairs, tmp_path):

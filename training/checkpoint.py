@@ -1,6 +1,7 @@
 """What a checkpoint holds besides its LoRA, and the metadata of a LoRA file."""
 
 import math
+import warnings
 from pathlib import Path
 
 import torch
@@ -21,7 +22,8 @@ def save_state(folder: Path, opt: torch.optim.Optimizer, state: dict) -> None:
     tensors = {key: value for key, value in moments.items() if torch.is_tensor(value)}
     (folder / "optimizer.safetensors").write_bytes(save(tensors))
     rest = {key: value for key, value in moments.items() if key not in tensors}
-    write_json(folder / "state.json", {**state, "optimizer": rest, "group": changed_in_group(opt)})
+    kind = {"kind": type(opt).__name__, "optimizer": rest, "group": changed_in_group(opt)}
+    write_json(folder / "state.json", {**state, **kind})
 
 
 def changed_in_group(opt: torch.optim.Optimizer) -> dict:
@@ -37,6 +39,8 @@ def restore(checkpoint: Path, adapted: dict, opt: torch.optim.Optimizer, scaler)
     ValueError names a file that does not match the model, as after --resume_changed.
     """
     parts, _ = read_lora(checkpoint / LORA_FILE)
+    if lost := parts.keys() - adapted.keys():
+        raise ValueError(f"{checkpoint / LORA_FILE} has trained the {lost.pop()}, which is not now")
     for part, model in adapted.items():
         saved = {n.removeprefix("text_model."): f for n, f in parts.get(part, {}).items()}
         layers = {n.removeprefix("text_model."): layer for n, layer in lora_layers(model).items()}
@@ -58,10 +62,16 @@ def restore(checkpoint: Path, adapted: dict, opt: torch.optim.Optimizer, scaler)
                 )
     state = read_json(checkpoint / "state.json")
     moments = dict(read_tensors(checkpoint / "optimizer.safetensors"))
-    groups = opt.state_dict()["param_groups"]
-    groups[0] |= state.get("group", {})
-    moments |= state["optimizer"]
-    opt.load_state_dict({"state": {0: moments} if moments else {}, "param_groups": groups})
+    kind = type(opt).__name__
+    if (was := state.get("kind", kind)) == kind:
+        groups = opt.state_dict()["param_groups"]
+        groups[0] |= state.get("group", {})
+        moments |= state["optimizer"]
+        opt.load_state_dict({"state": {0: moments} if moments else {}, "param_groups": groups})
+    else:
+        warnings.warn(
+            f"the optimizer was {was} and is {kind}: its moments begin anew", stacklevel=2
+        )
     if state["scaler"]:  # none, if --resume_changed is going on in fp16
         scaler.load_state_dict(state["scaler"])
     return state

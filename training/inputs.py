@@ -2,8 +2,8 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from itertools import count, islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +18,8 @@ from durable import save_image
 from model.memory import phase, unless_full
 from model.pipeline import DTYPES, load_pipeline, pick_dtype
 from model.vae import VAE
-from pairing.images import listed, load_image, to_image
+from model.weights import weight_sum
+from pairing.images import by, listed, load_image, to_image
 from pairing.pairs import (
     SIDES,
     Pair,
@@ -27,6 +28,7 @@ from pairing.pairs import (
     find_pairs,
     find_singles,
     left_out,
+    read_caption,
     unmatched,
 )
 from pairing.registration import MIN_SHIFT, find_shift
@@ -78,7 +80,7 @@ def find_data(cfg: TrainConfig) -> Data:
     if not config.is_pairs(cfg):
         return Data(find_singles(cfg.instance_data_dir, **how), [], [])
     if cfg.frames_dir:
-        pairs = find_clips(cfg.frames_dir, cfg.frame_stride, mask_dir=cfg.mask_dir)
+        pairs = find_clips(cfg.frames_dir, cfg.frame_stride, **how)
     elif cfg.sequence_dirs:
         pairs = find_sequences(cfg.sequence_dirs, cfg.sequence_times, **how)
     else:
@@ -108,7 +110,8 @@ def find_data(cfg: TrainConfig) -> Data:
     paths = [Path(path) for path in cfg.validation_images][: cfg.num_validation_images]
     for path in paths:
         load_image(path)  # fails on a broken image before the latents are encoded
-    given = [Pair(name=path.stem, before=None, after=path) for path in paths]
+    given = [Pair(path.stem, None, path, caption=read_caption(path.with_suffix(".txt")))
+             for path in paths]  # fmt: skip
     return Data(pairs, held_out, given)
 
 
@@ -139,6 +142,13 @@ def spread(items: Sequence, k: int) -> list:
     """At most k of the items, evenly spaced."""
     k = min(k, len(items))
     return [items[i * len(items) // k] for i in range(k)]
+
+
+def some_places(pairs: list[Pair], k: int) -> list[Pair]:
+    """All states of evenly spread places, at most k pairs but of one place."""
+    places = list(dict.fromkeys(pair.before for pair in pairs))
+    kept = {*spread(places, max(k * len(places) // max(len(pairs), 1), 1))}
+    return [pair for pair in pairs if pair.before in kept]
 
 
 def make_dataset(cfg: TrainConfig, pairs: list[Pair]) -> PairDataset:
@@ -276,15 +286,24 @@ def class_images(cfg: TrainConfig, device: torch.device, log: Callable) -> list[
                 if not (folder / f"generated_{seed:06d}.png").exists()  # of another --seed
             )
             seeds = list(islice(free, cfg.num_class_images - have))
+
+            def drawn(batch: list[int]) -> Iterable[Tensor]:
+                images = unless_full(lambda: pipe.generate(predict, (side, side), batch, steps=50))
+                if images is None:  # out of memory: in halves
+                    if len(batch) == 1:
+                        raise MemoryError(f"a class image of {by((side, side))} does not fit")
+                    half = len(batch) // 2
+                    return chain(drawn(batch[:half]), drawn(batch[half:]))
+                return images
+
             for i in tqdm(
                 range(0, len(seeds), cfg.sample_batch_size), "class images", disable=no_bars()
             ):
                 batch = seeds[i : i + cfg.sample_batch_size]
-                drawn = pipe.generate(predict, (side, side), batch, steps=50)
-                for seed, pixels in zip(batch, drawn):
+                for seed, pixels in zip(batch, drawn(batch)):
                     save_image(to_image(pixels), folder / f"generated_{seed:06d}.png")
             del pipe, predict
-    return find_singles(folder, flag="--class_data_dir")[: max(cfg.num_class_images, 1)]
+    return find_singles(folder, flag="--class_data_dir")[: cfg.num_class_images]
 
 
 def encode_all(
@@ -310,13 +329,13 @@ def encode_all(
         mean, logvar = found
         return mean * vae.scaling_factor, logvar + 2 * math.log(vae.scaling_factor)
 
-    # the sum distinguishes different weights under one name
-    weights = sum(p.double().abs().sum().item() for p in vae.parameters())
     return cache_latents(
         images,
         encode,
         cache_dir=cfg.cache_dir,
-        key=f"{cfg.vae_path or cfg.pretrained_model_name_or_path} fp32 {weights:.10e}",
+        # the sum distinguishes different weights under one name
+        key=f"{cfg.vae_path or cfg.pretrained_model_name_or_path} fp32 {weight_sum(vae)} "
+        f"{vae.scaling_factor}",
         place=place,
         device=device,
         share=share,
