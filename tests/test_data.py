@@ -18,7 +18,15 @@ import data
 from config import TrainConfig
 from data import Geometry, PairDataset, apply, change_mask, draw_geometry
 from pairing import images
-from pairing.images import Frame, image_size, load_image, load_mask, to_image, to_tensor
+from pairing.images import (
+    Frame,
+    further_pages,
+    image_size,
+    load_image,
+    load_mask,
+    to_image,
+    to_tensor,
+)
 from pairing.pairs import (
     Pair,
     file_hash,
@@ -1112,3 +1120,50 @@ def test_a_mask_of_the_change_is_where_the_sides_differ():
     assert mask[0, :5].max() == 0 and mask[0, :, 27:].max() == 0
     assert change_mask(before, before + 0.4).min() == 1  # up to the border
     assert not change_mask(after, after).any()
+
+
+def checked(tmp_path, capsys, *argv) -> tuple[int, str]:
+    """The exit status of check_data.py, and what it said."""
+    sides = [f"--{side}={tmp_path / side}" for side in ("before", "after")]
+    flags = [*sides, f"--out={tmp_path / 'sheet'}", "--resolution=64"]
+    code = check_data.main([*flags, *argv])
+    return code, capsys.readouterr().out
+
+
+def test_a_small_strong_change_is_one(tmp_path, capsys):
+    """A lesion, say; saving the same picture as another JPEG is none."""
+    rng = np.random.default_rng(0)
+    picture = rng.integers(90, 120, (512, 512, 3), dtype=np.uint8)
+    changed = picture.copy()
+    changed[200:226, 300:326] = 230
+    for side, pixels, quality in (("before", picture, 95), ("after", changed, 94)):
+        (tmp_path / side).mkdir()
+        Image.fromarray(pixels).save(tmp_path / side / "lesion.png")
+        smooth = Image.fromarray(picture).resize((64, 64)).resize((512, 512))
+        smooth.save(tmp_path / side / "same.jpg", quality=quality)
+    said = checked(tmp_path, capsys)[1]
+    assert f"pairs without change: 1\n{'':13}same\n" in said
+
+
+def test_a_mask_of_another_shape_makes_a_pair_unusable(tmp_path, capsys):
+    for folder, size in (("before", (64, 64)), ("after", (64, 64)), ("mask", (100, 64))):
+        (tmp_path / folder).mkdir()
+        Image.effect_noise(size, 90).save(tmp_path / folder / "x.png")
+    code, said = checked(tmp_path, capsys, f"--mask_dir={tmp_path / 'mask'}")
+    assert code == 2 and "0 of 1 usable" in said and "images of another shape: 1" in said
+
+
+def test_further_pages_are_told_of_and_overviews_are_none(tmp_path, capsys):
+    pages = [Image.effect_noise((64, 64), 90) for _ in range(3)]
+    for side in ("before", "after"):
+        (tmp_path / side).mkdir()
+        pages[0].save(tmp_path / side / "stack.tif", save_all=True, append_images=pages[1:])
+        copy = pages[1].resize((32, 32))
+        copy.encoderinfo = {"tiffinfo": {254: 1}}
+        pages[0].save(tmp_path / side / "cog.tif", save_all=True, append_images=[copy])
+    with Image.open(tmp_path / "after" / "cog.tif") as image:
+        image.seek(1)
+        assert image.tag_v2[254] == 1
+    assert further_pages(tmp_path / "after" / "stack.tif") == 2
+    said = checked(tmp_path, capsys)[1]
+    assert "files with several pages: 2" in said and "stack (before), stack (after)" in said

@@ -495,7 +495,9 @@ def test_pairs_that_were_trained_on_are_counted(tmp_path, sd1, scenes, capsys):
     pairs = find_pairs(held_out / "before", held_out / "after")
     lora = write_lora(tmp_path / "run", sd1, resolution=16)
     (lora / "revision.json").write_text(json.dumps({"images": image_hashes(pairs[1:])}))
-    for given in (lora, lora / "pytorch_lora_weights.safetensors"):
+    checkpoint = shutil.copytree(lora, lora / "checkpoint-2")
+    (checkpoint / "revision.json").unlink()
+    for given in (lora, lora / "pytorch_lora_weights.safetensors", checkpoint):
         argv = flags(given, held_out, tmp_path / "out", "--strengths", "0,1")
         assert evaluate.main(argv) == 0
         said = f"{len(pairs) - 1} of these {len(pairs)} pairs are among those {given} was trained"

@@ -9,8 +9,8 @@ import sample
 from check_data import main as check_data
 from data import PairDataset
 from editing import edits
-from pairing.holes import NODATA, filled, holes_of, union
-from pairing.images import load_image, to_image
+from pairing.holes import filled, holes_of, union
+from pairing.images import NODATA, load_image, to_image
 from pairing.pairs import Pair
 from tests.test_sample import write_lora
 
@@ -76,8 +76,50 @@ def test_an_edit_sees_no_hole_and_leaves_it(tmp_path, sd1, monkeypatch, strength
     assert sample.main(list(map(str, argv))) == 0
     (pixels,) = seen
     assert torch.equal(pixels[..., :12].flip(-1), pixels[..., 13:25])
-    edited = np.asarray(load_image(tmp_path / "out" / "a_s1.png"))
-    assert not edited[:, :12].any() and edited[:, 12:].any()
+    edited = Image.open(tmp_path / "out" / "a_s1.png")
+    assert not np.asarray(edited)[:, :12].any() and np.asarray(edited)[:, 12:, :3].any()
+    assert np.array_equal(holes_of(tmp_path / "a.tif"), holes_of(tmp_path / "out" / "a_s1.png"))
+
+
+def test_a_result_on_the_map_still_says_where_it_has_no_data(tmp_path, sd1):
+    pixels = np.random.default_rng(0).integers(1, 255, (32, 32, 3), dtype=np.uint8)
+    pixels[:, :12] = 0
+    tiff(tmp_path / "a.tif", pixels, **{f"_{NODATA}": "0"})
+    tiff(tmp_path / "empty.tif", pixels * 0, **{f"_{NODATA}": "0"})
+    lora, out = write_lora(tmp_path / "run", sd1, objective="delta"), tmp_path / "out"
+    for name in ("a", "empty"):
+        argv = ["edit", "--lora", lora, "--input", tmp_path / f"{name}.tif", "--out", out,
+                "--format", "tif", "--device", "cpu"]  # fmt: skip
+        assert sample.main(list(map(str, argv))) == 0
+        assert np.array_equal(holes_of(tmp_path / f"{name}.tif"), holes_of(out / f"{name}.tif"))
+    assert not np.asarray(Image.open(out / "empty.tif")).any()  # nothing is made of nothing
+    load_image(out / "a.tif")
+
+
+@pytest.mark.parametrize("value", ["-9999", "nan"])
+def test_a_float_s_nodata_value_may_be_out_of_range(tmp_path, value):
+    pixels = np.random.default_rng(0).random((8, 8), np.float32)
+    pixels[:, :3] = float(value)
+    path = tiff(tmp_path / "a.tif", pixels, **{f"_{NODATA}": value})
+    assert holes_of(path).tolist() == [[True] * 3 + [False] * 5] * 8
+    grey = np.asarray(load_image(path))[..., 0]
+    assert np.array_equal(grey[:, 3:], np.rint(pixels[:, 3:] * 255).astype(np.uint8))
+    whole = tiff(
+        tmp_path / "b.tif", np.full((8, 8), float(value), np.float32), **{f"_{NODATA}": value}
+    )
+    assert holes_of(whole).all() and load_image(whole)
+    with pytest.raises(ValueError, match="grey values range from"):
+        load_image(tiff(tmp_path / "c.tif", pixels))
+
+
+def test_where_white_is_zero_nodata_is_the_file_s_own_value(tmp_path):
+    ifd = TiffImagePlugin.ImageFileDirectory_v2()
+    ifd[262], ifd.tagtype[NODATA], ifd[NODATA] = 0, 2, "0"
+    stored = np.array([[0, 0, 100, 255]], np.uint8)
+    Image.fromarray(255 - stored).save(path := tmp_path / "a.tif", tiffinfo=ifd)
+    with Image.open(path) as image:
+        assert image.tag_v2[262] == 0 and np.asarray(image).tolist() == (255 - stored).tolist()
+    assert holes_of(path).tolist() == [[True, True, False, False]]
 
 
 def picture(seed, *empty, size=(32, 32)):

@@ -21,7 +21,7 @@ from model.objectives import (
     slider_loss,
 )
 from model.predict import predictor
-from model.samplers import even_in_sigma
+from model.samplers import even_in_sigma, left_out
 from model.schedule import Schedule
 from model.weights import load_unet
 from tests.parity.test_schedule import SD15, noise
@@ -274,7 +274,7 @@ def test_restore_enters_where_the_noise_level_says(start):
         return torch.zeros_like(x_t)
 
     z = noise(1)
-    for level, first in ((1.0, 0), (0.9, 1), (0.5, 5), (0.1, 9), (0.01, 9)):
+    for level, first in ((1.0, 0), (0.9, 1), (0.5, 5), (0.1, 8), (0.01, 8)):
         seen.clear()
         how = How(
             steps=10, start=start, noise_level=level, generator=torch.Generator().manual_seed(0)
@@ -283,6 +283,13 @@ def test_restore_enters_where_the_noise_level_says(start):
         falling = [901, 801, 701, 601, 501, 401, 301, 201, 101, 1][first:]
         up = [(t, -1.0) for t in reversed(falling)] if start == "invert" else []
         assert seen == up + [(t, 1.0) for t in falling]
+
+
+def test_few_steps_do_not_start_at_the_end():
+    """Of two, the last alone would change nothing; of one, a warning says so."""
+    assert [left_out(0.7, steps) for steps in (2, 3, 4, 10, 30, 50)] == [0, 1, 1, 3, 9, 15]
+    with pytest.warns(UserWarning, match="--steps 1 is at the end of the path"):
+        assert left_out(0.7, 1) == 0
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])

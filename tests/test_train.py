@@ -926,6 +926,18 @@ def test_what_no_flag_says_is_not_gone_on_without_a_word(
         train(replace(more, resume_changed=True))
 
 
+def test_the_latents_cache_knows_the_scale(config, tmp_path):
+    """Which is in the autoencoder's config, not in its weights."""
+    base = shutil.copytree(config.pretrained_model_name_or_path, tmp_path / "base")
+    cfg = replace(config, pretrained_model_name_or_path=str(base), max_train_steps=1)
+    path = base / "vae" / "config.json"
+    train(replace(cfg, cache_dir=str(tmp_path / "cache")))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"scaling_factor": 0.5}))
+    found = [losses(train(replace(cfg, output_dir=str(tmp_path / f"{k}"), cache_dir=cache)))
+             for k, cache in enumerate((str(tmp_path / "cache"), None))]  # fmt: skip
+    assert found[0] == found[1]
+
+
 def test_another_optimizer_begins_anew(config, monkeypatch):
     cfg = replace(config, max_train_steps=1)
     train(cfg)
