@@ -14,6 +14,10 @@ STEPS    ?=
 STRENGTH ?= 1
 ARGS     ?=
 
+# a $ in what the user gives is a dollar, not a variable of make's
+$(foreach v,BEFORE AFTER MASK INSTANCE OUT PROMPT STRENGTH MODEL RUN INPUT F,\
+  $(if $(filter-out file undefined,$(origin $(v))),$(eval override $(v) := $$(value $(v)))))
+
 # With no images given, everything uses the embedded scenes: their base model, 64 pairs to train on,
 # 32 others to evaluate on. CHANGE= selects another of their changes.
 CHANGE ?= solar
@@ -91,6 +95,7 @@ check-data: $(READY) ## check pairs before training: BEFORE= AFTER= [MASK=]
 	$(PY) check_data.py $(call flag,--before,$(BEFORE)) $(call flag,--after,$(AFTER)) $(call flag,--mask_dir,$(MASK)) $(call flag,--out,$(OUT)) $(ARGS)
 
 train: $(READY) $(if $(SCENES),$(SCENES)/.done) ## train a LoRA on BEFORE= AFTER= (pairs), INSTANCE= (single images) or the scenes
+	$(if $(findstring --output_dir,$(ARGS)),$(error ARGS has --output_dir: the folder of a run is OUT=))
 	$(PY) train.py --pretrained_model_name_or_path $(call quote,$(MODEL)) \
 	  $(call flag,--before_data_dir,$(or $(BEFORE),$(SCENES:%=%/train/before))) \
 	  $(call flag,--after_data_dir,$(or $(AFTER),$(SCENES:%=%/train/after))) \
@@ -155,7 +160,7 @@ lint: $(READY_DEV) ## check the style
 	$(PY) -m ruff check .
 
 docs: $(READY) ## write docs/flags.md from config.py
-	$(PY) -m docs.flags > docs/flags.md
+	$(PY) -m docs.flags > docs/.flags.md && mv docs/.flags.md docs/flags.md
 
 clean: ## remove caches (never runs or data)
 	rm -rf .pytest_cache .ruff_cache

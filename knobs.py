@@ -75,10 +75,10 @@ def check_fields(cfg) -> None:
     hints = typing.get_type_hints(type(cfg))
     for f in dataclasses.fields(cfg):
         value, choices = getattr(cfg, f.name), f.metadata["choices"]
-        if value is None:
-            continue
         if wanted := misfit(value, hints[f.name]):
             raise ValueError(f"--{f.name} must be {wanted}, got {value!r}")
+        if value is None:
+            continue
         if any("\0" in str(one) for one in (value if isinstance(value, list | tuple) else [value])):
             raise ValueError(f"--{f.name} has a null character, got {value!r}")
         if choices and value not in choices:

@@ -218,7 +218,7 @@ class Run:
         if not self._changed:
             raise ValueError(
                 f"--resume_from_checkpoint: the run in {self.folder} had {what} "
-                "(--resume_changed resumes anyway)"
+                "(--resume_changed resumes anyway, --overwrite begins anew)"
             )
         self.differs = True
         warnings.warn(f"--resume_changed: the run in {self.folder} had {what}", stacklevel=4)

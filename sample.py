@@ -170,7 +170,8 @@ def edit(args: argparse.Namespace) -> None:
 
     if more := [file for file in files if further_pages(file)]:
         warnings.warn(
-            f"of files with several pages the first is edited: {listed(more)}", stacklevel=2
+            f"of files with several pages or frames the first is edited: {listed(more)}",
+            stacklevel=2,
         )
 
     pipe = open_pipeline(args)

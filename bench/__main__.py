@@ -27,7 +27,7 @@ from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.report import write_report
+from bench.report import refuse_other_page, write_report
 from cli import Parser, report
 from durable import refuse_file, write_json
 from revision import revision
@@ -325,6 +325,7 @@ def main(argv: list[str] | None = None) -> int:
         args.data = args.data.resolve()
         args.out = args.out or (args.data / "quick" / "results" if args.quick else RESULTS)
         refuse_file(args.out, "--out")
+        refuse_other_page(args.out)
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         return report(parser.prog, error)

@@ -41,12 +41,22 @@ MEANING = """\
 """
 
 
+TITLE = "# Speed and memory beside diffusers + peft"
+
+
+def refuse_other_page(folder: Path) -> None:
+    """FileExistsError if the page beside `folder` would replace another."""
+    page = folder.parent / "RESULTS.md"
+    if page.exists() and not page.read_text(encoding="utf-8", errors="replace").startswith(TITLE):
+        raise FileExistsError(f"--out {folder}: {page} is another page, which would be replaced")
+
+
 def write_report(folder: Path, planned: Sequence[str]) -> None:
     """Write RESULTS.md and results.png beside `folder`; lists planned cases without a result."""
     files = {path.stem: path for path in sorted(folder.glob("*.json"))}
     names = [*(name for name in planned if name in files), *sorted(files.keys() - set(planned))]
     results = {name: json.loads(files[name].read_text(encoding="utf-8")) for name in names}
-    lines = ["# Speed and memory beside diffusers + peft", ""]
+    lines = [TITLE, ""]
     lines += ["`make bench` measures and writes this page; every arm is a process of its own, and",
               "they take turns. Times depend on the machine; read the ratios."]  # fmt: skip
     lines += ["", MEANING]

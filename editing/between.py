@@ -55,7 +55,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--method", choices=["direct", "invert", "blend"],
         help="direct: the LoRA's edit of the before image; invert: DDIM inversion of both images "
         "and the arc between their noises; blend: latent interpolation "
-        "[invert if the LoRA's objective is about noise, else direct]",
+        "[invert without a LoRA, with two, and for slider, anchored, after and dreambooth; else "
+        "direct]",
     )  # fmt: skip
     add("--objective", choices=list(OBJECTIVES), help="objective [from the LoRA's header]")
     add(

@@ -93,7 +93,9 @@ def lora_path(run_or_file: str | Path, flag: str = "--lora") -> Path:
     for name in FILES:
         if (path / name).is_file():
             return path / name
-    raise FileNotFoundError(f"{flag} {run_or_file}: no {LORA_FILE} there")
+    saved = sorted(path.glob("checkpoint-*/" + LORA_FILE), key=lambda file: file.stat().st_mtime)
+    hint = f"; its newest checkpoint is {saved[-1].parent}" if saved else ""
+    raise FileNotFoundError(f"{flag} {run_or_file}: no {LORA_FILE} there{hint}")
 
 
 def read_lora(run_or_file: str | Path, flag: str = "--lora") -> tuple[Parts, dict]:

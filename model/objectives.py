@@ -12,7 +12,7 @@ the pair twice, and takes more than four channels if the objective declares `ext
 synchronizes (`.item()`, `if` on a tensor) and has no data-dependent shapes, so that a step can be
 a CUDA graph; it asks at the timesteps of its `steps` alone. An edit draws noise with
 `noise_like(z, how.generator)`, one generator per image. A new objective is two functions here and a
-line in OBJECTIVES; what else names it is in the README.
+line in OBJECTIVES; what else names it: docs/hacking.md.
 """
 
 import math

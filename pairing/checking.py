@@ -200,7 +200,7 @@ def look_at(
         label, last = places.label(i), i == len(files) - 1
         if (image := load(file)) is None:
             continue
-        if further_pages(file):
+        if not isinstance(file, Frame) and further_pages(file):
             report.note("files with several pages", f"{name} ({label})")
         if places.compared is None or label in places.compared:
             digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest()

@@ -145,10 +145,10 @@ def frame_count(path: Path | str) -> int:
 
 
 def further_pages(path: Path | str) -> int:
-    """Number of a TIFF's pages that are not read: after the first, without smaller copies of it."""
+    """Number of pages or frames after the first, without a TIFF's smaller copies of it."""
     with header_of(path) as image:
         if image.format != "TIFF":
-            return 0
+            return getattr(image, "n_frames", 1) - 1
         count = 0
         for page in range(1, image.n_frames):
             image.seek(page)

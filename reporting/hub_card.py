@@ -150,6 +150,10 @@ def own_snippet(repo: str, meta: dict, local: bool) -> str:
     base = ""
     if local:
         base = " --model path/to/base" + flag_of(meta, "variant")
+    for key in ("vae_path", "tokenizer_name"):
+        base += f" --{key} path/to/{key.split('_')[0]}" if is_local(meta.get(key) or "a/b") else ""
+    if meta.get("base_lora"):
+        base += " --base_lora path/to/base_lora"
     use = "edit --input photo.jpg"
     if meta["objective"] == "dreambooth":
         use = f"generate --prompt {shlex.quote(printable(meta['prompt']))}"

@@ -74,6 +74,13 @@ def test_a_run_of_the_runner(place, tmp_path, monkeypatch):
     assert (tmp_path / "results.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_another_page_is_not_replaced(tmp_path, capsys):
+    (tmp_path / "RESULTS.md").write_text("# Mine\n")
+    assert main(["--report", "--out", str(tmp_path / "results")]) == 2
+    assert "RESULTS.md is another page, which would be replaced" in capsys.readouterr().err
+    assert (tmp_path / "RESULTS.md").read_text() == "# Mine\n"
+
+
 def test_an_arm_that_does_not_get_ready_is_left_out(place, tmp_path, monkeypatch):
     monkeypatch.setattr("bench.__main__.planned", lambda device: [CASE])
     argv = ["--arms", "ours", "--limit_s", "0.1", "--jobs", "2", "--data", str(place.parent)]

@@ -1487,6 +1487,14 @@ def test_flags_over_file_over_defaults(tmp_path):
     assert cli.parse(["--config", str(file)]).center_crop
 
 
+def test_epochs_that_are_given_replace_a_file_s_steps(tmp_path):
+    held = {"max_train_steps": 6, "num_train_epochs": None, "instance_data_dir": "x"}
+    (file := tmp_path / "config.json").write_text(json.dumps(held))
+    steps = lambda *argv: cli.parse(["--config", str(file), *argv]).max_train_steps  # noqa: E731
+    assert steps() == 6 and steps("--num_train_epochs=2") is None
+    assert steps("--num_train_epochs=2", "--max_train_steps=4") == 4
+
+
 def test_config_json_replays_a_run_to_the_bit(lab):
     """Also one that replaced another or went on from a checkpoint: that was about its folder."""
     flags = {

@@ -62,6 +62,12 @@ def test_mistakes_from_python_are_the_sentences_of_the_commands(sd1):
             train(TrainConfig(instance_data_dir="x", learning_rate=wrong))
     with pytest.raises(ValueError, match=r"--steps must be a whole number, got 2\.5"):
         EditConfig(steps=2.5)
+    with pytest.raises(ValueError, match="--steps must be a whole number, got None"):
+        EditConfig(steps=None)
+    kinds = {"loss": "text", "seed": "a whole number", "random_flip": "True or False"}
+    for field, kind in kinds.items():
+        with pytest.raises(ValueError, match=f"--{field} must be {kind}, got None"):
+            train(TrainConfig(instance_data_dir="x", **{field: None}))
     with pytest.raises(ValueError, match="--validation_images must be a list of texts, got "):
         train(TrainConfig(instance_data_dir="x", validation_images="a.png"))
     with pytest.raises(ValueError, match=r"pixels of shape \(b, 3, H, W\), got \(3, 8, 8\)"):

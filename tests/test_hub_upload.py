@@ -246,6 +246,10 @@ def test_each_client_gets_its_file():
     assert "--model path/to/base --variant ema" in alone and "from_single_file(base)" in alone
     assert "averaged weights, which diffusers leaves out" in alone
     assert "needs it as a directory" in card(objective="concat", **single)
+    under = {"path": "/x/style.safetensors", "strength": 1, "sha256": ""}
+    places = {"vae_path": "/x/vae", "tokenizer_name": "/x/tok", "base_lora": under}
+    flags = "--vae_path path/to/vae --tokenizer_name path/to/tokenizer --base_lora path/to/base_"
+    assert flags in card(**places) and "--vae_path" not in card(vae_path="me/vae").split("###")[1]
     assert "other clients do not" in card(text_encoder_use_attention_mask=True)
     assert "other clients do not" in card(tokenizer_max_length=20) and "do not" not in card()
     gone = card(base_model="runwayml/stable-diffusion-v1-5")

@@ -589,3 +589,21 @@ def test_another_place_of_the_base_does_not_drop_its_variant_in_silence(tmp_path
     lora = write_lora(tmp_path / "run", sd1, variant="ema")
     with pytest.warns(UserWarning, match="trained with --variant ema of its base: without it, the"):
         load_pipeline(str(sd1), lora)
+
+
+def test_a_stopped_run_names_its_checkpoint(tmp_path, sd1, capsys):
+    (run := tmp_path / "run").mkdir()
+    write_lora(run / "checkpoint-50", sd1)
+    Image.new("RGB", (32, 32)).save(image := tmp_path / "a.png")
+    argv = ["edit", "--lora", run, "--input", image, "--out", tmp_path / "out"]
+    assert sample.main(list(map(str, argv))) == 2
+    assert f"its newest checkpoint is {run / 'checkpoint-50'}" in capsys.readouterr().err
+
+
+def test_what_has_more_than_one_frame_is_told_of(tmp_path, sd1, capsys):
+    frames = [Image.effect_noise((32, 32), 90) for _ in range(2)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    lora = write_lora(tmp_path / "run", sd1, objective="delta")
+    argv = ["edit", "--lora", lora, "--input", tmp_path / "a.gif", "--out", tmp_path / "out"]
+    assert sample.main(list(map(str, argv))) == 0
+    assert "several pages or frames the first is edited" in capsys.readouterr().out

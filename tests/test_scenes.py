@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import re
+import shlex
 import shutil
 import subprocess
 from itertools import pairwise
@@ -297,6 +299,26 @@ def test_make_names_what_was_given_and_nothing_else(words, has, lacks):
     program = words.split()[0].replace("generate", "sample").replace("-", "_")
     last = said[said.index(f"{program}.py") :]
     assert has in last and lacks not in last
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_a_dollar_is_one_for_make(tmp_path):
+    """In a prompt, a folder, from the command line or the environment."""
+    given = {"PROMPT": "a $5 note, $(HOME) and it's $x", "INPUT": "a$b/c d"}
+    for words, env in ([f"{key}={text}" for key, text in given.items()], {}), ([], given):
+        make, env = ["make", "-n", "sample", "PYTHON=python", *words], os.environ | env
+        said = subprocess.check_output(make, cwd=ROOT, text=True, env=env)
+        words = shlex.split(said[said.index("'python'") :].replace("\\\n", " "))
+        assert words[words.index("--prompt") + 1] == given["PROMPT"]
+        assert words[words.index("--input") + 1] == given["INPUT"]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_evaluates_what_it_trained():
+    make = ["make", "-n", "train", "ARGS=--output_dir x", "PYTHON=python", "BEFORE=b", "AFTER=a"]
+    done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "ARGS has --output_dir: the folder of a run is OUT=" in done.stderr
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")

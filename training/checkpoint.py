@@ -45,13 +45,16 @@ def restore(checkpoint: Path, adapted: dict, opt: torch.optim.Optimizer, scaler)
         saved = {n.removeprefix("text_model."): f for n, f in parts.get(part, {}).items()}
         layers = {n.removeprefix("text_model."): layer for n, layer in lora_layers(model).items()}
         if saved.keys() != layers.keys():
-            raise ValueError(f"{checkpoint / LORA_FILE} adapts other layers of the {part}")
+            raise ValueError(
+                f"{checkpoint / LORA_FILE} adapts other layers of the {part}: --overwrite begins "
+                "anew"
+            )
         for name, layer in layers.items():
             for mine, its in ((layer.lora_A, saved[name].A), (layer.lora_B, saved[name].B)):
                 if mine.shape != its.shape:
                     raise ValueError(
                         f"{checkpoint / LORA_FILE} has {name} with shape {tuple(its.shape)}; "
-                        f"expected {tuple(mine.shape)}"
+                        f"expected {tuple(mine.shape)}: --overwrite begins anew"
                     )
                 mine.data.copy_(its)
             scale, was = layer.lora_mix[0, 0].item(), saved[name].scale
