@@ -273,7 +273,8 @@ def load_vae(
 
 def weight_sum(network: nn.Module) -> str:
     """The sum of all absolute weights, which tells different ones under one name apart."""
-    return f"{sum(p.double().abs().sum().item() for p in network.parameters()):.8e}"
+    norms = (torch.linalg.vector_norm(p, 1, dtype=torch.float64) for p in network.parameters())
+    return f"{sum(norm.item() for norm in norms):.8e}"
 
 
 def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None):
