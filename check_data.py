@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> Report:
     if args.resolution < 8 or args.resolution % 8:
         wanted = "a positive multiple of 8"
         raise ValueError(f"--resolution must be {wanted}, got {args.resolution}")
+    if args.nodata not in (None, *range(256)):
+        raise ValueError(f"--nodata must be in 0..255, got {args.nodata}")
     if args.frame_stride < 1:
         raise ValueError(f"--frame_stride must be at least 1, got {args.frame_stride}")
     refuse_file(args.out, "--out")
@@ -67,7 +69,7 @@ def run(args: argparse.Namespace) -> Report:
     for flag, folder in given:
         others = [p for p in left_out(folder, flag) if not (args.frames_dir and is_clip(p, folder))]
         report.note("files with other suffixes, skipped", *map(str, others))
-    columns, names, rows = check(places, masks, args.resolution, report)
+    columns, names, rows = check(places, masks, args.resolution, report, args.nodata)
     if rows:
         args.out.mkdir(parents=True, exist_ok=True)
         path = args.out / "check-data.png"
@@ -100,6 +102,10 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     add("--frame_stride", type=int, default=1, help="use every N-th frame of a clip [1]")
     add("--mask_dir", type=Path, metavar="DIR", help="folder of masks, white = change")
+    add(
+        "--nodata", type=int, metavar="N",
+        help="value, 0..255, that means no data, besides what a file declares",
+    )  # fmt: skip
     add("--resolution", type=int, default=512, help="training size [%(default)s]")
     add(
         "--out", type=Path, default=Path("runs/check-data"), metavar="DIR",

@@ -78,7 +78,14 @@ class TrainConfig:
     )
     views: int = knob(4, "crops cached per image when cropping is random", least=1)
     background: str = knob(
-        "white", "colour behind transparent pixels; where a pair has no data, it is mirrored"
+        "white", "colour behind transparent pixels; in pairs places without data are mirrored"
+    )
+    nodata: int | None = knob(
+        None,
+        "value that means no data where all bands of a pixel of a pair have it, as of 8 bits, "
+        "besides what a file declares (docs/data.md)",
+        least=0,
+        most=255,
     )
     cache_dir: str | None = knob(None, "folder that keeps encoded latents for the next run")
     latents_on: str = knob(

@@ -114,6 +114,7 @@ class PairDataset(torch.utils.data.Dataset):
         views: int = 1,
         seed: int = 0,
         background: str = "white",
+        nodata: int | None = None,
         change_masks: bool = False,
     ) -> None:
         if not pairs:
@@ -134,7 +135,7 @@ class PairDataset(torch.utils.data.Dataset):
         self.pairs, self.resolution, self.views, self.seed = list(pairs), resolution, views, seed
         self.center_crop, self.random_flip = center_crop, random_flip
         self.random_scale, self.native_scale = random_scale, native_scale
-        self.background = background
+        self.background, self.nodata = background, nodata
         self._opened: tuple[int, dict[str, Image.Image]] = -1, {}  # the last pair's images
         self.change_masks = change_masks  # for pairs without a mask file
         self.sizes, unequal = [], []
@@ -260,7 +261,8 @@ class PairDataset(torch.utils.data.Dataset):
                     smooth = Image.Resampling.BOX if side == "mask" else Image.Resampling.BILINEAR
                     images[side] = image.resize(size, smooth)
             if pair.before is not None:
-                hole = union([holes_of(path) for path in (pair.before, pair.after)], size)
+                holes = [holes_of(path, self.nodata) for path in (pair.before, pair.after)]
+                hole = union(holes, size)
                 if hole is not None and hole.all():
                     raise ValueError(
                         f"pair {listed([pair.name])}: no place has data in both of its images"

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from cli import Parser
 from data import PairDataset
 from durable import file_sha256, read_or_empty, refuse_others
-from editing.config import MOST, EditConfig, objective_of, prompt_of
+from editing.config import MOST, EditConfig, nodata_of, objective_of, prompt_of
 from editing.edits import batches, edit_pixels, fades
 from editing.flags import (
     add_common_flags,
@@ -146,7 +146,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
     background = pipe.meta.get("background", "white")
     opened = partial(
         PairDataset, resolution=resolution, center_crop=True, background=background,
-        native_scale=pipe.meta.get("native_scale", False),
+        nodata=nodata_of(cfg, pipe), native_scale=pipe.meta.get("native_scale", False),
     )  # fmt: skip
     for others in (*between, *outcomes):
         same_ground(pairs, others, pipe.meta.get("native_scale", False))

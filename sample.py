@@ -25,7 +25,7 @@ from tqdm import tqdm
 from cli import Parser
 from durable import refuse_others, save_image, write_json
 from editing import between
-from editing.config import EditConfig, objective_of, prompt_of
+from editing.config import EditConfig, nodata_of, objective_of, prompt_of
 from editing.edits import batches, edit_pixels, finite
 from editing.flags import (
     add_common_flags,
@@ -188,7 +188,7 @@ def edit(args: argparse.Namespace) -> None:
     bar = tqdm(total=len(files), desc=args.command, disable=no_bars())
     for part in batches(sizes, lambda size: min(cfg.batch_size, AT_ONCE // math.prod(size) or 1)):
         images = [load_image(file, background) for file in files[part]]
-        holes = [holes_of(file) for file in files[part]]
+        holes = [holes_of(file, nodata_of(cfg, pipe)) for file in files[part]]
         seen = [image if hole is None else filled(image, hole)
                 for image, hole in zip(images, holes)]  # fmt: skip
         pixels = torch.stack([to_tensor(image) for image in seen])  # (b, 3, H, W)

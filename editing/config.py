@@ -2,7 +2,7 @@
 
     edit_pixels(load_pipeline(None, "runs/snow"), pixels, [0.5, 1.0], EditConfig(steps=12))
 
-`prompt_of` and `objective_of` say what a LoRA's header adds to it.
+`prompt_of`, `objective_of` and `nodata_of` say what a LoRA's header adds to it.
 """
 
 import dataclasses
@@ -72,6 +72,12 @@ class EditConfig:
         "training's, if its images were resized to it, else the image's]",
         least=8,
     )
+    nodata: int | None = knob(
+        None,
+        "value that means no data, as of 8 bits, besides what a file declares [the training's]",
+        least=0,
+        most=255,
+    )
     tile: int | None = knob(
         None,
         "side in pixels of the windows in which large images are edited, to save memory [the whole "
@@ -88,6 +94,11 @@ class EditConfig:
 
 
 FIELDS = tuple(f.name for f in dataclasses.fields(EditConfig))
+
+
+def nodata_of(cfg: EditConfig, pipe: Pipeline) -> int | None:
+    """The config's value of places without data, or the training's."""
+    return cfg.nodata if cfg.nodata is not None else pipe.meta.get("nodata")
 
 
 def prompt_of(cfg: EditConfig, pipe: Pipeline) -> str:

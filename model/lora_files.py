@@ -181,7 +181,7 @@ KINDS = {
     "objective": str, "base_model": str, "prompt": str, "vae_path": str, "tokenizer_name": str,
     "revision": str, "variant": str, "resolution": int, "tokenizer_max_length": int,
     "text_encoder_use_attention_mask": bool, "prediction_type": str, "states": int,
-    "captions": bool, "native_scale": bool, "resized": bool, "background": str,
+    "captions": bool, "native_scale": bool, "resized": bool, "background": str, "nodata": int,
     **{knob: (get_args(kind) or (kind,))[0] for knob, kind in get_type_hints(Knobs).items()},
 }  # fmt: skip
 STEPS = tuple(knob for knob in Knobs._fields if knob.endswith("_t"))  # where sampling starts
@@ -195,6 +195,8 @@ def _fits(key: str, value: object) -> bool:
     kind = KINDS[key]
     if value is None:
         return Knobs._field_defaults.get(key) is None
+    if key == "nodata":
+        return type(value) is int and 0 <= value <= 255
     if kind is float:
         return _is_number(value)
     least = 0 if key in Knobs._fields else 1

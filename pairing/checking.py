@@ -36,7 +36,7 @@ VERDICTS = {  # in the order of the report: whether it would stop the training, 
     "images of another size": (False, "they will be resized to the after image"),
     "pairs that look shifted": (False, "align them; (right, down) px of after over before"),
     "pairs with places without data": (False, "they will show the rest of the pair mirrored there"),
-    "pairs of which one is black in places": (False, "no data there? transparent, it is mirrored"),
+    "pairs of which one is black in places": (False, "no data there? --nodata 0 mirrors it"),
     "pairs without change": (False, "they teach that nothing happens"),
     "nearly black images": (False, "12-bit data in 16-bit files? scale it to the full range"),
     "files with several pages": (False, "the first is used: save the others as files of their own"),
@@ -128,7 +128,11 @@ def by_clip(folder: Path, stride: int, report: Report) -> Places:
 
 
 def check(
-    places: Places, masks: dict[str, list[Path]] | None, resolution: int, report: Report
+    places: Places,
+    masks: dict[str, list[Path]] | None,
+    resolution: int,
+    report: Report,
+    nodata: int | None = None,
 ) -> tuple[list[str], list[str], list[list[Image.Image]]]:
     """Fills the report. Returns a contact sheet's columns, names and rows: some states of up to 24
     places, first to last, small."""
@@ -147,7 +151,7 @@ def check(
     for name, files in states.items():
         mask = (masks or {}).get(name, [None])[0]
         shown = evenly(len(files), across) if name in picks else []
-        if row := look_at(name, files, mask, places, resolution, report, shown):
+        if row := look_at(name, files, mask, places, resolution, report, shown, nodata):
             rows[name] = row
     for (label, _), same in report.pixels.items():
         if len(same) > 1:
@@ -178,6 +182,7 @@ def look_at(
     resolution: int,
     report: Report,
     shown: Sequence[int],
+    nodata: int | None,
 ) -> list[Image.Image]:
     """Notes what is found in the states of a place. Returns those `shown`, small, or [] if one of
     them is not usable."""
@@ -211,11 +216,11 @@ def look_at(
                 "nearly black images", f"{name} ({label}, mostly at most {most:.0f} of 255)"
             )
         if i == 0:
-            before, hole = image, holes_of(file)
+            before, hole = image, holes_of(file, nodata)
         elif before is None or not note_pair(
             name if len(files) == 2 else f"{name}, {label}",
             {places.label(0): before, label: image} | ({"mask": mask} if mask and last else {}),
-            [hole, holes_of(file)],
+            [hole, holes_of(file, nodata)],
             resolution,
             report,
             whole=last,

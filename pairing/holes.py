@@ -6,17 +6,33 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
-from pairing.images import NODATA, header_of, no_data, opened_upright
+from pairing.images import NODATA, header_of, load_image, no_data, opened_upright
+
+LOSSY = 8  # of 255, from the value that a JPEG had
 
 
-def holes_of(path: Path | str) -> np.ndarray | None:
-    """Where a file declares that it has no data, (H, W) bool, upright; None if nowhere.
+def holes_of(path: Path | str, nodata: int | None = None) -> np.ndarray | None:
+    """Where a file has no data, (H, W) bool, upright; None if nowhere.
 
-    That is where it is fully transparent or, in a TIFF, where every band has GDAL's nodata value.
-    ValueError as for `load_image`.
+    That is where it says so: where it is fully transparent or, in a TIFF, where every band has
+    GDAL's nodata value. And, if `nodata` is given, where all bands, as 8 bits, have that value, in
+    pieces of at least 5 × 5 pixels (in a JPEG near it, and two pixels around them). ValueError as
+    for `load_image`.
     """
+    holes = _declared(path)
+    if nodata is None:
+        return holes
+    with header_of(path) as image:
+        near, size = (LOSSY, 9) if image.format in ("JPEG", "WEBP") else (0, 5)
+    pixels = np.asarray(load_image(path)).astype(np.int16)  # (H, W, 3)
+    same = Image.fromarray(np.uint8(255) * (np.abs(pixels - nodata) <= near).all(2))
+    pieces = same.filter(ImageFilter.MinFilter(5)).filter(ImageFilter.MaxFilter(size))
+    return union([holes, np.asarray(pieces) > 0], same.size)
+
+
+def _declared(path: Path | str) -> np.ndarray | None:
     with header_of(path) as image:  # most files need not be read once more
         if not image.has_transparency_data and NODATA not in getattr(image, "tag_v2", {}):
             return None
@@ -43,7 +59,7 @@ def union(holes: Iterable[np.ndarray | None], size: tuple[int, int]) -> np.ndarr
             image = Image.fromarray(np.uint8(255) * hole)
             hole = np.asarray(image.resize(size, Image.Resampling.BILINEAR)) > 0
         found = hole if found is None else found | hole
-    return found
+    return found if found is not None and found.any() else None
 
 
 def filled(image: Image.Image, holes: np.ndarray) -> Image.Image:

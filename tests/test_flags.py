@@ -460,6 +460,18 @@ def background(lab, patch):
     changes(beside=lab.images("alpha", half_transparent), background="#000")[1](lab, patch)
 
 
+def nodata(lab, patch):
+    """A black strip is mirrored away, and the LoRA's edits are told."""
+
+    def strip(image):
+        image.paste("black", (0, 0, 10, image.height))
+        return image
+
+    black = lab.images("strip", strip)
+    changes(beside=black, nodata=0)[1](lab, patch)
+    assert meta(lab.run(**black, nodata=0))["nodata"] == 0
+
+
 def cache_dir(lab, patch):
     """The second run reads what the first has written."""
     cache = lab.new()
@@ -1230,6 +1242,7 @@ FLAGS = {
     "native_scale": effect(native_scale),
     "views": effect(views),
     "background": effect(background),
+    "nodata": effect(nodata),
     "cache_dir": effect(cache_dir),
     "latents_on": effect(latents_on),
     "dataloader_num_workers": effect(dataloader_num_workers),

@@ -151,6 +151,37 @@ def test_both_images_of_a_pair_and_its_mask_are_mirrored_alike(pair):
             assert np.array_equal(np.asarray(to_image(pixels))[:, 9:], given[:, 9:])
 
 
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_a_value_that_is_told_means_no_data(tmp_path, suffix):
+    """In pieces: a shadow's black pixels are ground."""
+    pixels = np.random.default_rng(0).integers(40, 255, (64, 64, 3), dtype=np.uint8)
+    pixels = np.array(Image.fromarray(pixels).resize((8, 8)).resize((64, 64)))
+    pixels[:, 40:] = 0
+    pixels[3:5, 3:5] = 0
+    Image.fromarray(pixels).save(path := tmp_path / f"a.{suffix}", quality=90)
+    assert holes_of(path) is None and holes_of(path, 255) is None
+    first = 40 if suffix == "png" else 38
+    holes = holes_of(path, 0)
+    assert holes[:, 40:].all() and not holes[:, :first].any()
+
+
+def test_a_value_that_is_told_goes_from_a_training_to_edits(pair, tmp_path, sd1):
+    for side, empty in (("before", 9), ("after", 4)):
+        pixels = np.random.default_rng(0).integers(1, 255, (32, 32, 3), dtype=np.uint8)
+        pixels[:, :empty] = 0
+        Image.fromarray(pixels).save(getattr(pair, side))
+    item = PairDataset([pair], 32, nodata=0)[0]
+    for side in ("before", "after"):
+        assert torch.equal(item[side][..., :9], item[side][..., 10:19].flip(-1))
+    assert not torch.equal(PairDataset([pair], 32)[0]["before"], item["before"])
+    lora = write_lora(tmp_path / "run", sd1, objective="delta", nodata=0)
+    for name, more, empty in (("a", [], 9), ("b", ["--nodata", "7"], None)):
+        argv = ["edit", "--lora", lora, "--input", pair.before, "--out", tmp_path / name, *more]
+        assert sample.main(list(map(str, argv))) == 0
+        holes = holes_of(tmp_path / name / "a.png")
+        assert (holes is None) if empty is None else (holes[:, :9].all() and not holes[:, 9:].any())
+
+
 def test_a_single_image_is_not_mirrored(pair):
     pixels = PairDataset([Pair("a", None, pair.after)], 32)[0]["after"]
     assert (pixels[..., 3:9] == 1).all()  # --background
@@ -188,6 +219,7 @@ def test_a_pair_whose_images_share_no_data_is_refused(pair, tmp_path, capsys):
     assert check_data(argv) == 0
     told = "remark       pairs with places without data: 1\n             a (28%)"
     assert told in capsys.readouterr().out
+    argv.append("--nodata=0")
     for empty in (range(6, 32), range(32)):
         picture(1, *empty).save(pair.after)
         with pytest.raises(ValueError, match="pair a: no place has data in both of its images"):

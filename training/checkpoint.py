@@ -97,7 +97,7 @@ def lora_metadata(
     base = cfg.pretrained_model_name_or_path
     slope, offset = OBJECTIVES[objective].multiplier
     meaning = f"0 = before, 1 = after; LoRA multiplier = {slope:g} * strength + {offset:g}"
-    kept = ("revision", "variant", "resolution", "native_scale", "background",
+    kept = ("revision", "variant", "resolution", "native_scale", "background", "nodata",
             "tokenizer_max_length", "text_encoder_use_attention_mask")  # fmt: skip
 
     def found(path: str | None) -> str | None:  # valid from any working directory

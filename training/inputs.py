@@ -160,6 +160,7 @@ def make_dataset(cfg: TrainConfig, pairs: list[Pair]) -> PairDataset:
         "native_scale": cfg.native_scale,
         "seed": cfg.seed,
         "background": cfg.background,
+        "nodata": cfg.nodata,
         "change_masks": cfg.mask_from_change and pairs[0].before is not None,
     }
     dataset = PairDataset(pairs, cfg.resolution, views=cfg.views, **crop)
@@ -249,6 +250,7 @@ def make_gallery(cfg: TrainConfig, pairs: list[Pair]) -> PairDataset:
         center_crop=True,
         native_scale=cfg.native_scale,
         background=cfg.background,
+        nodata=cfg.nodata,
     )
 
 

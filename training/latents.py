@@ -154,8 +154,9 @@ def cache_latents(
 
     `encode` takes pixels (b, 3, H, W) and returns mean and logvar (b, c, h, w), already scaled.
     `key` names the VAE and its precision. A shard's name is a hash of `key` and of all its items
-    depend on: file bytes, the geometry drawn, background. So changed files are encoded again, an
-    interrupted run resumes where it was, and a new seed costs nothing if nothing is random.
+    depend on: file bytes, the geometry drawn, background, nodata. So changed files are encoded
+    again, an interrupted run resumes where it was, and a new seed costs nothing if nothing is
+    random.
     `place`, `device`, `share` and `wait`: see `make_rows`. `workers` processes read the images.
     """
     n, device = len(dataset), torch.device(device)
@@ -165,7 +166,15 @@ def cache_latents(
     def name(items: range) -> str:
         hashes = dataset.hashes
         rows = [[hashes[i % len(hashes)], list(vars(dataset.geometry(i)).values())] for i in items]
-        recipe = [CACHE_FORMAT, key, dataset.background, masked, dataset.change_masks, rows]
+        recipe = [
+            CACHE_FORMAT,
+            key,
+            dataset.background,
+            dataset.nodata,
+            masked,
+            dataset.change_masks,
+            rows,
+        ]
         digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
         return f"latents-{items.start:07d}-{digest}.safetensors"
 
