@@ -10,7 +10,7 @@ from PIL import Image, ImageFilter
 
 from pairing.images import NODATA, header_of, load_image, no_data, opened_upright
 
-LOSSY = 8  # of 255, from the value that a JPEG had
+LOSSY = 16  # of 255, from the value that a JPEG had
 
 
 def holes_of(path: Path | str, nodata: int | None = None) -> np.ndarray | None:
