@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageChops, ImageOps
 
-from pairing.holes import filled, holes_of, union
+from pairing.holes import MUCH, black_alone, filled, holes_of, union
 from pairing.images import Frame, by, further_pages, listed, load_image, load_mask
 from pairing.pairs import by_name, find_pairs, read_caption
 from pairing.registration import MAX_ASPECT, MIN_SHIFT, aspect_gap, find_shift
@@ -17,7 +17,6 @@ from pairing.sequences import clips_in, find_sequences
 
 # absolute difference, of 255, of the image and of its blocks of 16 pixels: saving as JPEG twice
 NO_CHANGE, NO_BLOCK = 0.5, 4
-BLACK, MUCH = 4, 0.05  # of 255, as JPEG blurs it; of the pixels
 DARK = 16  # of 255: white of 12-bit data in a 16-bit file
 TILE, SHEET_PLACES, SHEET_STATES = 192, 24, 5
 
@@ -268,8 +267,7 @@ def note_pair(
             report.note("empty masks", name)
         else:
             report.note("faint masks", f"{name} (at most {most} of 255)")
-    black = [np.asarray(image).max(2) <= BLACK for image in (before, after)]
-    if (alone := (black[0] != black[1]).mean()) >= MUCH:
+    if (alone := black_alone(before, after)) >= MUCH:
         report.note("pairs of which one is black in places", f"{name} ({alone:.0%})")
     difference = ImageChops.difference(before, after)
     blocks = difference.reduce(min(16, *after.size))

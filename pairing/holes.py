@@ -10,6 +10,7 @@ from PIL import Image, ImageFilter
 
 from pairing.images import NODATA, header_of, load_image, no_data, opened_upright
 
+BLACK, MUCH = 4, 0.05  # of 255, in a JPEG too; of the pixels
 LOSSY = 16  # of 255, from the value that a JPEG had
 
 
@@ -73,6 +74,12 @@ def filled(image: Image.Image, holes: np.ndarray) -> Image.Image:
     if not empty.all():
         pixels[empty] = pixels[_beside(~empty)[empty]]
     return Image.fromarray(pixels)
+
+
+def black_alone(before: Image.Image, after: Image.Image) -> float:
+    """Share of the pixels of two images of one size at which one is black and the other is not."""
+    one, other = (np.asarray(image).max(2) <= BLACK for image in (before, after))
+    return float((one != other).mean())
 
 
 def cleared(image: Image.Image, holes: np.ndarray | None) -> Image.Image:

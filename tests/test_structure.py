@@ -105,7 +105,7 @@ ARROWS = {
     ],
     "training.inputs": [
         "config", "data", "durable", "progress", "model.memory", "model.pipeline",
-        "model.vae", "model.weights", "pairing.images", "pairing.pairs",
+        "model.vae", "model.weights", "pairing.holes", "pairing.images", "pairing.pairs",
         "pairing.registration", "pairing.sequences", "training.latents",
     ],
     "editing.config": ["knobs", "model.objectives", "model.pipeline"],

@@ -1039,6 +1039,22 @@ def test_the_held_out_loss_is_of_the_states_held_out_with_noise_of_the_seed(
     assert not torch.equal(seen[0][1], seen[20][1])
 
 
+def test_pairs_that_are_black_in_one_image_alone_are_told_of(config, pairs, tmp_path):
+    black = Image.open(pairs / "after" / "0.png")
+    black.paste("black", (0, 0, 9, 32))
+    for side in ("before", "after"):
+        (tmp_path / side).mkdir()
+        for i in range(3):
+            image = black if (side, i) == ("after", 0) else Image.open(pairs / side / f"{i}.png")
+            image.save(tmp_path / side / f"{i}.png")
+    for more, told in ({}, True), ({"nodata": 0}, False):
+        cfg = replace(config, before_data_dir=str(tmp_path / "before"),
+                      after_data_dir=str(tmp_path / "after"), **more)  # fmt: skip
+        dataset = make_dataset(cfg, find_data(cfg).train)
+        said = [*doubts(cfg, dataset, size_of(cfg, 3, 1), draws=None)]
+        assert any("1 of 3 pairs are black in places in one image" in one for one in said) is told
+
+
 @pytest.mark.parametrize("states", [1, 2, 4, 5, 40])
 def test_held_out_places_keep_all_their_states(states):
     pairs = [Pair(f"{i}", Path(f"{i}"), Path(f"{i}-{k}"), strength=k / states)

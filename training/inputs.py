@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,6 +20,7 @@ from model.memory import phase, unless_full
 from model.pipeline import DTYPES, load_pipeline, pick_dtype
 from model.vae import VAE
 from model.weights import weight_sum
+from pairing.holes import MUCH, black_alone
 from pairing.images import by, listed, load_image, to_image
 from pairing.pairs import (
     SIDES,
@@ -202,7 +204,14 @@ def doubts(
             f"--views {enough} would match the full area"
         )
     if config.is_pairs(cfg):
-        yield from unregistered(dataset)
+        items = [dataset[i] for i in spread(range(n), 8)]
+        looked_at = [[to_image(item[side]) for side in ("before", "after")] for item in items]
+        yield from unregistered([item["name"] for item in items], looked_at)
+        if black := sum(black_alone(*sides) >= MUCH for sides in looked_at):
+            yield (
+                f"{black} of {len(items)} pairs are black in places in one image alone: if there "
+                "are no data, say so with --nodata 0, or the LoRA learns to draw it"
+            )
     elif not cfg.instance_prompt and not all(pair.caption for pair in dataset.pairs):
         yield "no --instance_prompt: images without a caption are learnt for the empty prompt"
     more = cfg.num_class_images if cfg.with_prior_preservation else 0
@@ -219,10 +228,9 @@ def doubts(
         )
 
 
-def unregistered(dataset: PairDataset) -> Iterator[str]:
-    """A warning if, of eight pairs, most of those whose shift can be told are shifted."""
-    items = [dataset[i] for i in spread(range(len(dataset.pairs)), 8)]
-    told = [(x["name"], find_shift(to_image(x["before"]), to_image(x["after"]))) for x in items]
+def unregistered(names: list[str], pairs: list[list[Image.Image]]) -> Iterator[str]:
+    """A warning if most of those pairs whose shift can be told are shifted."""
+    told = [(name, find_shift(*pair)) for name, pair in zip(names, pairs)]
     known = [(name, shift) for name, shift in told if shift is not None]
     moved = [(name, shift) for name, shift in known if max(map(abs, shift)) >= MIN_SHIFT]
     if len(moved) >= 2 and 2 * len(moved) > len(known):
