@@ -113,7 +113,7 @@ def read_lora(run_or_file: str | Path, flag: str = "--lora") -> tuple[Parts, dic
         metadata = json.loads(header.get("pairlora", "{}"))
         assert isinstance(peft, dict) and isinstance(metadata, dict)
     except (json.JSONDecodeError, AssertionError, RecursionError) as error:
-        raise ValueError(f"{path} has a header that is not an object in JSON") from error
+        raise ValueError(f"{path} has a header that is not a JSON object") from error
     beside = path.with_name("adapter_config.json")
     if path.stem == "adapter_model" and not peft and beside.is_file():
         peft = read_json(beside)

@@ -424,7 +424,7 @@ def test_bad_files_are_one_sentence(tmp_path, sd1, unet):
         with pytest.raises(ValueError, match=words):
             read_lora(path)
     save_file(good, path, metadata={"lora_adapter_metadata": "{"})
-    with pytest.raises(ValueError, match="not JSON"):
+    with pytest.raises(ValueError, match="not a JSON object"):
         read_lora(path)
     with pytest.raises(FileNotFoundError, match="pytorch_lora_weights"):
         read_lora(tmp_path)

@@ -466,10 +466,10 @@ def test_pictures_of_others_are_not_replaced(tmp_path, sd1, images, capsys):
 
 def test_what_is_transparent_is_as_in_training(tmp_path, sd1):
     lora = write_lora(tmp_path / "run", sd1, background="black")
-    Image.new("RGBA", (32, 32), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("RGBA", (32, 32), (255, 255, 255, 1)).save(tmp_path / "clear.png")
     argv = ("edit", "--lora", lora, "--input", tmp_path / "clear.png", "--out", tmp_path / "out")
     run(*argv, "--strength", 0)
-    assert Image.open(tmp_path / "out" / "clear.png").getextrema() == ((0, 0),) * 3
+    assert Image.open(tmp_path / "out" / "clear.png").getextrema() == ((1, 1),) * 3
 
 
 def test_a_lora_of_two_states_fades_one_of_more_is_weakened(tmp_path, sd1, images):
