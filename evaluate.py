@@ -8,8 +8,8 @@
 
 Writes evaluation.json, evaluation.md and sheet.png. Images are compared as 8-bit images in [0, 1],
 at the training's resolution, centre-cropped. Noise is drawn per pair, from --seed and its name. A
-pair with a caption (NAME.txt) is edited with it unless --prompt is given. The same command gives
-the same bytes.
+pair with a caption (NAME.txt) is edited with it unless --prompt is given. Where a pair has no data,
+what is mirrored there counts again. The same command gives the same bytes.
 """
 
 import argparse
