@@ -115,6 +115,7 @@ class PairDataset(torch.utils.data.Dataset):
         seed: int = 0,
         background: str = "white",
         nodata: int | None = None,
+        beside: Sequence[Sequence[Pair]] = (),
         change_masks: bool = False,
     ) -> None:
         if not pairs:
@@ -136,6 +137,7 @@ class PairDataset(torch.utils.data.Dataset):
         self.center_crop, self.random_flip = center_crop, random_flip
         self.random_scale, self.native_scale = random_scale, native_scale
         self.background, self.nodata = background, nodata
+        self.beside = beside  # other states of the same places, which may lack data elsewhere
         self._opened: tuple[int, dict[str, Image.Image]] = -1, {}  # the last pair's images
         self.change_masks = change_masks  # for pairs without a mask file
         self.sizes, unequal = [], []
@@ -261,11 +263,13 @@ class PairDataset(torch.utils.data.Dataset):
                     smooth = Image.Resampling.BOX if side == "mask" else Image.Resampling.BILINEAR
                     images[side] = image.resize(size, smooth)
             if pair.before is not None:
-                holes = [holes_of(path, self.nodata) for path in (pair.before, pair.after)]
-                hole = union(holes, size)
+                states = dict.fromkeys(
+                    (pair.before, pair.after, *(x[k].after for x in self.beside))
+                )
+                hole = union([holes_of(path, self.nodata) for path in states], size)
                 if hole is not None and hole.all():
                     raise ValueError(
-                        f"pair {listed([pair.name])}: no place has data in both of its images"
+                        f"pair {listed([pair.name])}: no place has data in all of its images"
                     )
                 if hole is not None:  # all alike, so that what is mirrored is a pair too
                     images = {side: filled(image, hole) for side, image in images.items()}

@@ -143,13 +143,18 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
     resolution = resolution_of(cfg, pipe)
     # without --tile, so that the ceiling does not depend on it
     whole = frame_of(cfg, pipe, (resolution, resolution))._replace(tiles=None)
-    background = pipe.meta.get("background", "white")
+    native, every = pipe.meta.get("native_scale", False), (pairs, *between, *outcomes)
     opened = partial(
-        PairDataset, resolution=resolution, center_crop=True, background=background,
-        nodata=nodata_of(cfg, pipe), native_scale=pipe.meta.get("native_scale", False),
-    )  # fmt: skip
-    for others in (*between, *outcomes):
-        same_ground(pairs, others, pipe.meta.get("native_scale", False))
+        PairDataset,
+        resolution=resolution,
+        center_crop=True,
+        native_scale=native,
+        background=pipe.meta.get("background", "white"),
+        nodata=nodata_of(cfg, pipe),
+        beside=every,
+    )
+    for others in every[1:]:
+        same_ground(pairs, others, native)
     dataset, outcomes = opened(pairs), [opened(some) for some in outcomes]
     between = {time: opened(some) for time, some in zip(args.between_times, between)}
     wanted = sorted({*strengths, *between})

@@ -187,6 +187,21 @@ def test_a_single_image_is_not_mirrored(pair):
     assert (pixels[..., 3:9] == 1).all()  # --background
 
 
+def test_all_states_of_a_place_are_mirrored_alike(pair, tmp_path):
+    """Or an edit of the one would be compared with ground of the other that was never seen."""
+    picture(5, *range(20, 25)).save(tmp_path / "between.png")
+    other = Pair("a", pair.before, tmp_path / "between.png")
+    every = [[pair], [other]]
+    for some in every:
+        item = PairDataset(some, 32, beside=every)[0]
+        for side in ("before", "after"):
+            assert torch.equal(item[side][..., :9], item[side][..., 10:19].flip(-1))
+            assert torch.equal(item[side][..., 20:22], item[side][..., 17:19].flip(-1))
+    assert not torch.equal(
+        PairDataset([pair], 32)[0]["after"], PairDataset(*every[:1], 32, beside=every)[0]["after"]
+    )
+
+
 def test_sides_of_two_sizes_leave_out_what_their_resampling_touched(pair, tmp_path):
     picture(0, *range(12), size=(64, 64)).save(pair.before)
     picture(1).save(pair.after)
@@ -222,7 +237,7 @@ def test_a_pair_whose_images_share_no_data_is_refused(pair, tmp_path, capsys):
     argv.append("--nodata=0")
     for empty in (range(6, 32), range(32)):
         picture(1, *empty).save(pair.after)
-        with pytest.raises(ValueError, match="pair a: no place has data in both of its images"):
+        with pytest.raises(ValueError, match="pair a: no place has data in all of its images"):
             PairDataset([pair], 32)[0]
     assert check_data(argv) == 2  # nothing is left
     assert "PROBLEM      pairs whose images share no data: 1" in capsys.readouterr().out
