@@ -198,7 +198,7 @@ def test_all_states_of_a_place_are_mirrored_alike(pair, tmp_path):
             assert torch.equal(item[side][..., :9], item[side][..., 10:19].flip(-1))
             assert torch.equal(item[side][..., 20:22], item[side][..., 17:19].flip(-1))
     assert not torch.equal(
-        PairDataset([pair], 32)[0]["after"], PairDataset(*every[:1], 32, beside=every)[0]["after"]
+        PairDataset([pair], 32)[0]["after"], PairDataset([pair], 32, beside=every)[0]["after"]
     )
 
 
