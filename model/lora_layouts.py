@@ -125,7 +125,7 @@ def _peft_config(part: str, factors: dict[str, Factors]) -> dict:
     # peft matches the ends of paths: without the prefix they match in any transformers version
     factors = {name.removeprefix("text_model."): f for name, f in factors.items()}
     ranks = {name: f.A.shape[0] for name, f in factors.items()}
-    alphas = {n: (f.scale if f.scale > 0 else 1.0) * f.A.shape[0] for n, f in factors.items()}
+    alphas = {n: _alpha(f.scale if f.scale > 0 else 1.0, f.A.shape[0]) for n, f in factors.items()}
     r, alpha = _commonest(ranks.values()), _commonest(alphas.values())
     config = {
         f"{part}.r": r,
@@ -137,6 +137,14 @@ def _peft_config(part: str, factors: dict[str, Factors]) -> dict:
         if rest:
             config[f"{part}.{key}"] = rest
     return config
+
+
+def _alpha(scale: float, r: int) -> float:
+    """α, as it was given where α/r was then rounded to fp32: 8, not 8.0000002."""
+    alpha = scale * r
+    short = float(f"{alpha:.7g}")
+    rounded = torch.tensor([short / r, scale], dtype=torch.float32)
+    return short if rounded[0] == rounded[1] else alpha
 
 
 def _commonest(values):

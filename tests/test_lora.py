@@ -430,6 +430,18 @@ def test_bad_files_are_one_sentence(tmp_path, sd1, unet):
         read_lora(tmp_path)
 
 
+@pytest.mark.parametrize("alpha, rank", [(8, 12), (1, 3), (0.1, 7), (2**0.5, 4), (16, 16)])
+def test_the_header_s_alpha_is_the_one_given(tmp_path, sd1, alpha, rank):
+    """Though a layer holds α/r in fp32, which it gives again."""
+    inject(unet := load_unet(sd1), "attn", rank=rank, alpha=alpha)
+    save_lora(tmp_path / "x.safetensors", unet=unet)
+    with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
+        said = json.loads(file.metadata()["lora_adapter_metadata"])["unet.lora_alpha"]
+    assert said == alpha or (alpha == 2**0.5 and said == pytest.approx(alpha, rel=1e-7))
+    held = {f.scale for f in adapter_factors(unet).values()}
+    assert {torch.tensor(said / rank).item()} == held
+
+
 def test_header_says_rank_alpha_targets_and_ours(tmp_path, unet):
     names = inject(unet, "attn", rank=2, alpha=6)
     save_lora(tmp_path / "x.safetensors", unet=unet, metadata={"objective": "delta"})
