@@ -15,7 +15,7 @@ STRENGTH ?= 1
 ARGS     ?=
 
 # a $ in what the user gives is a dollar, not a variable of make's
-$(foreach v,BEFORE AFTER MASK INSTANCE OUT PROMPT STRENGTH MODEL RUN INPUT F,\
+$(foreach v,BEFORE AFTER MASK INSTANCE OUT PROMPT STRENGTH MODEL RUN INPUT F ARGS,\
   $(if $(filter-out file undefined,$(origin $(v))),$(eval override $(v) := $$(value $(v)))))
 
 # With no images given, everything uses the embedded scenes: their base model, 64 pairs to train on,

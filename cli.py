@@ -163,19 +163,16 @@ def parse(argv: list[str] | None = None, prog: str = "train.py") -> TrainConfig:
     """Flags override --config, which overrides the defaults. A mistake exits with status 2 and one
     sentence."""
     parser = make_parser(prog)
-    first, file = parser.parse_known_args(argv)[0], {}
+    first, _ = parser.parse_known_args(argv)
     if first.config is not None:
         try:
-            parser.set_defaults(**(file := read_file(first.config)))
+            parser.set_defaults(**read_file(first.config))
         except ValueError as error:
             parser.error(str(error))
     values = vars(parser.parse_args(argv))
     del values["config"]
-    steps, epochs = (
-        file.get(key) == values[key] for key in ("max_train_steps", "num_train_epochs")
-    )
-    if file and steps and not epochs:  # else the file's steps would override the flag's epochs
-        values["max_train_steps"] = None
+    if first.num_train_epochs is not None and first.max_train_steps is None:
+        values["max_train_steps"] = None  # the file's, which would override the flag
     lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
     cfg = TrainConfig(**values | lists)
     try:

@@ -257,24 +257,28 @@ class PairDataset(torch.utils.data.Dataset):
             for side, path in pair.files.items():
                 mask = side == "mask"
                 images[side] = load_mask(path) if mask else load_image(path, self.background)
+            holes = self.holes(k, images) if pair.before is not None else []
             size = images["after"].size
             for side, image in images.items():
                 if image.size != size:
                     smooth = Image.Resampling.BOX if side == "mask" else Image.Resampling.BILINEAR
                     images[side] = image.resize(size, smooth)
-            if pair.before is not None:
-                states = dict.fromkeys(
-                    (pair.before, pair.after, *(x[k].after for x in self.beside))
-                )
-                hole = union([holes_of(path, self.nodata) for path in states], size)
-                if hole is not None and hole.all():
+            if (hole := union(holes, size)) is not None:
+                if hole.all():
                     raise ValueError(
                         f"pair {listed([pair.name])}: no place has data in all of its images"
                     )
-                if hole is not None:  # all alike, so that what is mirrored is a pair too
-                    images = {side: filled(image, hole) for side, image in images.items()}
+                # all alike, so that what is mirrored is a pair too
+                images = {side: filled(image, hole) for side, image in images.items()}
             self._opened = k, images
         return self._opened[1]
+
+    def holes(self, k: int, images: dict[str, Image.Image]) -> list[np.ndarray | None]:
+        """Where each state of pair k has no data; `images`: those that have been read."""
+        pair = self.pairs[k]
+        states = {pair.before: images["before"], pair.after: images["after"]}
+        states = {some[k].after: None for some in self.beside} | states
+        return [holes_of(path, self.nodata, image) for path, image in states.items()]
 
     def forget(self) -> None:
         """Frees the last pair's images: training needs only the latents."""

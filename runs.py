@@ -166,8 +166,9 @@ class Run:
             remove(aside)
             os.replace(old, aside)
         (self.folder / "samples").mkdir(exist_ok=True)
-        for picture in (self.folder / "samples").glob("[0-9]*.png"):
-            if int(picture.stem) > self.resume_step:
+        for picture in (self.folder / "samples").glob("*.png"):
+            ours = re.fullmatch("[0-9]{6,18}", picture.stem)
+            if ours and int(picture.stem) > self.resume_step:
                 remove(picture)
         # the steps after the checkpoint will be logged again
         kept = [row for row in rows if row["step"] <= self.resume_step]
@@ -257,7 +258,7 @@ class Run:
         if (was := then.get("precision")) not in (None, now := fingerprints.get("precision")):
             self._differs(f"another precision ({was}, not {now})")
         elif then.get("weights") not in (None, fingerprints.get("weights")):
-            self._differs("other weights of the base model")
+            self._differs("other weights of the UNet or the autoencoder")
         for key, what in kinds.items():
             was, now = then.get(key), fingerprints.get(key)
             if was not in (None, now):

@@ -188,7 +188,8 @@ def edit(args: argparse.Namespace) -> None:
     bar = tqdm(total=len(files), desc=args.command, disable=no_bars())
     for part in batches(sizes, lambda size: min(cfg.batch_size, AT_ONCE // math.prod(size) or 1)):
         images = [load_image(file, background) for file in files[part]]
-        holes = [holes_of(file, nodata_of(cfg, pipe)) for file in files[part]]
+        holes = [holes_of(file, nodata_of(cfg, pipe), image)
+                 for file, image in zip(files[part], images)]  # fmt: skip
         seen = [image if hole is None else filled(image, hole)
                 for image, hole in zip(images, holes)]  # fmt: skip
         pixels = torch.stack([to_tensor(image) for image in seen])  # (b, 3, H, W)

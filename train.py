@@ -221,7 +221,7 @@ def run_phases(
     with phase("unet", device, run.log):
         unet = load_unet(base, **files, dtype=dtype)
         print(f"UNet          {loaded(unet, base)}")
-        weights = weight_sum(unet)
+        weights = f"{weight_sum(unet)} {weight_sum(vae)}"
         if cfg.channels_last:  # before the LoRA weights become views of one flat buffer
             unet.to(memory_format=torch.channels_last)
         trained = adapt(cfg, unet, prompts.text, given, task.objective, run.checkpoint)

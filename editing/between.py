@@ -189,7 +189,7 @@ def morph(
             z,
             multiplier,
             steps=args.steps,
-            start=left_out(args.noise_level, args.steps),
+            start=left_out(pipe.schedule, args.noise_level, args.steps),
             statistics=args.adain,
             attention=args.attention,
         )

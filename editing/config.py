@@ -74,8 +74,9 @@ class EditConfig:
     )
     nodata: int | None = knob(
         None,
-        "value that means no data, as of 8 bits, besides what a file declares [the training's]",
-        least=0,
+        "value that means no data, as of 8 bits, besides what a file declares; -1: none [the "
+        "training's]",
+        least=-1,
         most=255,
     )
     tile: int | None = knob(
@@ -97,8 +98,9 @@ FIELDS = tuple(f.name for f in dataclasses.fields(EditConfig))
 
 
 def nodata_of(cfg: EditConfig, pipe: Pipeline) -> int | None:
-    """The config's value of places without data, or the training's."""
-    return cfg.nodata if cfg.nodata is not None else pipe.meta.get("nodata")
+    """The config's value of places without data, or the training's; None: what files declare."""
+    value = cfg.nodata if cfg.nodata is not None else pipe.meta.get("nodata")
+    return None if value == -1 else value
 
 
 def prompt_of(cfg: EditConfig, pipe: Pipeline) -> str:

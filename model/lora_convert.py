@@ -120,7 +120,7 @@ def run_concat(args: argparse.Namespace) -> None:
               "prediction_type", "prompt", "base_lora", "background", "nodata", "states",
               "resolution", "resized", *own)  # fmt: skip
     for key in needed:
-        if key not in agreed and any(key in metadata for _, metadata in read):
+        if key not in agreed and any(metadata.get(key) is not None for _, metadata in read):
             warnings.warn(f"the LoRAs differ in {key}: the new file omits it", stacklevel=2)
     agreed = {key: agreed[key] for key in agreed.keys() - {"rank", "alpha", "steps"}}
     parts = concat_parts([(parts, w) for (parts, _), w in zip(read, weights)])

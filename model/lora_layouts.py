@@ -55,6 +55,7 @@ MATRIX = re.compile(  # the end of a path whose layer is linear in every SD
     r"(^|\.)(to_[qkv]|to_out\.0|net\.0\.proj|net\.2|[qkv]_proj|out_proj|fc[12]"
     r"|time_emb_proj|linear_[12])$"
 )
+REPEATS = re.compile(r"[*+{]")
 PARTNERS = {"lora_A": "lora_B", "lora_down": "lora_up", ".down.": ".up."}
 
 # ---- out -----------------------------------------------------------------------------------------
@@ -266,9 +267,15 @@ def _with_mid(A: Tensor, mid: Tensor, what: str) -> Tensor:
     return torch.einsum("rqhw,qi->rihw", mid.to(dtype), A.flatten(1).to(dtype))
 
 
+def is_endless(pattern: str) -> bool:
+    """Whether a regular expression may take more than a moment: groups that are repeated, or many
+    repetitions."""
+    return bool(re.search(r"\)[*+?{]|\(\?|\\[1-9]", pattern)) or len(REPEATS.findall(pattern)) > 2
+
+
 def _peft_scale(peft: dict, part: str, path: str, r: int, file) -> float:
-    """α/r as peft reads its config: patterns are regular expressions for the end of a path, here of
-    names and dots, as others from a stranger could keep the reader busy forever."""
+    """α/r as peft reads its config: patterns are regular expressions for the end of a path. Those
+    that could keep a reader busy forever are refused: they may be a stranger's."""
 
     def setting(name: str, default):  # a single part is saved without its name
         return peft.get(f"{part}.{name}", peft.get(name, default))
@@ -277,14 +284,15 @@ def _peft_scale(peft: dict, part: str, path: str, r: int, file) -> float:
     names = {path, path.removeprefix("text_model.")}
     try:
         pattern = setting("alpha_pattern", None) or {}
-        for text in pattern:
-            if not re.fullmatch(r"[\w.\\^$|]*", text):
-                raise ValueError(text)
+        repeats = [text for text in pattern if REPEATS.search(text)]
+        if len(repeats) > 16 or any(map(is_endless, repeats)) or (repeats and len(path) > 200):
+            raise ValueError("patterns")
         hits = (v for p, v in pattern.items() for name in names
                 if p == name or re.match(rf"(.*\.)?({p})$", name))  # fmt: skip
         alpha = next(hits, setting("lora_alpha", r))
         assert type(alpha) in (int, float) and 0 < alpha < 1e9
         scale = alpha / (math.sqrt(r) if setting("use_rslora", False) else r)
     except (AssertionError, ArithmeticError, AttributeError, TypeError, ValueError, re.error) as e:
-        raise ValueError(f"{file} has a header without a usable lora_alpha of {path}") from e
+        what = "lora_alpha and alpha_pattern"
+        raise ValueError(f"{file} has a header without a usable {what} for {path}") from e
     return scale

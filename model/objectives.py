@@ -372,7 +372,7 @@ def restore(
     "invert": by DDIM inversion at m_before and guidance 1 (m = m_before then returns z, up to the
     step size); "noise": by adding noise (SDEdit, Meng et al. 2022, arXiv 2108.01073).
     """
-    start = left_out(how.noise_level, how.steps)
+    start = left_out(schedule, how.noise_level, how.steps)
     if how.start == "invert":
         x = ddim_invert(
             lambda x_t, t: predict(x_t, t, m_before), z, schedule, how.steps, start=start

@@ -19,14 +19,6 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 Generators = torch.Generator | list[torch.Generator] | None
 
 
-def left_out(noise_level: float, steps: int) -> int:
-    """How many of `steps`, from the noisiest on, an edit leaves out that goes part of the way to
-    noise: all but the share `noise_level`, but not the last two, as one alone changes nothing."""
-    if steps == 1:
-        warnings.warn("--steps 1 is at the end of the path, where nothing changes", stacklevel=2)
-    return min(max(round((1 - noise_level) * steps), 0), max(steps - 2, 0))
-
-
 def timesteps(schedule: Schedule, steps: int, spacing: str = "leading") -> list[int]:
     """`steps` descending timesteps, in a spacing of Lin et al. 2023 (arXiv 2305.08891), table 2."""
     T = schedule.num_steps
@@ -50,6 +42,18 @@ def timesteps(schedule: Schedule, steps: int, spacing: str = "leading") -> list[
     else:
         raise ValueError(f"unknown timestep spacing {spacing!r}")
     return [min(t, T - 1) for t in reversed(rising)]  # the offset may exceed T − 1
+
+
+def left_out(schedule: Schedule, noise_level: float, steps: int) -> int:
+    """How many of `steps`, from the noisiest on, an edit leaves out that goes part of the way to
+    noise: all but the share `noise_level`. Where the last step is at the end of the path, as in the
+    "leading" spacing, the one before it is run too: alone it changes nothing."""
+    last = timesteps(schedule, steps, schedule.timestep_spacing or "leading")[-1]
+    ends = last <= schedule.steps_offset
+    if ends and steps == 1:
+        warnings.warn(f"--steps 1 begins at t = {last}, where nothing changes", stacklevel=2)
+    most = max(steps - 2, 0) if ends else steps - 1
+    return min(max(round((1 - noise_level) * steps), 0), most)
 
 
 def _alpha(schedule: Schedule, t: int) -> float:

@@ -215,11 +215,11 @@ def look_at(
                 "nearly black images", f"{name} ({label}, mostly at most {most:.0f} of 255)"
             )
         if i == 0:
-            before, hole = image, holes_of(file, nodata)
+            before, hole = image, holes_of(file, nodata, image)
         elif before is None or not note_pair(
             name if len(files) == 2 else f"{name}, {label}",
             {places.label(0): before, label: image} | ({"mask": mask} if mask and last else {}),
-            [hole, holes_of(file, nodata)],
+            [hole, holes_of(file, nodata, image)],
             resolution,
             report,
             whole=last,

@@ -3,32 +3,37 @@ and so does a LoRA that is trained on them (experiments/LOG.md). A training sees
 there, in both images of a pair alike; an edit does too, and leaves them as they were."""
 
 from collections.abc import Iterable
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image, ImageChops, ImageFilter
 
-from pairing.images import NODATA, header_of, load_image, no_data, opened_upright
+from pairing.images import NODATA, header_of, load_image, lossy, no_data, opened_upright
 
 BLACK, MUCH = 4, 0.05  # of 255, in a JPEG too; of the pixels
 LOSSY = 16  # of 255, from the value that a JPEG had
 
 
-def holes_of(path: Path | str, nodata: int | None = None) -> np.ndarray | None:
+def holes_of(
+    path: Path | str, nodata: int | None = None, image: Image.Image | None = None
+) -> np.ndarray | None:
     """Where a file has no data, (H, W) bool, upright; None if nowhere.
 
     That is where it says so: where it is fully transparent or, in a TIFF, where every band has
     GDAL's nodata value. And, if `nodata` is given, where all bands, as 8 bits, have that value, in
-    pieces of at least 5 × 5 pixels (in a JPEG near it, and two pixels around them). ValueError as
-    for `load_image`.
+    pieces of at least 5 × 5 pixels (in a lossy file near it, and two pixels around them). `image`:
+    what `load_image` made of the file, if it has been read. ValueError as for that.
     """
     holes = _declared(path)
     if nodata is None:
         return holes
-    with header_of(path) as image:
-        near, size = (LOSSY, 9) if image.format in ("JPEG", "WEBP") else (0, 5)
-    pixels = np.asarray(load_image(path)).astype(np.int16)  # (H, W, 3)
-    same = Image.fromarray(np.uint8(255) * (np.abs(pixels - nodata) <= near).all(2))
+    near, size = (LOSSY, 9) if lossy(path) else (0, 5)
+    image = load_image(path) if image is None else image
+    bands = image.point([255 * (abs(v - nodata) <= near) for v in range(256)] * 3).split()
+    same = reduce(ImageChops.darker, bands)  # 255 where all bands have it
+    if same.getbbox() is None:
+        return holes
     pieces = same.filter(ImageFilter.MinFilter(5)).filter(ImageFilter.MaxFilter(size))
     return union([holes, np.asarray(pieces) > 0], same.size)
 

@@ -138,6 +138,15 @@ def image_size(path: Path | str) -> tuple[int, int]:
         return image.size[::-1] if turned else image.size
 
 
+def lossy(path: Path | str) -> bool:
+    """Whether a file's pixels are near those that were saved, not equal."""
+    with header_of(path) as image:
+        if image.format == "WEBP":
+            with open(path, "rb") as file:
+                return b"VP8L" not in file.read(4096)
+        return image.format in ("JPEG", "MPO") or image.info.get("compression") == "jpeg"
+
+
 def frame_count(path: Path | str) -> int:
     """Number of frames in a file, from its header alone."""
     with header_of(path) as image:
@@ -147,6 +156,8 @@ def frame_count(path: Path | str) -> int:
 def further_pages(path: Path | str) -> int:
     """Number of pages or frames after the first, without a TIFF's smaller copies of it."""
     with header_of(path) as image:
+        if image.format == "MPO":  # a phone's photo, with a small or a second view of it
+            return 0
         if image.format != "TIFF":
             return getattr(image, "n_frames", 1) - 1
         count = 0
@@ -177,7 +188,8 @@ def _deep_grey(image: Image.Image, labels: bool, tags: Mapping) -> Image.Image:
     """
     values = np.asarray(image)  # (H, W)
     if (lacking := no_data(values, tags)) is not None and lacking.any():  # it may be out of range
-        values = np.where(lacking, 0 if lacking.all() else values[~lacking].min(), values)
+        least = 0 if labels or lacking.all() else values[~lacking].min()  # of a mask: no change
+        values = np.where(lacking, least, values)
     low, high = values.min(), values.max()
     packed = tags.get(258) == (12,)
     if packed and image.mode[0] == "I":

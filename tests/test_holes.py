@@ -10,7 +10,7 @@ from check_data import main as check_data
 from data import PairDataset
 from editing import edits
 from pairing.holes import filled, holes_of, union
-from pairing.images import NODATA, load_image, to_image
+from pairing.images import NODATA, further_pages, load_image, load_mask, to_image
 from pairing.pairs import Pair
 from tests.test_sample import write_lora
 
@@ -151,18 +151,39 @@ def test_both_images_of_a_pair_and_its_mask_are_mirrored_alike(pair):
             assert np.array_equal(np.asarray(to_image(pixels))[:, 9:], given[:, 9:])
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg"])
-def test_a_value_that_is_told_means_no_data(tmp_path, suffix):
+LOSSY = {
+    "a.jpg": {},
+    "a.tif": {"compression": "jpeg"},
+    "a.webp": {},
+    "b.jpg": {"format": "MPO", "save_all": True, "append_images": [Image.new("RGB", (64, 64))]},
+}
+EXACT = {"a.png": {}, "b.tif": {}, "b.webp": {"lossless": True}}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, how", [*LOSSY.items(), *EXACT.items()])
+def test_a_value_that_is_told_means_no_data(tmp_path, name, how):
     """In pieces: a shadow's black pixels are ground."""
-    pixels = np.random.default_rng(0).integers(40, 255, (64, 64, 3), dtype=np.uint8)
-    pixels = np.array(Image.fromarray(pixels).resize((8, 8)).resize((64, 64)))
+    pixels = np.random.default_rng(0).integers(60, 255, (8, 8, 3), dtype=np.uint8)
+    pixels = np.array(Image.fromarray(pixels).resize((64, 64)))
     pixels[:, 40:] = 0
     pixels[3:5, 3:5] = 0
-    Image.fromarray(pixels).save(path := tmp_path / f"a.{suffix}", quality=90)
+    Image.fromarray(pixels).save(path := tmp_path / name, quality=90, **how)
     assert holes_of(path) is None and holes_of(path, 255) is None
-    first = 40 if suffix == "png" else 38
-    holes = holes_of(path, 0)
-    assert holes[:, 40:].all() and not holes[:, :first].any()
+    first = 40 if name in EXACT else 38
+    for image in (None, load_image(path)):
+        holes = holes_of(path, 0, image)
+        assert holes[:, 40:].all() and not holes[:, :first].any()
+    assert further_pages(path) == 0
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.int32, np.float32])
+@pytest.mark.parametrize("full", [False, True])
+def test_a_mask_s_nodata_is_no_change(tmp_path, kind, full):
+    most = {np.uint8: 255, np.uint16: 65535, np.int32: 65535, np.float32: 255}[kind] if full else 1
+    mask = np.zeros((32, 32), kind)
+    mask[3:13, 3:13] = most
+    path = tiff(tmp_path / "m.tif", mask, **{f"_{NODATA}": "0"})
+    assert np.array_equal(np.asarray(load_mask(path)) == 255, mask > 0)
 
 
 def test_a_value_that_is_told_goes_from_a_training_to_edits(pair, tmp_path, sd1):
@@ -175,7 +196,11 @@ def test_a_value_that_is_told_goes_from_a_training_to_edits(pair, tmp_path, sd1)
         assert torch.equal(item[side][..., :9], item[side][..., 10:19].flip(-1))
     assert not torch.equal(PairDataset([pair], 32)[0]["before"], item["before"])
     lora = write_lora(tmp_path / "run", sd1, objective="delta", nodata=0)
-    for name, more, empty in (("a", [], 9), ("b", ["--nodata", "7"], None)):
+    for name, more, empty in (
+        ("a", [], 9),
+        ("b", ["--nodata=7"], None),
+        ("c", ["--nodata=-1"], None),
+    ):
         argv = ["edit", "--lora", lora, "--input", pair.before, "--out", tmp_path / name, *more]
         assert sample.main(list(map(str, argv))) == 0
         holes = holes_of(tmp_path / name / "a.png")

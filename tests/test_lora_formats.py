@@ -580,6 +580,20 @@ def test_bad_files_are_one_sentence_that_names_the_key(tmp_path, sd1, name):
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [".*attn1.*", "down_blocks.0.*to_q", "attn[12].to_q", "(to_q|to_k)", r"down_blocks\.\d+\..*"],
+)
+def test_patterns_of_peft_are_read(tmp_path, sd1, pattern):
+    inject(unet := load_unet(sd1), "attn", 2)
+    save_lora(path := tmp_path / "x.safetensors", unet=unet)
+    said = {"unet.r": 2, "unet.lora_alpha": 2, "unet.alpha_pattern": {pattern: 6}}
+    save_file(load_file(path), path, metadata={"lora_adapter_metadata": json.dumps(said)})
+    found = {name: f.scale for name, f in read_lora(path)[0]["unet"].items()}
+    hits = {name for name in found if re.match(rf"(.*\.)?({pattern})$", name)}
+    assert hits and {name for name, scale in found.items() if scale == 3} == hits
+
+
 HEADERS = ['{"unet.lora_alpha": "x"}', '{"unet.alpha_pattern": {"(": 1}}',
            '{"unet.alpha_pattern": {"(.+)+!": 2}}',  # would never end
            '{"unet.alpha_pattern": 3}', '{"unet.lora_alpha": NaN}']  # fmt: skip

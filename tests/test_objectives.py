@@ -286,10 +286,16 @@ def test_restore_enters_where_the_noise_level_says(start):
 
 
 def test_few_steps_do_not_start_at_the_end():
-    """Of two, the last alone would change nothing; of one, a warning says so."""
-    assert [left_out(0.7, steps) for steps in (2, 3, 4, 10, 30, 50)] == [0, 1, 1, 3, 9, 15]
-    with pytest.warns(UserWarning, match="--steps 1 is at the end of the path"):
-        assert left_out(0.7, 1) == 0
+    """Of two, the last alone would change nothing; of one, a warning says so. Trailing steps do not
+    end where nothing changes."""
+    leading, trailing = schedule(), replace(schedule(), timestep_spacing="trailing")
+    skipped = lambda s, level, *steps: [left_out(s, level, n) for n in steps]  # noqa: E731
+    assert skipped(leading, 0.7, 2, 3, 4, 10, 30, 50) == [0, 1, 1, 3, 9, 15]
+    assert skipped(leading, 0.3, 2, 3, 4) == [0, 1, 2]
+    assert skipped(trailing, 0.7, 1, 2, 4) == [0, 1, 1]
+    assert skipped(trailing, 0.3, 1, 2, 3, 4) == [0, 1, 2, 3]
+    with pytest.warns(UserWarning, match="--steps 1 begins at t = 1, where nothing changes"):
+        assert left_out(leading, 0.7, 1) == 0
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])

@@ -900,7 +900,7 @@ def test_another_noise_schedule_is_not_gone_on_with(config, tmp_path):
         train(replace(cfg, max_train_steps=2, resume_from_checkpoint="latest"))
 
 
-@pytest.mark.parametrize("what", ["weights of the base model", "precision", "held-out pairs"])
+@pytest.mark.parametrize("what", ["weights of the UNet", "precision", "held-out pairs"])
 def test_what_no_flag_says_is_not_gone_on_without_a_word(
     config, pairs, tmp_path, what, monkeypatch
 ):
@@ -952,7 +952,7 @@ def test_a_trained_text_encoder_is_not_dropped_by_a_resume(config):
     folder = train(cfg)
     left = sorted(path.name for path in folder.iterdir())
     more = {"train_text_encoder": False, "resume_changed": True, "max_train_steps": 2}
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="has trained the text_encoder"):
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="has a trained text_encoder"):
         train(replace(cfg, **more, resume_from_checkpoint="latest"))
     assert sorted(path.name for path in folder.iterdir()) == left
 
@@ -962,8 +962,10 @@ def test_going_back_takes_the_later_pictures_along(config):
     folder = train(replace(cfg, max_train_steps=6))
     names = lambda: sorted(path.stem for path in (folder / "samples").iterdir())  # noqa: E731
     assert names() == ["000002", "000004", "000006"]
+    for name in ("2024-field", "12"):  # the user's own
+        shutil.copy(folder / "samples" / "000002.png", folder / "samples" / f"{name}.png")
     train(replace(cfg, max_train_steps=4, resume_from_checkpoint="checkpoint-2"))
-    assert names() == ["000002", "000004"]
+    assert names() == ["000002", "000004", "12", "2024-field"]
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["since"], summary["steps"]) == (2, 4)
 
@@ -1063,6 +1065,13 @@ def test_held_out_places_keep_all_their_states(states):
     places = {pair.before for pair in kept}
     assert len(places) == max(32 // states, 1) and len(kept) == states * len(places)
     assert some_places([], 32) == []
+    uneven = [
+        Pair(f"{i}", Path(f"{i}"), Path(f"{i}-{k}")) for i in range(21) for k in range(1 + i % 8)
+    ]
+    kept = some_places(uneven, 32)
+    assert 20 < len(kept) <= 32
+    whole = {pair.before for pair in kept}
+    assert len(kept) == sum(pair.before in whole for pair in uneven)
 
 
 def test_the_held_out_loss_is_logged_though_no_picture_fits(config, monkeypatch):

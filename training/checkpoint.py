@@ -40,7 +40,10 @@ def restore(checkpoint: Path, adapted: dict, opt: torch.optim.Optimizer, scaler)
     """
     parts, _ = read_lora(checkpoint / LORA_FILE)
     if lost := parts.keys() - adapted.keys():
-        raise ValueError(f"{checkpoint / LORA_FILE} has trained the {lost.pop()}, which is not now")
+        raise ValueError(
+            f"{checkpoint / LORA_FILE} has a trained {lost.pop()}, which would be lost: "
+            "--train_text_encoder goes on with it, --overwrite begins anew"
+        )
     for part, model in adapted.items():
         saved = {n.removeprefix("text_model."): f for n, f in parts.get(part, {}).items()}
         layers = {n.removeprefix("text_model."): layer for n, layer in lora_layers(model).items()}

@@ -2,8 +2,9 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, count, islice
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -147,10 +148,14 @@ def spread(items: Sequence, k: int) -> list:
 
 
 def some_places(pairs: list[Pair], k: int) -> list[Pair]:
-    """All states of evenly spread places, at most k pairs but of one place."""
-    places = list(dict.fromkeys(pair.before for pair in pairs))
-    kept = {*spread(places, max(k * len(places) // max(len(pairs), 1), 1))}
-    return [pair for pair in pairs if pair.before in kept]
+    """All states of as many evenly spread places as have at most k pairs, or of one place."""
+    places, found = list(dict.fromkeys(pair.before for pair in pairs)), []
+    for most in range(min(k, len(places)), 0, -1):
+        kept = {*spread(places, most)}
+        found = [pair for pair in pairs if pair.before in kept]
+        if len(found) <= k:
+            break
+    return found
 
 
 def make_dataset(cfg: TrainConfig, pairs: list[Pair]) -> PairDataset:
@@ -297,21 +302,19 @@ def class_images(cfg: TrainConfig, device: torch.device, log: Callable) -> list[
             )
             seeds = list(islice(free, cfg.num_class_images - have))
 
-            def drawn(batch: list[int]) -> Iterable[Tensor]:
-                images = unless_full(lambda: pipe.generate(predict, (side, side), batch, steps=50))
-                if images is None:  # out of memory: in halves
+            size, bar = cfg.sample_batch_size, tqdm(seeds, "class images", disable=no_bars())
+            while seeds:
+                batch, draw = seeds[:size], partial(pipe.generate, predict, (side, side), steps=50)
+                if (drawn := unless_full(draw, batch)) is None:  # out of memory
                     if len(batch) == 1:
                         raise MemoryError(f"a class image of {by((side, side))} does not fit")
-                    half = len(batch) // 2
-                    return chain(drawn(batch[:half]), drawn(batch[half:]))
-                return images
-
-            for i in tqdm(
-                range(0, len(seeds), cfg.sample_batch_size), "class images", disable=no_bars()
-            ):
-                batch = seeds[i : i + cfg.sample_batch_size]
-                for seed, pixels in zip(batch, drawn(batch)):
+                    size = len(batch) // 2
+                    continue
+                for seed, pixels in zip(batch, drawn):
                     save_image(to_image(pixels), folder / f"generated_{seed:06d}.png")
+                bar.update(len(batch))
+                seeds = seeds[size:]
+            bar.close()
             del pipe, predict
     return find_singles(folder, flag="--class_data_dir")[: cfg.num_class_images]
 
