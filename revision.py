@@ -36,11 +36,17 @@ def code() -> dict[str, str]:
     return {name: sha for name in names if name.startswith(STEPS) and (sha := _sha256(name))}
 
 
-def other_code(then: object) -> list[str]:
-    """The files of an earlier `code` that have another content today, or are gone."""
+def other_code(ran: dict) -> list[str]:
+    """The files of an earlier run's `code` that have another content today, or are gone, after its
+    own `other_code`: those that had changed when it was resumed."""
+    then, earlier = ran.get("code"), ran.get("other_code")
     known = then.items() if isinstance(then, dict) else ()
-    return [name for name, sha in known if (ROOT / name).resolve().is_relative_to(ROOT)
-            and _sha256(name) != sha]  # fmt: skip
+    before = (
+        [name for name in earlier if isinstance(name, str)] if isinstance(earlier, list) else []
+    )
+    now = [name for name, sha in known if (ROOT / name).resolve().is_relative_to(ROOT)
+           and _sha256(name) != sha]  # fmt: skip
+    return list(dict.fromkeys([*before, *now]))
 
 
 def _sha256(name: str) -> str | None:

@@ -175,7 +175,8 @@ class Run:
         text = b"".join(map(json_bytes, kept))
         write_aside(self.folder / "metrics.jsonl", lambda aside: aside.write_bytes(text))
         remove(self.folder / "summary.json")  # of the resumed run: it is no longer finished
-        began = {"init_lora": then.get("init_lora")} if then else {}  # read at the beginning only
+        # read at the beginning only; and what of the code has changed since, for good
+        began = {"init_lora": then.get("init_lora"), "other_code": other_code(then)} if then else {}
         write_json(self.folder / "revision.json", {**revision(), **fingerprints, **began})
         write_json(self.folder / "config.json", self._config)
         (self.folder / BEGINNING).unlink(missing_ok=True)
@@ -246,19 +247,18 @@ class Run:
         if self.checkpoint is None or not (self.folder / "revision.json").exists():
             return {}
         then = self._read("revision.json")
-        if other := other_code(then.get("code")):
+        if other := other_code(then):
             warnings.warn(
                 f"the run in {self.folder} was trained by other code until here: "
                 f"{', '.join(other[:3])}{f' and {len(other) - 3} more' if other[3:] else ''}",
                 stacklevel=4,
             )
-        kinds = {"data": "other data", "held_out": "other held-out pairs",
-                 "class_data": "other class images", "base_lora": "another base LoRA",
-                 "schedule": "another noise schedule"}  # fmt: skip
         if (was := then.get("precision")) not in (None, now := fingerprints.get("precision")):
             self._differs(f"another precision ({was}, not {now})")
-        elif then.get("weights") not in (None, fingerprints.get("weights")):
-            self._differs("other weights of the UNet or the autoencoder")
+        kinds = {"data": "other data", "held_out": "other held-out pairs",
+                 "class_data": "other class images", "base_lora": "another base LoRA",
+                 "weights": "other weights of the base model",
+                 "schedule": "another noise schedule"}  # fmt: skip
         for key, what in kinds.items():
             was, now = then.get(key), fingerprints.get(key)
             if was not in (None, now):

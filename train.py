@@ -28,7 +28,7 @@ from data import PairDataset
 from durable import remove, save_image, write_aside
 from hub import find_token, open_repository, publish
 from model.draws import draw
-from model.files import is_local, moved_note
+from model.files import is_local, moved_note, weights_mark
 from model.frozen import freeze
 from model.graph import compile_blocks
 from model.lora import cast_together, keep_strength, lora_layers
@@ -41,7 +41,7 @@ from model.pipeline import DTYPES, loaded, pick_device, pick_dtype
 from model.predict import predictor
 from model.schedule import Schedule
 from model.weighting import in_and_out, pair_loss, prior_loss
-from model.weights import bare_unet, load_scheduler_config, load_unet, load_vae, weight_sum
+from model.weights import bare_unet, load_scheduler_config, load_unet, load_vae
 from pairing.pairs import fingerprint, image_hashes
 from report import write_report
 from runs import Run
@@ -221,7 +221,6 @@ def run_phases(
     with phase("unet", device, run.log):
         unet = load_unet(base, **files, dtype=dtype)
         print(f"UNet          {loaded(unet, base)}")
-        weights = f"{weight_sum(unet)} {weight_sum(vae)}"
         if cfg.channels_last:  # before the LoRA weights become views of one flat buffer
             unet.to(memory_format=torch.channels_last)
         trained = adapt(cfg, unet, prompts.text, given, task.objective, run.checkpoint)
@@ -243,7 +242,7 @@ def run_phases(
             "objective": name,
             "base": base,
             "precision": str(dtype).removeprefix("torch."),
-            "weights": weights,
+            "weights": weights_mark(base, cfg.variant, cfg.revision),
             "schedule": schedule.fingerprint(),
             "data": fingerprint(pairs, dataset.hashes),
             "images": image_hashes(pairs, dataset.hashes),

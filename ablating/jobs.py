@@ -19,6 +19,7 @@ from ablating.arms import NEEDED, Arm, judge_parser
 from config import TrainConfig
 from durable import file_sha256, read_or_empty
 from evaluate import find_held_out
+from model.files import weights_mark
 from model.lora_files import lora_path
 from model.schedule import Schedule
 from model.weights import load_scheduler_config
@@ -67,7 +68,7 @@ def make_jobs(path: Path, arms: list[Arm], seeds: list[int], out: Path) -> list[
 
 def changed(job: Job) -> list[str]:
     """The fields in which an existing run differs from the requested one; "data", "class_data",
-    "base_lora", "init_lora" and "schedule" if their files do.
+    "base_lora", "init_lora", "schedule" and "weights" (of the base) if their files do.
 
     A field missing from an older run counts as its default.
     """
@@ -84,6 +85,9 @@ def changed(job: Job) -> list[str]:
         "init_lora": lora_sha256(job.cfg.init_lora),
         "schedule": noise_schedule(
             job.cfg.pretrained_model_name_or_path, job.cfg.revision, job.cfg.prediction_type
+        ),
+        "weights": weights_of(
+            job.cfg.pretrained_model_name_or_path, job.cfg.variant, job.cfg.revision
         ),
     }
     return other + [k for k, v in are.items() if None not in (v, were.get(k)) and v != were[k]]
@@ -102,7 +106,7 @@ def class_images(folder: str | None, count: int) -> str | None:
     """The fingerprint of --class_data_dir; None if some images are still to be generated."""
     with contextlib.suppress(OSError, ValueError):
         found = find_singles(folder, flag="--class_data_dir") if folder is not None else []
-        return fingerprint(found[: max(count, 1)]) if len(found) >= max(count, 1) else None
+        return fingerprint(found[:count]) if len(found) >= count else None
 
 
 @cache
@@ -111,6 +115,13 @@ def noise_schedule(base: str, revision: str | None, prediction_type: str | None)
     with contextlib.suppress(OSError, ValueError):
         config = load_scheduler_config(base, revision=revision, prediction_type=prediction_type)
         return Schedule.from_config(config).fingerprint()
+
+
+@cache
+def weights_of(base: str, variant: str | None, revision: str | None) -> str | None:
+    """The mark of a base's weights; None if they cannot be read."""
+    with contextlib.suppress(OSError, ValueError):
+        return weights_mark(base, variant, revision)
 
 
 @cache
@@ -164,7 +175,7 @@ def is_trained(job: Job) -> bool:
 
 def by_other_code(job: Job) -> list[str]:
     """The project's files that are not those which trained the run."""
-    return other_code(read_or_empty(job.run / "revision.json").get("code"))
+    return other_code(read_or_empty(job.run / "revision.json"))
 
 
 def usable(judged: Path, run: Path) -> bool:

@@ -6,6 +6,7 @@ and HF_TOKEN. Nothing read here can run code. Every fault is one ValueError or F
 that names the file.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -24,6 +25,7 @@ MOVED = {  # repositories that are gone from the hub, and where their files are 
 }
 
 
+PIECE = 2**16  # bytes
 PICKLED = (".bin", ".ckpt", ".pt")
 COMPONENTS = {"unet/": "diffusion_pytorch_model", "vae/": "diffusion_pytorch_model",
               "text_encoder/": "model"}  # fmt: skip
@@ -223,6 +225,28 @@ def _of_variant(
             if path is not None:
                 return _shards(name_or_path, prefix, path, kind, revision)
     return None
+
+
+def weights_mark(name_or_path: str | Path, variant: str | None, revision: str | None) -> str:
+    """Tells a base from another under the same name: a hash of the sizes of its weight files and of
+    64 pieces of each. Errors as in `weight_files`."""
+    if single := single_file(name_or_path):
+        files = [single]
+    else:
+        files = [
+            file
+            for prefix, stem in COMPONENTS.items()
+            for file in weight_files(name_or_path, prefix, stem, variant, revision)
+        ]
+    mark = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        mark.update(f"{size} ".encode())
+        with open(path, "rb") as file:
+            for place in range(64):
+                file.seek(max(size - PIECE, 0) * place // 63)
+                mark.update(file.read(PIECE))
+    return mark.hexdigest()
 
 
 def moved_note(name_or_path: str | Path) -> str | None:

@@ -83,7 +83,8 @@ def penalty(error: Tensor, knobs: Knobs) -> Tensor:
 
 
 def noise_steps(t: Tensor, schedule: Schedule, knobs: Knobs, t_min: int = 0) -> Tensor:
-    """t over all timesteps -> evenly over t_min and up; knobs.t_min takes precedence."""
+    """t over all timesteps -> over t_min and up, as evenly as integers allow; knobs.t_min takes
+    precedence."""
     t_min = t_min if knobs.t_min is None else knobs.t_min
     return t_min + t * (schedule.num_steps - t_min) // schedule.num_steps
 
@@ -146,7 +147,7 @@ def delta_edit(predict, schedule, z, s, how):
 
 
 def below(t, schedule, tau):
-    """t over all timesteps -> over 0..τ−1."""
+    """t over all timesteps -> over 0..τ−1, as evenly as integers allow."""
     return t * tau // schedule.num_steps
 
 

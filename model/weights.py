@@ -271,12 +271,6 @@ def load_vae(
     return load_strict(module, files, rename=_vae_key, dtype=dtype, device=device)
 
 
-def weight_sum(network: nn.Module) -> str:
-    """The sum of all absolute weights, which tells different ones under one name apart."""
-    norms = (torch.linalg.vector_norm(p, 1, dtype=torch.float64) for p in network.parameters())
-    return f"{sum(norm.item() for norm in norms):.8e}"
-
-
 def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None):
     """The CLIP tokenizer of a checkpoint, with its padding token.
 

@@ -1,7 +1,7 @@
 """Rendering a scene in one of its states: polygons, shadows, light, supersampled.
 
 A change adds, moves or recolours objects and nothing else, so every pixel outside its mask is equal
-in all states.
+before and after (in between a few beside it may differ, where what grows or shrinks has its edge).
 """
 
 import math

@@ -361,6 +361,13 @@ def test_another_noise_schedule_or_edit_is_another_result(lab, tmp_path, sd1, ca
     assert [program for program, _ in lab.names()] == ["train.py", "evaluate.py"]
     assert "a, seed 0: training (again, other schedule)" in capsys.readouterr().out
     assert lab.run(arms) == 0 and not lab.started
+    with open(base / "unet" / "diffusion_pytorch_model.safetensors", "r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"\0\0\0\0")  # one weight
+    jobs.weights_of.cache_clear()
+    assert lab.run(arms) == 0
+    assert [program for program, _ in lab.names()] == ["train.py", "evaluate.py"]
+    assert "a, seed 0: training (again, other weights)" in capsys.readouterr().out
     root = tmp_path / "code"
     for folder in ("editing", "model"):
         shutil.copytree(jobs.ROOT / folder, root / folder)

@@ -703,8 +703,11 @@ def test_going_on_with_other_code_is_told_of(config):
     said = f"was trained by other code until here: {', '.join(names[:3])} and 2 more"
     with pytest.warns(UserWarning, match=said):
         train.train(again)
+    assert json.loads(record.read_text())["other_code"] == names  # said by every later resume, too
+    with pytest.warns(UserWarning, match=said):
+        train.train(again)
     for broken in ([], {"../x": 1, "data.py": 3}, None):  # as a stranger may have written it
-        record.write_text(json.dumps(fields | {"code": broken}))
+        record.write_text(json.dumps(fields | {"code": broken, "other_code": broken}))
         assert main(again)[0] == 0
 
 

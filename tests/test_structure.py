@@ -105,7 +105,7 @@ ARROWS = {
     ],
     "training.inputs": [
         "config", "data", "durable", "progress", "model.memory", "model.pipeline",
-        "model.vae", "model.weights", "pairing.holes", "pairing.images", "pairing.pairs",
+        "model.vae", "pairing.holes", "pairing.images", "pairing.pairs",
         "pairing.registration", "pairing.sequences", "training.latents",
     ],
     "editing.config": ["knobs", "model.objectives", "model.pipeline"],
@@ -170,7 +170,7 @@ ARROWS = {
     "ablating.arms": ["cli", "evaluate"],
     "ablating.jobs": [
         "cli", "config", "durable", "evaluate", "ablating.arms", "ablating.comparison",
-        "model.lora_files", "model.schedule", "model.weights", "pairing.pairs",
+        "model.files", "model.lora_files", "model.schedule", "model.weights", "pairing.pairs",
         "reporting.judging", "reporting.measures", "revision", "training.inputs",
         "training.session",
     ],

@@ -900,7 +900,7 @@ def test_another_noise_schedule_is_not_gone_on_with(config, tmp_path):
         train(replace(cfg, max_train_steps=2, resume_from_checkpoint="latest"))
 
 
-@pytest.mark.parametrize("what", ["weights of the UNet", "precision", "held-out pairs"])
+@pytest.mark.parametrize("what", ["weights of the base model", "precision", "held-out pairs"])
 def test_what_no_flag_says_is_not_gone_on_without_a_word(
     config, pairs, tmp_path, what, monkeypatch
 ):

@@ -20,7 +20,6 @@ from durable import save_image
 from model.memory import phase, unless_full
 from model.pipeline import DTYPES, load_pipeline, pick_dtype
 from model.vae import VAE
-from model.weights import weight_sum
 from pairing.holes import MUCH, black_alone
 from pairing.images import by, listed, load_image, to_image
 from pairing.pairs import (
@@ -342,12 +341,13 @@ def encode_all(
         mean, logvar = found
         return mean * vae.scaling_factor, logvar + 2 * math.log(vae.scaling_factor)
 
+    # the sum distinguishes different weights under one name
+    weights = sum(p.double().abs().sum().item() for p in vae.parameters())
     return cache_latents(
         images,
         encode,
         cache_dir=cfg.cache_dir,
-        # the sum distinguishes different weights under one name
-        key=f"{cfg.vae_path or cfg.pretrained_model_name_or_path} fp32 {weight_sum(vae)} "
+        key=f"{cfg.vae_path or cfg.pretrained_model_name_or_path} fp32 {weights:.10e} "
         f"{vae.scaling_factor}",
         place=place,
         device=device,

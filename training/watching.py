@@ -113,8 +113,9 @@ class Watch:
         num_steps, by_t = self.schedule.num_steps, []
         count = 10 if self.objective.by_t else 1
         bins = num_steps * torch.arange(count + 1) // count
+        rng = seeded_for(self.seed, "held out")
         for low, high in pairwise(bins.tolist()):
-            rng, errors = seeded_for(self.seed, "held out"), []
+            errors = []
             for z, prompt, pair in zip(held_out.z, held_out.prompts, held_out.pairs):
                 z = z[:, None]  # (f, 1, 4, h, w)
                 eps = torch.randn(z[0].shape, generator=rng).to(z.device)
