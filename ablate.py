@@ -160,8 +160,8 @@ def write_results(path: Path, jobs: list[Job], done: list, failed: list, out: Pa
     notes = [f"Failed: {title(job)}: {why}" for job, why in failed]
     if done:
         counts = " ".join(map(str, sorted(set(pairs.values()))))
-        least = comparison.least_distance(results.values())
-        notes = [f"Held-out pairs: {counts}. Revision: {', '.join(revisions)}.", *least, *notes]
+        about = [*comparison.least_distance(results.values()), *comparison.unequal_samples(results)]
+        notes = [f"Held-out pairs: {counts}. Revision: {', '.join(revisions)}.", *about, *notes]
     text = comparison.table(path.stem, flags, summary, runs, seeds, notes)
     arms = {
         name: {"flags": flags[name], "pairs": pairs.get(name), "summary": summary[name],

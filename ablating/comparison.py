@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 
 from pairing.images import contact_sheet
 from reporting import measures
+from reporting.judging import as_many
 from reporting.md import figure, plain
 
 # ---- figures -------------------------------------------------------------------------------------
@@ -65,6 +66,19 @@ def least_distance(results: Iterable[dict]) -> list[str]:
             mean = sum(distances) / len(distances)
             return [f"Statistics of true outcomes against as many others: {mean:.2f}."]
     return []
+
+
+def unequal_samples(results: dict[str, dict]) -> list[str]:
+    """A sentence if arms were judged by different numbers of samples, or nothing."""
+    sizes = {}
+    for name, result in results.items():
+        for row in result.get("per_pair", [])[:1]:
+            if found := row.get("samples"):
+                sizes[name] = as_many(len(found["statistics"]), len(found["truth"]))
+    if len({*sizes.values()}) < 2:
+        return []
+    each = ", ".join(f"{name} {m}" for name, m in sizes.items())
+    return [f"Best sample and statistics can be compared between equal numbers of samples: {each}."]
 
 
 def training_seconds(folder: Path) -> float:

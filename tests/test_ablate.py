@@ -548,6 +548,15 @@ def test_figures_of_a_run(tmp_path):
     assert "between" not in plain and "statistics" not in plain
 
 
+def test_arms_of_other_numbers_of_samples_are_told_of():
+    """More draws come nearer to a truth without being better."""
+    of = lambda n: {"per_pair": [{"samples": {"statistics": [0] * n, "truth": [0] * 8}}]}  # noqa: E731
+    assert comparison.unequal_samples({"a": of(2), "b": of(2), "c": {}}) == []
+    assert comparison.unequal_samples({"a": of(1), "b": of(4)}) == [
+        "Best sample and statistics can be compared between equal numbers of samples: a 1, b 4."
+    ]
+
+
 def test_one_seed_has_the_error_of_its_pairs():
     one, two = {"PSNR": (20.0, 0.3)}, {"PSNR": (22.0, 0.3)}
     assert comparison.over_seeds([one])["PSNR"] == {"mean": 20.0, "se": 0.3, "n": 1}
