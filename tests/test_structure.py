@@ -166,7 +166,9 @@ ARROWS = {
     "sample": ["*"],
     "train": ["*"],
     "evaluate": ["*"],
-    "ablating.comparison": ["pairing.images", "reporting.md", "reporting.judging", "reporting.measures"],
+    "ablating.comparison": [
+        "pairing.images", "reporting.judging", "reporting.md", "reporting.measures",
+    ],
     "ablating.arms": ["cli", "evaluate"],
     "ablating.jobs": [
         "cli", "config", "durable", "evaluate", "ablating.arms", "ablating.comparison",
