@@ -119,6 +119,7 @@ def run_phases(
     """Everything between opening the run's folder and closing it. `token`: of --push_to_hub."""
     base, paired = cfg.pretrained_model_name_or_path, config.is_pairs(cfg)
     dtype = pick_dtype(cfg.mixed_precision, device)
+    precision = str(dtype).removeprefix("torch.")
     cfg = for_device(cfg, device, dtype, ranks.world)
     files = {"variant": cfg.variant, "revision": cfg.revision, "device": device}
     name = config.objective_of(cfg)
@@ -241,8 +242,8 @@ def run_phases(
         {
             "objective": name,
             "base": base,
-            "precision": str(dtype).removeprefix("torch."),
-            "weights": weights_mark(base, cfg.variant, cfg.revision),
+            "precision": precision,
+            "weights": weights_mark(base, cfg.variant),
             "schedule": schedule.fingerprint(),
             "data": fingerprint(pairs, dataset.hashes),
             "images": image_hashes(pairs, dataset.hashes),
@@ -260,7 +261,7 @@ def run_phases(
         f"{name}: {len(pairs)} {'pairs' if paired else 'images'} x {dataset.views} views, "
         f"{size.steps} steps of {size.total}, {trained.flat.numel():,} trained weights "
         f"(rank {cfg.lora_rank}, {len(trained.params) // 2} layers, float32) on {base} "
-        f"({str(dtype).removeprefix('torch.')}, {device}"
+        f"({precision}, {device}"
         f"{f', {ranks.world} processes' if ranks.world > 1 else ''})"
     )
 

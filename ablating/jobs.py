@@ -86,9 +86,7 @@ def changed(job: Job) -> list[str]:
         "schedule": noise_schedule(
             job.cfg.pretrained_model_name_or_path, job.cfg.revision, job.cfg.prediction_type
         ),
-        "weights": weights_of(
-            job.cfg.pretrained_model_name_or_path, job.cfg.variant, job.cfg.revision
-        ),
+        "weights": weights_of(job.cfg.pretrained_model_name_or_path, job.cfg.variant),
     }
     return other + [k for k, v in are.items() if None not in (v, were.get(k)) and v != were[k]]
 
@@ -118,10 +116,10 @@ def noise_schedule(base: str, revision: str | None, prediction_type: str | None)
 
 
 @cache
-def weights_of(base: str, variant: str | None, revision: str | None) -> str | None:
-    """The mark of a base's weights; None if they cannot be read."""
+def weights_of(base: str, variant: str | None) -> str | None:
+    """The mark of a local base's weights; None if they cannot be read."""
     with contextlib.suppress(OSError, ValueError):
-        return weights_mark(base, variant, revision)
+        return weights_mark(base, variant)
 
 
 @cache

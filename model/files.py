@@ -227,16 +227,19 @@ def _of_variant(
     return None
 
 
-def weights_mark(name_or_path: str | Path, variant: str | None, revision: str | None) -> str:
-    """Tells a base from another under the same name: a hash of the sizes of its weight files and of
-    64 pieces of each. Errors as in `weight_files`."""
+def weights_mark(name_or_path: str | Path, variant: str | None) -> str | None:
+    """Tells a local base from another under the same name: a hash of the sizes of its weight files
+    and of 64 pieces of each. None for a hub's, which would be asked for, or downloaded, again.
+    Errors as in `weight_files`."""
+    if not is_local(name_or_path):
+        return None
     if single := single_file(name_or_path):
         files = [single]
     else:
         files = [
             file
             for prefix, stem in COMPONENTS.items()
-            for file in weight_files(name_or_path, prefix, stem, variant, revision)
+            for file in weight_files(name_or_path, prefix, stem, variant, None)
         ]
     mark = hashlib.sha256()
     for path in files:

@@ -195,11 +195,9 @@ def _fits(key: str, value: object) -> bool:
     kind = KINDS[key]
     if value is None:
         return Knobs._field_defaults.get(key) is None
-    if key == "nodata":
-        return type(value) is int and 0 <= value <= 255
     if kind is float:
         return _is_number(value)
-    least = 0 if key in Knobs._fields else 1
+    least = 0 if key in (*Knobs._fields, "nodata") else 1
     return type(value) is kind and (kind is not int or least <= value <= 2**16)
 
 

@@ -147,19 +147,18 @@ def strength_table(pictures: dict) -> str:
 
 def own_snippet(repo: str, meta: dict, local: bool) -> str:
     name = repo.rpartition("/")[2]
-    base = ""
-    if local:
-        base = " --model path/to/base" + flag_of(meta, "variant")
-    for key in ("vae_path", "tokenizer_name"):
-        base += f" --{key} path/to/{key.split('_')[0]}" if is_local(meta.get(key) or "a/b") else ""
+    found = " --model path/to/base" + flag_of(meta, "variant") if local else ""
+    for key, place in {"vae_path": "vae", "tokenizer_name": "tokenizer"}.items():
+        if meta.get(key) and is_local(meta[key]):
+            found += f" --{key} path/to/{place}"
     if meta.get("base_lora"):
-        base += " --base_lora path/to/base_lora"
+        found += " --base_lora path/to/base_lora"
     use = "edit --input photo.jpg"
     if meta["objective"] == "dreambooth":
         use = f"generate --prompt {shlex.quote(printable(meta['prompt']))}"
     return (
         f"hf download {repo} --local-dir {name}\n"
-        f"python sample.py {use} --lora {name}{base} --strength 1 --out samples"
+        f"python sample.py {use} --lora {name}{found} --strength 1 --out samples"
     )
 
 
@@ -179,11 +178,8 @@ def diffusers_part(repo: str, meta: dict, flags: dict, local: bool) -> list[str]
             "The UNet has more input channels than the base. Merged into the base, the LoRA gives "
             "a model for `StableDiffusionInstructPix2PixPipeline`:",
             fenced(merged, "sh"),
-            *(
-                ["Its base is a single file; that needs it as a directory, as diffusers saves it."]
-                if single
-                else []
-            ),
+            *["Its base is a single file; that needs it as a directory, as diffusers saves it."]
+            * single,
         ]
     if objective not in PORTABLE:
         return ["No diffusers pipeline implements how this LoRA is applied: use sample.py."]

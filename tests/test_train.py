@@ -1122,6 +1122,18 @@ def test_class_images_are_drawn_in_halves_where_they_do_not_fit(config, tmp_path
     assert drawn == [[0], [1], [2]] and len(list((tmp_path / "class").iterdir())) == 3
 
 
+def test_what_does_not_fit_is_said(config, monkeypatch):
+    """An error of our own names it; the advice is the same for all."""
+
+    def full(*how, **more):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(VAE, "encode", full)
+    said = "out of memory on cpu: a single image does not fit; --gradient_checkpointing"
+    with pytest.raises(MemoryError, match=said):
+        train(config)
+
+
 def test_clips_without_a_mask_may_be_allowed(tmp_path):
     for name in "ab":
         for k in range(2):

@@ -300,7 +300,6 @@ def class_images(cfg: TrainConfig, device: torch.device, log: Callable) -> list[
                 if not (folder / f"generated_{seed:06d}.png").exists()  # of another --seed
             )
             seeds = list(islice(free, cfg.num_class_images - have))
-
             size, bar = cfg.sample_batch_size, tqdm(seeds, "class images", disable=no_bars())
             while seeds:
                 batch, draw = seeds[:size], partial(pipe.generate, predict, (side, side), steps=50)

@@ -141,9 +141,11 @@ def summarized(run: Run | NullRun, leads: bool, device: torch.device) -> Iterato
         raise
     except Exception as error:
         if out_of_memory(error):
+            what = f"{error}; " if type(error) is MemoryError and f"{error}" else ""
             error = MemoryError(
-                f"out of memory on {device}: --gradient_checkpointing, a smaller --resolution or "
-                "--mixed_precision bf16 needs less; --vram_gib plans for a given amount"
+                f"out of memory on {device}: {what}--gradient_checkpointing, a smaller "
+                "--resolution or --mixed_precision bf16 needs less; --vram_gib plans for a given "
+                "amount"
             )
         resumable = leads and (run.started or run.checkpoint)
         if resumable and not isinstance(error, ValueError):
