@@ -846,7 +846,8 @@ def test_out_of_memory_says_what_needs_less(config):
     with pytest.MonkeyPatch.context() as patch:
         disturbed(patch, 3, lambda: torch.empty(2**52, dtype=torch.uint8))
         code, lines = main(config)
-    assert code == 1 and len(lines) == 1 and "out of memory on cpu: --gradient_check" in lines[0]
+    said = "out of memory on cpu: a single image does not fit; --gradient_check"
+    assert code == 1 and len(lines) == 1 and said in lines[0]
     assert lines[0].endswith("last good checkpoint: checkpoint-2")
 
 
