@@ -189,7 +189,8 @@ def run_phases(
 
     # ---- 3. latents: encode every image once; the VAE then waits in host memory for the samples
     with phase("latents", device, run.log):
-        vae = load_vae(cfg.vae_path, device=device) if cfg.vae_path else load_vae(base, **files)
+        how = {"device": device, "xl": bare.is_xl} if cfg.vae_path else files
+        vae = load_vae(cfg.vae_path or base, **how)
         print(f"autoencoder   {loaded(vae, cfg.vae_path or base)}")
         if cfg.resolution % vae.downscale:
             raise ValueError(f"--resolution must be a multiple of {vae.downscale} for this VAE")

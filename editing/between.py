@@ -303,7 +303,8 @@ def adapted(
                 "out",
                 stacklevel=2,
             )
-        if getattr(getattr(pipe.text.model, "lora_adapters", None), "count", 2) != 2:
+        adapters = (getattr(model, "lora_adapters", None) for model in pipe.text.parts.values())
+        if any(stacked is not None and stacked.count != 2 for stacked in adapters):
             raise ValueError("--lora and --lora_after must both adapt the text encoder, or neither")
         pipe = replace(pipe, meta=pipe.meta | {"adapters": 2})
     return pipe, method

@@ -28,7 +28,7 @@ MOVED = {  # repositories that are gone from the hub, and where their files are 
 PIECE = 2**16  # bytes
 PICKLED = (".bin", ".ckpt", ".pt")
 COMPONENTS = {"unet/": "diffusion_pytorch_model", "vae/": "diffusion_pytorch_model",
-              "text_encoder/": "model"}  # fmt: skip
+              "text_encoder/": "model", "text_encoder_2/": "model"}  # fmt: skip
 
 
 def is_local(name_or_path: str | Path) -> bool:
@@ -239,6 +239,7 @@ def weights_mark(name_or_path: str | Path, variant: str | None) -> str | None:
         files = [
             file
             for prefix, stem in COMPONENTS.items()
+            if prefix != "text_encoder_2/" or Path(name_or_path, prefix).is_dir()
             for file in weight_files(name_or_path, prefix, stem, variant, None)
         ]
     mark = hashlib.sha256()

@@ -37,9 +37,13 @@ HUB_FILES = (  # the required files of a model on the hub
     "unet/config.json", "unet/diffusion_pytorch_model{}.safetensors",
     "text_encoder/config.json", "text_encoder/model{}.safetensors",
 )  # fmt: skip
+XL_FILES = "text_encoder_2/config.json", "text_encoder_2/model{}.safetensors"
 MAYBE = ("tokenizer/tokenizer_config.json", "tokenizer/special_tokens_map.json",
          "tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/tokenizer.json",
-         "feature_extractor/preprocessor_config.json")  # fmt: skip
+         "feature_extractor/preprocessor_config.json",
+         "tokenizer_2/tokenizer_config.json", "tokenizer_2/special_tokens_map.json",
+         "tokenizer_2/vocab.json", "tokenizer_2/merges.txt",
+         "tokenizer_2/tokenizer.json")  # fmt: skip
 
 # ---- files to files ------------------------------------------------------------------------------
 
@@ -130,6 +134,12 @@ def run_concat(args: argparse.Namespace) -> None:
 # ---- into a base ---------------------------------------------------------------------------------
 
 
+def _published(key: str) -> str:
+    """A text encoder's key, whose `text_model.` transformers >= 5.6 drops."""
+    bare = key.removeprefix("text_model.")
+    return bare if bare.startswith("text_projection.") else f"text_model.{bare}"
+
+
 @torch.no_grad()
 def merge_into(args: argparse.Namespace, folder: Path) -> str:
     """Fill `folder` with the base merged with the LoRA, in the diffusers layout; returns a summary.
@@ -205,21 +215,23 @@ def merge_into(args: argparse.Namespace, folder: Path) -> str:
         write("unet", "diffusion_pytorch_model", unet.config, unet.state_dict())
         if unet.in_channels == 8:  # it takes a before image
             about["_class_name"] = "StableDiffusionInstructPix2PixPipeline"
-    if "text_encoder" in parts:
+    if parts.keys() - {"unet"}:
         text = load_text(base, **files)
         apply_lora(parts, args.lora, text=text)
-        merge(text.model, m)
-        detach(text.model)
-        state = {f"text_model.{k.removeprefix('text_model.')}": v
-                 for k, v in text.model.state_dict().items()}  # fmt: skip
-        write("text_encoder", "model", required("text_encoder/config.json"), state)
+        for part, model in text.parts.items():
+            if part in parts:
+                merge(model, m)
+                detach(model)
+                state = {_published(key): x for key, x in model.state_dict().items()}
+                write(part, "model", required(f"{part}/config.json"), state)
 
     if is_local(base):
         for part in sorted(p for p in Path(base).iterdir() if p.is_dir() and p.name in about):
             if part.name not in parts:
                 shutil.copytree(part, folder / part.name)
     else:
-        for name in HUB_FILES + MAYBE:
+        xl = XL_FILES if "text_encoder_2" in about else ()
+        for name in HUB_FILES + xl + MAYBE:
             if name.split("/")[0] in parts:
                 continue
             file = name.format(dot)

@@ -47,9 +47,9 @@ def save_lora(
     parts = {}
     if unet is not None:
         parts["unet"] = adapter_factors(unet)
-    if text is not None:  # transformers >= 5.6 drops `text_model.`; clients expect it
-        own = adapter_factors(text.model)
-        parts["text_encoder"] = {f"text_model.{_flat(name)}": f for name, f in own.items()}
+    for part, model in (text.parts if text is not None else {}).items():
+        own = adapter_factors(model)  # transformers >= 5.6 drops `text_model.`; clients expect it
+        parts[part] = {f"text_model.{_flat(name)}": f for name, f in own.items()}
     write_lora(path, parts, metadata, dtype=dtype, layout=layout)
 
 
@@ -99,7 +99,7 @@ def lora_path(run_or_file: str | Path, flag: str = "--lora") -> Path:
 
 
 def read_lora(run_or_file: str | Path, flag: str = "--lora") -> tuple[Parts, dict]:
-    """({"unet": {path: Factors}, "text_encoder": {...}}, our metadata or {} if there is none).
+    """({"unet": {path: Factors}, "text_encoder": {...}, ...}, our metadata or {} if there is none).
 
     Any layout that model/lora_layouts.py knows, as `.safetensors` or pickled.
     """
@@ -161,10 +161,16 @@ def apply_lora(
 ) -> None:
     """Stack a LoRA onto the given models or, with `fixed`, put it under them at that multiplier.
 
-    ValueError names `what`, and a layer that the model does not have or a shape mismatch.
+    ValueError names `what`, and a layer or a text encoder that the base does not have, or a shape
+    mismatch.
     """
-    for part, model in (("unet", unet), ("text_encoder", text and text.model)):
-        if model is not None and part in parts:
+    models = {"unet": unet} if unet is not None else {}
+    if text is not None:
+        models |= text.parts
+        if beyond := [part for part in parts if part not in ("unet", *models)]:
+            raise ValueError(f"{what} adapts {beyond[0]}, which the base does not have")
+    for part, model in models.items():
+        if part in parts:
             factors = factors_for(model, parts[part])
             # trained with further latents as additional channels; an inpainting LoRA's mask is none
             wide = factors.get("conv_in") if part == "unet" else None
@@ -230,8 +236,8 @@ def load_lora(
     """
     parts, metadata = read_lora(run_or_file)
     apply_lora(parts, run_or_file, unet=unet, text=text)
-    for part, model in (("unet", unet), ("text_encoder", text)):
-        if part in parts and model is None:
+    for part in parts:
+        if (unet if part == "unet" else text) is None:
             warnings.warn(
                 f"{run_or_file} also adapts the {part}, which stays unchanged", stacklevel=2
             )

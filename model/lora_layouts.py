@@ -5,10 +5,12 @@
     attn_procs   diffusers of 2023: unet.<...>.attn1.processor.to_q_lora.down.weight, .up.weight,
                  unet.<path>.lora.down.weight outside attention; the scale is folded into `up`
     kohya        also A1111's and ComfyUI's: lora_unet_<path, _ for .>.lora_down.weight,
-                 .lora_up.weight, .alpha; one α for the whole file, the rest folded into `lora_up`
+                 .lora_up.weight, .alpha; one α for the whole file, the rest folded into `lora_up`;
+                 for SDXL, the UNet's paths are those of the original code
 
-A part is "unet" or "text_encoder", a path that of the module in published checkpoints; paths in the
-text encoder begin with `text_model.`, whatever the installed transformers version uses.
+A part is "unet", "text_encoder" or SDXL's "text_encoder_2", a path that of the module in published
+checkpoints; paths in a text encoder begin with `text_model.`, whatever the installed transformers
+version uses.
 """
 
 import json
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from model.lora import Factors
+from model.original import FROM_XL, TO_XL, renamed
 
 LAYOUTS = ("diffusers", "attn_procs", "kohya")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -30,19 +33,20 @@ Parts = dict[str, dict[str, Factors]]
 WORDS = (
     r"down_blocks|mid_block|up_blocks|resnets|attentions|downsamplers|upsamplers"
     r"|transformer_blocks|attn1|attn2|to_q|to_k|to_v|to_out|ff|net|proj_in|proj_out|proj"
-    r"|conv_shortcut|conv_in|conv_out|conv1|conv2|conv|time_emb_proj|time_embedding"
+    r"|conv_shortcut|conv_in|conv_out|conv1|conv2|conv|time_emb_proj|time_embedding|add_embedding"
     r"|linear_1|linear_2|text_model|encoder|layers|self_attn|q_proj|k_proj|v_proj|out_proj"
     r"|mlp|fc1|fc2|\d+"
 )
 KOHYA_NAME = re.compile(rf"({WORDS})(?:_|$)")
 # first module of a path, in files whose keys do not name the part
-TOPS = {"down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out", "time_embedding"}
+TOPS = {"down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out", "time_embedding",
+        "add_embedding"}  # fmt: skip
 TEXT_TOPS = {"text_model", "encoder"}
 
 KOHYA = re.compile(  # diffusers' own converter writes te1 for SD too
-    r"lora_(unet|te|te1)_(\w+)\.(lora_down\.weight|lora_up\.weight|lora_mid\.weight|alpha)"
+    r"lora_(unet|te|te1|te2)_(\w+)\.(lora_down\.weight|lora_up\.weight|lora_mid\.weight|alpha)"
 )
-PART = r"(?:base_model\.model\.)?(?:(unet|text_encoder)\.)?(?:base_model\.model\.)?"
+PART = r"(?:base_model\.model\.)?(?:(unet|text_encoder(?:_2)?)\.)?(?:base_model\.model\.)?"
 PEFT = re.compile(PART + r"(.+)\.lora_([AB])(?:\.default\w*)?\.weight")
 OLD = re.compile(
     PART + r"(.+?)(?:\.lora|\.lora_linear_layer|(?:\.processor)?\.(to_q|to_k|to_v|to_out)_lora)"
@@ -68,7 +72,7 @@ def pack(parts: Parts, layout: str, dtype: torch.dtype) -> tuple[dict[str, Tenso
     """
     if layout not in LAYOUTS:
         raise ValueError(f"{layout!r} is not a LoRA layout; expected one of {', '.join(LAYOUTS)}")
-    tensors, config, common = {}, {}, _common_alpha(parts)
+    tensors, config, common, xl = {}, {}, _common_alpha(parts), is_xl(parts)
     for part, factors in parts.items():
         for path, f in factors.items():
             fold = 1.0
@@ -79,7 +83,7 @@ def pack(parts: Parts, layout: str, dtype: torch.dtype) -> tuple[dict[str, Tenso
                 stem, fold = _old_stem(part, path), f.scale
                 down, up = f"{stem}.down.weight", f"{stem}.up.weight"
             else:
-                stem, fold = kohya_name(part, path), f.scale * len(f.A) / common
+                stem, fold = kohya_name(part, path, xl), f.scale * len(f.A) / common
                 down, up = f"{stem}.lora_down.weight", f"{stem}.lora_up.weight"
                 tensors[f"{stem}.alpha"] = torch.tensor(common)  # fp32 beside factors of any dtype
             B = f.B if fold == 1 else f.B.to(torch.promote_types(f.B.dtype, torch.float32)) * fold
@@ -97,8 +101,18 @@ def pack(parts: Parts, layout: str, dtype: torch.dtype) -> tuple[dict[str, Tenso
     return tensors, header
 
 
-def kohya_name(part: str, path: str) -> str:
-    return f"lora_{'te' if part == 'text_encoder' else part}_{path.replace('.', '_')}"
+def is_xl(parts: Parts) -> bool:
+    """Whether a LoRA is one of SDXL, by what only that has."""
+    deep = re.compile(r"\.transformer_blocks\.[1-9]")
+    return "text_encoder_2" in parts or any(map(deep.search, parts.get("unet", ())))
+
+
+def kohya_name(part: str, path: str, xl: bool = False) -> str:
+    name = path.replace(".", "_")
+    if part == "unet":
+        return f"lora_unet_{renamed(name, TO_XL) if xl else name}"
+    which = "2" if part == "text_encoder_2" else "1"
+    return f"lora_te{which if xl else ''}_{name}"
 
 
 def strange_to_kohya(parts: Parts) -> list[str]:
@@ -108,7 +122,7 @@ def strange_to_kohya(parts: Parts) -> list[str]:
 
 
 def _old_stem(part: str, path: str) -> str:
-    if part == "text_encoder":
+    if part != "unet":
         return f"{part}.{path}.lora_linear_layer"
     attention = re.fullmatch(r"(.*\.attn\d)\.(to_[qkv]|to_out)(?:\.0)?", path)
     return f"{part}." + ("{}.processor.{}_lora".format(*attention.groups()) if attention
@@ -159,9 +173,10 @@ def _commonest(values):
 def spelt(key: str) -> tuple[str, str, str] | None:
     """(part, path, role) of a file's key; role: A, B, mid or alpha. None if it is in no layout."""
     if m := KOHYA.fullmatch(key):
-        part = "unet" if m[1] == "unet" else "text_encoder"
-        path, role = ".".join(KOHYA_NAME.findall(m[2])), ROLES.get(m[3], m[3])
-        if path.replace(".", "_") != m[2]:
+        part = {"unet": "unet", "te2": "text_encoder_2"}.get(m[1], "text_encoder")
+        name = renamed(m[2], FROM_XL) if part == "unet" else m[2]
+        path, role = ".".join(KOHYA_NAME.findall(name)), ROLES.get(m[3], m[3])
+        if path.replace(".", "_") != name:
             return None
     elif m := PEFT.fullmatch(key):
         part, path, role = m.groups()
@@ -178,7 +193,7 @@ def spelt(key: str) -> tuple[str, str, str] | None:
         if top not in TOPS | TEXT_TOPS:
             return None
         part = "text_encoder" if top in TEXT_TOPS else "unet"
-    return part, _with_prefix(path) if part == "text_encoder" else path, role
+    return part, path if part == "unet" else _with_prefix(path), role
 
 
 def _with_prefix(path: str) -> str:
@@ -196,7 +211,7 @@ def unpack(tensors: dict[str, Tensor], peft: dict, file) -> Parts:
         if where is None:
             raise ValueError(
                 f"{file} has the key {key}, which is in no known layout of an SD LoRA "
-                "(diffusers, kohya; LoHa, LoKr, DoRA and SDXL are not supported)"
+                "(diffusers, kohya; LoHa, LoKr and DoRA are not supported)"
             )
         *layer, role = where
         roles = keys.setdefault(tuple(layer), {})

@@ -167,7 +167,7 @@ class Pipeline:
         """(1, l, d), or a function of the multipliers if the LoRA adapts the text encoder."""
         ids = self.text.tokenize([prompt], self.meta.get("tokenizer_max_length"))
         mask = self.text.mask(ids) if self.meta.get("text_encoder_use_attention_mask") else None
-        if hasattr(self.text.model, "lora_adapters"):
+        if any(hasattr(model, "lora_adapters") for model in self.text.parts.values()):
             return text_context(self.text, ids, mask)
         with torch.no_grad():
             return self.text.encode(ids, mask)
@@ -179,6 +179,8 @@ class Pipeline:
         if guidance == 1.0:
             return alone, alone
         uncond = self.context("")
+        if self.text.empty_is_zero:
+            uncond = torch.zeros_like(self.text.context([""]))
         return alone, guided_predictor(self.unet, ctx, uncond, guidance, self.replays)
 
     def generate(
@@ -268,9 +270,10 @@ def load_pipeline(
     tokenizer = tokenizer_name or meta.get("tokenizer_name")
     with _named(bool(tokenizer) and tokenizer_name is None, "--tokenizer_name"):
         text = load_text(base, **files, tokenizer=tokenizer)
-    with _named(vae_told and bool(vae_path), "--vae_path"):
-        vae = load_vae(vae_path, device=device) if vae_path else load_vae(base, **files)
     unet = load_unet(base, **files, dtype=dtype)
+    with _named(vae_told and bool(vae_path), "--vae_path"):
+        how = {"device": device, "xl": unet.is_xl} if vae_path else files
+        vae = load_vae(vae_path or base, **how)
     quick_convs(unet)
     device = torch.device(device)
     on_cuda = device.type == "cuda"

@@ -59,7 +59,8 @@ def text_context(text: TextEncoder, ids: Tensor, mask: Tensor | None) -> Callabl
 
     def ctx(m: Tensor | None) -> Tensor:
         times = 1 if m is None else len(m) // len(ids)
-        set_strength(text.model, m)
+        for model in text.parts.values():
+            set_strength(model, m)
         return text.encode(ids.repeat(times, 1), None if mask is None else mask.repeat(times, 1))
 
     return ctx

@@ -4,11 +4,13 @@
     first_stage_model.*              the autoencoder; without the prefix in a file of its own
     cond_stage_model.transformer.*   SD 1.x: CLIP under transformers' names, `text_model.` or not
     cond_stage_model.model.*         SD 2.x: OpenCLIP, with q, k and v in one matrix
+    conditioner.embedders.0|1.*      SDXL: the one and the other
     model_ema.*                      the UNet's averaged weights, read with --variant ema
 
 There is no config.json: sizes are inferred from the shapes. What the shapes do not show is as
-published: 8 heads in SD 1.x, heads of width 64 in SD 2.x and in CLIP, 32 groups, SD's betas, a
-scaling factor of 0.18215. Names follow by rule, from a diffusers key to the file's key.
+published: 8 heads in SD 1.x, heads of width 64 in SD 2.x, SDXL and CLIP, 32 groups, SD's betas,
+scaling factors of 0.18215 and, in SDXL, 0.13025. Names follow by rule, from a diffusers key to the
+file's key.
 """
 
 import math
@@ -20,12 +22,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from model.files import read_json, read_shapes, read_tensors
+from model.original import unet_name
 
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
-CLIP, OPEN_CLIP = f"{TEXT}transformer.", f"{TEXT}model."
+OPEN_CLIP = f"{TEXT}model."
+XL_TEXT, XL_TEXT_2 = "conditioner.embedders.0.", "conditioner.embedders.1."
+LABEL = f"{UNET}label_emb."  # of SDXL's pooled text and sizes
+SCALE, XL_SCALE = 0.18215, 0.13025  # of latents
 NOT_NEEDED = re.compile(  # EMA, training losses, the schedule, heads that SD does not use
     r"model_ema\..+|(first_stage_model\.)?(loss|model_ema)\..+"
     r"|cond_stage_model\.([\w.]+\.)?(position_ids|attn_mask|logit_scale|text_projection(\.\w+)?)"
+    r"|conditioner\.embedders\.\d\.([\w.]+\.)?(position_ids|attn_mask|logit_scale)"
     r"|\w*alphas_cumprod(_prev)?|betas|posterior_\w+|lvlb_weights|logvar|v_pred|ztsnr"
 )
 
@@ -53,24 +60,30 @@ class Contents(NamedTuple):
     def has(self, prefix: str) -> bool:
         return any(key.startswith(prefix) for key in self.shapes)
 
+    @property
+    def is_xl(self) -> bool:
+        return self.has(XL_TEXT) or self.has(LABEL)
+
     def number(self, pattern: str) -> int:
         """How many of pattern.format(0), pattern.format(1), ... exist consecutively."""
         return next(i for i in count() if pattern.format(i) not in self.shapes)
 
 
 def _read(path: Path, variant: str | None = None) -> Contents:
-    """ValueError if the file is not an SD 1.x or 2.x checkpoint."""
+    """ValueError if the file is not a checkpoint of SD 1.x, 2.x or XL."""
     file = Contents(path, *read_shapes(path))
     if variant not in (None, "ema"):
         raise ValueError(
             f"--variant {variant} is for directories and the hub; for {path} it can only be `ema`"
         )
-    if file.has("conditioner.embedders."):
-        raise ValueError(f"{path} is an SDXL checkpoint; expected Stable Diffusion 1.x or 2.x")
-    for prefix in ("label_emb.", "joint_blocks.", "double_blocks."):
-        if file.has(UNET + prefix):
+    if file.has(XL_TEXT) and not file.has(XL_TEXT_2):
+        raise ValueError(f"{path} is SDXL's refiner; expected a base model")
+    strange = [f"{UNET}joint_blocks.", f"{UNET}double_blocks.", *[LABEL] * file.has(TEXT)]
+    for prefix in strange:
+        if file.has(prefix):
             raise ValueError(
-                f"{path} has {UNET}{prefix}*, which Stable Diffusion 1.x and 2.x do not have"
+                f"{path} has {prefix}*, which a base model of Stable Diffusion 1.x, 2.x or XL does "
+                "not have"
             )
     if file.has("down_blocks."):
         raise ValueError(
@@ -95,22 +108,6 @@ def _scalar(values: list[int]) -> int | list[int]:
 
 # ---- UNet ----------------------------------------------------------------------------------------
 
-RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-ENDS = {
-    "conv_in": "input_blocks.0.0",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
-
 
 def _unet_config(file: Contents) -> dict:
     block = f"{UNET}input_blocks.{{}}."
@@ -134,8 +131,17 @@ def _unet_config(file: Contents) -> dict:
         file.number(f"{name}1.transformer_blocks.{{}}.norm1.weight") if attend else 1
         for name, attend in zip(first, attends)
     ]
-    linear = len(file.shapes.get(f"{some}proj_in.weight", ())) == 2  # SD 2.x
-    return {
+    linear = len(file.shapes.get(f"{some}proj_in.weight", ())) == 2  # SD 2.x, SDXL
+    added = (
+        {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": file.size(f"{UNET}label_emb.0.0.weight", 1),
+        }
+        if file.is_xl
+        else {}
+    )
+    return added | {
         "_class_name": "UNet2DConditionModel",
         "in_channels": file.size(f"{UNET}input_blocks.0.0.weight", 1),
         "out_channels": file.size(f"{UNET}out.2.weight", 0),
@@ -151,32 +157,6 @@ def _unet_config(file: Contents) -> dict:
     }
 
 
-def _unet_name(key: str, layers: list[int], up_attends: list[bool]) -> str:
-    """down_blocks.1.attentions.0.norm.weight -> input_blocks.4.1.norm.weight and so on."""
-    way, *names = key.split(".")
-    if way not in ("down_blocks", "mid_block", "up_blocks"):
-        end, _, kind = key.rpartition(".")
-        return f"{ENDS[end]}.{kind}"
-    level = 0 if way == "mid_block" else int(names.pop(0))
-    role, i, *names = names
-    i = int(i)
-    if role == "resnets":
-        names[0] = RESNET[names[0]]
-    if way == "mid_block":  # ResBlock, attention, ResBlock
-        return ".".join(["middle_block", str(2 * i if role == "resnets" else 1), *names])
-    if way == "down_blocks":  # block 0 is the first convolution; a level ends with a downsampler
-        start, n = 1 + sum(layers[:level]) + level, layers[level]
-        if role == "downsamplers":
-            return f"input_blocks.{start + n}.0.op.{names[-1]}"
-        return ".".join([f"input_blocks.{start + i}.{int(role == 'attentions')}", *names])
-    more = [n + 1 for n in reversed(layers)]  # the upsampler is part of a level's last block
-    start = sum(more[:level])
-    if role == "upsamplers":
-        last = start + more[level] - 1
-        return ".".join([f"output_blocks.{last}.{1 + up_attends[level]}", *names])
-    return ".".join([f"output_blocks.{start + i}.{int(role == 'attentions')}", *names])
-
-
 def unet_part(path: Path, variant: str | None = None) -> Part:
     """The UNet; with variant `ema` its averaged weights, whose names have no dots."""
     file = _read(path, variant)
@@ -187,7 +167,7 @@ def unet_part(path: Path, variant: str | None = None) -> Part:
     up_attends = [kind.startswith("CrossAttn") for kind in config["up_block_types"]]
 
     def name(key: str) -> str:
-        plain = _unet_name(key, layers, up_attends)
+        plain = unet_name(key, layers, up_attends)
         if variant == "ema":
             return f"model_ema.diffusion_model{plain.replace('.', '')}"
         return UNET + plain
@@ -211,9 +191,13 @@ VAE_NAMES = (
 )
 
 
-def vae_part(path: Path, variant: str | None = None) -> Part:
-    """The autoencoder of a checkpoint, or of its own file, in the original or diffusers layout."""
+def vae_part(path: Path, variant: str | None = None, xl: bool = False) -> Part:
+    """The autoencoder of a checkpoint, or of its own file, in the original or diffusers layout.
+
+    `xl`: one of its own is for SDXL, which its file does not show.
+    """
     file = _read(path, variant)
+    xl = xl or file.is_xl
     prefix = VAE if file.has(VAE) else ""
     _part_of(file, f"{prefix}encoder.conv_in.", "autoencoder")
     theirs = file.has(f"{prefix}encoder.down_blocks.")
@@ -233,7 +217,7 @@ def vae_part(path: Path, variant: str | None = None) -> Part:
         "up_block_types": ["UpDecoderBlock2D"] * levels,
         "layers_per_block": file.number(block.format(0, "{}")),
         "norm_num_groups": _groups(widths),
-        "scaling_factor": 0.18215,
+        "scaling_factor": XL_SCALE if xl else SCALE,
     }
 
     def name(key: str) -> str:
@@ -259,49 +243,70 @@ OPEN_CLIP_NAMES = (
     (r"final_layer_norm", "ln_final"),
     (r"fc1", "c_fc"),
     (r"fc2", "c_proj"),
+    (r"text_projection\.weight", "text_projection"),
 )
 
 
-def text_part(path: Path, variant: str | None = None) -> Part:
-    """The text encoder. SD 2.x uses OpenCLIP's penultimate layer, so the last one is dropped.
-
-    A file converted from the diffusers layout lacks that layer and the text projection.
-    """
+def text_parts(path: Path, variant: str | None = None) -> list[Part]:
+    """The text encoder, or SDXL's two."""
     file = _read(path, variant)
+    if file.is_xl:
+        return [_clip(file, XL_TEXT), _open_clip(file, XL_TEXT_2, pooled=True)]
     _part_of(file, TEXT, "text encoder")
-    open_clip = file.has(OPEN_CLIP)
-    if open_clip:
-        prefix, tokens, positions = OPEN_CLIP, "token_embedding.weight", "positional_embedding"
-        layer, wide = f"{prefix}transformer.resblocks.{{}}.", "mlp.c_fc.weight"
-        layers = file.number(f"{layer}ln_1.weight")
-        if layers == 24 or (layers != 23 and f"{prefix}text_projection" in file.shapes):
-            layers -= 1
-    else:
-        prefix = f"{CLIP}text_model." if file.has(f"{CLIP}text_model.") else CLIP
-        tokens, positions = (
-            f"embeddings.{kind}_embedding.weight" for kind in ("token", "position")
-        )
-        layer, wide = f"{prefix}encoder.layers.{{}}.", "mlp.fc1.weight"
-        layers = file.number(f"{layer}layer_norm1.weight")
-    width = file.size(prefix + tokens, 1)
+    return [(_open_clip if file.has(OPEN_CLIP) else _clip)(file, TEXT)]
+
+
+def _clip(file: Contents, whole: str) -> Part:
+    prefix = f"{whole}transformer."
+    prefix += "text_model." * file.has(f"{prefix}text_model.")
+    layer = f"{prefix}encoder.layers.{{}}."
     config = {
+        **_text_config(file, prefix, "embeddings.token_embedding.weight",
+                       "embeddings.position_embedding.weight"),
         "architectures": ["CLIPTextModel"],
-        "vocab_size": file.size(prefix + tokens, 0),
-        "max_position_embeddings": file.size(prefix + positions, 0),
-        "hidden_size": width,
-        "intermediate_size": file.size(layer.format(0) + wide, 0),
+        "intermediate_size": file.size(f"{layer.format(0)}mlp.fc1.weight", 0),
+        "num_hidden_layers": file.number(f"{layer}layer_norm1.weight"),
+        "hidden_act": "quick_gelu",
+    }  # fmt: skip
+    return Part(config, lambda key: prefix + key.removeprefix("text_model."), whole)
+
+
+def _open_clip(file: Contents, whole: str, pooled: bool = False) -> Part:
+    """SD 2.x uses the penultimate layer alone, so the last one is dropped; SDXL, which uses the
+    `pooled` state too, needs it. A file converted from the diffusers layout lacks SD 2.x's last
+    layer and its text projection.
+    """
+    prefix = f"{whole}model."
+    layer = f"{prefix}transformer.resblocks.{{}}."
+    layers, projection = file.number(f"{layer}ln_1.weight"), f"{prefix}text_projection"
+    if not pooled and (layers == 24 or (layers != 23 and projection in file.shapes)):
+        layers -= 1
+    config = {
+        **_text_config(file, prefix, "token_embedding.weight", "positional_embedding"),
+        "architectures": ["CLIPTextModelWithProjection" if pooled else "CLIPTextModel"],
+        "intermediate_size": file.size(f"{layer.format(0)}mlp.c_fc.weight", 0),
         "num_hidden_layers": layers,
-        "num_attention_heads": max(width // 64, 1),
-        "hidden_act": "gelu" if open_clip else "quick_gelu",
+        "hidden_act": "gelu",
+        **({"projection_dim": file.size(projection, 1)} if pooled else {}),
     }
 
     def name(key: str) -> str:
         key = key.removeprefix("text_model.")
-        for pattern, new in OPEN_CLIP_NAMES if open_clip else ():
+        for pattern, new in OPEN_CLIP_NAMES:
             key = re.sub(pattern, new, key)
         return prefix + key
 
-    return Part(config, name, TEXT, layer.format(layers) if open_clip else None)
+    return Part(config, name, whole, layer.format(layers))
+
+
+def _text_config(file: Contents, prefix: str, tokens: str, positions: str) -> dict:
+    width = file.size(prefix + tokens, 1)
+    return {
+        "vocab_size": file.size(prefix + tokens, 0),
+        "max_position_embeddings": file.size(prefix + positions, 0),
+        "hidden_size": width,
+        "num_attention_heads": max(width // 64, 1),
+    }
 
 
 # ---- all of them ---------------------------------------------------------------------------------
@@ -316,7 +321,7 @@ def renamer(part: Part, keys: Iterable[str]) -> Callable[[str], str | tuple[str,
     # transformers lists k, v, q; the rows of OpenCLIP's matrix are q, k, v
     for key in sorted(keys, key=lambda key: "q_proj k_proj v_proj".find(key.split(".")[-2])):
         names[part.name(key)] = (*names.get(part.name(key), ()), key)
-    others = tuple({UNET, VAE, TEXT} - {part.prefix})
+    others = tuple({UNET, VAE, TEXT, XL_TEXT, XL_TEXT_2} - {part.prefix})
 
     def rename(old: str) -> str | tuple[str, ...] | None:
         if ".attn_1." in old:  # a file converted from the diffusers layout may keep its names here
@@ -334,8 +339,8 @@ def scheduler_config(path: Path, prediction_type: str | None = None) -> dict:
     """The content of an equivalent scheduler_config.json.
 
     The file may name its prediction type, by a key `v_pred` or in its metadata (ModelSpec). If not,
-    SD 1.x predicts ε; SD 2.x may be either, and the standard deviation of one bias distinguishes
-    the published files (ComfyUI's rule): a guess, with a warning.
+    SD 1.x and SDXL predict ε; SD 2.x may be either, and the standard deviation of one bias
+    distinguishes the published files (ComfyUI's rule): a guess, with a warning.
     """
     file = _read(path)
     _part_of(file, UNET, "UNet")
@@ -343,7 +348,7 @@ def scheduler_config(path: Path, prediction_type: str | None = None) -> dict:
     if prediction_type is None and ("v_pred" in file.shapes or stated in ("v", "v_prediction")):
         prediction_type = "v_prediction"
     config = _unet_config(file)
-    may_be_v = config["use_linear_projection"] and config["in_channels"] == 4
+    may_be_v = config["use_linear_projection"] and config["in_channels"] == 4 and not file.is_xl
     if prediction_type is None and may_be_v and stated != "epsilon":
         last = file.number(f"{UNET}output_blocks.{{}}.0.in_layers.0.weight") - 1
         key = f"{UNET}output_blocks.{last}.1.transformer_blocks.0.norm1.bias"

@@ -1,6 +1,6 @@
 """The Stable Diffusion UNet (Rombach et al. 2022), built from a checkpoint's config.json.
 
-SD1.x and SD2.x, 4 (text to image), 8 (InstructPix2Pix) or 9 (inpainting) input channels.
+SD1.x, SD2.x and SDXL, 4 (text to image), 8 (InstructPix2Pix) or 9 (inpainting) input channels.
 """
 
 import torch
@@ -32,6 +32,9 @@ KNOWN = {
     "norm_eps": 1e-5,
     "flip_sin_to_cos": True,
     "freq_shift": 0,
+    "addition_embed_type": None,  # "text_time" in SDXL; the two widths are of no other use
+    "addition_time_embed_dim": None,
+    "projection_class_embeddings_input_dim": None,
     "sample_size": None,  # the training resolution in latents; no effect on the network
 }
 
@@ -54,7 +57,7 @@ NEUTRAL = {
     "attention_type": ("default",),
     "class_embeddings_concat": (False,),
     "mid_block_only_cross_attention": (False,),
-    "addition_embed_type_num_heads": (64,),  # no effect without an addition_embed_type
+    "addition_embed_type_num_heads": (64,),  # no effect on "text_time"
 }
 
 
@@ -85,8 +88,33 @@ class Block(nn.Module):
         self.attends, self.downs, self.ups = bool(attentions), down is not None, up is not None
 
 
+def _added(cfg: dict) -> tuple[int, int] | None:
+    """Widths of SDXL's pooled text embedding and of the embedding of each of its six sizes."""
+    kind, each = cfg["addition_embed_type"], cfg["addition_time_embed_dim"]
+    if kind is None:
+        return None
+    if kind != "text_time":
+        raise ValueError(
+            f"unet config.json has addition_embed_type={kind!r}; only 'text_time' is supported"
+        )
+    whole = cfg["projection_class_embeddings_input_dim"]
+    pooled = (whole or 0) - 6 * (each or 0)
+    if not (each and whole and 0 < pooled <= cfg["cross_attention_dim"]):
+        raise ValueError(
+            f"unet config.json has projection_class_embeddings_input_dim={whole}: expected 6 times "
+            f"addition_time_embed_dim={each} and the width of a pooled text, at most "
+            f"cross_attention_dim={cfg['cross_attention_dim']}"
+        )
+    return pooled, each
+
+
 class UNet(nn.Module):
-    """`unet(x_t, t, ctx) -> pred`: x_t (b, c_in, h, w), t (b,) or a scalar, ctx (b, l, d_ctx)."""
+    """`unet(x_t, t, ctx) -> pred`: x_t (b, c_in, h, w), t (b,) or a scalar, ctx (b, l, d_ctx).
+
+    SDXL: the last row of ctx is the pooled text, followed by zeros. It is added to the time
+    embedding with the sizes of the image (Podell et al. 2023, arXiv 2307.01952, section 2.2), which
+    are diffusers' pipelines' defaults: an original of the size that is drawn, uncropped.
+    """
 
     def __init__(self, config: dict):
         super().__init__()
@@ -112,6 +140,8 @@ class UNet(nn.Module):
             if len(got) != n:
                 raise ValueError(f"unet config.json: {name} has {len(got)} entries for {n} levels")
         groups, temb_dim = cfg["norm_num_groups"], 4 * widths[0]
+        self.added = _added(cfg)  # widths of the pooled text and of each size
+        self.is_xl = self.added is not None
 
         def res(c_in: int, c_out: int) -> ResBlock:
             return ResBlock(c_in, c_out, groups, cfg["norm_eps"], temb_dim)
@@ -131,6 +161,8 @@ class UNet(nn.Module):
 
         self.conv_in = nn.Conv2d(self.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(widths[0], temb_dim)
+        if self.is_xl:
+            self.add_embedding = TimeEmbedding(self.added[0] + 6 * self.added[1], temb_dim)
 
         skips, c = [widths[0]], widths[0]  # widths of the skip connections
         self.down_blocks = nn.ModuleList()
@@ -173,10 +205,20 @@ class UNet(nn.Module):
         conv.in_channels = self.in_channels = self.in_channels + channels
         self.config["in_channels"] = self.in_channels
 
+    def _sizes(self, x_t: Tensor) -> Tensor:
+        """(b, 6 d): height and width of the original, top and left of the crop, and the target."""
+        size = [torch.full((1,), 8.0 * n, device=x_t.device) for n in x_t.shape[-2:]]
+        numbers = torch.cat([*size, torch.zeros(2, device=x_t.device), *size])  # in pixels
+        emb = timestep_embedding(numbers, self.added[1], *self.embed[1:])  # (6, d)
+        return emb.to(x_t.dtype).flatten().expand(len(x_t), -1)
+
     def forward(self, x_t: Tensor, t: Tensor, ctx: Tensor) -> Tensor:
         t = t.expand(x_t.shape[0])  # (b,)
         emb = timestep_embedding(t, *self.embed)  # (b, c) fp32
         temb = self.time_embedding(emb.to(x_t.dtype))  # (b, 4c)
+        if self.is_xl:
+            ctx, pooled = ctx[:, :-1], ctx[:, -1, : self.added[0]]  # (b, l, d_ctx), (b, d_pooled)
+            temb = temb + self.add_embedding(torch.cat([pooled, self._sizes(x_t)], dim=1))
 
         x = self.conv_in(x_t)  # (b, c, h, w)
         skips = [x]

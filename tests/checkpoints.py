@@ -1,6 +1,7 @@
 """Random checkpoints in the published layout, from the public config values of each family.
 
     python -m tests.checkpoints OUT [--family sd1|sd2|ip2p|inpaint] [--size tiny|small|tenth|full]
+    python -m tests.checkpoints OUT --family xl [--size tiny|full]
 
 `tiny` has every part of the real thing at two or more levels and takes milliseconds; `small` is the
 same at four levels and f = 8; `tenth` has SD1.5's graph at about a tenth of its widths; `full` is
@@ -37,7 +38,18 @@ SIZES = {
         layers=2,
     ),
 }  # fmt: skip
-IN_CHANNELS = {"sd1": 4, "sd2": 4, "ip2p": 8, "inpaint": 9}
+XL_SIZES = {  # three levels, the first without attention; f = 8
+    "tiny": dict(
+        unet=(32, 64, 96), depth=(1, 2, 3), vae=(16, 16, 32, 32), text=32, text_2=48, pooled=40,
+        text_layers=2, text_2_layers=3, text_2_heads=3, each=256, groups=8, width=16,
+    ),
+    "full": dict(
+        unet=(320, 640, 1280), depth=(1, 2, 10), vae=(128, 256, 512, 512), text=768, text_2=1280,
+        pooled=1280, text_layers=12, text_2_layers=32, text_2_heads=20, each=256, groups=32,
+        width=64, layers=2,
+    ),
+}  # fmt: skip
+IN_CHANNELS = {"sd1": 4, "sd2": 4, "ip2p": 8, "inpaint": 9, "xl": 4}
 STEMS = {
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
@@ -56,9 +68,15 @@ SCHEDULER = {
 }
 
 
+def sizes(family: str, size: str) -> dict:
+    return (XL_SIZES if family == "xl" else SIZES)[size]
+
+
 def unet_config(family: str = "sd1", size: str = "tiny") -> dict:
-    s = SIZES[size]
+    s = sizes(family, size)
     n = len(s["unet"])
+    if family == "xl":
+        return unet_config_xl(s)
     sd2 = family == "sd2"
     heads = [max(w // 16, 1) if size != "full" else w // 64 for w in s["unet"]]
     return {
@@ -84,10 +102,43 @@ def unet_config(family: str = "sd1", size: str = "tiny") -> dict:
     }
 
 
-def vae_config(size: str = "tiny") -> dict:
-    s = SIZES[size]
+def unet_config_xl(s: dict) -> dict:
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "act_fn": "silu",
+        "addition_embed_type": "text_time",
+        "addition_embed_type_num_heads": 64,
+        "addition_time_embed_dim": s["each"],
+        "attention_head_dim": [width // s["width"] for width in s["unet"]],
+        "block_out_channels": list(s["unet"]),
+        "center_input_sample": False,
+        "class_embed_type": None,
+        "cross_attention_dim": s["text"] + s["text_2"],
+        "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
+        "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"],
+        "downsample_padding": 1,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "in_channels": 4,
+        "layers_per_block": s.get("layers", 2),
+        "mid_block_scale_factor": 1,
+        "norm_eps": 1e-05,
+        "norm_num_groups": s["groups"],
+        "num_attention_heads": None,
+        "out_channels": 4,
+        "projection_class_embeddings_input_dim": s["pooled"] + 6 * s["each"],
+        "sample_size": 128,
+        "transformer_layers_per_block": list(s["depth"]),
+        "upcast_attention": None,
+        "use_linear_projection": True,
+    }
+
+
+def vae_config(size: str = "tiny", family: str = "sd1") -> dict:
+    s = sizes(family, size)
     n = len(s["vae"])
     return {
+        **({"scaling_factor": 0.13025, "force_upcast": True} if family == "xl" else {}),
         "_class_name": "AutoencoderKL",
         "act_fn": "silu",
         "block_out_channels": list(s["vae"]),
@@ -102,8 +153,8 @@ def vae_config(size: str = "tiny") -> dict:
     }
 
 
-def text_config(size: str = "tiny") -> dict:
-    s = SIZES[size]
+def text_config(size: str = "tiny", family: str = "sd1") -> dict:
+    s = sizes(family, size)
     vocab = 49408 if size == "full" else 514
     return {
         "architectures": ["CLIPTextModel"],
@@ -121,12 +172,26 @@ def text_config(size: str = "tiny") -> dict:
     }
 
 
+def text_2_config(size: str) -> dict:
+    s = XL_SIZES[size]
+    return text_config(size, "xl") | {
+        "architectures": ["CLIPTextModelWithProjection"],
+        "hidden_act": "gelu",
+        "hidden_size": s["text_2"],
+        "intermediate_size": 4 * s["text_2"],
+        "num_attention_heads": s["text_2_heads"],
+        "num_hidden_layers": s["text_2_layers"],
+        "projection_dim": s["pooled"],
+        "eos_token_id": 2,  # as published: the end is then where the highest id is
+    }
+
+
 def write_json(path: Path, content: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2))
 
 
-def write_tokenizer(folder: Path, vocab_size: int) -> None:
+def write_tokenizer(folder: Path, vocab_size: int, pad: str = "<|endoftext|>") -> None:
     """CLIP's byte-level alphabet, every byte alone and word-final, no merges."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [b for b in range(256) if b not in printable]
@@ -139,7 +204,7 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
     special = {
         "bos_token": "<|startoftext|>",
         "eos_token": "<|endoftext|>",
-        "pad_token": "<|endoftext|>",
+        "pad_token": pad,
         "unk_token": "<|endoftext|>",
     }
     write_json(folder / "special_tokens_map.json", special)
@@ -173,7 +238,8 @@ def random_state(
 
 
 def weights_file(root: Path, folder: str, variant: str | None = None) -> Path:
-    return root / folder / ".".join(filter(None, [STEMS[folder], variant, "safetensors"]))
+    stem = STEMS[folder.removesuffix("_2")]
+    return root / folder / ".".join(filter(None, [stem, variant, "safetensors"]))
 
 
 def make_checkpoint(
@@ -186,11 +252,11 @@ def make_checkpoint(
     seed: int = 0,
 ) -> Path:
     """Write a whole checkpoint; returns its root."""
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     root = Path(root)
     generator = torch.Generator().manual_seed(seed)
-    clip = text_config(size)
+    clip = text_config(size, family)
     if family == "sd2" and size == "full":
         clip |= {
             "hidden_size": 1024,
@@ -201,9 +267,13 @@ def make_checkpoint(
     with torch.device("meta"):
         networks = {
             "unet": (UNet(unet_config(family, size)), unet_config(family, size)),
-            "vae": (VAE(vae_config(size)), vae_config(size)),
+            "vae": (VAE(vae_config(size, family)), vae_config(size, family)),
             "text_encoder": (CLIPTextModel(CLIPTextConfig(**clip)), clip),
         }
+        if family == "xl":
+            clip_2 = text_2_config(size)
+            two = CLIPTextModelWithProjection(CLIPTextConfig(**clip_2))
+            networks["text_encoder_2"] = (two, clip_2)
     for folder, (network, config) in networks.items():
         write_json(root / folder / "config.json", config)
         shapes = {key: tensor.shape for key, tensor in network.state_dict().items()}
@@ -217,6 +287,11 @@ def make_checkpoint(
         save_file(state, weights_file(root, folder), metadata={"format": "pt"})
     write_tokenizer(root / "tokenizer", clip["vocab_size"])
     scheduler = dict(SCHEDULER)
+    if family == "xl":
+        write_tokenizer(root / "tokenizer_2", clip["vocab_size"], "!")
+        del scheduler["skip_prk_steps"]
+        scheduler |= {"_class_name": "EulerDiscreteScheduler", "interpolation_type": "linear",
+                      "timestep_spacing": "leading", "use_karras_sigmas": False}  # fmt: skip
     if prediction_type is not None:
         scheduler["prediction_type"] = prediction_type
     write_json(root / "scheduler" / "scheduler_config.json", scheduler)
@@ -229,7 +304,16 @@ def make_checkpoint(
         "safety_checker": [None, None],
         "feature_extractor": [None, None],
     }
-    write_json(root / "model_index.json", {"_class_name": "StableDiffusionPipeline", **parts})
+    kind = "StableDiffusionPipeline"
+    if family == "xl":
+        kind = "StableDiffusionXLPipeline"
+        del parts["safety_checker"], parts["feature_extractor"]
+        parts |= {
+            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+            "tokenizer_2": ["transformers", "CLIPTokenizer"],
+            "force_zeros_for_empty_prompt": True,
+        }
+    write_json(root / "model_index.json", {"_class_name": kind, **parts})
     return root
 
 
@@ -248,7 +332,7 @@ def rewrite(path: Path, change: Callable[[dict], dict]) -> None:
 
 def to_variant(root: Path, variant: str, dtype: torch.dtype) -> None:
     """NAME.safetensors -> NAME.VARIANT.safetensors, cast."""
-    for folder in STEMS:
+    for folder in filter(lambda folder: (root / folder).is_dir(), [*STEMS, "text_encoder_2"]):
         path = weights_file(root, folder)
         rewrite(path, lambda state: {key: tensor.to(dtype) for key, tensor in state.items()})
         path.rename(weights_file(root, folder, variant))

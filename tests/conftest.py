@@ -48,6 +48,12 @@ def sd2(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def xl(tmp_path_factory):
+    """A tiny SDXL-shaped checkpoint (two text encoders, three levels, deep transformers)."""
+    return make_checkpoint(tmp_path_factory.mktemp("xl"), "xl")
+
+
+@pytest.fixture(scope="session")
 def pairs(tmp_path_factory):
     """Five pairs of 32 × 32 with masks. Read-only."""
     return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs", 5, 32)

@@ -35,7 +35,9 @@ def moved(state: dict, pairs: list[tuple[str, str]]) -> dict:
 def unet_pairs(config: dict) -> list[tuple[str, str]]:
     pairs = [("conv_in", "input_blocks.0.0"), ("conv_norm_out", "out.0"), ("conv_out", "out.2"),
              ("time_embedding.linear_1", "time_embed.0"),
-             ("time_embedding.linear_2", "time_embed.2")]  # fmt: skip
+             ("time_embedding.linear_2", "time_embed.2"),
+             ("add_embedding.linear_1", "label_emb.0.0"),
+             ("add_embedding.linear_2", "label_emb.0.2")]  # fmt: skip
 
     def resnet(old: str, new: str) -> None:
         pairs.extend((f"{old}.{a}", f"{new}.{b}") for a, b in RESNET)
@@ -110,7 +112,11 @@ def original_vae(state: dict, config: dict) -> dict:
 
 
 def open_clip(state: dict) -> dict:
-    """OpenCLIP's names; one more layer, which SD 2 does not use, and what else its files have."""
+    """OpenCLIP's names; for SD 2 one more layer, which it does not use; what else its files have.
+
+    SDXL uses its projection, which OpenCLIP keeps transposed.
+    """
+    projection = state.get("text_projection.weight")
     state = {key.removeprefix("text_model."): tensor for key, tensor in state.items()}
     found = {
         "token_embedding.weight": state["embeddings.token_embedding.weight"],
@@ -121,15 +127,16 @@ def open_clip(state: dict) -> dict:
     layers = 1 + max(int(key.split(".")[2]) for key in state if key.startswith("encoder.layers."))
     names = [("layer_norm1", "ln_1"), ("layer_norm2", "ln_2"), ("mlp.fc1", "mlp.c_fc"),
              ("mlp.fc2", "mlp.c_proj"), ("self_attn.out_proj", "attn.out_proj")]  # fmt: skip
-    for i in range(layers + 1):
+    for i in range(layers + (projection is None)):
         old, new = f"encoder.layers.{min(i, layers - 1)}.", f"transformer.resblocks.{i}."
         for kind in ("weight", "bias"):
             for a, b in names:
                 found[f"{new}{b}.{kind}"] = state[f"{old}{a}.{kind}"] + float(i == layers)
             three = [state[f"{old}self_attn.{x}_proj.{kind}"] for x in "qkv"]
             found[f"{new}attn.in_proj_{kind}"] = torch.cat(three) + float(i == layers)
-    width = found["ln_final.bias"].numel()
-    return found | {"text_projection": torch.eye(width), "logit_scale": torch.tensor(4.6)}
+    if projection is None:
+        projection = torch.eye(found["ln_final.bias"].numel())
+    return found | {"text_projection": projection.T, "logit_scale": torch.tensor(4.6)}
 
 
 def with_prefix(prefix: str, state: dict) -> dict:
@@ -137,8 +144,8 @@ def with_prefix(prefix: str, state: dict) -> dict:
 
 
 def configs(root: Path) -> dict[str, dict]:
-    folders = ("unet", "vae", "text_encoder")
-    return {name: json.loads((root / name / "config.json").read_text()) for name in folders}
+    folders = [path for path in root.glob("*/config.json") if path.parent.name != "scheduler"]
+    return {path.parent.name: json.loads(path.read_text()) for path in folders}
 
 
 def original(root: Path) -> dict[str, Tensor]:
@@ -146,7 +153,13 @@ def original(root: Path) -> dict[str, Tensor]:
     told, states = configs(root), {x: read_state(weights_file(root, x)) for x in configs(root)}
     state = with_prefix("model.diffusion_model.", original_unet(states["unet"], told["unet"]))
     state |= with_prefix("first_stage_model.", original_vae(states["vae"], told["vae"]))
-    if told["unet"].get("use_linear_projection"):
+    if "text_encoder_2" in told:
+        ids = {"text_model.embeddings.position_ids": torch.arange(77)[None]}
+        text = {**states["text_encoder"], **ids}
+        state |= with_prefix("conditioner.embedders.0.transformer.", text)
+        two = open_clip(states["text_encoder_2"])
+        state |= with_prefix("conditioner.embedders.1.model.", two)
+    elif told["unet"].get("use_linear_projection"):
         state |= with_prefix("cond_stage_model.model.", open_clip(states["text_encoder"]))
     else:
         ids = {"text_model.embeddings.position_ids": torch.arange(77)[None]}
@@ -159,9 +172,10 @@ def original(root: Path) -> dict[str, Tensor]:
                 "posterior_mean_coef2")  # fmt: skip
     extras = {name: torch.full((1000,), float("inf")) for name in schedule}
     extras |= {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(3)}
-    extras |= {"first_stage_model.loss.logvar": torch.zeros(()),
-               "cond_stage_model.transformer.text_projection.weight": torch.eye(3),
-               "cond_stage_model.logit_scale": torch.zeros(())}  # fmt: skip
+    extras |= {"first_stage_model.loss.logvar": torch.zeros(())}
+    if "text_encoder_2" not in told:
+        extras |= {"cond_stage_model.transformer.text_projection.weight": torch.eye(3),
+                   "cond_stage_model.logit_scale": torch.zeros(())}  # fmt: skip
     return state | extras
 
 
@@ -189,13 +203,16 @@ def published(root: Path, family: str = "sd1", seed: int = 0) -> Path:
         write_json(path, json.loads(path.read_text()) | options)
 
     sd2 = family == "sd2"
-    change("unet/config.json", norm_num_groups=32, attention_head_dim=[1, 1] if sd2 else 8)
+    heads = {"sd2": [1, 1], "xl": [1, 1, 1]}.get(family, 8)
+    change("unet/config.json", norm_num_groups=32, attention_head_dim=heads)
     change("vae/config.json", norm_num_groups=16)
     change(
         "text_encoder/config.json",
         num_attention_heads=1,
         hidden_act="gelu" if sd2 else "quick_gelu",
     )
+    if family == "xl":
+        change("text_encoder_2/config.json", num_attention_heads=1)
     if sd2:
         change("tokenizer/tokenizer_config.json", pad_token="!")
         change("tokenizer/special_tokens_map.json", pad_token="!")

@@ -20,13 +20,13 @@ from diffusers.loaders.single_file_utils import (
 )
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import evaluate
 import sample
 import train
 from config import TrainConfig
-from model import single_file, weights
+from model import single_file, text_weights
 from model.lora_files import LORA_FILE, read_lora
 from model.schedule import Schedule
 from model.unet import UNet
@@ -35,6 +35,7 @@ from model.weights import load_scheduler_config, load_text, load_unet, load_vae
 from tests.checkpoints import (
     IN_CHANNELS,
     read_state,
+    text_2_config,
     text_config,
     to_old_vae,
     unet_config,
@@ -117,7 +118,7 @@ def test_a_single_file_is_the_directory(roots, tmp_path, family):
     pixels = torch.randn(1, 3, 32, 32, generator=g)
     x_t = torch.randn(2, IN_CHANNELS[family], 8, 8, generator=g)
     texts = [load_text(base, tokenizer=tokens) for base in (file, root)]
-    ctx = [text.context(["a lake", "after the fire"]) for text in texts]
+    ctx = [text.context(["a lake", "after the fire!"]) for text in texts]
     unets, vaes = ([load(base) for base in (file, root)] for load in (load_unet, load_vae))
     t = torch.tensor([3, 600])
     with torch.no_grad():
@@ -128,7 +129,9 @@ def test_a_single_file_is_the_directory(roots, tmp_path, family):
             [vae.decode(torch.ones(1, 4, 4, 4)) for vae in vaes],
         ]:
             assert torch.equal(one, two)
-    assert vaes[0].scaling_factor == vaes[1].scaling_factor == 0.18215
+    scale = 0.13025 if family == "xl" else 0.18215
+    assert vaes[0].scaling_factor == vaes[1].scaling_factor == scale
+    assert texts[0].empty_is_zero == texts[1].empty_is_zero == (family == "xl")
     assert unets[0].in_channels == IN_CHANNELS[family]
 
 
@@ -270,7 +273,8 @@ def on_meta(network, config):
 
 
 def full(family):
-    """{file's key: tensor without content} of the published size, and what each part is here."""
+    """Of the published size: what each part is here, {file's key: tensor without content} of each,
+    and its config."""
     config = unet_config(family, "full")
     clip = text_config("full")
     if family == "sd2":
@@ -278,17 +282,27 @@ def full(family):
                  "num_attention_heads": 16, "hidden_act": "gelu"}  # fmt: skip
     text = on_meta(lambda c: CLIPTextModel(CLIPTextConfig(**c)), clip)
     text = {f"text_model.{key.removeprefix('text_model.')}": t for key, t in text.items()}
-    ours = {"unet": on_meta(UNet, config), "vae": on_meta(VAE, vae_config("full")), "text": text}
+    vae = vae_config("full", family)
+    ours = {"unet": on_meta(UNet, config), "vae": on_meta(VAE, vae), "text": text}
+    told = {"unet": config, "vae": vae, "text": clip}
     file = {
         "unet": with_prefix(UNET, original_unet(ours["unet"], config)),
-        "vae": with_prefix(VAE_PREFIX, original_vae(ours["vae"], vae_config("full"))),
+        "vae": with_prefix(VAE_PREFIX, original_vae(ours["vae"], vae)),
     }
-    if family == "sd2":
+    if family == "xl":
+        told["text_2"] = text_2_config("full")
+        two = lambda c: CLIPTextModelWithProjection(CLIPTextConfig(**c))  # noqa: E731
+        ours["text_2"] = on_meta(two, told["text_2"])
+        file["text"] = with_prefix(f"{single_file.XL_TEXT}transformer.", text)
+        with torch.device("meta"):
+            two = open_clip(ours["text_2"])
+        file["text_2"] = with_prefix(f"{single_file.XL_TEXT_2}model.", two)
+    elif family == "sd2":
         with torch.device("meta"):
             file["text"] = with_prefix(OPEN, open_clip(text))
     else:
         file["text"] = with_prefix(CLIP, text)
-    return ours, file, {"unet": config, "vae": vae_config("full"), "text": clip}
+    return ours, file, told
 
 
 @pytest.mark.parametrize("family", IN_CHANNELS)
@@ -298,14 +312,19 @@ def test_full_size_names(family, monkeypatch):
     shapes = {key: t.shape for part in file.values() for key, t in part.items()}
     monkeypatch.setattr(single_file, "read_shapes", lambda path: (shapes, {}))
     counts = {"unet": 686, "vae": 248, "text": 372 if family == "sd2" else 196}
+    if family == "xl":
+        counts |= {"unet": 1680, "text_2": 517}
     path, alone = Path("model.safetensors"), {}
-    for name in ours:
-        part = getattr(single_file, f"{name}_part")(path)
+    parts = {"unet": single_file.unet_part(path), "vae": single_file.vae_part(path)}
+    parts |= dict(zip(("text", "text_2"), single_file.text_parts(path)))
+    assert parts.keys() == ours.keys()
+    for name, part in parts.items():
         rename = single_file.renamer(part, ours[name])
         mapped = {key: rename(key) for key in shapes}
         kept = {old: (new,) if isinstance(new, str) else new for old, new in mapped.items() if new}
         assert sorted(key for keys in kept.values() for key in keys) == sorted(ours[name])
-        dropped = f"{OPEN}transformer.resblocks.23.", f"{OPEN}text_proj", f"{OPEN}logit_scale"
+        dropped = (f"{OPEN}transformer.resblocks.23.", f"{OPEN}text_proj", f"{OPEN}logit_scale",
+                   f"{single_file.XL_TEXT_2}model.logit_scale")  # fmt: skip
         assert set(file[name]) - set(kept) == {k for k in file[name] if k.startswith(dropped)}
         assert len(ours[name]) == counts[name]
         for old, new in kept.items():
@@ -315,15 +334,16 @@ def test_full_size_names(family, monkeypatch):
         known = {k: told[name][k] for k in told[name].keys() & part.config.keys()}
         assert {k: part.config[k] for k in known} == known
         assert len(known) > 6
-    if family != "sd2":
-        assert sum(len(kept) for kept in alone.values()) == 686 + 248 + 196
+    if family != "sd2":  # OpenCLIP's matrices are three of ours
+        matrices = 2 * 2 * told.get("text_2", {}).get("num_hidden_layers", 0)
+        assert sum(map(len, alone.values())) == sum(counts.values()) - matrices
     # the averages' names, which have lost their dots, are still one for each
     rename = single_file.renamer(single_file.unet_part(path, "ema"), ours["unet"])
     names = [f"model_ema.{''.join(key.split('.')[1:])}" for key in file["unet"]]
     assert {rename(key) for key in names} == set(ours["unet"])
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2", "inpaint"])
+@pytest.mark.parametrize("family", ["sd1", "sd2", "inpaint", "xl"])
 def test_full_size_unet_names_are_diffusers_own(family, monkeypatch):
     """Its converter puts the very same tensor under each name."""
     ours, file, told = full(family)
@@ -411,16 +431,16 @@ def test_open_clips_matrix_of_three(roots, tmp_path):
 
 
 STRANGERS = {
-    "conditioner.embedders.0.transformer.text_model.final_layer_norm.bias": "is an SDXL checkpoint",
-    f"{UNET}label_emb.0.0.weight": "label_emb.*, which Stable Diffusion 1.x and 2.x do not have",
-    f"{UNET}joint_blocks.0.x.weight": "joint_blocks.*, which Stable Diffusion",
+    "conditioner.embedders.0.model.ln_final.bias": "is SDXL's refiner; expected a base model",
+    f"{UNET}label_emb.0.0.weight": "label_emb.*, which a base model of Stable Diffusion 1.x, 2.x",
+    f"{UNET}joint_blocks.0.x.weight": "joint_blocks.*, which a base model of Stable Diffusion",
     "down_blocks.0.resnets.0.conv1.weight": "is a file in the diffusers layout",
 }
 
 
 @pytest.mark.parametrize("key", STRANGERS)
 def test_other_families(state, tmp_path, key):
-    """SDXL is named; so is what else cannot be read."""
+    """SDXL's refiner, unCLIP and Stable Diffusion 3 are named; so is what else cannot be read."""
     file = write_single(tmp_path / "x.safetensors", state | {key: torch.zeros(3, 3)})
     for load in (load_unet, load_vae, load_text, load_scheduler_config):
         assert STRANGERS[key] in refusal(load, file)
@@ -474,13 +494,13 @@ def test_files_of_something_else(tmp_path):
 
 def test_the_usual_tokenizer(roots, tmp_path, monkeypatch):
     """Asked of the hub when none is given; SD 2.x pads with token 0; out of reach it is said."""
-    load, asked = weights.load_tokenizer, []
+    load, asked = text_weights.load_tokenizer, []
 
     def hub(name, **how):
         asked.append(str(name))
         return load(roots["sd1"] if name == "openai/clip-vit-large-patch14" else name, **how)
 
-    monkeypatch.setattr(weights, "load_tokenizer", hub)
+    monkeypatch.setattr(text_weights, "load_tokenizer", hub)
     for family, pad in (("sd1", 513), ("sd2", 0)):
         file = write_single(tmp_path / "x.safetensors", original(roots[family]))
         text = load_text(file)
@@ -490,7 +510,7 @@ def test_the_usual_tokenizer(roots, tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="--tokenizer_name .* pads with '<.endoftext.>'"):
         load_text(file, tokenizer=roots["sd1"])
 
-    monkeypatch.setattr(weights, "load_tokenizer", load)
+    monkeypatch.setattr(text_weights, "load_tokenizer", load)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))

@@ -40,7 +40,7 @@ class Given(NamedTuple):
     under: dict  # --base_lora: frozen, beneath the trained LoRA
     under_at: float  # its multiplier
     start: dict  # --init_lora: the initial weights
-    text: dict  # {path: Factors}: layers of the text encoder that are trained besides attention
+    text: dict  # of its text encoders: what is trained there besides attention
     start_sha256: str | None  # of its file
 
     def put_under(self, cfg: TrainConfig, **model: nn.Module) -> None:
@@ -66,13 +66,14 @@ def read_given(cfg: TrainConfig, checkpoint: Path | None) -> Given:
                 "active here; add it with --base_lora",
                 stacklevel=2,
             )
-        if "text_encoder" in start and not cfg.train_text_encoder:
+        if start.keys() - {"unet"} and not cfg.train_text_encoder:
             raise ValueError(
                 f"--init_lora {cfg.init_lora} adapts the text encoder too: "
                 "train that as well, with --train_text_encoder"
             )
     trained = start if checkpoint is None else read_lora(checkpoint)[0]
-    return Given(under, under_at, start, trained.get("text_encoder", {}), sha256)
+    of_text = {part: factors for part, factors in trained.items() if part != "unet"}
+    return Given(under, under_at, start, of_text, sha256)
 
 
 class Trained(NamedTuple):
@@ -118,9 +119,12 @@ def adapt(
     how = {"needed": objective.needs, "generator": seeded_for(cfg.seed, "LoRA")}
     inject(unet, cfg.lora_targets, cfg.lora_rank, cfg.lora_alpha, **how)
     unet.lora_adapters.fused = bool(cfg.fused_lora)
-    adapted = {"unet": unet} | ({"text_encoder": text.model} if text else {})
+    adapted = {"unet": unet} | (text.parts if text else {})
+    what = f"--init_lora {cfg.init_lora}"
+    if beyond := given.start.keys() - adapted.keys():
+        raise ValueError(f"{what} adapts {beyond.pop()}, which the base does not have")
     for part, factors in given.start.items():
-        model, what = adapted[part], f"--init_lora {cfg.init_lora}"
+        model = adapted[part]
         if error := start_from(model, factors_for(model, factors), what):
             print(f"{what}: {part} truncated to rank {cfg.lora_rank}, relative error {error:.2g}")
     layers = [layer for model in adapted.values() for layer in lora_layers(model).values()]

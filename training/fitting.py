@@ -46,7 +46,7 @@ def plan_step(
     stored = cfg.base_storage or str(next(unet.parameters()).dtype).removeprefix("torch.")
     there = {
         f"frozen UNet, {stored}": (unet,),
-        "text encoder": (prompts.text and prompts.text.model,),
+        "text encoder": (prompts.text,),
         "autoencoder": (vae,),
         "latents": (
             *(x for rows in tables for x in rows.tensors.values()),

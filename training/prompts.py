@@ -78,7 +78,8 @@ def load_prompts(
     files = {"variant": cfg.variant, "revision": cfg.revision, "device": device}
     text = load_text(base, **files, tokenizer=cfg.tokenizer_name)
     tokenizer = f" with the tokenizer of {cfg.tokenizer_name}" if cfg.tokenizer_name else ""
-    print(f"text encoder  {loaded(text.model, base)}{tokenizer}")
+    for model in text.parts.values():
+        print(f"text encoder  {loaded(model, base)}{tokenizer}")
     most = text.model.config.max_position_embeddings
     if (cfg.tokenizer_max_length or 0) > most:
         raise ValueError(
@@ -91,10 +92,11 @@ def load_prompts(
     mask = text.mask(ids) if cfg.text_encoder_use_attention_mask else None
     if cfg.train_text_encoder:
         generator = seeded_for(cfg.seed, "LoRA", "text encoder")
-        there = {name for name, _ in text.model.named_modules()}
-        needed = [name for name in factors_for(text.model, given.text) if name in there]
-        how = {"needed": needed, "generator": generator}
-        inject(text.model, "attn", cfg.lora_rank, cfg.lora_alpha, **how)
+        for part, model in text.parts.items():
+            there = {name for name, _ in model.named_modules()}
+            more = factors_for(model, given.text.get(part, {}))
+            how = {"needed": [name for name in more if name in there], "generator": generator}
+            inject(model, "attn", cfg.lora_rank, cfg.lora_alpha, **how)
         mask = None if mask is None else mask.to(device)
         return Prompts(row, ids.to(device), mask, None, text, device)
     contexts = encode_prompts(text, ids, mask, device, cfg.latents_on, cfg.cache_dir)

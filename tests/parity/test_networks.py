@@ -2,7 +2,12 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.models.embeddings import get_timestep_embedding
 from transformers import CLIPTextModel
 
@@ -21,9 +26,22 @@ def draw(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def of_diffusers(ours, x_t, ctx):
+    """The arguments for diffusers' UNet that mean the same."""
+    if not ours.is_xl:
+        return {"encoder_hidden_states": ctx}
+    size = [8.0 * side for side in x_t.shape[-2:]]
+    added = {
+        "text_embeds": ctx[:, -1, : ours.added[0]],
+        "time_ids": torch.tensor([[*size, 0, 0, *size]] * len(x_t), dtype=x_t.dtype),
+    }
+    return {"encoder_hidden_states": ctx[:, :-1], "added_cond_kwargs": added}
+
+
 @pytest.mark.parametrize("family", IN_CHANNELS)
 @pytest.mark.parametrize("size", ["tiny", "small"])
 def test_unet(tmp_path, family, size):
+    size = "tiny" if family == "xl" else size
     root = make_checkpoint(tmp_path, family, size)
     ours = load_unet(root, **F64)
     theirs, info = UNet2DConditionModel.from_pretrained(
@@ -34,7 +52,8 @@ def test_unet(tmp_path, family, size):
         x_t, ctx = draw(3, IN_CHANNELS[family], h, w), draw(3, 77, ours.ctx_dim, seed=1)
         t = torch.tensor([0, 500, 999])
         with torch.no_grad():
-            pred, expected = ours(x_t, t, ctx), theirs(x_t, t, ctx, return_dict=False)[0]
+            pred = ours(x_t, t, ctx)
+            expected = theirs(x_t, t, **of_diffusers(ours, x_t, ctx), return_dict=False)[0]
         assert pred.shape == (3, 4, h, w)
         assert relative(pred, expected) < 1e-9
         assert relative(ours(x_t, torch.tensor(500), ctx)[1:2], expected[1:2]) < 1e-9  # a scalar t
@@ -50,13 +69,16 @@ def test_timestep_embedding(width, shift, flip):
     assert torch.equal(ours, get_timestep_embedding(t, width, flip, shift))
 
 
-def test_unet_gradients(sd1):
-    ours = load_unet(sd1, **F64)
-    theirs = UNet2DConditionModel.from_pretrained(sd1, subfolder="unet", torch_dtype=torch.float64)
-    grads = []
+@pytest.mark.parametrize("family", ["sd1", "xl"])
+def test_unet_gradients(request, family):
+    root = request.getfixturevalue(family)
+    ours = load_unet(root, **F64)
+    theirs = UNet2DConditionModel.from_pretrained(root, subfolder="unet", torch_dtype=torch.float64)
+    grads, t = [], torch.tensor([3, 800])
     for net in (ours, theirs):
-        x_t, ctx = draw(2, 4, 8, 8).requires_grad_(), draw(2, 77, 32, seed=1).requires_grad_()
-        out = net(x_t, torch.tensor([3, 800]), ctx)
+        x_t, ctx = draw(2, 4, 8, 8).requires_grad_(), draw(2, 77, ours.ctx_dim, seed=1)
+        ctx.requires_grad_()
+        out = ours(x_t, t, ctx) if net is ours else net(x_t, t, **of_diffusers(ours, x_t, ctx))
         (out if torch.is_tensor(out) else out.sample).square().sum().backward()
         grads.append((x_t.grad, ctx.grad))
     for g_ours, g_theirs in zip(*grads):
@@ -136,3 +158,21 @@ def test_text(tmp_path, family):
         masked = theirs(input_ids=ids, attention_mask=expected.attention_mask)[0]
         assert relative(ours.encode(ids, ours.mask(ids)), masked) < 1e-9
         assert relative(masked, theirs(input_ids=ids)[0]) > 1e-3  # the mask does something
+
+
+def test_text_of_two_encoders(xl):
+    """SDXL's: what its pipeline gives the UNet, pooled states at the end of the text included."""
+    ours = load_text(xl, **F64)
+    pipe = StableDiffusionXLPipeline.from_pretrained(xl, torch_dtype=torch.float64)
+    how = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
+    for prompt in ("", "a photo of a lake, Ünïcode 漢 & 3 emoji 🏠!", "x" * 75):
+        ctx = ours.context([prompt, "another"])  # (2, 78, 80)
+        with torch.no_grad():
+            states, none, pooled, none_pooled = pipe.encode_prompt(prompt, **how)
+        assert ctx.shape == (2, 78, 80) and pooled.shape == (1, 40)
+        assert relative(ctx[:1, :-1], states) < 1e-9 and relative(ctx[:1, -1, :40], pooled) < 1e-9
+        assert not ctx[:, -1, 40:].any()
+        assert ours.empty_is_zero and not none.any() and not none_pooled.any()
+    assert relative(ctx[:1], ctx[1:]) > 0.1
+    ours.tokenizer_2 = ours.tokenizer  # the second encoder pads with another token
+    assert relative(ours.context(["another"]), ctx[1:]) > 1e-3
