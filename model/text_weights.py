@@ -41,9 +41,13 @@ CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # the vocabulary of SD 1.x, 2.
 
 
 def load_tokenizer(
-    name_or_path: str | Path, *, revision: str | None = None, folder: str = "tokenizer"
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    folder: str = "tokenizer",
+    padding: str | None = None,
 ):
-    """The CLIP tokenizer of a checkpoint, with its padding token.
+    """The CLIP tokenizer of a checkpoint, with its padding token or with `padding`.
 
     vocab.json and merges.txt or, as transformers 5 saves it, tokenizer.json.
     """
@@ -56,7 +60,9 @@ def load_tokenizer(
         if found is None and file == "merges.txt" and vocab.name == names[0]:
             raise FileNotFoundError(lacks(name_or_path, prefix + file, revision))
     try:
-        words = CLIPTokenizer.from_pretrained(vocab.parent, local_files_only=True)
+        # set at the beginning: only then is it a token of its own in a prompt too
+        own = {} if padding is None else {"pad_token": padding}
+        words = CLIPTokenizer.from_pretrained(vocab.parent, local_files_only=True, **own)
         length = min(words.model_max_length, 77)
         words("a", padding="max_length", max_length=length, truncation=True)  # else it fails later
         return words
@@ -65,12 +71,13 @@ def load_tokenizer(
 
 
 def _tokenizer_for(single: Path, tokenizer: str | Path | None, open_clip: bool, xl: bool):
-    """The given tokenizer, or the one that SD's single files were trained with."""
+    """The given tokenizer, or the one that SD's single files were trained with.
+
+    OpenCLIP pads with token 0, "!". One given for both of SDXL's encoders has the first's padding.
+    """
     if tokenizer is not None:
-        words = load_tokenizer(tokenizer)
-        if open_clip and xl:  # one is given for both encoders, with the padding of the first
-            words.pad_token = "!"
-        elif open_clip and words.pad_token_id != 0:
+        words = load_tokenizer(tokenizer, padding="!" if open_clip and xl else None)
+        if open_clip and words.pad_token_id != 0:
             warnings.warn(
                 f"--tokenizer_name {tokenizer} pads with {words.pad_token!r}; "
                 f"{single} is Stable Diffusion 2.x, which was trained with '!'",
@@ -78,16 +85,13 @@ def _tokenizer_for(single: Path, tokenizer: str | Path | None, open_clip: bool, 
             )
         return words
     try:
-        words = load_tokenizer(CLIP_TOKENIZER)
+        return load_tokenizer(CLIP_TOKENIZER, padding="!" if open_clip else None)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{single} contains no tokenizer: give --tokenizer_name, a directory with vocab.json "
             "and merges.txt, or with tokenizer.json, or a hub id; the default is not available: "
             f"{error}"
         ) from error
-    if open_clip:
-        words.pad_token = "!"  # OpenCLIP pads with 0, the id of this token
-    return words
 
 
 # ---- encoders ------------------------------------------------------------------------------------

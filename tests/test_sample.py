@@ -12,6 +12,8 @@ from diffusers import (
     EulerDiscreteScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
 )
 from PIL import Image, ImageCms
 
@@ -31,6 +33,8 @@ from pairing.images import load_image, to_image, to_tensor
 from tests.checkpoints import make_checkpoint
 from training.watching import ValidationPairs, Watch
 
+PIPELINES = {"sd1": StableDiffusionPipeline, "xl": StableDiffusionXLPipeline}
+IMG2IMG = {"sd1": StableDiffusionImg2ImgPipeline, "xl": StableDiffusionXLImg2ImgPipeline}
 META = {"objective": "delta", "multiplier": [1.0, 0.0], "delta_t": 599, "prompt": "a square"}
 
 
@@ -42,10 +46,10 @@ def write_lora(folder, base, *, text=False, **meta):
         unet.widen(extra)
     targets = "attn,ff,conv_in" if extra else "attn,ff"
     inject(unet, targets, rank=2, generator=torch.Generator().manual_seed(0))
-    if text:
-        inject(encoder.model, "attn", rank=2, generator=torch.Generator().manual_seed(1))
+    for i, model in enumerate(encoder.parts.values() if text else ()):
+        inject(model, "attn", rank=2, generator=torch.Generator().manual_seed(1 - i))
     g = torch.Generator().manual_seed(2)
-    for model in (unet, encoder.model):
+    for model in (unet, *encoder.parts.values()):
         for layer in lora_layers(model).values():
             layer.lora_B.data = 0.2 * torch.randn(layer.lora_B.shape, generator=g)
     save_lora(
@@ -77,15 +81,17 @@ def run(*argv):
     assert sample.main([str(a) for a in argv]) == 0
 
 
+@pytest.mark.parametrize("family", ["sd1", "xl"])
 @pytest.mark.parametrize("text", [False, True])
 @pytest.mark.parametrize("guidance", [1.0, 7.5])
-def test_generate_equals_the_diffusers_pipeline(tmp_path, sd1, guidance, text):
-    """Prompt, negative, guidance, 20 DDIM steps, LoRA at 0.6 on UNet and text encoder, decoding."""
-    lora = write_lora(tmp_path / "run", sd1, text=text)
-    size = ("--height", 32, "--width", 48)
+def test_generate_equals_the_diffusers_pipeline(request, tmp_path, family, guidance, text):
+    """Prompt, guidance, 20 DDIM steps, LoRA at 0.6 on UNet and text encoders, decoding."""
+    base = request.getfixturevalue(family)
+    lora = write_lora(tmp_path / "run", base, text=text)
+    size, f = ("--height", 32, "--width", 48), 8 if family == "xl" else 2
     how = ("--steps", 20, "--guidance", guidance, "--strength", 0.6, "--seed", 5)
     run("generate", "--lora", lora, "--out", tmp_path / "out", "--num", 2, *size, *how)
-    pipe = StableDiffusionPipeline.from_pretrained(sd1, safety_checker=None)
+    pipe = PIPELINES[family].from_pretrained(base)
     pipe.scheduler = DDIMScheduler.from_config(
         pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False
     )
@@ -93,8 +99,9 @@ def test_generate_equals_the_diffusers_pipeline(tmp_path, sd1, guidance, text):
     pipe.set_adapters(["default_0"], [0.6])
     pipe.set_progress_bar_config(disable=True)
     for seed in (5, 6):
-        latents = torch.randn((1, 4, 16, 24), generator=torch.Generator().manual_seed(seed))
-        # the tiny autoencoder halves once: tell the pipeline
+        shape = 1, 4, 32 // f, 48 // f
+        latents = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        # the tiny autoencoder of SD 1 halves once: tell the pipeline
         expected = pipe("a square", latents=latents, num_inference_steps=20, height=32,
                         guidance_scale=guidance, width=48, output_type="np").images[0]  # fmt: skip
         ours = np.asarray(Image.open(tmp_path / "out" / f"{seed:05d}.png")).astype(np.float64)
@@ -102,14 +109,16 @@ def test_generate_equals_the_diffusers_pipeline(tmp_path, sd1, guidance, text):
         assert np.abs(ours - np.round(expected * 255)).max() <= 1
 
 
+@pytest.mark.parametrize("family", ["sd1", "xl"])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_img2img_is_what_other_clients_do(tmp_path, sd1, prediction_type):
+def test_img2img_is_what_other_clients_do(request, tmp_path, family, prediction_type):
     """The edit equals diffusers' img2img with Euler at the same steps and LoRA weight."""
-    lora = write_lora(tmp_path / "run", sd1, objective="img2img", img2img_t=300)
+    base = request.getfixturevalue(family)
+    lora = write_lora(tmp_path / "run", base, objective="img2img", img2img_t=300)
     ours, z = load_pipeline(None, lora, prediction_type=prediction_type), torch.randn(1, 4, 16, 24)
     edited = edits.editor(ours, z, EditConfig(steps=7), seeds=[3])(0.6)
 
-    pipe = StableDiffusionImg2ImgPipeline.from_pretrained(sd1, safety_checker=None)
+    pipe = IMG2IMG[family].from_pretrained(base)
     pipe.scheduler = EulerDiscreteScheduler.from_config(
         pipe.scheduler.config, prediction_type=prediction_type
     )

@@ -74,15 +74,18 @@ ARROWS = {
     "model.samplers": ["model.schedule"],
     "model.objectives": ["model.samplers", "model.schedule"],
     "model.lora_algebra": ["model.lora"],
-    "model.lora_layouts": ["model.lora"],
+    "model.original": [],
+    "model.lora_layouts": ["model.lora", "model.original"],
     "model.lora_files": [
         "durable", "model.files", "model.lora", "model.lora_layouts", "model.objectives",
         "model.text",
     ],
-    "model.single_file": ["model.files"],
+    "model.single_file": ["model.files", "model.original"],
+    "model.strict": ["model.files"],
+    "model.text_weights": ["model.files", "model.single_file", "model.strict", "model.text"],
     "model.weights": [
-        "model.files", "model.lora_files", "model.single_file", "model.text", "model.unet",
-        "model.vae",
+        "model.files", "model.lora_files", "model.single_file", "model.strict",
+        "model.text_weights", "model.unet", "model.vae",
     ],
     "model.lora_convert": [
         "cli", "durable", "model.files", "model.lora", "model.lora_algebra",

@@ -18,7 +18,6 @@ from diffusers.optimization import get_scheduler
 from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import CLIPTextModel, CLIPTokenizer
 
 import sample
 import train as loop
@@ -66,7 +65,7 @@ def config(sd1, pairs, tmp_path):
     return small(sd1, pairs, tmp_path / "run")
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2"])
+@pytest.mark.parametrize("family", ["sd1", "sd2", "xl"])
 @pytest.mark.parametrize("dreambooth", [False, True])
 def test_20_steps_equal_a_loop_of_diffusers_and_peft(config, family, dreambooth, request, pairs):
     """Text, VAE, noise, target, loss, clipping, AdamW, schedule: all of it from the references."""
@@ -81,11 +80,8 @@ def test_20_steps_equal_a_loop_of_diffusers_and_peft(config, family, dreambooth,
 
     unet = diffusers.UNet2DConditionModel.from_pretrained(root, subfolder="unet")
     vae = diffusers.AutoencoderKL.from_pretrained(root, subfolder="vae")
-    clip = CLIPTextModel.from_pretrained(root, subfolder="text_encoder")
-    tokenizer = CLIPTokenizer.from_pretrained(root, subfolder="tokenizer")
-    ddpm = diffusers.DDPMScheduler.from_config(
-        diffusers.PNDMScheduler.from_pretrained(root, subfolder="scheduler").config
-    )
+    pipe = diffusers.DiffusionPipeline.from_pretrained(root)
+    ddpm = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
     unet.requires_grad_(False)
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
     unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=targets))
@@ -95,7 +91,6 @@ def test_20_steps_equal_a_loop_of_diffusers_and_peft(config, family, dreambooth,
         theirs = unet.get_submodule(name)
         theirs.lora_A["default"].weight.data = layer.lora_A.data.clone()
         assert not theirs.lora_B["default"].weight.any()
-    ids = tokenizer(["a square"], padding="max_length", return_tensors="pt").input_ids
     files = sorted((pairs / "after").iterdir())
     pixels = [torch.from_numpy(np.array(Image.open(f))).permute(2, 0, 1) / 127.5 - 1 for f in files]
     params = [p for p in unet.parameters() if p.requires_grad]
@@ -103,14 +98,21 @@ def test_20_steps_equal_a_loop_of_diffusers_and_peft(config, family, dreambooth,
     lr = get_scheduler("cosine", opt, num_warmup_steps=3, num_training_steps=20)
     expected = []
     with torch.no_grad():
-        ctx = clip(ids)[0]
+        ctx, _, *pooled = pipe.encode_prompt(
+            "a square", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
         posterior = vae.encode(torch.stack(pixels)).latent_dist
+    how = {"encoder_hidden_states": ctx.expand(2, -1, -1)}
+    if pooled:  # of SDXL, whose images are of 32 x 32 here
+        sizes = torch.tensor([[32, 32, 0, 0, 32, 32]] * 2)
+        how["added_cond_kwargs"] = {"text_embeds": pooled[0].expand(2, -1), "time_ids": sizes}
+    shape = posterior.mean.shape[1:]
     for step in range(20):
-        drawn, _ = draw(cfg.seed, step, 2, pairs=5, views=1, shape=(4, 16, 16), num_steps=1000)
+        drawn, _ = draw(cfg.seed, step, 2, pairs=5, views=1, shape=shape, num_steps=1000)
         z = (posterior.mean + posterior.std * 0)[drawn.index]
         z = (z + posterior.std[drawn.index] * drawn.vae_noise) * vae.config.scaling_factor
         x_t = ddpm.add_noise(z, drawn.eps, drawn.t)
-        pred = unet(x_t, drawn.t, ctx.expand(2, -1, -1)).sample
+        pred = unet(x_t, drawn.t, **how).sample
         v = ddpm.config.prediction_type == "v_prediction"
         target = ddpm.get_velocity(z, drawn.eps, drawn.t) if v else drawn.eps
         loss = torch.nn.functional.mse_loss(pred, target)
