@@ -13,7 +13,8 @@ from knobs import knob
 class TrainConfig:
     pretrained_model_name_or_path: str = knob(
         "runwayml/stable-diffusion-v1-5",
-        "Stable Diffusion checkpoint: a directory in the diffusers layout, a hub id or one file",
+        "checkpoint of Stable Diffusion 1.x, 2.x or XL: a directory in the diffusers layout, a hub "
+        "id or one file",
         group="base model",
     )
     revision: str | None = knob(None, "revision of the hub repository: branch, tag or commit")

@@ -65,15 +65,16 @@ def generate(args: argparse.Namespace) -> None:
     """Writes PNGs named after their seeds, and a contact sheet."""
     out = Path(args.out)
     for name, value in (("--height", args.height), ("--width", args.width)):
-        if value < 8 or value % 8:
+        if value is not None and (value < 8 or value % 8):
             raise ValueError(f"{name} must be a positive multiple of 8, got {value}")
     if args.num < 1:
         raise ValueError(f"--num must be at least 1, got {args.num}")
     seeds = range(args.seed, args.seed + args.num)
     refuse_others(out, (*(f"{seed:05d}.png" for seed in seeds), "sheet.png"), MARK)
     pipe = open_pipeline(args)
-    f = pipe.vae.downscale
-    if args.height % f or args.width % f:
+    f, usual = pipe.vae.downscale, 1024 if pipe.unet.is_xl else 512
+    size = args.height or usual, args.width or usual
+    if any(side % f for side in size):
         raise ValueError(f"--height and --width must be multiples of {f} for this autoencoder")
     prompt = prompt_of(edit_config(args), pipe)
     _, predict = pipe.predictors(prompt, args.guidance)
@@ -82,7 +83,7 @@ def generate(args: argparse.Namespace) -> None:
     for part in batches([prompt] * args.num, lambda _: args.batch_size):
         pixels = pipe.generate(
             predict,
-            (args.height, args.width),
+            size,
             seeds[part],
             sampler=args.sampler,
             steps=args.steps,
@@ -288,8 +289,8 @@ def make_parser() -> Parser:
     make.add_argument(
         "--num", type=int, default=4, help="number of images, seeded --seed, --seed + 1, ... [4]"
     )
-    make.add_argument("--height", type=int, default=512, help="height in pixels [512]")
-    make.add_argument("--width", type=int, default=512, help="width in pixels [512]")
+    make.add_argument("--height", type=int, help="height in pixels [512, of SDXL 1024]")
+    make.add_argument("--width", type=int, help="width in pixels [512, of SDXL 1024]")
     make.add_argument("--sampler", choices=list(SAMPLERS), default="ddim", help="sampler [ddim]")
 
     change = commands.add_parser("edit", parents=[common], help="apply the change to before images")

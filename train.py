@@ -169,12 +169,13 @@ def run_phases(
             )
         print(f"all {size.steps} steps are done: only the pictures and the result are made again")
     draws = name if task.objective.generates else None
-    for sentence in doubts(cfg, dataset, size, draws=draws) if ranks.leads else ():
+    doubted = doubts(cfg, dataset, size, draws=draws, xl=bare.is_xl)
+    for sentence in doubted if ranks.leads else ():
         warnings.warn(sentence, stacklevel=2)
     pair_prompts, held_out_prompts = prompts_of(cfg, pairs), prompts_of(cfg, held_out)
     states = 1 + len({pair.strength for pair in pairs})
     about = {"prompts": {*pair_prompts}, "states": states, "resized": dataset.resized}
-    meta = lora_metadata(cfg, name, knobs, schedule, **about)
+    meta = lora_metadata(cfg, name, knobs, schedule, **about, xl=bare.is_xl)
     check_metadata(json.loads(json.dumps(meta)), run.folder / LORA_FILE)  # it could not be read
     if token is not None:  # fail before the training rather than at the upload
         open_repository(repository(cfg), token)

@@ -122,7 +122,7 @@ def run_concat(args: argparse.Namespace) -> None:
     needed = ("objective", "multiplier", "base_model", "revision", "variant", "vae_path",
               "tokenizer_name", "tokenizer_max_length", "text_encoder_use_attention_mask",
               "prediction_type", "prompt", "base_lora", "background", "nodata", "states",
-              "resolution", "resized", *own)  # fmt: skip
+              "resolution", "resized", "xl", *own)  # fmt: skip
     for key in needed:
         if key not in agreed and any(metadata.get(key) is not None for _, metadata in read):
             warnings.warn(f"the LoRAs differ in {key}: the new file omits it", stacklevel=2)
@@ -214,7 +214,8 @@ def merge_into(args: argparse.Namespace, folder: Path) -> str:
         detach(unet)
         write("unet", "diffusion_pytorch_model", unet.config, unet.state_dict())
         if unet.in_channels == 8:  # it takes a before image
-            about["_class_name"] = "StableDiffusionInstructPix2PixPipeline"
+            xl = "XL" if unet.is_xl else ""
+            about["_class_name"] = f"StableDiffusion{xl}InstructPix2PixPipeline"
     if parts.keys() - {"unet"}:
         text = load_text(base, **files)
         apply_lora(parts, args.lora, text=text)

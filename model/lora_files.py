@@ -62,7 +62,7 @@ def write_lora(
     layout: str = "diffusers",
 ) -> None:
     """Write factors in a layout; equal factors give equal bytes. ValueError as for `pack`."""
-    tensors, header = pack(parts, layout, dtype)
+    tensors, header = pack(parts, layout, dtype, xl=(metadata or {}).get("xl", False))
     if layout == "kohya" and (strange := strange_to_kohya(parts)):
         warnings.warn(
             f"kohya's own loader ignores {', '.join(strange)}, which diffusers, ComfyUI and A1111 "
@@ -188,6 +188,7 @@ KINDS = {
     "revision": str, "variant": str, "resolution": int, "tokenizer_max_length": int,
     "text_encoder_use_attention_mask": bool, "prediction_type": str, "states": int,
     "captions": bool, "native_scale": bool, "resized": bool, "background": str, "nodata": int,
+    "xl": bool,
     **{knob: (get_args(kind) or (kind,))[0] for knob, kind in get_type_hints(Knobs).items()},
 }  # fmt: skip
 STEPS = tuple(knob for knob in Knobs._fields if knob.endswith("_t"))  # where sampling starts

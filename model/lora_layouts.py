@@ -65,14 +65,17 @@ PARTNERS = {"lora_A": "lora_B", "lora_down": "lora_up", ".down.": ".up."}
 # ---- out -----------------------------------------------------------------------------------------
 
 
-def pack(parts: Parts, layout: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file in this layout, and its header.
+def pack(
+    parts: Parts, layout: str, dtype: torch.dtype, xl: bool = False
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file in this layout, and its header. `xl`: of SDXL, as far as is known.
 
     ValueError: an unknown layout, no layers, or a value too large for `dtype`.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"{layout!r} is not a LoRA layout; expected one of {', '.join(LAYOUTS)}")
-    tensors, config, common, xl = {}, {}, _common_alpha(parts), is_xl(parts)
+    tensors, config, common = {}, {}, _common_alpha(parts)
+    xl = xl or _is_xl(parts)
     for part, factors in parts.items():
         for path, f in factors.items():
             fold = 1.0
@@ -101,8 +104,8 @@ def pack(parts: Parts, layout: str, dtype: torch.dtype) -> tuple[dict[str, Tenso
     return tensors, header
 
 
-def is_xl(parts: Parts) -> bool:
-    """Whether a LoRA is one of SDXL, by what only that has."""
+def _is_xl(parts: Parts) -> bool:
+    """Whether there is a layer that only SDXL has."""
     deep = re.compile(r"\.transformer_blocks\.[1-9]")
     return "text_encoder_2" in parts or any(map(deep.search, parts.get("unet", ())))
 

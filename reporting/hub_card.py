@@ -169,6 +169,7 @@ def flag_of(meta: dict, key: str) -> str:
 def diffusers_part(repo: str, meta: dict, flags: dict, local: bool) -> list[str]:
     objective, base, name = meta["objective"], meta["base_model"], repo.rpartition("/")[2]
     of_files, single = ("revision", "variant"), base.endswith((".safetensors", *PICKLED))
+    xl = "XL" if meta.get("xl") else ""
     if objective == "concat":
         merged = (
             f"python -m model.weights merge --model {'path/to/base' if local else base} "
@@ -176,7 +177,7 @@ def diffusers_part(repo: str, meta: dict, flags: dict, local: bool) -> list[str]
         )
         return [
             "The UNet has more input channels than the base. Merged into the base, the LoRA gives "
-            "a model for `StableDiffusionInstructPix2PixPipeline`:",
+            f"a model for `StableDiffusion{xl}InstructPix2PixPipeline`:",
             fenced(merged, "sh"),
             *["Its base is a single file; that needs it as a directory, as diffusers saves it."]
             * single,
@@ -184,7 +185,7 @@ def diffusers_part(repo: str, meta: dict, flags: dict, local: bool) -> list[str]
     if objective not in PORTABLE:
         return ["No diffusers pipeline implements how this LoRA is applied: use sample.py."]
     edits, straight = objective != "dreambooth", objective == "img2img"
-    pipeline = f"StableDiffusion{'Img2Img' * edits}Pipeline"
+    pipeline = f"StableDiffusion{xl}{'Img2Img' * edits}Pipeline"
     options = [f"{key}={meta[key]!r}" for key in of_files if meta.get(key) and not single]
     if vae := meta.get("vae_path"):
         vae = "path/to/vae" if is_local(vae) else vae

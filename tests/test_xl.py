@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -21,9 +21,10 @@ from model import lora_convert
 from model.lora import adapter_factors, attach, inject, lora_layers
 from model.lora_files import load_lora, read_lora, save_lora
 from model.lora_layouts import LAYOUTS, kohya_name, spelt
-from model.pipeline import load_pipeline
+from model.pipeline import Pipeline, load_pipeline
 from model.unet import UNet
 from model.weights import load_text, load_unet, load_vae
+from reporting.hub_card import diffusers_part
 from tests.checkpoints import read_state, text_2_config, text_config, unet_config, weights_file
 from tests.single_files import original, original_vae, unet_pairs, write_single
 from tests.small import losses, small
@@ -309,3 +310,60 @@ def test_what_is_missing_is_named(tmp_path, xl):
         path.write_text(json.dumps(told | dict([change])))
         with pytest.raises(ValueError, match=words):
             load_unet(root)
+
+
+def test_a_concat_lora_becomes_a_model_for_diffusers(config, xl, tmp_path):
+    """Its InstructPix2Pix pipeline for SDXL shows the UNet the before latent unscaled."""
+    run = train(replace(config, pair_objective="concat", learning_rate=0.1))
+    out = tmp_path / "merged"
+    assert lora_convert.main(["merge", "--model", str(xl), "--lora", str(run), str(out)]) == 0
+    pipe = DiffusionPipeline.from_pretrained(out)
+    assert type(pipe).__name__ == "StableDiffusionXLInstructPix2PixPipeline"
+    load_lora(run, unet=(ours := load_unet(xl)))
+    x_t, z, ctx, t = (
+        draw(1, 4, 8, 8),
+        draw(1, 4, 8, 8, seed=1),
+        draw(1, 78, 80),
+        torch.tensor([500]),
+    )
+    added = {"text_embeds": ctx[:, -1, :40], "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]])}
+    with torch.no_grad():
+        a = ours(torch.cat([x_t, z], 1), t, ctx)
+        b = pipe.unet(torch.cat([x_t, z / 0.13025], 1), t, ctx[:, :-1], added_cond_kwargs=added)
+        blind = ours(torch.cat([x_t, 0 * z], 1), t, ctx)
+    assert relative(b.sample, a) < 1e-4 < relative(blind, a)
+
+
+def test_what_a_run_says_of_its_base(config, tmp_path, capsys):
+    """To the user, to kohya's clients (of layers that SD 1 has too), on the model card."""
+    cfg = replace(config, lora_targets="conv", pair_objective="img2img", lora_format="kohya")
+    with pytest.warns(UserWarning, match="--resolution 32 is far below the 1024 that SDXL"):
+        folder = train(cfg)
+    names = load_file(folder / "pytorch_lora_weights_kohya.safetensors")
+    assert "lora_unet_input_blocks_1_0_in_layers_2.alpha" in names
+    parts, meta = read_lora(folder)
+    assert meta["xl"] is True
+    for layout, path in (("kohya", "two"), ("diffusers", "three")):
+        out = tmp_path / f"{path}.safetensors"
+        argv = ["convert", str(folder), str(out), "--format", layout]
+        assert lora_convert.main(argv) == 0
+        assert read_lora(out)[0].keys() == parts.keys()
+        assert read_lora(out)[0]["unet"].keys() == parts["unet"].keys()
+    assert load_file(tmp_path / "two.safetensors").keys() == names.keys()
+    for objective, kind in (("img2img", "Img2Img"), ("concat", "InstructPix2Pix")):
+        said = diffusers_part("me/it", meta | {"objective": objective}, {}, local=False)
+        assert f"StableDiffusionXL{kind}Pipeline" in "\n".join(said)
+
+
+def test_pictures_are_of_its_size(tmp_path, xl, monkeypatch):
+    asked = []
+
+    def generate(pipe, predict, size, seeds, **how):
+        asked.append(tuple(size))
+        return torch.zeros(len(seeds), 3, 8, 8)
+
+    monkeypatch.setattr(Pipeline, "generate", generate)
+    argv = ["generate", "--model", str(xl), "--prompt", "x", "--num", "1", "--steps", "2"]
+    for i, more in enumerate(([], ["--height", "64"])):
+        assert sample.main([*argv, "--out", str(tmp_path / str(i)), *more]) == 0
+    assert asked == [(1024, 1024), (64, 1024)]

@@ -92,10 +92,12 @@ def lora_metadata(
     prompts: set[str],
     states: int,
     resized: bool,
+    xl: bool,
 ) -> dict:
     """The metadata needed to use the LoRA.
 
-    prompts: those of the training. resized: whether its images were resized to --resolution.
+    prompts: those of the training. resized: whether its images were resized to --resolution. xl:
+    whether the base is SDXL.
     """
     base = cfg.pretrained_model_name_or_path
     slope, offset = OBJECTIVES[objective].multiplier
@@ -124,4 +126,5 @@ def lora_metadata(
         **knobs._asdict(),
         "states": states,  # 2: before and after only
         "resized": resized,
+        **({"xl": True} if xl else {}),
     }

@@ -38,6 +38,8 @@ from pairing.sequences import find_clips, find_sequences, is_clip
 from progress import no_bars
 from training.latents import Latents, cache_latents
 
+XL_SIDE = 1024  # pixels, that SDXL was trained at (Podell et al. 2023, arXiv 2307.01952)
+
 
 class Data(NamedTuple):
     train: list[Pair]
@@ -176,10 +178,10 @@ def make_dataset(cfg: TrainConfig, pairs: list[Pair]) -> PairDataset:
 
 
 def doubts(
-    cfg: TrainConfig, dataset: PairDataset, size: Size, *, draws: str | None
+    cfg: TrainConfig, dataset: PairDataset, size: Size, *, draws: str | None, xl: bool = False
 ) -> Iterator[str]:
     """A warning for each setting that is probably not intended. `draws`: the objective's name, if
-    it learns to generate detail."""
+    it learns to generate detail; `xl`: whether the base is SDXL."""
     n, small = len(dataset.pairs), dataset.smaller_than(cfg.resolution)
     if 2 * small > n:
         yield (
@@ -191,6 +193,8 @@ def doubts(
             f"--random_scale {cfg.random_scale:g} upscales {dataset.enlarged} of {n} images beyond "
             f"native resolution: {draws} will generate equally blurred images"
         )
+    if xl and cfg.resolution < 0.75 * XL_SIDE:
+        yield f"--resolution {cfg.resolution} is far below the {XL_SIDE} that SDXL was trained at"
     if dataset.deterministic and cfg.views not in (1, TrainConfig.views):
         yield (
             f"--views {cfg.views} has no effect: each image is always cropped alike; --random_flip "
