@@ -158,6 +158,7 @@ def test_a_captured_step_equals_the_plain_one(config, tmp_path, objective, compi
         {"gradient_checkpointing": True, "recompute": "all"},
         {"base_storage": "int8"},
         {"snr_gamma": 5.0, "loss": "huber", "lora_targets": "attn,ff,conv,proj"},
+        {"xl": True},
     ],
     ids=lambda more: next(iter(more)),
 )
@@ -171,6 +172,8 @@ def test_a_captured_step_equals_the_plain_one_with(config, tmp_path, more, reque
         more = more | {"mask_dir": str(tmp_path / "pairs" / "mask")}
     if "class_prompt" in more:
         more = more | {"class_data_dir": str(tmp_path / "class")}
+    if "xl" in more:
+        more = {"pretrained_model_name_or_path": str(request.getfixturevalue("xl"))}
     cfg = replace(cfg, **more)
     expected = losses(cfg, tmp_path, "plain")
     off = furthest(losses(replace(cfg, cuda_graph=True), tmp_path, "captured"), expected)
@@ -540,11 +543,12 @@ def test_a_frozen_convolutions_gradient_is_one_product(kernel, stride, measured)
     assert measured(name, len(copies), "0") == 0, copies
 
 
-def test_sampling_replays_the_unet(sd1, measured):
+@pytest.mark.parametrize("family", ["sd1", "xl"])
+def test_sampling_replays_the_unet(family, request, measured):
     """Pictures of two sizes in turn, with guidance; a steady step does not wait for the GPU."""
-    pictures, calls = {}, []
+    base, pictures, calls = request.getfixturevalue(family), {}, []
     for graphs in (False, True):
-        pipe = load_pipeline(str(sd1), device="cuda", cuda_graph=graphs)
+        pipe = load_pipeline(str(base), device="cuda", cuda_graph=graphs)
         _, predict = pipe.predictors("a square", 3.0)
 
         def watched(*asked, predict=predict):
@@ -559,9 +563,9 @@ def test_sampling_replays_the_unet(sd1, measured):
             torch.cuda.set_sync_debug_mode("default")
         pictures[graphs] = torch.cat(made)
     captured = sum(one.graph is not None for one in pipe.replays.kinds.values())
-    assert measured("kinds of questions captured", captured, "2") == 2
+    assert measured(f"kinds of questions captured ({family})", captured, "2") == 2
     off = ((pictures[True] - pictures[False]).norm() / pictures[False].norm()).item()
-    assert measured("replayed pictures, off the plain ones", off, "< 1e-3") < 1e-3
+    assert measured(f"replayed pictures ({family}), off the plain ones", off, "< 1e-3") < 1e-3
 
 
 class Inputs(NamedTuple):

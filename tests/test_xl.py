@@ -26,8 +26,10 @@ from model.unet import UNet
 from model.weights import load_text, load_unet, load_vae
 from reporting.hub_card import diffusers_part
 from tests.checkpoints import read_state, text_2_config, text_config, unet_config, weights_file
+from tests.hub_server import Hub
 from tests.single_files import original, original_vae, unet_pairs, write_single
 from tests.small import losses, small
+from tests.test_hub import ask, digest, everything
 from train import train
 
 ALL = "attn,ff,proj,conv,time_emb_proj"
@@ -367,3 +369,15 @@ def test_pictures_are_of_its_size(tmp_path, xl, monkeypatch):
     for i, more in enumerate(([], ["--height", "64"])):
         assert sample.main([*argv, "--out", str(tmp_path / str(i)), *more]) == 0
     assert asked == [(1024, 1024), (64, 1024)]
+
+
+def test_by_id(xl, tmp_path):
+    """From the hub as from the directory, each file asked for once; then without the hub."""
+    loaders = (load_unet, load_vae, load_text)
+    wanted, expected = everything("me/xl"), [digest(load(xl)) for load in loaders]
+    with Hub({"me/xl": xl}) as hub:
+        assert ask(hub.url, tmp_path / "home", *wanted)[:3] == expected
+        asked = sorted(hub.files("HEAD", "me/xl"))  # one of equal content is not fetched twice
+    assert ask(hub.url, tmp_path / "home", *wanted, HF_HUB_OFFLINE="1")[:3] == expected
+    there = [str(path.relative_to(xl)) for path in xl.rglob("*") if path.is_file()]
+    assert sorted({*asked}) == sorted(there)
