@@ -199,4 +199,4 @@ def load_text(
 
 def _is_xl(name_or_path: str | Path, revision: str | None) -> bool:
     config = locate(name_or_path, "unet/config.json", revision)
-    return config is not None and read_json(config).get("addition_embed_type") is not None
+    return config is not None and read_json(config).get("addition_embed_type") == "text_time"

@@ -113,7 +113,7 @@ def front_matter(meta: dict) -> str:
         lines.append("library_name: diffusers")
     made = "text-to-image" if meta["objective"] == "dreambooth" else "image-to-image"
     lines += [f"pipeline_tag: {made}", f"instance_prompt: {yaml(meta['prompt'])}"]
-    lines += [MARK, f"- {made}", "---"]
+    lines += [MARK, *["- stable-diffusion-xl"] * bool(meta.get("xl")), f"- {made}", "---"]
     return "\n".join(lines)
 
 

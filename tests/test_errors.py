@@ -65,9 +65,9 @@ def place(tmp_path_factory, sd1):
         (root / f"{name}.json").write_text(json.dumps(values))
     (root / "null.json").write_text(json.dumps({"cache_dir": "a\0b"}))
     (root / "nan.json").write_text('{"learning_rate": NaN}')
-    for name in ("xl", "tiny vae", "no config", "no weights"):
+    for name in ("kandinsky", "tiny vae", "no config", "no weights"):
         shutil.copytree(sd1, root / name)
-    edit_json(root / "xl" / "unet" / "config.json", addition_embed_type="text_time")
+    edit_json(root / "kandinsky" / "unet" / "config.json", addition_embed_type="image")
     edit_json(root / "tiny vae" / "vae" / "config.json", _class_name="AutoencoderTiny")
     (root / "no config" / "unet" / "config.json").unlink()
     (root / "no weights" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
@@ -148,7 +148,7 @@ TRAIN = {
     "--pretrained_model_name_or_path=notes.txt": "notes.txt is a file; expected a directory in the",
     "--pretrained_model_name_or_path=./nowhere": "'./nowhere' is neither a directory nor a hub",
     "--pretrained_model_name_or_path=empty": "empty has no scheduler/scheduler_config.json",
-    "--pretrained_model_name_or_path=xl": "xl/unet/config.json",
+    "--pretrained_model_name_or_path=kandinsky": "kandinsky/unet/config.json",
     "--pretrained_model_name_or_path='tiny vae'": "config.json describes a AutoencoderTiny",
     "--pretrained_model_name_or_path='no config'": "no config has no unet/config.json",
     "--pretrained_model_name_or_path='no weights'": "no unet/diffusion_pytorch_model.safetensors",
@@ -319,7 +319,7 @@ COMMON = {
     "--model sd --lora misfit.safetensors": "conv_in has A (2, 3, 3, 3) and B",
     "--model nowhere": "'nowhere' is neither a directory nor a hub repository",
     "--model notes.txt": "notes.txt is a file; expected a directory in the diffusers layout",
-    "--model xl": "xl/unet/config.json",
+    "--model kandinsky": "kandinsky/unet/config.json",
     "--vae_path nowhere": "'nowhere' is neither",
     "--out notes.txt": "--out notes.txt: notes.txt is a file; expected a folder",
     "--out notes.txt/new": "--out notes.txt/new: notes.txt is a file; expected a folder",

@@ -328,10 +328,14 @@ SPELLINGS = {
         ("text_encoder", "text_model.encoder.layers.0.mlp.fc1", "alpha"),
     "lora_te1_encoder_layers_0_mlp_fc1.alpha":
         ("text_encoder", "text_model.encoder.layers.0.mlp.fc1", "alpha"),
-    "lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha": None,
+    "lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha":
+        ("text_encoder_2", "text_model.encoder.layers.0.mlp.fc1", "alpha"),
     "lora_unet_input_blocks_1_1_proj_in.alpha": None,
     "lora_unet_mid_block__attentions_0_proj_in.alpha": None,
-    "text_encoder_2.text_model.encoder.layers.0.mlp.fc1.lora_A.weight": None,
+    "text_encoder_2.text_model.encoder.layers.0.mlp.fc1.lora_A.weight":
+        ("text_encoder_2", "text_model.encoder.layers.0.mlp.fc1", "A"),
+    "text_encoder_3.text_model.encoder.layers.0.mlp.fc1.lora_A.weight": None,
+    "lora_te3_text_model_encoder_layers_0_mlp_fc1.alpha": None,
     "unet.mid_block.attentions.0.proj_in.alpha": None,
     "lora_unet_mid_block_attentions_0_proj_in.hada_w1_a": None,
     "lora_unet_mid_block_attentions_0_proj_in.dora_scale": None,
@@ -551,8 +555,8 @@ Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 CONV = "lora_unet_down_blocks_0_resnets_0_conv1"
 BAD = {
     "stray": (lambda t: {**t, "lora_te_logit_scale": torch.ones(1)}, "has the key lora_te_logit"),
-    "sdxl": (lambda t: {**t, "lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha": torch.ones(1)},
-             "lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha, which is in no known layout"),
+    "sd3": (lambda t: {**t, "lora_te3_text_model_encoder_layers_0_mlp_fc1.alpha": torch.ones(1)},
+            "lora_te3_text_model_encoder_layers_0_mlp_fc1.alpha, which is in no known layout"),
     "no up": (lambda t: {k: v for k, v in t.items() if k != f"{Q}.lora_up.weight"},
               f"{Q}.lora_down.weight without {Q}.lora_up.weight"),
     "alpha alone": (lambda t: {**t, f"{Q.replace('to_q', 'to_v')}.alpha": torch.ones(())},

@@ -24,7 +24,7 @@ from model.lora_layouts import LAYOUTS, kohya_name, spelt
 from model.pipeline import Pipeline, load_pipeline
 from model.unet import UNet
 from model.weights import load_text, load_unet, load_vae
-from reporting.hub_card import diffusers_part
+from reporting.hub_card import diffusers_part, front_matter
 from tests.checkpoints import read_state, text_2_config, text_config, unet_config, weights_file
 from tests.hub_server import Hub
 from tests.single_files import original, original_vae, unet_pairs, write_single
@@ -355,6 +355,7 @@ def test_what_a_run_says_of_its_base(config, tmp_path, capsys):
     for objective, kind in (("img2img", "Img2Img"), ("concat", "InstructPix2Pix")):
         said = diffusers_part("me/it", meta | {"objective": objective}, {}, local=False)
         assert f"StableDiffusionXL{kind}Pipeline" in "\n".join(said)
+    assert "\n- stable-diffusion-xl\n" in front_matter(meta)
 
 
 def test_pictures_are_of_its_size(tmp_path, xl, monkeypatch):
