@@ -102,8 +102,11 @@ def planned(device: str) -> list[Case]:
     cases = [Case("train", device, dtype, *shape) for shape in shapes]
     if device == "cpu":
         cases.append(Case("train", device, "bf16", "full", 256, 1))
+        cases.append(Case("train", device, "bf16", "xl-full", 256, 1))
     if device == "cuda":
         cases.append(Case("train", device, dtype, "full", 512, 1, True))
+        cases += [Case("train", device, dtype, "xl-full", 1024, 1, less) for less in (False, True)]
+        cases += [Case(task, device, dtype, "xl-full", 1024, 1) for task in ("sample", "edit")]
     for size, side in others:
         cases += [Case("encode", device, dtype, size, side, 4)]
         cases += [Case(task, device, dtype, size, side, 1) for task in ("sample", "edit")]

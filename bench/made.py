@@ -32,7 +32,8 @@ def whole(folder: Path, size: str) -> None:
     if size == "scenes":  # the embedded base
         shutil.copytree(Path(__file__).parents[1] / "scenes" / "base", folder)
     else:
-        make_checkpoint(folder, size=size, dtype=torch.float16)
+        family, size = ("xl", size.removeprefix("xl-")) if size.startswith("xl-") else ("sd1", size)
+        make_checkpoint(folder, family, size, dtype=torch.float16)
     unet = load_unet(folder)
     rng = torch.Generator().manual_seed(0)
     inject(unet, "attn", rank=16, generator=rng)

@@ -17,21 +17,55 @@ import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoPipelineForImage2Image,
+    AutoPipelineForText2Image,
+    DDIMScheduler,
+    DDPMScheduler,
+    UNet2DConditionModel,
+)
 from peft import LoraConfig
 from PIL import Image
-from transformers import CLIPTextModel, CLIPTokenizer
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from bench.turns import Enough, Turns
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def images(job: dict) -> torch.Tensor:
+def images(job: dict) -> Tensor:
     """The after images, (b, 3, H, W) in [-1, 1]."""
     folder = Path(job["root"]) / f"pairs-{job['resolution']}-{job['batch']}" / "after"
     arrays = [np.array(Image.open(file).convert("RGB")) for file in sorted(folder.iterdir())]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+class Text(nn.Module):
+    """The prompt of a batch to the arguments of the UNet, as diffusers' training scripts do it."""
+
+    def __init__(self, root: str, dtype: torch.dtype, b: int, side: int):
+        super().__init__()
+        kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+        there = {name: kind for name, kind in kinds.items() if Path(root, name).is_dir()}
+        self.models, self.ids = nn.ModuleList(), []
+        for name, kind in there.items():
+            self.models.append(kind.from_pretrained(root, subfolder=name, dtype=dtype))
+            folder = name.replace("text_encoder", "tokenizer")
+            words = CLIPTokenizer.from_pretrained(root, subfolder=folder)
+            padded = words(["a square"] * b, padding="max_length", return_tensors="pt")
+            self.ids.append(padded.input_ids)
+        self.sizes = torch.tensor([[side, side, 0, 0, side, side]] * b, dtype=dtype)
+
+    def forward(self) -> dict:
+        ids = [some.to(self.models[0].device) for some in self.ids]
+        if len(ids) == 1:
+            return {"encoder_hidden_states": self.models[0](ids[0])[0]}
+        found = [model(some, output_hidden_states=True) for model, some in zip(self.models, ids)]
+        ctx = torch.cat([states.hidden_states[-2] for states in found], dim=-1)
+        added = {"text_embeds": found[1].text_embeds, "time_ids": self.sizes.to(ctx.device)}
+        return {"encoder_hidden_states": ctx, "added_cond_kwargs": added}
 
 
 def training(job: dict, turns: Turns) -> None:
@@ -39,8 +73,7 @@ def training(job: dict, turns: Turns) -> None:
     script = job["setting"] == "script"
     unet = UNet2DConditionModel.from_pretrained(root, subfolder="unet", torch_dtype=dtype)
     vae = AutoencoderKL.from_pretrained(root, subfolder="vae", torch_dtype=dtype)
-    text = CLIPTextModel.from_pretrained(root, subfolder="text_encoder", dtype=dtype)
-    tokenizer = CLIPTokenizer.from_pretrained(root, subfolder="tokenizer")
+    text = Text(root, dtype, b, job["resolution"])
     ddpm = DDPMScheduler.from_pretrained(root, subfolder="scheduler")
     for model in (unet, vae, text):
         model.requires_grad_(False).to(device)
@@ -57,19 +90,17 @@ def training(job: dict, turns: Turns) -> None:
         p.data = p.data.float()
     opt = torch.optim.AdamW(lora, lr=1e-4, weight_decay=1e-2, fused=device == "cuda" and not script)
     pixels = images(job).to(device, dtype)
-    ids = tokenizer(["a square"] * b, padding="max_length", return_tensors="pt").input_ids
-    ids = ids.to(device)
 
     @torch.no_grad()
-    def encoded() -> tuple[torch.Tensor, torch.Tensor]:
+    def encoded() -> tuple[Tensor, dict]:
         z = vae.encode(pixels).latent_dist.sample() * vae.config.scaling_factor
-        return z, text(ids)[0]
+        return z, text()
 
     unet.train()
     if job["checkpointing"]:
         unet.enable_gradient_checkpointing()
     if not script:
-        z, ctx = encoded()
+        z, told = encoded()
         del vae, text, model
         unet.to(memory_format=torch.channels_last)
         if job["compile"]:
@@ -79,12 +110,12 @@ def training(job: dict, turns: Turns) -> None:
         if job["cuda_graph"]:  # it imports the compiler
             torch.compiler.cudagraph_mark_step_begin()
         if script:
-            z, ctx = encoded()
+            z, told = encoded()
         eps = torch.randn_like(z)
         t = torch.randint(1000, (b,), device=device)
         x_t = ddpm.add_noise(z, eps, t)
         with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            pred = unet(x_t, t, ctx, return_dict=False)[0]
+            pred = unet(x_t, t, **told, return_dict=False)[0]
         loss = F.mse_loss(pred.float(), eps.float())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(lora, 1.0)
@@ -105,17 +136,15 @@ def encoding(job: dict, turns: Turns) -> None:
         vae.encode(pixels.to(job["device"])).latent_dist.mode() * vae.config.scaling_factor
 
 
-def pipeline(job: dict, kind: str) -> diffusers.DiffusionPipeline:
-    pipe = getattr(diffusers, kind).from_pretrained(
-        job["root"], torch_dtype=DTYPES[job["dtype"]], safety_checker=None
-    )
+def pipeline(job: dict, kind: type) -> diffusers.DiffusionPipeline:
+    pipe = kind.from_pretrained(job["root"], torch_dtype=DTYPES[job["dtype"]])
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(job["device"])
 
 
 def sampling(job: dict, turns: Turns) -> None:
-    pipe, side = pipeline(job, "StableDiffusionPipeline"), job["resolution"]
+    pipe, side = pipeline(job, AutoPipelineForText2Image), job["resolution"]
     while True:
         turns()
         pipe("a square", num_inference_steps=30, guidance_scale=7.5, height=side, width=side)
@@ -123,7 +152,7 @@ def sampling(job: dict, turns: Turns) -> None:
 
 def editing(job: dict, turns: Turns) -> None:
     """img2img at strength 0.7 of 30 steps, without guidance, like ours."""
-    pipe, root = pipeline(job, "StableDiffusionImg2ImgPipeline"), Path(job["root"])
+    pipe, root = pipeline(job, AutoPipelineForImage2Image), Path(job["root"])
     pipe.load_lora_weights(str(root / "lora"), weight_name="pytorch_lora_weights.safetensors")
     image = Image.open(root / f"pairs-{job['resolution']}-1" / "before" / "0.png").convert("RGB")
     while True:
