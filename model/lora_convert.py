@@ -26,7 +26,7 @@ from model.files import is_local, lacks, locate, moved_note, read_json, single_f
 from model.lora import Factors, detach, merge
 from model.lora_algebra import concat, truncate
 from model.lora_files import apply_lora, contradiction, multiplier, read_lora, write_lora
-from model.lora_layouts import LAYOUTS, Parts
+from model.lora_layouts import LAYOUTS, Parts, family
 from model.objectives import OBJECTIVES, PORTABLE
 from model.weights import load_text, load_unet
 
@@ -116,17 +116,21 @@ def run_concat(args: argparse.Namespace) -> None:
     if len(weights) != len(args.loras):
         raise ValueError(f"--weights has {len(weights)} numbers for {len(args.loras)} LoRAs")
     read = [read_lora(file, "LORA") for file in args.loras]
+    if len(kinds := {family(parts) for parts, _ in read} - {None}) > 1:
+        raise ValueError(f"the LoRAs are of different bases: {' and '.join(sorted(kinds))}")
     first, *others = [metadata for _, metadata in read]
     agreed = {k: v for k, v in first.items() if all(o.get(k) == v for o in others)}
     own = OBJECTIVES[first["objective"]].reads if first.get("objective") in OBJECTIVES else ()
     needed = ("objective", "multiplier", "base_model", "revision", "variant", "vae_path",
               "tokenizer_name", "tokenizer_max_length", "text_encoder_use_attention_mask",
               "prediction_type", "prompt", "base_lora", "background", "nodata", "states",
-              "resolution", "resized", "xl", *own)  # fmt: skip
+              "resolution", "resized", *own)  # fmt: skip
     for key in needed:
         if key not in agreed and any(metadata.get(key) is not None for _, metadata in read):
             warnings.warn(f"the LoRAs differ in {key}: the new file omits it", stacklevel=2)
     agreed = {key: agreed[key] for key in agreed.keys() - {"rank", "alpha", "steps"}}
+    if any(metadata.get("xl") for _, metadata in read):
+        agreed["xl"] = True  # which a LoRA of another tool does not say
     parts = concat_parts([(parts, w) for (parts, _), w in zip(read, weights)])
     _save(args, parts, agreed)
 

@@ -17,7 +17,7 @@ from torch import nn
 from durable import file_sha256
 from model.files import PICKLED, read_json, read_tensors
 from model.lora import Factors, adapter_factors, attach, fix
-from model.lora_layouts import Parts, pack, strange_to_kohya, unpack
+from model.lora_layouts import SD, XL, Parts, family, pack, strange_to_kohya, unpack
 from model.objectives import Knobs
 from model.text import TextEncoder
 
@@ -180,7 +180,14 @@ def apply_lora(
             try:
                 attach(model, factors) if fixed is None else fix(model, factors, fixed)
             except ValueError as error:
-                raise ValueError(f"{what}: {error}") from error
+                raise ValueError(f"{what}: {of_other_family(parts, unet) or error}") from error
+
+
+def of_other_family(parts: Parts, unet: nn.Module | None) -> str | None:
+    """Why a LoRA does not fit a UNet, if it is one of another family."""
+    kind, own = family(parts), XL if getattr(unet, "is_xl", False) else SD
+    differ = unet is not None and kind not in (None, own)
+    return f"it is a LoRA of {kind}, and the base is {own}" if differ else None
 
 
 KINDS = {

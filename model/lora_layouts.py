@@ -23,6 +23,7 @@ from torch import Tensor
 from model.lora import Factors
 from model.original import FROM_XL, TO_XL, renamed
 
+SD, XL = "Stable Diffusion 1.x or 2.x", "SDXL"
 LAYOUTS = ("diffusers", "attn_procs", "kohya")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)  # of α, as diffusers' own converter to kohya writes it
@@ -75,7 +76,7 @@ def pack(
     if layout not in LAYOUTS:
         raise ValueError(f"{layout!r} is not a LoRA layout; expected one of {', '.join(LAYOUTS)}")
     tensors, config, common = {}, {}, _common_alpha(parts)
-    xl = xl or _is_xl(parts)
+    xl = xl or family(parts) == XL
     for part, factors in parts.items():
         for path, f in factors.items():
             fold = 1.0
@@ -104,10 +105,20 @@ def pack(
     return tensors, header
 
 
-def _is_xl(parts: Parts) -> bool:
-    """Whether there is a layer that only SDXL has."""
-    deep = re.compile(r"\.transformer_blocks\.[1-9]")
-    return "text_encoder_2" in parts or any(map(deep.search, parts.get("unet", ())))
+def family(parts: Parts) -> str | None:
+    """XL or SD, by layers that only the one or the other has; None if there are none."""
+    only = {
+        XL: r"\.transformer_blocks\.[1-9]",
+        SD: r"(down|up)_blocks\.3|down_blocks\.0\.attentions",
+    }
+    if "text_encoder_2" in parts:
+        return XL
+    found = [
+        kind
+        for kind, layer in only.items()
+        if any(re.search(layer, n) for n in parts.get("unet", ()))
+    ]
+    return found[0] if found else None
 
 
 def kohya_name(part: str, path: str, xl: bool = False) -> str:

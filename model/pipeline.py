@@ -27,9 +27,10 @@ from model.lora_files import (
     refuse_chain,
 )
 from model.objectives import Predict
-from model.predict import Context, asking, guided_predictor, predictor, text_context
+from model.predict import Context, asking, guided_predictor, no_text, predictor, text_context
 from model.samplers import SAMPLERS, noise_like
 from model.schedule import Schedule
+from model.single_file import SCALE, XL_SCALE
 from model.text import TextEncoder
 from model.tiles import Tiles, through
 from model.unet import UNet
@@ -83,6 +84,23 @@ def loaded(model: nn.Module, source: str) -> str:
     """A description of a loaded model, for a line of output."""
     count, one = sum(p.numel() for p in model.parameters()), next(model.parameters())
     return f"{count:,} weights in {str(one.dtype).removeprefix('torch.')}, {source}, {one.device}"
+
+
+def autoencoder(base: str, vae_path: str | None, xl: bool, **files) -> VAE:
+    """The base's autoencoder, `files` saying which, or that of --vae_path. `xl`: the base is SDXL.
+
+    Warns if it scales its latents otherwise than the base's family.
+    """
+    if not vae_path:
+        return load_vae(base, **files)
+    vae = load_vae(vae_path, device=files["device"], xl=xl)
+    if vae.scaling_factor != (usual := XL_SCALE if xl else SCALE):
+        warnings.warn(
+            f"--vae_path {vae_path} scales latents by {vae.scaling_factor:g}, which for {base} is "
+            f"usually {usual:g}: is it of another family?",
+            stacklevel=2,
+        )
+    return vae
 
 
 # ---- latents -------------------------------------------------------------------------------------
@@ -163,8 +181,13 @@ class Pipeline:
     under: tuple[Path, float] | None  # a frozen base LoRA and its strength
     replays: Replays  # what `predictors` ask: the UNet, on CUDA as graphs
 
-    def context(self, prompt: str) -> Context:
-        """(1, l, d), or a function of the multipliers if the LoRA adapts the text encoder."""
+    def context(self, prompt: str | None) -> Context:
+        """(1, l, d), or a function of the multipliers if the LoRA adapts the text encoder.
+
+        prompt None: that for guidance without a text.
+        """
+        if prompt is None:
+            return no_text(self.context(""), self.text.empty_is_zero)
         ids = self.text.tokenize([prompt], self.meta.get("tokenizer_max_length"))
         mask = self.text.mask(ids) if self.meta.get("text_encoder_use_attention_mask") else None
         if any(hasattr(model, "lora_adapters") for model in self.text.parts.values()):
@@ -178,9 +201,7 @@ class Pipeline:
         alone = predictor(self.unet, ctx, self.replays)
         if guidance == 1.0:
             return alone, alone
-        uncond = self.context("")
-        if self.text.empty_is_zero:
-            uncond = torch.zeros_like(self.text.context([""]))
+        uncond = self.context(None)
         return alone, guided_predictor(self.unet, ctx, uncond, guidance, self.replays)
 
     def generate(
@@ -272,8 +293,7 @@ def load_pipeline(
         text = load_text(base, **files, tokenizer=tokenizer)
     unet = load_unet(base, **files, dtype=dtype)
     with _named(vae_told and bool(vae_path), "--vae_path"):
-        how = {"device": device, "xl": unet.is_xl} if vae_path else files
-        vae = load_vae(vae_path or base, **how)
+        vae = autoencoder(base, vae_path, unet.is_xl, **files)
     quick_convs(unet)
     device = torch.device(device)
     on_cuda = device.type == "cuda"

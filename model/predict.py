@@ -66,6 +66,13 @@ def text_context(text: TextEncoder, ids: Tensor, mask: Tensor | None) -> Callabl
     return ctx
 
 
+def no_text(empty: Context, is_zero: bool) -> Context:
+    """The context for guidance without a text, from that of "" (`TextEncoder.empty_is_zero`)."""
+    if not is_zero:
+        return empty
+    return (lambda m: torch.zeros_like(empty(m))) if callable(empty) else torch.zeros_like(empty)
+
+
 def guided_predictor(
     unet: UNet,
     ctx: Context,

@@ -359,7 +359,8 @@ def scheduler_config(path: Path, prediction_type: str | None = None) -> dict:
             "set --prediction_type to be sure",
             stacklevel=2,
         )
-    return {
+    spacing = {"timestep_spacing": "leading"} if file.is_xl else {}
+    return spacing | {
         "_class_name": "PNDMScheduler",
         "num_train_timesteps": 1000,
         "beta_schedule": "scaled_linear",

@@ -34,6 +34,9 @@ class TextEncoder(nn.Module):
         two = {} if self.model_2 is None else {"text_encoder_2": self.model_2}
         return {"text_encoder": self.model, **two}
 
+    def _tokenizers(self) -> list:
+        return [words for words in (self.tokenizer, self.tokenizer_2) if words is not None]
+
     def tokenize(self, prompts: Sequence[str], max_length: int | None = None) -> Tensor:
         """-> ids (b, l) int64, padded to l (77 for SD); SDXL: (b, 2 l), by one tokenizer and the
         other. Warns if a prompt is truncated.
@@ -47,8 +50,7 @@ class TextEncoder(nn.Module):
                 raise ValueError(f"the prompt {prompt[:60]!r} is not UTF-8 text") from None
         positions = self.model.config.max_position_embeddings
         length = min(max_length or self.tokenizer.model_max_length, positions)
-        tokenizers = [words for words in (self.tokenizer, self.tokenizer_2) if words is not None]
-        ids, cut = [], []
+        ids, cut, tokenizers = [], [], self._tokenizers()
         for i in range(0, len(prompts), 512):  # the tokenizer's output takes kilobytes per prompt
             some = list(prompts[i : i + 512])
             padded = [
@@ -75,9 +77,11 @@ class TextEncoder(nn.Module):
 
     def mask(self, ids: Tensor) -> Tensor:
         """As ids, int64: 1 up to and including the first end-of-text token, 0 on the padding."""
-        ends = (ids == self.tokenizer.eos_token_id).long()  # SD1 pads with it too, SD2 does not
-        halves = ends.chunk(len(self.parts), dim=1)
-        return torch.cat([(half.cumsum(1) - half == 0).long() for half in halves], dim=1)
+        masks, tokenizers = [], self._tokenizers()
+        for half, words in zip(ids.chunk(len(tokenizers), dim=1), tokenizers):
+            ends = (half == words.eos_token_id).long()  # SD1 pads with it too, SD2 does not
+            masks.append((ends.cumsum(1) - ends == 0).long())
+        return torch.cat(masks, dim=1)
 
     def encode(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """ids (b, l) -> ctx (b, l, d_ctx), the last hidden state after the final norm.

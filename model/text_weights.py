@@ -34,6 +34,7 @@ OPTIONS = {  # the options of a CLIPTextModel with their defaults; others are ig
     "layer_norm_eps": 1e-5,
     "projection_dim": 512,
 }
+PADDING = ("<|endoftext|>", "!")  # of CLIP and of OpenCLIP, of which it is token 0
 ACTIVATIONS = ("quick_gelu", "gelu")
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # the vocabulary of SD 1.x, 2.x and XL
 
@@ -73,10 +74,12 @@ def load_tokenizer(
 def _tokenizer_for(single: Path, tokenizer: str | Path | None, open_clip: bool, xl: bool):
     """The given tokenizer, or the one that SD's single files were trained with.
 
-    OpenCLIP pads with token 0, "!". One given for both of SDXL's encoders has the first's padding.
+    One given for both of SDXL's encoders pads as each wants it.
     """
+    if tokenizer is not None and xl:
+        return load_tokenizer(tokenizer, padding=PADDING[open_clip])
     if tokenizer is not None:
-        words = load_tokenizer(tokenizer, padding="!" if open_clip and xl else None)
+        words = load_tokenizer(tokenizer)
         if open_clip and words.pad_token_id != 0:
             warnings.warn(
                 f"--tokenizer_name {tokenizer} pads with {words.pad_token!r}; "
@@ -85,7 +88,7 @@ def _tokenizer_for(single: Path, tokenizer: str | Path | None, open_clip: bool, 
             )
         return words
     try:
-        return load_tokenizer(CLIP_TOKENIZER, padding="!" if open_clip else None)
+        return load_tokenizer(CLIP_TOKENIZER, padding=PADDING[open_clip])
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{single} contains no tokenizer: give --tokenizer_name, a directory with vocab.json "
@@ -168,9 +171,10 @@ def load_text(
     device: torch.device | str = "cpu",
     tokenizer: str | Path | None = None,
 ) -> TextEncoder:
-    """The text encoder, or SDXL's two, and the tokenizer (or `tokenizer`, a directory or hub id).
+    """The text encoder, or SDXL's two, and the tokenizer of each.
 
-    A single file has none: without `tokenizer`, CLIP_TOKENIZER comes from the hub.
+    `tokenizer`, a directory or hub id, replaces them. A single file has none: without it,
+    CLIP_TOKENIZER comes from the hub.
     """
     how, empty_is_zero = {"dtype": dtype, "device": device}, False
     if single := single_file(name_or_path):
@@ -180,16 +184,18 @@ def load_text(
         tokenizers = [_tokenizer_for(single, tokenizer, one, len(parts) == 2) for one in gelu]
         empty_is_zero = len(parts) == 2
     else:
-        kinds = {"text_encoder": "CLIPTextModel"}
-        own = None if tokenizer else revision
-        tokenizers = [load_tokenizer(tokenizer or name_or_path, revision=own)]
-        if _is_xl(name_or_path, revision):
+        kinds, own = {"text_encoder": "CLIPTextModel"}, {"revision": revision}
+        if xl := _is_xl(name_or_path, revision):
             kinds["text_encoder_2"] = "CLIPTextModelWithProjection"
-            two = load_tokenizer(name_or_path, revision=revision, folder="tokenizer_2")
-            tokenizers.append(two)
             about = locate(name_or_path, "model_index.json", revision)
             about = {} if about is None else read_json(about)
             empty_is_zero = about.get("force_zeros_for_empty_prompt") is not False
+        if tokenizer is None:
+            folders = [kind.replace("text_encoder", "tokenizer") for kind in kinds]
+            tokenizers = [load_tokenizer(name_or_path, **own, folder=folder) for folder in folders]
+        else:
+            pads = PADDING if xl else (None,)  # None: its own
+            tokenizers = [load_tokenizer(tokenizer, padding=pad) for pad in pads]
         found = [_component(name_or_path, *one, variant, revision, how) for one in kinds.items()]
     for words, (model, path) in zip(tokenizers, found):
         _refuse_more_words(words, model, path)

@@ -98,6 +98,8 @@ def _added(cfg: dict) -> tuple[int, int] | None:
             f"unet config.json has addition_embed_type={kind!r}; only 'text_time' is supported"
         )
     whole = cfg["projection_class_embeddings_input_dim"]
+    if each and whole == 5 * each + cfg["cross_attention_dim"]:  # four sizes and a score
+        raise ValueError("unet config.json is that of SDXL's refiner; expected a base model")
     pooled = (whole or 0) - 6 * (each or 0)
     if not (each and whole and 0 < pooled <= cfg["cross_attention_dim"]):
         raise ValueError(

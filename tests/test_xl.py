@@ -9,9 +9,11 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -22,15 +24,17 @@ from model.lora import adapter_factors, attach, inject, lora_layers
 from model.lora_files import load_lora, read_lora, save_lora
 from model.lora_layouts import LAYOUTS, kohya_name, spelt
 from model.pipeline import Pipeline, load_pipeline
+from model.samplers import SAMPLERS
 from model.unet import UNet
 from model.weights import load_text, load_unet, load_vae
 from reporting.hub_card import diffusers_part, front_matter
 from tests.checkpoints import read_state, text_2_config, text_config, unet_config, weights_file
 from tests.hub_server import Hub
-from tests.single_files import original, original_vae, unet_pairs, write_single
+from tests.single_files import original, original_vae, published, unet_pairs, write_single
 from tests.small import losses, small
 from tests.test_hub import ask, digest, everything
 from train import train
+from training import watching
 
 ALL = "attn,ff,proj,conv,time_emb_proj"
 
@@ -178,12 +182,21 @@ def test_every_name_at_full_size():
     assert len(seen) == 794 + 72 + 192
 
 
-def test_a_lora_of_another_family_is_named(tmp_path, sd1, xl):
+def test_a_lora_of_another_family_is_named(tmp_path, sd1, xl, pairs, capsys):
     path = tmp_path / "x.safetensors"
-    for root, other in ((xl, sd1), (sd1, xl)):
+    kinds = "SDXL", "Stable Diffusion 1.x or 2.x"
+    for root, other, (its, ours) in ((xl, sd1, kinds), (sd1, xl, kinds[::-1])):
         save_lora(path, unet=adapted(root, text=False)[0])
-        with pytest.raises(ValueError, match=r"x.safetensors: the LoRA"):
+        words = f"x.safetensors: it is a LoRA of {its}, and the base is {ours}"
+        with pytest.raises(ValueError, match=words):
             load_lora(path, unet=load_unet(other))
+        cfg = small(other, pairs, tmp_path / "run", init_lora=str(path), lora_targets="attn,ff")
+        with pytest.raises(ValueError, match=words):
+            train(cfg)
+    save_lora(two := tmp_path / "two.safetensors", unet=adapted(xl, text=False)[0])
+    argv = ["concat", str(path), str(two), str(tmp_path / "sum.safetensors")]
+    assert lora_convert.main(argv) == 2
+    assert "different bases: SDXL and Stable Diffusion 1.x or 2.x" in capsys.readouterr().err
     _, text = adapted(xl)
     save_lora(path, text=text)
     with pytest.raises(ValueError, match="adapts text_encoder_2, which the base does not have"):
@@ -241,6 +254,42 @@ def test_both_text_encoders_are_trained(config):
         train(replace(more, train_text_encoder=False, output_dir=f"{cfg.output_dir}3"))
 
 
+@pytest.mark.parametrize("text", [False, True])
+def test_guidance_without_a_text(config, pairs, tmp_path, text):
+    """Zeros as long as the text's context, batch after batch, whatever cuts or encodes the text."""
+    cfg = replace(config, pair_objective="after", train_text_encoder=text, tokenizer_max_length=32)
+    folder = train(cfg)
+    argv = ["--lora", str(folder), "--input", str(pairs / "before"), "--strengths", "0,1"]
+    argv += ["--guidance", "3", "--steps", "2", "--batch_size", "2", "--out", str(tmp_path / "out")]
+    assert sample.main(["edit", *argv]) == 0
+    pipe = load_pipeline(None, folder)
+    ctx, none = pipe.context("a square"), pipe.context(None)
+    if text:
+        ctx, none = ctx(torch.ones(1)), none(torch.ones(1))
+    assert ctx.shape == none.shape == (1, 33, 80) and ctx.any() and not none.any()
+
+
+def test_a_runs_pictures_are_those_of_generate(config, pairs, tmp_path):
+    """Of a run without pairs, which guides them."""
+    cfg = replace(config, before_data_dir=None, after_data_dir=None, max_train_steps=1, seed=3,
+                  instance_data_dir=str(pairs / "after"), num_validation_images=1)  # fmt: skip
+    made, drawn = [], watching.to_image
+
+    def keep(pixels):
+        made.append(drawn(pixels))
+        return made[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(watching, "to_image", keep)
+        folder = train(cfg)
+    size = ["--height", "32", "--width", "32", "--steps", "30"]
+    argv = ["generate", "--lora", str(folder), *size, "--seed", "3", "--num", "1"]
+    assert sample.main([*argv, "--out", str(tmp_path / "out")]) == 0
+    theirs = Image.open(tmp_path / "out" / "00003.png")
+    assert theirs.size == made[-1].size
+    assert np.abs(np.asarray(made[-1], float) - np.asarray(theirs, float)).max() <= 1
+
+
 # ---- bases ---------------------------------------------------------------------------------------
 
 
@@ -271,6 +320,8 @@ def test_an_autoencoder_of_its_own_is_scaled_for_the_base(tmp_path, sd1, xl, pai
     assert load_vae(file).scaling_factor == 0.18215
     for base, scale in ((xl, 0.13025), (sd1, 0.18215)):
         assert load_pipeline(str(base), vae_path=str(file)).vae.scaling_factor == scale
+    with pytest.warns(UserWarning, match="scales latents by 0.18215, which for .* usually 0.13025"):
+        load_pipeline(str(xl), vae_path=str(sd1 / "vae"))
     cfg = small(xl, pairs, tmp_path / "run", vae_path=str(file), max_train_steps=1)
     one = losses(train(cfg))
     save_file(read_state(weights_file(xl, "vae")), tmp_path / "diffusion_pytorch_model.safetensors")
@@ -278,6 +329,28 @@ def test_an_autoencoder_of_its_own_is_scaled_for_the_base(tmp_path, sd1, xl, pai
     assert (
         losses(train(replace(cfg, vae_path=str(tmp_path), output_dir=f"{cfg.output_dir}2"))) == one
     )
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_one_file_is_sampled_like_its_folder(tmp_path, sampler):
+    root = published(tmp_path / "xl", "xl")
+    file = write_single(tmp_path / "x.safetensors", original(root))
+    pictures = []
+    for base in (root, file):
+        pipe = load_pipeline(str(base), tokenizer_name=str(root))
+        _, predict = pipe.predictors("a lake!", 5.0)
+        pictures.append(pipe.generate(predict, (32, 32), [0], sampler=sampler, steps=5))
+    assert torch.equal(*pictures)
+
+
+def test_one_tokenizer_for_both_encoders(tmp_path, sd1, xl):
+    """--tokenizer_name, for a folder and for a file: each still pads as it was trained."""
+    root = published(tmp_path / "xl", "xl")
+    file = write_single(tmp_path / "x.safetensors", original(root))
+    expected = load_text(root).context(["a lake!"])
+    for base in (root, file):
+        for words in (sd1 / "tokenizer", xl / "tokenizer_2"):
+            assert torch.equal(load_text(base, tokenizer=words).context(["a lake!"]), expected)
 
 
 def test_no_text_is_zeros_if_the_checkpoint_says_so(tmp_path, xl):
@@ -308,6 +381,7 @@ def test_what_is_missing_is_named(tmp_path, xl):
         ("projection_class_embeddings_input_dim", 100): "input_dim=100: expected 6 times",
         ("projection_class_embeddings_input_dim", None): "input_dim=None: expected 6 times",
         ("addition_time_embed_dim", None): "expected 6 times addition_time_embed_dim=None",
+        ("projection_class_embeddings_input_dim", 1360): "SDXL's refiner; expected a base model",
     }.items():
         path.write_text(json.dumps(told | dict([change])))
         with pytest.raises(ValueError, match=words):

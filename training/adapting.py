@@ -23,6 +23,7 @@ from model.lora_files import (
     factors_for,
     lora_path,
     multiplier,
+    of_other_family,
     read_lora,
     refuse_chain,
 )
@@ -97,9 +98,10 @@ def prepare(cfg: TrainConfig, unet: UNet, given: Given, objective: Objective) ->
     if objective.extra and "conv_in" not in objective.needs:
         raise ValueError("an objective with extra input channels needs conv_in, to learn them")
     ranks = layer_ranks(unet, cfg.lora_targets, cfg.lora_rank, objective.needs)
-    refuse_untrained(
-        factors_for(unet, given.start.get("unet", {})), ranks, f"--init_lora {cfg.init_lora}"
-    )
+    start, what = factors_for(unet, given.start.get("unet", {})), f"--init_lora {cfg.init_lora}"
+    if (other := of_other_family(given.start, unet)) and not start.keys() <= ranks.keys():
+        raise ValueError(f"{what}: {other}")
+    refuse_untrained(start, ranks, what)
 
 
 def adapt(

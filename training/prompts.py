@@ -16,7 +16,7 @@ from model.draws import seeded_for
 from model.lora import inject
 from model.lora_files import factors_for
 from model.pipeline import loaded
-from model.predict import Context, text_context
+from model.predict import Context, no_text, text_context
 from model.text import TextEncoder
 from model.weights import load_text
 from pairing.pairs import Pair
@@ -37,6 +37,7 @@ class Prompts:
     contexts: Rows | None  # of `ctx` (l, d)
     text: TextEncoder | None
     device: torch.device
+    empty_is_zero: bool  # as in TextEncoder
 
     @property
     def many(self) -> bool:
@@ -55,7 +56,10 @@ class Prompts:
         mask = None if self.mask is None else self.mask[rows]
         return text_context(self.text, self.ids[rows], mask)
 
-    def of(self, prompt: str) -> Context:
+    def of(self, prompt: str | None) -> Context:
+        """For one prompt, or for guidance without a text."""
+        if prompt is None:
+            return no_text(self.of(""), self.empty_is_zero)
         return self.context(self.rows([prompt]))
 
     def like(self, b: int) -> Context:
@@ -98,11 +102,11 @@ def load_prompts(
             how = {"needed": [name for name in more if name in there], "generator": generator}
             inject(model, "attn", cfg.lora_rank, cfg.lora_alpha, **how)
         mask = None if mask is None else mask.to(device)
-        return Prompts(row, ids.to(device), mask, None, text, device)
+        return Prompts(row, ids.to(device), mask, None, text, device, text.empty_is_zero)
     contexts = encode_prompts(text, ids, mask, device, cfg.latents_on, cfg.cache_dir)
     if len(row) > MANY:
         print(f"contexts      {contexts}")
-    return Prompts(row, ids, mask, contexts, None, device)
+    return Prompts(row, ids, mask, contexts, None, device, text.empty_is_zero)
 
 
 def encode_prompts(

@@ -43,7 +43,7 @@ class Watch:
     schedule: Schedule
     objective: Objective
     knobs: Knobs
-    context_of: Callable[[str], Context]
+    context_of: Callable[[str | None], Context]  # None: no text
     seed: int
     fade: bool  # how intermediate states are rendered: see `at_strengths`
 
@@ -86,7 +86,8 @@ class Watch:
         """A sheet of `count` images from the prompt, for runs without pairs. shape: (4, h, w)."""
         seeds = range(self.seed, self.seed + count)
         with self.drawing():
-            predict = guided_predictor(self.unet, self.context_of(prompt), self.context_of(""), 7.5)
+            with_without = self.context_of(prompt), self.context_of(None)
+            predict = guided_predictor(self.unet, *with_without, 7.5)
             z = [generate_latents(predict, self.schedule, shape, [seed]) for seed in seeds]
             images = [to_image(decode(self.vae, one)[0]) for one in z]
         return contact_sheet([images], [str(seed) for seed in seeds], [f"{prompt}, {label}"])
