@@ -26,7 +26,7 @@ from model.files import is_local, lacks, locate, moved_note, read_json, single_f
 from model.lora import Factors, detach, merge
 from model.lora_algebra import concat, truncate
 from model.lora_files import apply_lora, contradiction, multiplier, read_lora, write_lora
-from model.lora_layouts import LAYOUTS, Parts, family
+from model.lora_layouts import LAYOUTS, Parts, family, in_text
 from model.objectives import OBJECTIVES, PORTABLE
 from model.weights import load_text, load_unet
 
@@ -138,12 +138,6 @@ def run_concat(args: argparse.Namespace) -> None:
 # ---- into a base ---------------------------------------------------------------------------------
 
 
-def _published(key: str) -> str:
-    """A text encoder's key, whose `text_model.` transformers >= 5.6 drops."""
-    bare = key.removeprefix("text_model.")
-    return bare if bare.startswith("text_projection.") else f"text_model.{bare}"
-
-
 @torch.no_grad()
 def merge_into(args: argparse.Namespace, folder: Path) -> str:
     """Fill `folder` with the base merged with the LoRA, in the diffusers layout; returns a summary.
@@ -227,7 +221,7 @@ def merge_into(args: argparse.Namespace, folder: Path) -> str:
             if part in parts:
                 merge(model, m)
                 detach(model)
-                state = {_published(key): x for key, x in model.state_dict().items()}
+                state = {in_text(key): x for key, x in model.state_dict().items()}
                 write(part, "model", required(f"{part}/config.json"), state)
 
     if is_local(base):

@@ -17,7 +17,17 @@ from torch import nn
 from durable import file_sha256
 from model.files import PICKLED, read_json, read_tensors
 from model.lora import Factors, adapter_factors, attach, fix
-from model.lora_layouts import SD, XL, Parts, family, pack, strange_to_kohya, unpack
+from model.lora_layouts import (
+    SD,
+    XL,
+    Parts,
+    family,
+    in_text,
+    names_xl,
+    pack,
+    strange_to_kohya,
+    unpack,
+)
 from model.objectives import Knobs
 from model.text import TextEncoder
 
@@ -48,8 +58,7 @@ def save_lora(
     if unet is not None:
         parts["unet"] = adapter_factors(unet)
     for part, model in (text.parts if text is not None else {}).items():
-        own = adapter_factors(model)  # transformers >= 5.6 drops `text_model.`; clients expect it
-        parts[part] = {f"text_model.{_flat(name)}": f for name, f in own.items()}
+        parts[part] = {in_text(name): f for name, f in adapter_factors(model).items()}
     write_lora(path, parts, metadata, dtype=dtype, layout=layout)
 
 
@@ -124,11 +133,10 @@ def read_lora(run_or_file: str | Path, flag: str = "--lora") -> tuple[Parts, dic
                 "save it from peft with path_initial_model_for_weight_conversion"
             )
     check_metadata(metadata, path)
-    return unpack(tensors, peft, path), metadata
-
-
-def _flat(name: str) -> str:
-    return name.removeprefix("text_model.")
+    parts = unpack(tensors, peft, path)
+    if names_xl(tensors) and family(parts) != SD:
+        metadata |= {"xl": True}
+    return parts, metadata
 
 
 def factors_for(model: nn.Module, factors: dict[str, Factors]) -> dict[str, Factors]:
@@ -141,7 +149,7 @@ def factors_for(model: nn.Module, factors: dict[str, Factors]) -> dict[str, Fact
     nested = "text_model" in modules
     fitted = {}
     for name, f in factors.items():
-        name = f"text_model.{_flat(name)}" if nested else _flat(name)
+        name = in_text(name) if nested else name.removeprefix("text_model.")
         weight = getattr(modules.get(name), "weight", None)
         if weight is not None and weight.dim() == 4 and f.A.dim() == 2:
             f = f._replace(A=f.A[..., None, None], B=f.B[..., None, None])

@@ -16,6 +16,7 @@ version uses.
 import json
 import math
 import re
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -35,14 +36,14 @@ WORDS = (
     r"down_blocks|mid_block|up_blocks|resnets|attentions|downsamplers|upsamplers"
     r"|transformer_blocks|attn1|attn2|to_q|to_k|to_v|to_out|ff|net|proj_in|proj_out|proj"
     r"|conv_shortcut|conv_in|conv_out|conv1|conv2|conv|time_emb_proj|time_embedding|add_embedding"
-    r"|linear_1|linear_2|text_model|encoder|layers|self_attn|q_proj|k_proj|v_proj|out_proj"
+    r"|linear_1|linear_2|text_projection|text_model|encoder|layers|self_attn|q_proj|k_proj|v_proj|out_proj"
     r"|mlp|fc1|fc2|\d+"
 )
 KOHYA_NAME = re.compile(rf"({WORDS})(?:_|$)")
 # first module of a path, in files whose keys do not name the part
 TOPS = {"down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out", "time_embedding",
         "add_embedding"}  # fmt: skip
-TEXT_TOPS = {"text_model", "encoder"}
+TEXT_TOPS = {"text_model", "text_projection", "encoder"}
 
 KOHYA = re.compile(  # diffusers' own converter writes te1 for SD too
     r"lora_(unet|te|te1|te2)_(\w+)\.(lora_down\.weight|lora_up\.weight|lora_mid\.weight|alpha)"
@@ -107,18 +108,14 @@ def pack(
 
 def family(parts: Parts) -> str | None:
     """XL or SD, by layers that only the one or the other has; None if there are none."""
-    only = {
-        XL: r"\.transformer_blocks\.[1-9]",
-        SD: r"(down|up)_blocks\.3|down_blocks\.0\.attentions",
-    }
     if "text_encoder_2" in parts:
         return XL
-    found = [
-        kind
-        for kind, layer in only.items()
-        if any(re.search(layer, n) for n in parts.get("unet", ()))
-    ]
-    return found[0] if found else None
+    for path in parts.get("unet", ()):
+        if re.search(r"\.transformer_blocks\.[1-9]|^add_embedding", path):
+            return XL
+        if re.search(r"^(down|up)_blocks\.3|^down_blocks\.0\.attentions", path):
+            return SD
+    return None
 
 
 def kohya_name(part: str, path: str, xl: bool = False) -> str:
@@ -197,8 +194,8 @@ def spelt(key: str) -> tuple[str, str, str] | None:
     elif m := OLD.fullmatch(key):
         part, path, to, role = m.groups()
         if to is not None:
-            in_text = path.endswith(".self_attn")
-            path += "." + (OLD_TEXT[to] if in_text else {"to_out": "to_out.0"}.get(to, to))
+            of_text = path.endswith(".self_attn")
+            path += "." + (OLD_TEXT[to] if of_text else {"to_out": "to_out.0"}.get(to, to))
         role = ROLES[role]
     else:
         return None
@@ -207,11 +204,19 @@ def spelt(key: str) -> tuple[str, str, str] | None:
         if top not in TOPS | TEXT_TOPS:
             return None
         part = "text_encoder" if top in TEXT_TOPS else "unet"
-    return part, path if part == "unet" else _with_prefix(path), role
+    return part, path if part == "unet" else in_text(path), role
 
 
-def _with_prefix(path: str) -> str:
-    return f"text_model.{path.removeprefix('text_model.')}"
+def in_text(path: str) -> str:
+    """A path in a text encoder as published: transformers >= 5.6 drops its `text_model.`."""
+    bare = path.removeprefix("text_model.")
+    return bare if bare.startswith("text_projection") else f"text_model.{bare}"
+
+
+def names_xl(tensors: Iterable[str]) -> bool:
+    """Whether a LoRA's keys are spelt as those of SDXL are, by kohya."""
+    found = filter(None, map(KOHYA.fullmatch, tensors))
+    return any(m[1] == "te2" or renamed(m[2], FROM_XL) != m[2] for m in found)
 
 
 def unpack(tensors: dict[str, Tensor], peft: dict, file) -> Parts:

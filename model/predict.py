@@ -60,7 +60,8 @@ def text_context(text: TextEncoder, ids: Tensor, mask: Tensor | None) -> Callabl
     def ctx(m: Tensor | None) -> Tensor:
         times = 1 if m is None else len(m) // len(ids)
         for model in text.parts.values():
-            set_strength(model, m)
+            if hasattr(model, "lora_adapters"):  # a LoRA may adapt one of two
+                set_strength(model, m)
         return text.encode(ids.repeat(times, 1), None if mask is None else mask.repeat(times, 1))
 
     return ctx

@@ -87,6 +87,8 @@ class Schedule:
         known = {key: value for key, value in config.items() if value is not None}
         name = known.get("_class_name", "DDIMScheduler")
         _check(known)
+        if name.startswith(("EDM", "FlowMatch")):  # whose noise is no β schedule's
+            raise ValueError(f"scheduler config is of {name}; expected one of a DDPM's noise")
         if known.get("thresholding"):
             raise ValueError(
                 "scheduler config has thresholding=true, which is not supported for latents"

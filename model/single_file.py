@@ -33,6 +33,7 @@ NOT_NEEDED = re.compile(  # EMA, training losses, the schedule, heads that SD do
     r"model_ema\..+|(first_stage_model\.)?(loss|model_ema)\..+"
     r"|cond_stage_model\.([\w.]+\.)?(position_ids|attn_mask|logit_scale|text_projection(\.\w+)?)"
     r"|conditioner\.embedders\.\d\.([\w.]+\.)?(position_ids|attn_mask|logit_scale)"
+    r"|conditioner\.embedders\.0\.([\w.]+\.)?text_projection(\.\w+)?|denoiser\.sigmas"
     r"|\w*alphas_cumprod(_prev)?|betas|posterior_\w+|lvlb_weights|logvar|v_pred|ztsnr"
 )
 
@@ -77,7 +78,11 @@ def _read(path: Path, variant: str | None = None) -> Contents:
             f"--variant {variant} is for directories and the hub; for {path} it can only be `ema`"
         )
     if file.has(XL_TEXT) and not file.has(XL_TEXT_2):
-        raise ValueError(f"{path} is SDXL's refiner; expected a base model")
+        refiner = file.has(f"{XL_TEXT}model.") and not file.has(f"{XL_TEXT}model.visual.")
+        what = "SDXL's refiner" if refiner else f"no base model of SDXL, which has {XL_TEXT_2}*"
+        raise ValueError(f"{path} is {what}; expected a base model")
+    if edm := [key for key in file.shapes if key.startswith("edm_")]:
+        raise ValueError(f"{path} has {edm[0]}: it is of EDM's noise; expected a DDPM's")
     strange = [f"{UNET}joint_blocks.", f"{UNET}double_blocks.", *[LABEL] * file.has(TEXT)]
     for prefix in strange:
         if file.has(prefix):

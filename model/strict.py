@@ -53,8 +53,6 @@ def load_strict(
         for old, tensor in read_tensors(path, lambda key: rename(key) is not None):
             new = rename(old)
             keys = (new,) if isinstance(new, str) else new
-            if old.endswith("text_projection"):  # OpenCLIP's matrix, which is used as x P
-                tensor = tensor.T
             split = len(keys) > 1 and tensor.ndim > 0
             parts = [part.clone() for part in tensor.chunk(len(keys))] if split else [tensor]
             for key, part in zip(keys, parts):
@@ -62,6 +60,8 @@ def load_strict(
                     raise ValueError(f"{path} has {old}, which the network of {source} does not")
                 if key in loaded:
                     raise ValueError(f"{path} has {old}, which is a duplicate")
+                if old.endswith("text_projection"):  # OpenCLIP's matrix, which is used as x P
+                    part = part.T
                 if CONVOLVED & set(old.split(".")) and part.shape == (*wanted[key], 1, 1):
                     part = part[:, :, 0, 0]  # the first VAEs had 1×1 convolutions as linears
                 if part.shape != wanted[key]:

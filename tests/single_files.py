@@ -172,7 +172,7 @@ def original(root: Path) -> dict[str, Tensor]:
                 "posterior_mean_coef2")  # fmt: skip
     extras = {name: torch.full((1000,), float("inf")) for name in schedule}
     extras |= {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(3)}
-    extras |= {"first_stage_model.loss.logvar": torch.zeros(())}
+    extras |= {"first_stage_model.loss.logvar": torch.zeros(()), "denoiser.sigmas": torch.ones(9)}
     if "text_encoder_2" not in told:
         extras |= {"cond_stage_model.transformer.text_projection.weight": torch.eye(3),
                    "cond_stage_model.logit_scale": torch.zeros(())}  # fmt: skip

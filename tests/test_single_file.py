@@ -432,6 +432,8 @@ def test_open_clips_matrix_of_three(roots, tmp_path):
 
 STRANGERS = {
     "conditioner.embedders.0.model.ln_final.bias": "is SDXL's refiner; expected a base model",
+    "conditioner.embedders.0.open_clip.model.ln_final.bias": "is no base model of SDXL",
+    "edm_vpred.sigma_max": "edm_vpred.sigma_max: it is of EDM's noise; expected a DDPM's",
     f"{UNET}label_emb.0.0.weight": "label_emb.*, which a base model of Stable Diffusion 1.x, 2.x",
     f"{UNET}joint_blocks.0.x.weight": "joint_blocks.*, which a base model of Stable Diffusion",
     "down_blocks.0.resnets.0.conv1.weight": "is a file in the diffusers layout",

@@ -20,9 +20,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 import evaluate
 import sample
 from model import lora_convert
-from model.lora import adapter_factors, attach, inject, lora_layers
-from model.lora_files import load_lora, read_lora, save_lora
-from model.lora_layouts import LAYOUTS, kohya_name, spelt
+from model.lora import Factors, adapter_factors, attach, inject, lora_layers
+from model.lora_files import load_lora, read_lora, save_lora, write_lora
+from model.lora_layouts import LAYOUTS, in_text, kohya_name, spelt
 from model.pipeline import Pipeline, load_pipeline
 from model.samplers import SAMPLERS
 from model.unet import UNet
@@ -205,6 +205,48 @@ def test_a_lora_of_another_family_is_named(tmp_path, sd1, xl, pairs, capsys):
         load_lora(path, unet=load_unet(xl))
 
 
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2"])
+def test_a_lora_of_one_text_encoder(tmp_path, xl, part):
+    """As kohya's trainer makes them: diffusers' answer, and pictures, also with guidance."""
+    _, text = adapted(xl)
+    factors = adapter_factors(text.parts[part])
+    if part == "text_encoder_2":  # OneTrainer's have this too
+        factors["text_projection"] = Factors(draw(3, 48), 0.1 * draw(40, 3, seed=1), 2.0)
+    parts = {part: {in_text(name): f for name, f in factors.items()}}
+    write_lora(path := tmp_path / "x.safetensors", parts, layout="kohya")
+    ours = load_text(xl)
+    assert load_lora(path, text=ours) == ({"xl": True} if part == "text_encoder_2" else {})
+    pipe = StableDiffusionXLPipeline.from_pretrained(xl)
+    pipe.load_lora_weights(path)
+    states, _, pooled, _ = pipe.encode_prompt(
+        "a lake", device="cpu", do_classifier_free_guidance=False
+    )
+    ctx = ours.context(["a lake"])
+    assert relative(ctx[:, :-1], states) < 1e-5 and relative(ctx[:, -1, :40], pooled) < 1e-5
+    assert relative(ctx, load_text(xl).context(["a lake"])) > 0.01
+    argv = ["generate", "--model", str(xl), "--lora", str(path), "--prompt", "a lake", "--num", "1"]
+    argv += ["--height", "32", "--width", "32", "--steps", "2", "--out", str(tmp_path / "out")]
+    assert sample.main(argv) == 0
+    merge = ["merge", "--model", str(xl), "--lora", str(path), str(tmp_path / "merged")]
+    assert lora_convert.main(merge) == 0
+    merged = load_text(tmp_path / "merged").context(["a lake"])
+    assert relative(merged, ctx) < 1e-5
+
+
+def test_kohyas_names_stay_what_they_were(tmp_path, xl):
+    """Of another tool's file with layers that SD 1 has as well."""
+    inject(unet := load_unet(xl), "conv", 2)
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    save_lora(one, unet=unet, layout="kohya", metadata={"xl": True})
+    save_file(load_file(one), one)  # no header
+    assert lora_convert.main(["convert", str(one), str(two), "--format", "kohya"]) == 0
+    assert load_file(two).keys() == load_file(one).keys()
+    both = tmp_path / "both.safetensors"
+    argv = ["concat", str(one), str(two), str(both), "--format", "kohya"]
+    assert lora_convert.main(argv) == 0
+    assert load_file(both).keys() == load_file(one).keys()
+
+
 # ---- trainings and edits -------------------------------------------------------------------------
 
 
@@ -364,6 +406,21 @@ def test_no_text_is_zeros_if_the_checkpoint_says_so(tmp_path, xl):
     assert load_text(root).empty_is_zero
 
 
+def test_a_prompt_is_as_long_as_the_longer_of_its_tokens(tmp_path, xl):
+    """To the second tokenizer, which pads with it, "!" is always a token of its own."""
+    root = Path(shutil.copytree(xl, tmp_path / "xl"))
+    for name in ("tokenizer", "tokenizer_2"):  # the first joins two of them
+        words = json.loads((root / name / "vocab.json").read_text())
+        words["!!</w>"] = words.pop("Ā</w>")  # of a byte that is not used here
+        (root / name / "vocab.json").write_text(json.dumps(words))
+        (root / name / "merges.txt").write_text("#version: 0.2\n! !</w>\n")
+    text = load_text(root)
+    one, two = (len(words("!! " * 40).input_ids) for words in (text.tokenizer, text.tokenizer_2))
+    assert one <= 77 < two
+    with pytest.warns(UserWarning, match=f"a prompt of {two} tokens is truncated to 77"):
+        text.tokenize(["!! " * 40])
+
+
 def test_what_is_missing_is_named(tmp_path, xl):
     for gone in (
         "text_encoder_2/config.json",
@@ -374,6 +431,9 @@ def test_what_is_missing_is_named(tmp_path, xl):
         (root / gone).unlink()
         with pytest.raises(FileNotFoundError, match=f"has no {gone}"):
             load_text(root)
+    shutil.rmtree(root / "text_encoder")
+    with pytest.raises(ValueError, match="as SDXL's refiner has none; expected a base model"):
+        load_text(root)
     path = root / "unet" / "config.json"
     told = json.loads(path.read_text())
     for change, words in {

@@ -299,6 +299,8 @@ def test_config_errors_name_what_came():
         ({"prediction_type": "flow"}, "flow"),
         ({"timestep_spacing": "karras"}, "karras"),
         ({"thresholding": True}, "thresholding"),
+        ({"_class_name": "EDMEulerScheduler", "sigma_data": 1.0}, "is of EDMEulerScheduler"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "expected one of a DDPM"),
         ({"variance_type": "learned"}, "learned"),
         ({"trained_betas": [0.01] * 500}, "500 trained_betas; expected 1000"),
     ]:
