@@ -219,7 +219,9 @@ class UNet(nn.Module):
         emb = timestep_embedding(t, *self.embed)  # (b, c) fp32
         temb = self.time_embedding(emb.to(x_t.dtype))  # (b, 4c)
         if self.is_xl:
-            ctx, pooled = ctx[:, :-1], ctx[:, -1, : self.added[0]]  # (b, l, d_ctx), (b, d_pooled)
+            pooled = ctx[:, -1, : self.added[0]]  # (b, d_pooled)
+            # a copy: for a slice, even of one row, torch's linear copies its weights
+            ctx = ctx[:, :-1].clone(memory_format=torch.contiguous_format)  # (b, l, d_ctx)
             temb = temb + self.add_embedding(torch.cat([pooled, self._sizes(x_t)], dim=1))
 
         x = self.conv_in(x_t)  # (b, c, h, w)
