@@ -421,6 +421,17 @@ def test_a_prompt_is_as_long_as_the_longer_of_its_tokens(tmp_path, xl):
         text.tokenize(["!! " * 40])
 
 
+def test_the_projections_of_a_context_do_not_copy_their_weights(xl):
+    """torch's linear does, for a slice: the strides have to be those of the shape."""
+    unet, strides = load_unet(xl), []
+    for name, layer in unet.named_modules():
+        if name.endswith("attn2.to_k"):
+            layer.register_forward_pre_hook(lambda _, args: strides.append(args[0].stride()))
+    for b in (1, 2):
+        unet(draw(b, 4, 8, 8), torch.tensor(5), draw(b, 78, 80))
+    assert len(strides) == 2 * 28 and {*strides} == {(77 * 80, 80, 1)}
+
+
 def test_what_is_missing_is_named(tmp_path, xl):
     for gone in (
         "text_encoder_2/config.json",
