@@ -36,8 +36,8 @@ WORDS = (
     r"down_blocks|mid_block|up_blocks|resnets|attentions|downsamplers|upsamplers"
     r"|transformer_blocks|attn1|attn2|to_q|to_k|to_v|to_out|ff|net|proj_in|proj_out|proj"
     r"|conv_shortcut|conv_in|conv_out|conv1|conv2|conv|time_emb_proj|time_embedding|add_embedding"
-    r"|linear_1|linear_2|text_projection|text_model|encoder|layers|self_attn|q_proj|k_proj|v_proj|out_proj"
-    r"|mlp|fc1|fc2|\d+"
+    r"|linear_1|linear_2|text_projection|text_model|encoder|layers|self_attn|q_proj|k_proj|v_proj"
+    r"|out_proj|mlp|fc1|fc2|\d+"
 )
 KOHYA_NAME = re.compile(rf"({WORDS})(?:_|$)")
 # first module of a path, in files whose keys do not name the part
