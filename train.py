@@ -37,11 +37,11 @@ from model.lora_layouts import LAYOUTS
 from model.memory import LEVELS, MIB, checkpoint_activations, peak_mib, phase, unless_full
 from model.objectives import OBJECTIVES, Draws, Knobs, Task
 from model.optim import eight_bit_adamw, step_if
-from model.pipeline import DTYPES, autoencoder, loaded, pick_device, pick_dtype
+from model.pipeline import DTYPES, loaded, pick_device, pick_dtype
 from model.predict import predictor
 from model.schedule import Schedule
 from model.weighting import in_and_out, pair_loss, prior_loss
-from model.weights import bare_unet, load_scheduler_config, load_unet
+from model.weights import bare_unet, load_autoencoder, load_scheduler_config, load_unet
 from pairing.pairs import fingerprint, image_hashes
 from report import write_report
 from runs import Run
@@ -190,7 +190,7 @@ def run_phases(
 
     # ---- 3. latents: encode every image once; the VAE then waits in host memory for the samples
     with phase("latents", device, run.log):
-        vae = autoencoder(base, cfg.vae_path, bare.is_xl, **files)
+        vae = load_autoencoder(base, cfg.vae_path, bare.is_xl, **files)
         print(f"autoencoder   {loaded(vae, cfg.vae_path or base)}")
         if cfg.resolution % vae.downscale:
             raise ValueError(f"--resolution must be a multiple of {vae.downscale} for this VAE")

@@ -30,12 +30,11 @@ from model.objectives import Predict
 from model.predict import Context, asking, guided_predictor, no_text, predictor, text_context
 from model.samplers import SAMPLERS, noise_like
 from model.schedule import Schedule
-from model.single_file import SCALE, XL_SCALE
 from model.text import TextEncoder
 from model.tiles import Tiles, through
 from model.unet import UNet
 from model.vae import VAE
-from model.weights import load_scheduler_config, load_text, load_unet, load_vae
+from model.weights import load_autoencoder, load_scheduler_config, load_text, load_unet
 
 DTYPES = {
     "no": torch.float32,
@@ -84,23 +83,6 @@ def loaded(model: nn.Module, source: str) -> str:
     """A description of a loaded model, for a line of output."""
     count, one = sum(p.numel() for p in model.parameters()), next(model.parameters())
     return f"{count:,} weights in {str(one.dtype).removeprefix('torch.')}, {source}, {one.device}"
-
-
-def autoencoder(base: str, vae_path: str | None, xl: bool, **files) -> VAE:
-    """The base's autoencoder, `files` saying which, or that of --vae_path. `xl`: the base is SDXL.
-
-    Warns if it scales its latents otherwise than the base's family.
-    """
-    if not vae_path:
-        return load_vae(base, **files)
-    vae = load_vae(vae_path, device=files["device"], xl=xl)
-    if vae.scaling_factor != (usual := XL_SCALE if xl else SCALE):
-        warnings.warn(
-            f"--vae_path {vae_path} scales latents by {vae.scaling_factor:g}, which for {base} is "
-            f"usually {usual:g}: is it of another family?",
-            stacklevel=2,
-        )
-    return vae
 
 
 # ---- latents -------------------------------------------------------------------------------------
@@ -293,7 +275,7 @@ def load_pipeline(
         text = load_text(base, **files, tokenizer=tokenizer)
     unet = load_unet(base, **files, dtype=dtype)
     with _named(vae_told and bool(vae_path), "--vae_path"):
-        vae = autoencoder(base, vae_path, unet.is_xl, **files)
+        vae = load_autoencoder(base, vae_path, unet.is_xl, **files)
     quick_convs(unet)
     device = torch.device(device)
     on_cuda = device.type == "cuda"

@@ -14,14 +14,15 @@ imported from here too. The command line for LoRA files (convert, concat, merge)
 """
 
 import runpy
+import warnings
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from model.files import locate_component, read_json, single_file, weight_files
+from model.files import locate, locate_component, read_json, single_file, weight_files
 from model.lora_files import load_lora, save_lora
-from model.single_file import Part, renamer, unet_part, vae_part
+from model.single_file import SCALE, XL_SCALE, Part, renamer, unet_part, vae_part
 from model.single_file import scheduler_config as single_file_scheduler
 from model.strict import OLD_ATTENTION, REST, build, check_kinds, load_strict
 from model.text_weights import load_text, load_tokenizer
@@ -130,6 +131,29 @@ def load_vae(
         return _load_part(VAE, vae_part(path, variant, xl), path, dtype, device)
     module, files = _component(name_or_path, "vae", VAE, variant, revision)
     return load_strict(module, files, rename=_vae_key, dtype=dtype, device=device)
+
+
+def load_autoencoder(base: str, vae_path: str | None, xl: bool, **files) -> VAE:
+    """The base's autoencoder, `files` as for `load_vae`, or that of --vae_path. `xl`: the base is
+    SDXL.
+
+    Warns if it scales its latents otherwise than the base's own.
+    """
+    if not vae_path:
+        return load_vae(base, **files)
+    vae, own = load_vae(vae_path, device=files["device"], xl=xl), XL_SCALE if xl else SCALE
+    if not single_file(base):
+        config = locate(base, "vae/config.json", files["revision"])
+        own = (
+            vae.scaling_factor if config is None else read_json(config).get("scaling_factor", SCALE)
+        )
+    if vae.scaling_factor != own:
+        warnings.warn(
+            f"--vae_path {vae_path} scales latents by {vae.scaling_factor:g}, the autoencoder of "
+            f"{base} by {own}: is it of another family?",
+            stacklevel=2,
+        )
+    return vae
 
 
 def load_scheduler_config(

@@ -555,7 +555,9 @@ def test_a_signal_ends_with_a_checkpoint_and_a_summary(config, whole, number, co
 
 def test_a_signal_before_the_first_step_ends_at_once(config, monkeypatch):
     """Encoding may take hours: nothing is waited for, and nothing was begun."""
-    monkeypatch.setattr(train, "autoencoder", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(
+        train, "load_autoencoder", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
+    )
     code, lines = main(config)
     assert code == 143 and lines == ["train.py: stopped by SIGTERM"]
     assert not Path(config.output_dir).exists()

@@ -98,8 +98,7 @@ ARROWS = {
     "model.pipeline": [
         "model.cpu", "model.files", "model.fused", "model.graph", "model.lora_files",
         "model.objectives", "model.predict", "model.samplers", "model.schedule",
-        "model.single_file", "model.text", "model.tiles", "model.unet", "model.vae",
-        "model.weights",
+        "model.text", "model.tiles", "model.unet", "model.vae", "model.weights",
     ],
     "model.plan": ["model.lora", "model.memory", "model.objectives", "model.weighting"],
     "model.morph": [

@@ -6,6 +6,7 @@ test_sample.py, a training with a loop of diffusers and peft in test_train.py.
 
 import json
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -362,8 +363,12 @@ def test_an_autoencoder_of_its_own_is_scaled_for_the_base(tmp_path, sd1, xl, pai
     assert load_vae(file).scaling_factor == 0.18215
     for base, scale in ((xl, 0.13025), (sd1, 0.18215)):
         assert load_pipeline(str(base), vae_path=str(file)).vae.scaling_factor == scale
-    with pytest.warns(UserWarning, match="scales latents by 0.18215, which for .* usually 0.13025"):
+    with pytest.warns(UserWarning, match="scales latents by 0.18215, the .* by 0.13025: is it"):
         load_pipeline(str(xl), vae_path=str(sd1 / "vae"))
+    with warnings.catch_warnings():  # of the base that comes with the repository, 1.0
+        warnings.simplefilter("error")
+        scenes = str(Path(sample.__file__).parent / "scenes" / "base")
+        assert load_pipeline(scenes, vae_path=f"{scenes}/vae").vae.scaling_factor == 1
     cfg = small(xl, pairs, tmp_path / "run", vae_path=str(file), max_train_steps=1)
     one = losses(train(cfg))
     save_file(read_state(weights_file(xl, "vae")), tmp_path / "diffusion_pytorch_model.safetensors")
