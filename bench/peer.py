@@ -17,14 +17,7 @@ import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import (
-    AutoencoderKL,
-    AutoPipelineForImage2Image,
-    AutoPipelineForText2Image,
-    DDIMScheduler,
-    DDPMScheduler,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from peft import LoraConfig
 from PIL import Image
 from torch import Tensor, nn
@@ -49,22 +42,23 @@ class Text(nn.Module):
         super().__init__()
         kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
         there = {name: kind for name, kind in kinds.items() if Path(root, name).is_dir()}
-        self.models, self.ids = nn.ModuleList(), []
+        self.models = nn.ModuleList()
         for name, kind in there.items():
             self.models.append(kind.from_pretrained(root, subfolder=name, dtype=dtype))
             folder = name.replace("text_encoder", "tokenizer")
             words = CLIPTokenizer.from_pretrained(root, subfolder=folder)
             padded = words(["a square"] * b, padding="max_length", return_tensors="pt")
-            self.ids.append(padded.input_ids)
-        self.sizes = torch.tensor([[side, side, 0, 0, side, side]] * b, dtype=dtype)
+            self.register_buffer(f"ids_{len(self.models)}", padded.input_ids)
+        sizes = torch.tensor([[side, side, 0, 0, side, side]] * b, dtype=dtype)
+        self.register_buffer("sizes", sizes)
 
     def forward(self) -> dict:
-        ids = [some.to(self.models[0].device) for some in self.ids]
-        if len(ids) == 1:
-            return {"encoder_hidden_states": self.models[0](ids[0])[0]}
-        found = [model(some, output_hidden_states=True) for model, some in zip(self.models, ids)]
+        if len(self.models) == 1:
+            return {"encoder_hidden_states": self.models[0](self.ids_1)[0]}
+        both = zip(self.models, (self.ids_1, self.ids_2))
+        found = [model(ids, output_hidden_states=True) for model, ids in both]
         ctx = torch.cat([states.hidden_states[-2] for states in found], dim=-1)
-        added = {"text_embeds": found[1].text_embeds, "time_ids": self.sizes.to(ctx.device)}
+        added = {"text_embeds": found[1].text_embeds, "time_ids": self.sizes}
         return {"encoder_hidden_states": ctx, "added_cond_kwargs": added}
 
 
@@ -136,15 +130,15 @@ def encoding(job: dict, turns: Turns) -> None:
         vae.encode(pixels.to(job["device"])).latent_dist.mode() * vae.config.scaling_factor
 
 
-def pipeline(job: dict, kind: type) -> diffusers.DiffusionPipeline:
-    pipe = kind.from_pretrained(job["root"], torch_dtype=DTYPES[job["dtype"]])
+def pipeline(job: dict, kind: str) -> diffusers.DiffusionPipeline:
+    pipe = getattr(diffusers, kind).from_pretrained(job["root"], torch_dtype=DTYPES[job["dtype"]])
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(job["device"])
 
 
 def sampling(job: dict, turns: Turns) -> None:
-    pipe, side = pipeline(job, AutoPipelineForText2Image), job["resolution"]
+    pipe, side = pipeline(job, "AutoPipelineForText2Image"), job["resolution"]
     while True:
         turns()
         pipe("a square", num_inference_steps=30, guidance_scale=7.5, height=side, width=side)
@@ -152,7 +146,7 @@ def sampling(job: dict, turns: Turns) -> None:
 
 def editing(job: dict, turns: Turns) -> None:
     """img2img at strength 0.7 of 30 steps, without guidance, like ours."""
-    pipe, root = pipeline(job, AutoPipelineForImage2Image), Path(job["root"])
+    pipe, root = pipeline(job, "AutoPipelineForImage2Image"), Path(job["root"])
     pipe.load_lora_weights(str(root / "lora"), weight_name="pytorch_lora_weights.safetensors")
     image = Image.open(root / f"pairs-{job['resolution']}-1" / "before" / "0.png").convert("RGB")
     while True:

@@ -26,7 +26,7 @@ from model.files import is_local, lacks, locate, moved_note, read_json, single_f
 from model.lora import Factors, detach, merge
 from model.lora_algebra import concat, truncate
 from model.lora_files import apply_lora, contradiction, multiplier, read_lora, write_lora
-from model.lora_layouts import LAYOUTS, Parts, family, in_text
+from model.lora_layouts import LAYOUTS, XL, Parts, family, in_text
 from model.objectives import OBJECTIVES, PORTABLE
 from model.weights import load_text, load_unet
 
@@ -116,7 +116,8 @@ def run_concat(args: argparse.Namespace) -> None:
     if len(weights) != len(args.loras):
         raise ValueError(f"--weights has {len(weights)} numbers for {len(args.loras)} LoRAs")
     read = [read_lora(file, "LORA") for file in args.loras]
-    if len(kinds := {family(parts) for parts, _ in read} - {None}) > 1:
+    kinds = {XL if metadata.get("xl") else family(parts) for parts, metadata in read} - {None}
+    if len(kinds) > 1:
         raise ValueError(f"the LoRAs are of different bases: {' and '.join(sorted(kinds))}")
     first, *others = [metadata for _, metadata in read]
     agreed = {k: v for k, v in first.items() if all(o.get(k) == v for o in others)}

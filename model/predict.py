@@ -71,7 +71,8 @@ def no_text(empty: Context, is_zero: bool) -> Context:
     """The context for guidance without a text, from that of "" (`TextEncoder.empty_is_zero`)."""
     if not is_zero:
         return empty
-    return (lambda m: torch.zeros_like(empty(m))) if callable(empty) else torch.zeros_like(empty)
+    with torch.no_grad():
+        return torch.zeros_like(empty(None) if callable(empty) else empty)  # (b, l, d)
 
 
 def guided_predictor(

@@ -14,6 +14,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+# diffusers' schedulers whose noise is not that of betas: EDM (Karras et al. 2022) and flow matching
+OTHER_NOISE = ("EDM", "FlowMatch", "CosineDPM", "KarrasVe", "ScoreSde", "CMStochastic")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "linspace", "trailing")
 
@@ -87,7 +89,7 @@ class Schedule:
         known = {key: value for key, value in config.items() if value is not None}
         name = known.get("_class_name", "DDIMScheduler")
         _check(known)
-        if name.startswith(("EDM", "FlowMatch")):  # whose noise is no β schedule's
+        if str(name).startswith(OTHER_NOISE) or known.get("use_flow_sigmas"):
             raise ValueError(f"scheduler config is of {name}; expected one of a DDPM's noise")
         if known.get("thresholding"):
             raise ValueError(

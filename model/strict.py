@@ -60,17 +60,17 @@ def load_strict(
                     raise ValueError(f"{path} has {old}, which the network of {source} does not")
                 if key in loaded:
                     raise ValueError(f"{path} has {old}, which is a duplicate")
-                if old.endswith("text_projection"):  # OpenCLIP's matrix, which is used as x P
-                    part = part.T
-                if CONVOLVED & set(old.split(".")) and part.shape == (*wanted[key], 1, 1):
+                flipped = old.endswith("text_projection")  # OpenCLIP's matrix P, used as x P
+                shape = wanted[key][::-1] if flipped else wanted[key]
+                if CONVOLVED & set(old.split(".")) and part.shape == (*shape, 1, 1):
                     part = part[:, :, 0, 0]  # the first VAEs had 1×1 convolutions as linears
-                if part.shape != wanted[key]:
+                if part.shape != shape:
                     raise ValueError(
                         f"{path} has {old} with shape {tuple(tensor.shape)}; "
-                        f"{source} requires {tuple(wanted[key])}"
+                        f"{source} requires {tuple(shape)}"
                         + (f" {len(keys)} times" if len(keys) > 1 else "")
                     )
-                loaded[key] = _finite(part, dtype, path, old).to(device)
+                loaded[key] = _finite(part.T if flipped else part, dtype, path, old).to(device)
     missing = [key for key in wanted if key not in loaded]
     if missing:
         where = files[0] if len(files) == 1 else f"{files[0].parent} ({len(files)} files)"

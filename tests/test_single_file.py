@@ -430,6 +430,16 @@ def test_open_clips_matrix_of_three(roots, tmp_path):
         assert f"{file} has {key} with shape (" in sentence or f"{file} lacks {key}" in sentence
 
 
+def test_a_text_projection_of_another_shape(roots, tmp_path):
+    """The shapes are said as they lie in the file: OpenCLIP's matrix is ours transposed."""
+    state, file = original(roots["xl"]), tmp_path / "x.safetensors"
+    key = f"{single_file.XL_TEXT_2}model.text_projection"
+    write_single(file, state | {key: state[key][:-1]})
+    assert refusal(load_text, file).startswith(
+        f"{file} has {key} with shape (47, 40); the rest of the file requires (48, 40)"
+    )
+
+
 STRANGERS = {
     "conditioner.embedders.0.model.ln_final.bias": "is SDXL's refiner; expected a base model",
     "conditioner.embedders.0.open_clip.model.ln_final.bias": "is no base model of SDXL",

@@ -301,6 +301,7 @@ def test_config_errors_name_what_came():
         ({"thresholding": True}, "thresholding"),
         ({"_class_name": "EDMEulerScheduler", "sigma_data": 1.0}, "is of EDMEulerScheduler"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "expected one of a DDPM"),
+        ({"use_flow_sigmas": True}, "expected one of a DDPM"),
         ({"variance_type": "learned"}, "learned"),
         ({"trained_betas": [0.01] * 500}, "500 trained_betas; expected 1000"),
     ]:
