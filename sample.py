@@ -40,6 +40,7 @@ from editing.flags import (
 from editing.framing import frame_of, scale_in_doubt
 from model.pipeline import Pipeline
 from model.samplers import SAMPLERS
+from model.unet import XL_SIDE
 from pairing.holes import cleared, filled, holes_of
 from pairing.images import (
     colour_profile,
@@ -72,7 +73,7 @@ def generate(args: argparse.Namespace) -> None:
     seeds = range(args.seed, args.seed + args.num)
     refuse_others(out, (*(f"{seed:05d}.png" for seed in seeds), "sheet.png"), MARK)
     pipe = open_pipeline(args)
-    f, usual = pipe.vae.downscale, 1024 if pipe.unet.is_xl else 512
+    f, usual = pipe.vae.downscale, XL_SIDE if pipe.unet.is_xl else 512
     size = args.height or usual, args.width or usual
     if any(side % f for side in size):
         raise ValueError(f"--height and --width must be multiples of {f} for this autoencoder")

@@ -16,6 +16,7 @@ from model.layers import (
     timestep_embedding,
 )
 
+XL_SIDE = 1024  # pixels, that SDXL was trained at (Podell et al. 2023, arXiv 2307.01952)
 KNOWN = {
     "in_channels": 4,
     "out_channels": 4,

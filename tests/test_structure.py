@@ -108,7 +108,7 @@ ARROWS = {
     ],
     "training.inputs": [
         "config", "data", "durable", "progress", "model.memory", "model.pipeline",
-        "model.vae", "pairing.holes", "pairing.images", "pairing.pairs",
+        "model.unet", "model.vae", "pairing.holes", "pairing.images", "pairing.pairs",
         "pairing.registration", "pairing.sequences", "training.latents",
     ],
     "editing.config": ["knobs", "model.objectives", "model.pipeline"],

@@ -19,6 +19,7 @@ from data import PairDataset
 from durable import save_image
 from model.memory import phase, unless_full
 from model.pipeline import DTYPES, load_pipeline, pick_dtype
+from model.unet import XL_SIDE
 from model.vae import VAE
 from pairing.holes import MUCH, black_alone
 from pairing.images import by, listed, load_image, to_image
@@ -37,8 +38,6 @@ from pairing.registration import MIN_SHIFT, find_shift
 from pairing.sequences import find_clips, find_sequences, is_clip
 from progress import no_bars
 from training.latents import Latents, cache_latents
-
-XL_SIDE = 1024  # pixels, that SDXL was trained at (Podell et al. 2023, arXiv 2307.01952)
 
 
 class Data(NamedTuple):
