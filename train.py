@@ -7,7 +7,6 @@ The big modules are loaded one after the other: text encoder, VAE, UNet. The fir
 table of contexts and a table of latents; the loop needs nothing else of them.
 """
 
-import json
 import os
 import signal
 import sys
@@ -24,53 +23,37 @@ import cli
 import config
 from config import TrainConfig
 from config_check import check, without_effect
-from data import PairDataset
-from durable import remove, save_image, write_aside
+from durable import remove, write_aside
 from hub import find_token, open_repository, publish
 from model.draws import draw
-from model.files import is_local, moved_note, weights_mark
+from model.files import weights_mark
 from model.frozen import freeze
 from model.graph import compile_blocks
 from model.lora import cast_together, keep_strength, lora_layers
-from model.lora_files import LORA_FILE, check_metadata, file_of, save_lora
+from model.lora_files import LORA_FILE, file_of, save_lora
 from model.lora_layouts import LAYOUTS
-from model.memory import LEVELS, MIB, checkpoint_activations, peak_mib, phase, unless_full
-from model.objectives import OBJECTIVES, Draws, Knobs, Task
-from model.optim import eight_bit_adamw, step_if
+from model.memory import LEVELS, MIB, checkpoint_activations, phase, unless_full
+from model.objectives import OBJECTIVES, Draws, Task
+from model.optim import step_if
 from model.pipeline import DTYPES, loaded, pick_device, pick_dtype
 from model.predict import predictor
-from model.schedule import Schedule
 from model.weighting import in_and_out, pair_loss, prior_loss
-from model.weights import bare_unet, load_autoencoder, load_scheduler_config, load_unet
-from pairing.pairs import fingerprint, image_hashes
+from model.weights import load_autoencoder, load_unet
 from report import write_report
 from runs import Run
-from training.adapting import Trained, adapt, prepare, rate, read_given
-from training.checkpoint import lora_metadata, save_state
+from training.adapting import Trained, adapt, rate
+from training.checkpoint import save_state
+from training.doubts import masks
 from training.fitting import Fitted, plan_step
-from training.inputs import (
-    Items,
-    Size,
-    class_images,
-    doubts,
-    encode_all,
-    find_data,
-    make_dataset,
-    make_gallery,
-    masks,
-    passed_over,
-    size_of,
-    some_places,
-)
+from training.gather import fingerprints, gather
+from training.inputs import Items, Size, encode_all
+from training.journal import Journal
 from training.latents import Batch, one_ahead
 from training.prompts import Prompts, load_prompts, prompts_of
 from training.ranks import NullRun, Ranks, launch_id
 from training.session import for_device, open_run, settings, summarized
 from training.stop import Stop, Stopped
-from training.tally import Pace, Tally, Trend, not_finite
-from training.watching import ValidationPairs, Watch
-
-LEAST_SCALE = 2**-14  # of the loss in fp16: reached after thirty overflows in a row
+from training.watching import Watch, look_at
 
 
 def train(cfg: TrainConfig, ranks: Ranks | None = None) -> Path:
@@ -122,101 +105,41 @@ def run_phases(
     precision = str(dtype).removeprefix("torch.")
     cfg = for_device(cfg, device, dtype, ranks.world)
     files = {"variant": cfg.variant, "revision": cfg.revision, "device": device}
-    name = config.objective_of(cfg)
-    knobs = Knobs(**{field: getattr(cfg, field) for field in Knobs._fields})
-    if note := moved_note(base):
-        print(note)
-    if cfg.revision is not None and is_local(base):
-        raise ValueError(f"--revision {cfg.revision} is for the hub; {base} is a local directory")
 
-    # ---- 1. data: checked before anything is loaded or written
-    given = read_given(cfg, run.checkpoint)  # --base_lora, --init_lora
-    pairs, held_out, shown = find_data(cfg)
-    held_out = some_places(held_out, 32)  # enough for a loss
-    if not ranks.leads:  # rank 0 evaluates for all
-        held_out, shown = [], []
-    for line in passed_over(cfg) if ranks.leads else ():
-        print(line)
-    if captions := [pair.caption for pair in pairs if pair.caption]:
-        print(f"captions      {len(captions)} of {len(pairs)} images, such as {captions[0][:60]!r}")
-    dataset = make_dataset(cfg, pairs)
-    schedule = Schedule.from_config(
-        load_scheduler_config(base, revision=cfg.revision, prediction_type=cfg.prediction_type)
-    ).to(device)
-    bare = bare_unet(base, variant=cfg.variant, revision=cfg.revision)
-    if bare.in_channels != 4:
-        raise ValueError(f"{base} has a UNet with {bare.in_channels} input channels, not 4")
-    task = Task(name, OBJECTIVES[name], schedule, knobs)
-    prepare(cfg, bare, given, task.objective)  # what does not fit fails here
-    if cfg.use_8bit_adam:
-        eight_bit_adamw()
-    with ranks.leader_first():  # generates missing images for all
-        class_pairs = class_images(cfg, device, run.log) if cfg.with_prior_preservation else []
-    # the class images are mostly generated by the base, at --resolution
-    whole = replace(cfg, native_scale=False)
-    classes = make_dataset(whole, class_pairs) if class_pairs else None
-    galleries = [make_gallery(cfg, some) if some else None for some in (held_out, shown)]
-    size = size_of(cfg, len(pairs), ranks.world)
-    if run.resume_step > size.steps:
-        raise ValueError(
-            f"--max_train_steps {size.steps} is less than the {run.resume_step} steps already done"
-        )
-    if run.resume_step == size.steps:
-        if run.differs:
-            raise ValueError(
-                f"--resume_changed: all {size.steps} steps are done, so nothing would be trained "
-                "with these changes; expected more --max_train_steps"
-            )
-        print(f"all {size.steps} steps are done: only the pictures and the result are made again")
-    draws = name if task.objective.generates else None
-    doubted = doubts(cfg, dataset, size, draws=draws, xl=bare.is_xl)
-    for sentence in doubted if ranks.leads else ():
-        warnings.warn(sentence, stacklevel=2)
-    pair_prompts, held_out_prompts = prompts_of(cfg, pairs), prompts_of(cfg, held_out)
-    states = 1 + len({pair.strength for pair in pairs})
-    about = {"prompts": {*pair_prompts}, "states": states, "resized": dataset.resized}
-    meta = lora_metadata(cfg, name, knobs, schedule, **about, xl=bare.is_xl)
-    check_metadata(json.loads(json.dumps(meta)), run.folder / LORA_FILE)  # it could not be read
+    # ---- 1. data: found and checked before anything is loaded or written
+    found = gather(cfg, run, ranks, device)
+    task, size, pairs = found.task, found.size, found.train.pairs
     if token is not None:  # fail before the training rather than at the upload
         open_repository(repository(cfg), token)
 
     # ---- 2. text: encode every prompt once; the encoder is then freed, unless it is trained
-    asked = cfg.validation_prompt
-    shown_prompts = [p if asked is None else asked for p in prompts_of(cfg, shown)]
-    prompt = cfg.instance_prompt if asked is None else asked  # for samples without pairs
+    sets = found.train, found.held_out, found.shown
+    own_prompts, held_out_prompts, shown_prompts = (prompts_of(cfg, some) for some in sets)
+    prompt = cfg.instance_prompt  # for samples without pairs
+    if cfg.validation_prompt is not None:
+        prompt, shown_prompts = cfg.validation_prompt, [cfg.validation_prompt] * len(shown_prompts)
     with phase("text", device, run.log):
         others = [*held_out_prompts, *shown_prompts, prompt, cfg.class_prompt or "", ""]
-        prompts = load_prompts(cfg, [*pair_prompts, *others], device, given)
+        prompts = load_prompts(cfg, [*own_prompts, *others], device, found.given)
 
     # ---- 3. latents: encode every image once; the VAE then waits in host memory for the samples
     with phase("latents", device, run.log):
-        vae = load_autoencoder(base, cfg.vae_path, bare.is_xl, **files)
+        vae = load_autoencoder(base, cfg.vae_path, found.xl, **files)
         print(f"autoencoder   {loaded(vae, cfg.vae_path or base)}")
-        if cfg.resolution % vae.downscale:
-            raise ValueError(f"--resolution must be a multiple of {vae.downscale} for this VAE")
-
         encode = partial(encode_all, cfg, vae, device)
         shared = {
             "place": cfg.latents_on,
             "share": (ranks.rank, ranks.world),
             "wait": ranks.barrier,
         }
-        latents, class_latents = encode(dataset, **shared), None
+        latents = encode(found.train, **shared)
         print(f"latents       {latents.rows}")
         if latents.masked:
             print(f"masks         {masks(cfg, pairs)}")
-        if classes is not None:
-            class_latents = encode(classes, **shared)
-        items = Items(pairs, dataset.views, latents, class_latents)
-
-        def look_at(gallery: PairDataset | None, prompts: list[str], *, images: bool):
-            if gallery is None:
-                return ValidationPairs([], [], None, [])
-            kept = [gallery[i] for i in range(len(gallery))] if images else []
-            return ValidationPairs(gallery.pairs, kept, encode(gallery).mean, prompts)
-
-        held_out = look_at(galleries[0], held_out_prompts, images=False)
-        shown = look_at(galleries[1], shown_prompts, images=True)
+        class_latents = encode(found.classes, **shared) if found.classes else None
+        items = Items(pairs, own_prompts, found.train.views, latents, class_latents)
+        held_out = look_at(found.held_out, held_out_prompts, encode, images=False)
+        shown = look_at(found.shown, shown_prompts, encode, images=True)
         vae.to("cpu")
 
     # ---- 4. UNet: frozen, with a LoRA in fp32
@@ -225,7 +148,7 @@ def run_phases(
         print(f"UNet          {loaded(unet, base)}")
         if cfg.channels_last:  # before the LoRA weights become views of one flat buffer
             unet.to(memory_format=torch.channels_last)
-        trained = adapt(cfg, unet, prompts.text, given, task.objective, run.checkpoint)
+        trained = adapt(cfg, unet, prompts.text, found.given, task.objective, run.checkpoint)
         # identical initial weights on all ranks, even if their CPUs round differently
         ranks.broadcast(trained.flat.data)
         freeze(unet, int8=cfg.base_storage == "int8")
@@ -241,17 +164,11 @@ def run_phases(
             compile_blocks(unet)
     run.start(
         {
-            "objective": name,
+            "objective": task.name,
             "base": base,
             "precision": precision,
             "weights": weights_mark(base, cfg.variant),
-            "schedule": schedule.fingerprint(),
-            "data": fingerprint(pairs, dataset.hashes),
-            "images": image_hashes(pairs, dataset.hashes),
-            "held_out": galleries[0] and fingerprint(galleries[0].pairs, galleries[0].hashes),
-            "class_data": fingerprint(class_pairs) if class_pairs else None,
-            "base_lora": meta["base_lora"] and meta["base_lora"]["sha256"],
-            "init_lora": given.start_sha256,
+            **fingerprints(found),
             "trained_parameters": trained.flat.numel(),
             "processes": ranks.world,
             "launch": launch_id(),
@@ -259,49 +176,41 @@ def run_phases(
     )
     run.keep_newest(cfg.checkpoints_total_limit)
     print(
-        f"{name}: {len(pairs)} {'pairs' if paired else 'images'} x {dataset.views} views, "
+        f"{task.name}: {len(pairs)} {'pairs' if paired else 'images'} x {items.views} views, "
         f"{size.steps} steps of {size.total}, {trained.flat.numel():,} trained weights "
         f"(rank {cfg.lora_rank}, {len(trained.params) // 2} layers, float32) on {base} "
         f"({precision}, {device}"
         f"{f', {ranks.world} processes' if ranks.world > 1 else ''})"
     )
 
-    fade = meta["states"] == 2
-    watch = Watch(unet, vae, schedule, task.objective, knobs, prompts.of, cfg.seed, fade)
-
-    def judge(done: int) -> bool:
-        """Log the held-out loss. True, to tell it from an OOM's None."""
-        if held_out.pairs:
-            run.log("eval", step=done, **watch.held_out_loss(held_out))
-        return True
-
-    def show(done: int) -> bool:
-        """Write samples/STEP.png. True, as above."""
-        if cfg.num_validation_images:
-            label, how = f"step {done}", (prompt, latents.shape, cfg.num_validation_images)
-            sheet = watch.sheet(shown, label) if shown.pairs else watch.drawn(*how, label)
-            save_image(sheet, run.folder / "samples" / f"{done:06d}.png")
-        return True
-
+    watch = Watch(
+        unet,
+        vae,
+        task,
+        prompts.of,
+        cfg.seed,
+        fade=found.meta["states"] == 2,
+        held_out=held_out,
+        shown=shown,
+        prompt=prompt,
+        shape=latents.shape,
+        count=cfg.num_validation_images,
+    )
     write_lora = partial(save_lora, unet=unet, text=prompts.text)
 
     def save(folder: Path, done: int, since: dict) -> None:
-        """Write a checkpoint. `since`: what the loop has accumulated since it last logged."""
-        write_lora(folder / LORA_FILE, metadata={**meta, "steps": done})
+        """Write a checkpoint. `since`: what the journal has counted since it last logged."""
+        write_lora(folder / LORA_FILE, metadata={**found.meta, "steps": done})
         scaler = trained.scaler.state_dict()
         save_state(folder, trained.opt, {"step": done, "scaler": scaler, **since})
 
-    def draw_strengths() -> bool:
-        """Write strengths/."""
-        write_aside(run.folder / "strengths", partial(watch.strengths, shown))
-        return True
-
-    looks = {"held-out loss": judge, "samples": show}
-    loop(cfg, run, ranks, stop, task, items, prompts, trained, size, looks, save)
+    loop(cfg, run, ranks, stop, task, items, prompts, trained, size, watch, save)
     if ranks.leads:
-        write_result(cfg, run.folder, partial(write_lora, metadata={**meta, "steps": size.steps}))
+        write_result(
+            cfg, run.folder, partial(write_lora, metadata={**found.meta, "steps": size.steps})
+        )
         remove(run.folder / "strengths")  # of the run until it was resumed
-        if shown.pairs and unless_full(draw_strengths) is None:
+        if shown.pairs and unless_full(watch.write_strengths, run) is None:
             warnings.warn("out of memory: no pictures at several strengths", stacklevel=1)
 
 
@@ -318,7 +227,7 @@ def loop(
     prompts: Prompts,
     trained: Trained,
     size: Size,
-    looks: dict[str, Callable[[int], bool]],
+    watch: Watch,
     save: Callable[[Path, int, dict], None],
 ) -> None:
     """All remaining steps."""
@@ -327,9 +236,10 @@ def loop(
     n, first, steps, device = len(pairs), run.resume_step, size.steps, flat.device
     layers = list(lora_layers(unet).values())  # in `flat` a trained text encoder's follow these
     strength_of = torch.tensor([pair.strength for pair in pairs], device=device)  # (n,)
-    prompt_of = prompts.rows(prompts_of(cfg, pairs))  # (n,)
+    prompt_of = prompts.rows(items.prompts)  # (n,)
     class_context = prompts.of(cfg.class_prompt) if class_latents else None
-    recent = {}  # {step: (index, t)} drawn since the metrics were last read
+    since, how = trained.state, {"masked": latents.masked, "on_nan": cfg.on_nan}
+    journal = Journal(run, task, pairs, size, device, since, **how)
 
     def fetch(step: int) -> tuple[int, Batch, Batch | None]:
         """The draws of a step and their latents, on the device."""
@@ -343,7 +253,7 @@ def loop(
             num_steps=task.schedule.num_steps,
             class_images=len(class_latents) if class_latents else 0,
         )
-        recent[step + 1] = pick.index, pick.t
+        journal.draw(step + 1, pick)
         pick = ranks.share(pick)
         own = latents.batch(pick)
         if prompts.many:
@@ -384,8 +294,6 @@ def loop(
         return found
 
     compute = Fitted(add_gradient, flat, size.mine, size.micro, graph=cfg.cuda_graph)
-    tally, logged = Tally(device, trained.state.get("tally")), trained.state.get("logged", 0)
-    pace, trend = Pace(task.name, first, steps), Trend()
     stop.waits = True
     for step, own, other in one_ahead(fetch, range(first, steps), device):
         done = step + 1
@@ -398,63 +306,32 @@ def loop(
         ok = found[0].isfinite() & (grad_norm.isfinite() | scaler.is_enabled())  # ()
         step_if(ok, opt, scaler)
         flat.grad.zero_()  # in place: the layers' gradients are views of this buffer
-        tally.add(ok, found, done)
+        journal.add(done, ok, found)
 
         # ---- the weights do not change below: logging, samples, checkpoints
-        pace.bar.update()
         saving = due(done, cfg.checkpointing_steps, steps)
         showing = due(done, size.show_every, steps)
         logging = saving or showing or due(done, cfg.log_every, steps)
         asked = ranks.delayed_maximum(stop.asked or 0)
         if not (logging or asked):
             continue
-        means, skipped, bad = tally.read()  # the only place where the loop waits for the device
-        if scaler.is_enabled() and scaler.get_scale() < LEAST_SCALE:
-            raise FloatingPointError(
-                f"the gradient overflows in fp16 at any loss scale, by step {done} of "
-                f"{run.folder}; --mixed_precision bf16 or no has the range"
-            )
-        if bad:
-            sentence = not_finite(f"step {bad} of {run.folder}", recent[bad], pairs, task)
-            if cfg.on_nan == "stop":
-                raise FloatingPointError(f"{sentence}; --on_nan skip skips such steps")
-            warnings.warn(f"{sentence}: skipped, {skipped} in total so far", stacklevel=1)
+        journal.read(done, scaler)  # the only place where the loop waits for the device
         if logging:
-            step_ms = pace.step_ms(done - max(logged, first))
-            if factor := trend.add(means[0], (done - logged) * size.total):
-                warnings.warn(
-                    f"the loss by step {done}, {means[0]:.3g}, is {factor:.1f} times the initial "
-                    "one: training diverges; try a lower --learning_rate",
-                    stacklevel=1,
-                )
-            numbers = {"loss": means[0], "lr": lr, "grad_norm": grad_norm.item()}
-            if latents.masked:
-                numbers |= zip(("loss_inside", "loss_outside", "mask_coverage"), means[1:])
-            numbers |= {"skipped": skipped} if cfg.on_nan == "skip" else {}
-            peak = round(peak_mib(device), 1)
-            run.log("train", step=done, **numbers, step_ms=round(step_ms, 2), peak_mib=peak)
-            pace.say(done, logged, means[0], lr, step_ms)
-            tally.clear()
-            logged = done
-        recent = {ahead: drawn for ahead, drawn in recent.items() if ahead > done}
+            journal.log(done, lr, grad_norm)
         # before the checkpoint, so that a run resumed from it has the samples up to this step
-        for what, look in looks.items() if showing and ranks.leads else ():
-            if unless_full(look, done) is None:
-                compute.release()
-                if unless_full(look, done) is None:
-                    warnings.warn(f"out of memory: no {what} at step {done}", stacklevel=1)
+        if showing and ranks.leads:
+            watch.look(done, run, compute.release)
         stopping = ranks.delayed_maximum(stop.asked or 0)  # read once: a signal may come
         if saving or stopping:
-            since = {"logged": logged, "tally": tally.sums.tolist()}
-            write = partial(save, since=since)
+            write = partial(save, since=journal.since())
             saved = run.save_checkpoint(done, write, cfg.checkpoints_total_limit)
         if saving or showing or stopping:
             ranks.barrier()
         if stopping:
             raise Stopped(stopping, f"stopped after step {done} of {steps}: resume from {saved}")
-        pace.restart()
+        journal.pace.restart()
     stop.waits = False
-    pace.bar.close()
+    journal.pace.bar.close()
 
 
 def due(done: int, every: int, last: int) -> bool:

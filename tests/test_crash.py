@@ -34,7 +34,7 @@ from model.memory import out_of_memory
 from model.optim import adamw, step_if
 from runs import Run
 from tests.small import small
-from training import prompts, tally
+from training import journal, prompts
 from training.stop import Stop, Stopped
 
 ROOT = Path(__file__).parents[1]
@@ -968,9 +968,9 @@ def test_the_time_of_a_step_is_of_those_since_the_start(config, monkeypatch):
     cfg = replace(config, log_every=100, checkpointing_steps=3, max_train_steps=6)
     folder, counts = train.train(cfg), []
     shutil.rmtree(folder / "checkpoint-6")
-    usual = tally.Pace.step_ms
+    usual = journal.Pace.step_ms
     monkeypatch.setattr(
-        tally.Pace, "step_ms", lambda pace, count: (counts.append(count), usual(pace, count))[1]
+        journal.Pace, "step_ms", lambda pace, count: (counts.append(count), usual(pace, count))[1]
     )
     state = folder / "checkpoint-3" / "state.json"
     state.write_text(json.dumps({**json.loads(state.read_text()), "logged": 1}))

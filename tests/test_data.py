@@ -40,7 +40,8 @@ from pairing.pairs import (
 from pairing.registration import find_shift
 from pairing.sequences import find_clips, find_sequences
 from tests.pairs import write_pairs
-from training.inputs import find_data, passed_over
+from training.doubts import passed_over
+from training.inputs import find_data
 
 
 def picture(seed=0, size=(32, 32)):

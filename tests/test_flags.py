@@ -39,7 +39,7 @@ from tests.checkpoints import make_checkpoint, to_variant, weights_file
 from tests.hub_server import Hub
 from tests.pairs import write_pairs
 from tests.small import small
-from training import inputs, latents, tally
+from training import doubts, journal, latents
 
 ROOT = Path(__file__).parents[1]
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
@@ -782,9 +782,9 @@ def steps_of(lab, patch, **flags) -> int:
             raise Stopped(total)
         return tqdm(total=total, **more)
 
-    tqdm = tally.tqdm
+    tqdm = journal.tqdm
     with patch.context() as inner, pytest.raises(Stopped) as stop:
-        inner.setattr(tally, "tqdm", bar)
+        inner.setattr(journal, "tqdm", bar)
         lab.fresh(**flags)
     return stop.value.args[0]
 
@@ -1618,7 +1618,7 @@ def test_images_that_are_not_shown_are_told(lab):
     """Of more --validation_images than --num_validation_images."""
     files = tuple(str(lab.pairs / "before" / f"{i}.png") for i in range(3))
     cfg = lab.config(validation_images=files, num_validation_images=2)
-    assert [*inputs.passed_over(cfg)] == [
+    assert [*doubts.passed_over(cfg)] == [
         "--num_validation_images 2: of 3 --validation_images the first are shown"
     ]
-    assert not [*inputs.passed_over(replace(cfg, num_validation_images=0))]
+    assert not [*doubts.passed_over(replace(cfg, num_validation_images=0))]

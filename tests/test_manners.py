@@ -15,7 +15,7 @@ from model.weights import load_unet
 from progress import no_bars
 from tests.pairs import write_pairs
 from tests.test_structure import SOURCES
-from training import tally
+from training import journal
 
 
 class Terminal(io.StringIO):
@@ -58,7 +58,7 @@ def test_time_left_is_by_the_mean_of_this_start(cfg, monkeypatch, capsys):
     train.train(replace(cfg, max_train_steps=2))
     capsys.readouterr()
     clock = iter(range(0, 10**6, 100))  # each look at the clock is 100 s later
-    monkeypatch.setattr(tally.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(journal.time, "perf_counter", lambda: float(next(clock)))
     train.train(replace(cfg, max_train_steps=6, resume_from_checkpoint="latest"))
     took = re.findall(r"^step (\d)/6 .* (\S+) left$", capsys.readouterr().out, re.M)
     assert [step for step, _ in took] == ["3", "4", "5", "6"]

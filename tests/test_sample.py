@@ -21,7 +21,7 @@ import sample
 from editing import edits
 from editing.config import EditConfig
 from model.lora import inject, lora_layers
-from model.objectives import OBJECTIVES, Knobs
+from model.objectives import OBJECTIVES, Knobs, Task
 from model.pipeline import decode, load_pipeline
 from model.predict import exaggerated, guided_predictor, predictor
 from model.samplers import SAMPLERS, ddim
@@ -261,10 +261,15 @@ def test_an_objective_is_used_as_it_works_best_unless_told_otherwise(
     told, seen = [], torch.randn(1, pipe.unet.in_channels, 8, 8)
     spied = OBJECTIVES[objective]._replace(edit=spy)
     context = torch.randn(1, 5, 32)
-    watch = Watch(pipe.unet, pipe.vae, pipe.schedule, spied, Knobs(), lambda _: context, 0, True)
     pixels = torch.zeros(3, 8 * pipe.vae.downscale, 8 * pipe.vae.downscale)
+    watch = Watch(
+        pipe.unet, pipe.vae, Task(objective, spied, pipe.schedule, Knobs()), lambda _: context, 0,
+        fade=True, held_out=ValidationPairs([], [], None, []),
+        shown=ValidationPairs([None], [{"before": pixels}], z[:, None], [""]),
+        prompt="", shape=(), count=1,
+    )  # fmt: skip
     with torch.no_grad():
-        watch.edited(ValidationPairs([None], [{"before": pixels}], z[:, None], [""]), 0, [1.0])
+        watch.edited(0, [1.0])
     assert told == [0]
 
 

@@ -92,7 +92,6 @@ ARROWS = {
         "model.lora_files", "model.lora_layouts", "model.objectives", "model.weights",
     ],
     "model.weighting": ["model.objectives"],
-    "training.tally": ["progress", "model.objectives", "pairing.images", "pairing.pairs"],
     "model.tiles": ["model.objectives"],
     "model.predict": ["model.lora", "model.objectives", "model.text", "model.unet"],
     "model.pipeline": [
@@ -107,9 +106,20 @@ ARROWS = {
         "model.schedule",
     ],
     "training.inputs": [
-        "config", "data", "durable", "progress", "model.memory", "model.pipeline",
-        "model.unet", "model.vae", "pairing.holes", "pairing.images", "pairing.pairs",
-        "pairing.registration", "pairing.sequences", "training.latents",
+        "config", "data", "model.memory", "model.vae", "pairing.images", "pairing.pairs",
+        "pairing.sequences", "training.latents",
+    ],
+    "training.doubts": [
+        "config", "data", "model.unet", "pairing.holes", "pairing.images", "pairing.pairs",
+        "pairing.registration", "pairing.sequences", "training.inputs",
+    ],
+    "training.class_images": [
+        "config", "durable", "progress", "model.memory", "model.pipeline", "pairing.images",
+        "pairing.pairs",
+    ],
+    "training.journal": [
+        "progress", "runs", "model.draws", "model.memory", "model.objectives", "pairing.images",
+        "pairing.pairs", "training.inputs", "training.ranks",
     ],
     "editing.config": ["knobs", "model.objectives", "model.pipeline"],
     "editing.framing": [
@@ -131,7 +141,7 @@ ARROWS = {
     ],
     "training.checkpoint": [
         "config", "durable", "model.files", "model.lora", "model.lora_files",
-        "model.objectives", "model.schedule",
+        "model.objectives",
     ],
     "training.adapting": [
         "config", "durable", "model.draws", "model.lora", "model.lora_algebra",
@@ -139,13 +149,19 @@ ARROWS = {
         "model.unet", "training.checkpoint",
     ],
     "training.prompts": [
-        "config", "model.draws", "model.lora", "model.lora_files", "model.pipeline",
-        "model.predict", "model.text", "model.weights", "pairing.pairs", "training.adapting",
+        "config", "data", "model.draws", "model.lora", "model.lora_files", "model.pipeline",
+        "model.predict", "model.text", "model.weights", "training.adapting",
         "training.latents", "training.rows",
     ],
     "training.session": [
         "config", "durable", "runs", "model.fused", "model.memory", "model.pipeline",
         "training.ranks", "training.trackers",
+    ],
+    "training.gather": [
+        "config", "data", "runs", "model.files", "model.objectives", "model.schedule",
+        "model.weights", "pairing.pairs", "training.adapting", "training.checkpoint",
+        "training.class_images", "training.doubts", "training.inputs", "training.prompts",
+        "training.ranks", "training.session",
     ],
     "reporting.hub_card": ["model.files", "model.lora_files", "model.objectives", "reporting.md"],
     "hub": [
@@ -153,9 +169,9 @@ ARROWS = {
         "model.lora_layouts", "reporting.hub_card",
     ],
     "training.watching": [
-        "data", "durable", "model.detail", "model.draws", "model.objectives", "model.pipeline",
-        "model.predict", "model.schedule", "model.unet", "model.vae", "pairing.images",
-        "pairing.pairs",
+        "data", "durable", "runs", "model.detail", "model.draws", "model.memory",
+        "model.objectives", "model.pipeline", "model.predict", "model.unet", "model.vae",
+        "pairing.images", "pairing.pairs", "training.latents",
     ],
     "training.fitting": [
         "config", "model.graph", "model.memory", "model.objectives", "model.plan",
@@ -259,7 +275,8 @@ def test_the_arrows_have_no_circle():
 
 def test_only_roots_import_the_config():
     """Library code takes plain arguments; the others are parts of train."""
-    parts = {"inputs", "checkpoint", "adapting", "prompts", "fitting", "session"}
+    parts = {"inputs", "doubts", "class_images", "gather", "checkpoint", "adapting", "prompts",
+             "fitting", "session"}  # fmt: skip
     parts = {f"training.{name}" for name in parts}
     assert {name for name in LIBRARY if "config" in siblings(name)} <= {
         *ROOTS, *parts, "cli", "config_check", "ablating.jobs",

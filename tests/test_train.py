@@ -30,7 +30,7 @@ from model.graph import WARM, Replayed, compile_blocks
 from model.lora import inject, lora_layers
 from model.lora_files import LORA_FILE, read_lora, save_lora
 from model.memory import LEVELS, flatten
-from model.objectives import OBJECTIVES
+from model.objectives import OBJECTIVES, Task
 from model.pipeline import Pipeline
 from model.schedule import Schedule
 from model.vae import VAE
@@ -43,17 +43,10 @@ from tests.small import losses, rows, small
 from train import train
 from training import adapting, fitting
 from training.adapting import rate
-from training.inputs import (
-    class_images,
-    doubts,
-    encode_all,
-    find_data,
-    make_dataset,
-    size_of,
-    some_places,
-    spread,
-)
-from training.tally import Tally, Trend
+from training.class_images import class_images
+from training.doubts import doubts
+from training.inputs import encode_all, find_data, make_dataset, size_of, some_places, spread
+from training.journal import Tally, Trend
 from training.watching import Watch
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -341,7 +334,10 @@ def test_an_autoencoder_that_does_not_fit_goes_back():
                 raise torch.OutOfMemoryError("CUDA out of memory")
 
     device = torch.device("meta")
-    watch = Watch(None, Full(), Schedule.from_config({}).to(device), None, None, None, 0, True)
+    watch = Watch(
+        None, Full(), Task("", None, Schedule.from_config({}).to(device), None), None, 0,
+        fade=True, held_out=None, shown=None, prompt="", shape=(), count=0,
+    )  # fmt: skip
     with pytest.raises(torch.OutOfMemoryError), watch.drawing():
         pass
     assert places == [device, "cpu"]
@@ -1098,9 +1094,9 @@ def test_a_validation_image_has_its_own_caption(config, tmp_path):
 def test_an_empty_validation_prompt_is_one(config, monkeypatch, asked, used):
     usual, seen = Watch.edited, []
 
-    def edited(self, shown, i, strengths):
-        seen.append(shown.prompts[i])
-        return usual(self, shown, i, strengths)
+    def edited(self, i, strengths):
+        seen.append(self.shown.prompts[i])
+        return usual(self, i, strengths)
 
     monkeypatch.setattr(Watch, "edited", edited)
     train(replace(config, validation_prompt=asked, num_validation_images=1, max_train_steps=1))

@@ -29,7 +29,7 @@ from model.lora_files import (
 )
 from model.memory import flatten
 from model.objectives import Objective
-from model.optim import adamw, learning_rate
+from model.optim import adamw, eight_bit_adamw, learning_rate
 from model.text import TextEncoder
 from model.unet import UNet
 from training.checkpoint import restore
@@ -92,6 +92,8 @@ def prepare(cfg: TrainConfig, unet: UNet, given: Given, objective: Objective) ->
     ValueError names a flag that does not fit, of the LoRA to be trained too; a UNet on the meta
     device is enough for that.
     """
+    if cfg.use_8bit_adam:
+        eight_bit_adamw()
     given.put_under(cfg, unet=unet)
     if objective.extra:
         unet.widen(4 + objective.extra - unet.in_channels)  # --base_lora may have widened it

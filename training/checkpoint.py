@@ -1,5 +1,6 @@
 """What a checkpoint holds besides its LoRA, and the metadata of a LoRA file."""
 
+import json
 import math
 import warnings
 from pathlib import Path
@@ -11,9 +12,8 @@ from config import TrainConfig
 from durable import write_json
 from model.files import is_local, read_json, read_tensors
 from model.lora import lora_layers
-from model.lora_files import LORA_FILE, companion_entry, read_lora
-from model.objectives import OBJECTIVES, Knobs
-from model.schedule import Schedule
+from model.lora_files import LORA_FILE, check_metadata, companion_entry, read_lora
+from model.objectives import Task
 
 
 def save_state(folder: Path, opt: torch.optim.Optimizer, state: dict) -> None:
@@ -85,22 +85,20 @@ def restore(checkpoint: Path, adapted: dict, opt: torch.optim.Optimizer, scaler)
 
 def lora_metadata(
     cfg: TrainConfig,
-    objective: str,
-    knobs: Knobs,
-    schedule: Schedule,
+    task: Task,
     *,
     prompts: set[str],
     states: int,
     resized: bool,
     xl: bool,
 ) -> dict:
-    """The metadata needed to use the LoRA.
+    """The metadata needed to use the LoRA. ValueError for what could not be read back.
 
     prompts: those of the training. resized: whether its images were resized to --resolution. xl:
     whether the base is SDXL.
     """
     base = cfg.pretrained_model_name_or_path
-    slope, offset = OBJECTIVES[objective].multiplier
+    slope, offset = task.objective.multiplier
     meaning = f"0 = before, 1 = after; LoRA multiplier = {slope:g} * strength + {offset:g}"
     kept = ("revision", "variant", "resolution", "native_scale", "background", "nodata",
             "tokenizer_max_length", "text_encoder_use_attention_mask")  # fmt: skip
@@ -108,8 +106,8 @@ def lora_metadata(
     def found(path: str | None) -> str | None:  # valid from any working directory
         return str(Path(path).resolve()) if path and is_local(path) else path
 
-    return {
-        "objective": objective,
+    meta = {
+        "objective": task.name,
         "multiplier": [slope, offset],
         "strength": meaning,
         "base_model": found(base),
@@ -120,11 +118,13 @@ def lora_metadata(
         "rank": cfg.lora_rank,
         "alpha": cfg.lora_alpha or cfg.lora_rank,
         "targets": cfg.lora_targets,
-        "prediction_type": schedule.prediction_type,
+        "prediction_type": task.schedule.prediction_type,
         "base_lora": cfg.base_lora and companion_entry(cfg.base_lora, cfg.base_lora_strength),
         **{key: getattr(cfg, key) for key in kept},
-        **knobs._asdict(),
+        **task.knobs._asdict(),
         "states": states,  # 2: before and after only
         "resized": resized,
         **({"xl": True} if xl else {}),
     }
+    check_metadata(json.loads(json.dumps(meta)), Path(cfg.output_dir, LORA_FILE))
+    return meta

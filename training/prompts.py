@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from config import TrainConfig
+from data import PairDataset
 from model.draws import seeded_for
 from model.lora import inject
 from model.lora_files import factors_for
@@ -19,7 +20,6 @@ from model.pipeline import loaded
 from model.predict import Context, no_text, text_context
 from model.text import TextEncoder
 from model.weights import load_text
-from pairing.pairs import Pair
 from training.adapting import Given
 from training.latents import send
 from training.rows import Rows, choose, make_rows
@@ -69,9 +69,9 @@ class Prompts:
         return torch.zeros(b, *self.contexts.shapes["ctx"], device=self.device)
 
 
-def prompts_of(cfg: TrainConfig, pairs: list[Pair]) -> list[str]:
-    """Each pair's caption, else --instance_prompt."""
-    return [pair.caption or cfg.instance_prompt for pair in pairs]
+def prompts_of(cfg: TrainConfig, dataset: PairDataset | None) -> list[str]:
+    """Each pair's caption, else --instance_prompt; none without a data set."""
+    return [pair.caption or cfg.instance_prompt for pair in (dataset.pairs if dataset else ())]
 
 
 def load_prompts(

@@ -108,6 +108,21 @@ def open_run(cfg: TrainConfig, ranks: Ranks) -> Run | NullRun:
     return run
 
 
+def check_length(run: Run | NullRun, steps: int) -> None:
+    """ValueError if a resumed run has taken more steps than it is to have, or would change none."""
+    if run.resume_step > steps:
+        raise ValueError(
+            f"--max_train_steps {steps} is less than the {run.resume_step} steps already done"
+        )
+    if run.resume_step == steps:
+        if run.differs:
+            raise ValueError(
+                f"--resume_changed: all {steps} steps are done, so nothing would be trained "
+                "with these changes; expected more --max_train_steps"
+            )
+        print(f"all {steps} steps are done: only the pictures and the result are made again")
+
+
 @contextmanager
 def settings(cfg: TrainConfig) -> Iterator[None]:
     """Apply --allow_tf32 and --deterministic; restores the previous settings on exit."""

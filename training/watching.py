@@ -1,5 +1,10 @@
-"""Validation during a run: sample images, and the loss on held-out pairs."""
+"""Validation during a run: sample images, and the loss on held-out pairs.
 
+look_at    a data set of such pairs -> ValidationPairs
+Watch      what is looked at during the run and at its end
+"""
+
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,17 +16,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from durable import write_json
+from data import PairDataset
+from durable import save_image, write_aside, write_json
 from model.detail import at_strengths
 from model.draws import seeded_for
-from model.objectives import Draws, How, Knobs, Objective
+from model.memory import unless_full
+from model.objectives import Draws, How, Task
 from model.pipeline import decode, generate_latents
 from model.predict import Context, exaggerated, guided_predictor, predictor
-from model.schedule import Schedule
 from model.unet import UNet
 from model.vae import VAE
 from pairing.images import contact_sheet, to_image
 from pairing.pairs import Pair
+from runs import Run
+from training.latents import Latents
 
 STRENGTHS = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25]  # for the report's slider
 
@@ -36,70 +44,118 @@ class ValidationPairs:
     prompts: list[str]
 
 
+def look_at(
+    dataset: PairDataset | None,
+    prompts: list[str],
+    encode: Callable[[PairDataset], Latents],
+    *,
+    images: bool,
+) -> ValidationPairs:
+    """All pairs of a data set, with their `images` or without; none without a data set."""
+    if dataset is None:
+        return ValidationPairs([], [], None, [])
+    kept = [dataset[i] for i in range(len(dataset))] if images else []
+    return ValidationPairs(dataset.pairs, kept, encode(dataset).mean, prompts)
+
+
 @dataclass(frozen=True)
 class Watch:
     unet: UNet
     vae: VAE  # in host memory except while sampling
-    schedule: Schedule
-    objective: Objective
-    knobs: Knobs
+    task: Task
     context_of: Callable[[str | None], Context]  # None: no text
     seed: int
     fade: bool  # how intermediate states are rendered: see `at_strengths`
+    held_out: ValidationPairs
+    shown: ValidationPairs
+    prompt: str  # for samples without pairs, of latents of this shape
+    shape: tuple[int, ...]  # (4, h, w)
+    count: int  # of samples
+
+    def look(self, done: int, run: Run, release: Callable[[], None]) -> None:
+        """After `done` steps: log the held-out loss, write samples/STEP.png.
+
+        On out-of-memory each is tried once more after `release`, then left out with a warning.
+        """
+        for what, look in (("held-out loss", self.judge), ("samples", self.show)):
+            if unless_full(look, done, run) is None:
+                release()
+                if unless_full(look, done, run) is None:
+                    warnings.warn(f"out of memory: no {what} at step {done}", stacklevel=2)
+
+    def judge(self, done: int, run: Run) -> bool:
+        """True, to tell it from an out-of-memory's None."""
+        if self.held_out.pairs:
+            run.log("eval", step=done, **self.held_out_loss())
+        return True
+
+    def show(self, done: int, run: Run) -> bool:
+        """True, as above."""
+        if self.count:
+            draw = self.sheet if self.shown.pairs else self.from_text
+            save_image(draw(f"step {done}"), run.folder / "samples" / f"{done:06d}.png")
+        return True
+
+    def write_strengths(self, run: Run) -> bool:
+        """Write strengths/, for report.html. True, as above."""
+        write_aside(run.folder / "strengths", self.strengths)
+        return True
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
         """The VAE on the device; eager, as the shapes differ from the training loop's."""
         try:
-            self.vae.to(self.schedule.alphas_cumprod.device)
+            self.vae.to(self.task.schedule.alphas_cumprod.device)
             with torch.no_grad(), torch.compiler.set_stance("force_eager"):
                 yield
         finally:  # also on out-of-memory
             self.vae.to("cpu")
 
-    def edited(self, shown: ValidationPairs, i: int, strengths: list[float]) -> list[Image.Image]:
+    def edited(self, i: int, strengths: list[float]) -> list[Image.Image]:
         """The i-th shown image with the change, at each strength."""
-        z = shown.z[i : i + 1, 0]  # (1, 4, h, w)
-        predict = predictor(self.unet, self.context_of(shown.prompts[i]))
-        guided = exaggerated(predict, self.objective.change_guidance)
+        _, objective, schedule, knobs = self.task
+        z = self.shown.z[i : i + 1, 0]  # (1, 4, h, w)
+        predict = predictor(self.unet, self.context_of(self.shown.prompts[i]))
+        guided = exaggerated(predict, objective.change_guidance)
 
         def edit(s: float) -> Tensor:
-            how = How(guided=guided, generator=seeded_for(self.seed, "pictures"), knobs=self.knobs)
-            s = torch.full((1,), s, device=z.device)
-            return self.objective.edit(predict, self.schedule, z, s, how)
+            how = How(guided=guided, generator=seeded_for(self.seed, "pictures"), knobs=knobs)
+            return objective.edit(predict, schedule, z, torch.full((1,), s, device=z.device), how)
 
-        pixels = ends(shown, i)[0][None]
+        pixels = ends(self.shown, i)[0][None]
         images = at_strengths(partial(decode, self.vae), pixels, z, strengths, edit, fade=self.fade)
         return [to_image(one) for (one,) in images]
 
-    def sheet(self, shown: ValidationPairs, column: str) -> Image.Image:
+    def sheet(self, label: str) -> Image.Image:
         """A contact sheet: before | generated | after."""
         rows = []
         with self.drawing():
-            for i in range(len(shown.pairs)):
-                first, *rest = map(to_image, ends(shown, i))
-                rows.append([first, *self.edited(shown, i, [1.0]), *rest])
-        names = [pair.name for pair in shown.pairs]
-        return contact_sheet(rows, ["before", column, "after"], names)
+            for i in range(len(self.shown.pairs)):
+                first, *rest = map(to_image, ends(self.shown, i))
+                rows.append([first, *self.edited(i, [1.0]), *rest])
+        names = [pair.name for pair in self.shown.pairs]
+        return contact_sheet(rows, ["before", label, "after"], names)
 
-    def drawn(self, prompt: str, shape: tuple, count: int, label: str) -> Image.Image:
-        """A sheet of `count` images from the prompt, for runs without pairs. shape: (4, h, w)."""
-        seeds = range(self.seed, self.seed + count)
+    def from_text(self, label: str) -> Image.Image:
+        """A sheet of images from the prompt, for runs without pairs."""
+        seeds = range(self.seed, self.seed + self.count)
         with self.drawing():
-            with_without = self.context_of(prompt), self.context_of(None)
+            with_without = self.context_of(self.prompt), self.context_of(None)
             predict = guided_predictor(self.unet, *with_without, 7.5)
-            z = [generate_latents(predict, self.schedule, shape, [seed]) for seed in seeds]
+            z = [
+                generate_latents(predict, self.task.schedule, self.shape, [seed]) for seed in seeds
+            ]
             images = [to_image(decode(self.vae, one)[0]) for one in z]
-        return contact_sheet([images], [str(seed) for seed in seeds], [f"{prompt}, {label}"])
+        return contact_sheet([images], [str(seed) for seed in seeds], [f"{self.prompt}, {label}"])
 
-    def strengths(self, shown: ValidationPairs, folder: Path) -> None:
-        """Write strengths/: the first three images at several strengths, for report.html."""
+    def strengths(self, folder: Path) -> None:
+        """The first three images at several strengths."""
         folder.mkdir()
         images = []
-        for i, pair in enumerate(shown.pairs[:3]):
-            files = dict(zip(("before", "after"), map(to_image, ends(shown, i))))
+        for i, pair in enumerate(self.shown.pairs[:3]):
+            files = dict(zip(("before", "after"), map(to_image, ends(self.shown, i))))
             with self.drawing():
-                at = self.edited(shown, i, STRENGTHS)
+                at = self.edited(i, STRENGTHS)
             files |= {f"{s:g}": image for s, image in zip(STRENGTHS, at)}
             for name, image in files.items():
                 image.save(folder / f"{i}-{name}.png")
@@ -109,10 +165,11 @@ class Watch:
 
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")
-    def held_out_loss(self, held_out: ValidationPairs) -> dict:
+    def held_out_loss(self) -> dict:
         """The loss on held-out pairs, with the same noise every time, in ten bins of timesteps."""
-        num_steps, by_t = self.schedule.num_steps, []
-        count = 10 if self.objective.by_t else 1
+        _, objective, schedule, knobs = self.task
+        held_out, num_steps, by_t = self.held_out, schedule.num_steps, []
+        count = 10 if objective.by_t else 1
         bins = num_steps * torch.arange(count + 1) // count
         rng = seeded_for(self.seed, "held out")
         for low, high in pairwise(bins.tolist()):
@@ -123,12 +180,10 @@ class Watch:
                 t = torch.randint(low, high, (1,), generator=rng).to(z.device)
                 predict = predictor(self.unet, self.context_of(prompt))
                 s, draws = z.new_tensor([pair.strength]), Draws(eps, t)
-                error = self.objective.loss(
-                    predict, self.schedule, z[0], z[-1], s, draws, self.knobs
-                )
+                error = objective.loss(predict, schedule, z[0], z[-1], s, draws, knobs)
                 errors.append(error.mean())
             by_t.append(torch.stack(errors).mean().item())
-        by_t_named = {"loss_by_t": by_t} if self.objective.by_t else {}
+        by_t_named = {"loss_by_t": by_t} if objective.by_t else {}
         return {"loss": sum(by_t) / len(by_t), "pairs": len(held_out.pairs), **by_t_named}
 
 

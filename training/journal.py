@@ -1,16 +1,103 @@
-"""What the loop counts and reports: sums on the device, time per step, a progress bar or lines."""
+"""What the loop notes of its steps and reports: one line of metrics.jsonl every few steps.
+
+Journal    the loop's own
+Tally      sums on the device, which are read only when they are reported
+Trend      whether the training diverges
+Pace       time per step and time left: a progress bar or lines
+"""
 
 import math
 import time
+import warnings
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from model.draws import Pick
+from model.memory import peak_mib
 from model.objectives import Task
 from pairing.images import listed
 from pairing.pairs import Pair
 from progress import no_bars
+from runs import Run
+from training.inputs import Size
+from training.ranks import NullRun
+
+LEAST_SCALE = 2**-14  # of the loss in fp16: reached after thirty overflows in a row
+
+
+class Journal:
+    """The loop's account of its steps. `state`: what `since` returned, on resuming."""
+
+    def __init__(
+        self,
+        run: Run | NullRun,
+        task: Task,
+        pairs: list[Pair],
+        size: Size,
+        device: torch.device,
+        state: dict,
+        *,
+        masked: bool,
+        on_nan: str,
+    ):
+        self.run, self.task, self.pairs, self.masked = run, task, pairs, masked
+        self.first, self.total, self.on_nan = run.resume_step, size.total, on_nan
+        self.tally, self.logged = Tally(device, state.get("tally")), state.get("logged", 0)
+        self.pace, self.trend = Pace(task.name, run.resume_step, size.steps), Trend()
+        self.drawn: dict[int, tuple[Tensor, Tensor]] = {}  # {step: (index, t)} since the last read
+
+    def draw(self, done: int, pick: Pick) -> None:
+        """Keep a step's draws, to name them if it goes wrong."""
+        self.drawn[done] = pick.index, pick.t
+
+    def add(self, done: int, ok: Tensor, found: Tensor) -> None:
+        """Count a step, without waiting for the device. ok: (), whether it was taken; found: (4,),
+        as in `Tally`."""
+        self.tally.add(ok, found, done)
+        self.pace.bar.update()
+
+    def read(self, done: int, scaler: torch.amp.GradScaler) -> None:
+        """Wait for the device and look at the steps so far. FloatingPointError for a loss or a
+        gradient that was not finite, unless --on_nan skip, which is a warning."""
+        self.means, self.skipped, bad = self.tally.read()
+        if scaler.is_enabled() and scaler.get_scale() < LEAST_SCALE:
+            raise FloatingPointError(
+                f"the gradient overflows in fp16 at any loss scale, by step {done} of "
+                f"{self.run.folder}; --mixed_precision bf16 or no has the range"
+            )
+        if bad:
+            where = f"step {bad} of {self.run.folder}"
+            sentence = not_finite(where, self.drawn[bad], self.pairs, self.task)
+            if self.on_nan == "stop":
+                raise FloatingPointError(f"{sentence}; --on_nan skip skips such steps")
+            warnings.warn(f"{sentence}: skipped, {self.skipped} in total so far", stacklevel=2)
+        self.drawn = {step: draws for step, draws in self.drawn.items() if step > done}
+
+    def log(self, done: int, lr: float, grad_norm: Tensor) -> None:
+        """Write what was read: since the last line the mean loss, the time per step."""
+        loss, *places = self.means
+        step_ms = self.pace.step_ms(done - max(self.logged, self.first))
+        if factor := self.trend.add(loss, (done - self.logged) * self.total):
+            warnings.warn(
+                f"the loss by step {done}, {loss:.3g}, is {factor:.1f} times the initial "
+                "one: training diverges; try a lower --learning_rate",
+                stacklevel=2,
+            )
+        numbers = {"loss": loss, "lr": lr, "grad_norm": grad_norm.item()}
+        if self.masked:
+            numbers |= zip(("loss_inside", "loss_outside", "mask_coverage"), places)
+        numbers |= {"skipped": self.skipped} if self.on_nan == "skip" else {}
+        peak = round(peak_mib(grad_norm.device), 1)
+        self.run.log("train", step=done, **numbers, step_ms=round(step_ms, 2), peak_mib=peak)
+        self.pace.say(done, self.logged, loss, lr, step_ms)
+        self.tally.clear()
+        self.logged = done
+
+    def since(self) -> dict:
+        """For a checkpoint: what has been counted since the last line."""
+        return {"logged": self.logged, "tally": self.tally.sums.tolist()}
 
 
 class Tally:

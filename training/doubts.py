@@ -1,0 +1,122 @@
+"""What a run says of its data and its settings before it trains: lines of output, warnings."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+
+from PIL import Image
+
+import config
+from config import TrainConfig
+from data import PairDataset
+from model.unet import XL_SIDE
+from pairing.holes import MUCH, black_alone
+from pairing.images import listed, to_image
+from pairing.pairs import SIDES, Pair, by_name, left_out, unmatched
+from pairing.registration import MIN_SHIFT, find_shift
+from pairing.sequences import is_clip
+from training.inputs import Size, spread
+
+
+def passed_over(cfg: TrainConfig) -> Iterator[str]:
+    """A line for each kind of file in the data folders that is not used."""
+    sides, times = (cfg.before_data_dir, cfg.after_data_dir), cfg.sequence_dirs or []
+    if cfg.allow_unmatched and all(sides) and (skipped := sum(map(len, unmatched(*sides)))):
+        yield f"--allow_unmatched: skipping {skipped} images without a partner"
+    if cfg.allow_unmatched and times:
+        states = Counter(name for folder in times for name in by_name(folder, "--sequence_dirs"))
+        if skipped := sum(n < len(times) for n in states.values()):
+            yield f"--allow_unmatched: skipping {skipped} places that lack a state"
+    given, most = len(cfg.validation_images or ()), cfg.num_validation_images
+    if given > most > 0:
+        yield f"--num_validation_images {most}: of {given} --validation_images the first are shown"
+    folders = [*zip(SIDES, sides), ("--mask_dir", cfg.mask_dir)]
+    folders += [("--sequence_dirs", folder) for folder in times]
+    folders += [("--frames_dir", cfg.frames_dir), ("--instance_data_dir", cfg.instance_data_dir)]
+    for flag, folder in folders:
+        others = left_out(folder, flag) if folder is not None else []
+        if flag == "--frames_dir":
+            others = [file for file in others if not is_clip(file, folder)]
+        if others:
+            yield f"{flag}: skipping {len(others)} files that are not images: {listed(others)}"
+
+
+def masks(cfg: TrainConfig, pairs: list[Pair]) -> str:
+    """How many masks there are, and what they do, for a line of output."""
+    files = sum("mask" in pair.files for pair in pairs)
+    rest = ", the others from their change" if cfg.mask_from_change and files < len(pairs) else ""
+    return (
+        f"{files} of {len(pairs)} pairs{rest}; outside a mask, the loss counts {cfg.mask_outside:g}"
+    )
+
+
+def doubts(
+    cfg: TrainConfig, dataset: PairDataset, size: Size, *, draws: str | None, xl: bool = False
+) -> Iterator[str]:
+    """A warning for each setting that is probably not intended. `draws`: the objective's name, if
+    it learns to generate detail; `xl`: whether the base is SDXL."""
+    n, small = len(dataset.pairs), dataset.smaller_than(cfg.resolution)
+    if 2 * small > n:
+        yield (
+            f"{small} of {n} images are smaller than --resolution {cfg.resolution}: they are "
+            "upscaled, and the LoRA learns their blur"
+        )
+    elif draws and dataset.enlarged:  # it generates the level of detail that it is trained on
+        yield (
+            f"--random_scale {cfg.random_scale:g} upscales {dataset.enlarged} of {n} images beyond "
+            f"native resolution: {draws} will generate equally blurred images"
+        )
+    if xl and cfg.resolution < 0.75 * XL_SIDE:
+        yield f"--resolution {cfg.resolution} is far below the {XL_SIDE} that SDXL was trained at"
+    if dataset.deterministic and cfg.views not in (1, TrainConfig.views):
+        yield (
+            f"--views {cfg.views} has no effect: each image is always cropped alike; --random_flip "
+            "or --random_scale make a difference"
+        )
+    if dataset.center_crop and dataset.coverage < 0.5:
+        yield (
+            f"--center_crop keeps only {dataset.coverage:.0%} of the images' pixels: without it, "
+            "--views of them are drawn at random"
+        )
+    elif dataset.native_scale and dataset.coverage < 1:
+        enough = math.ceil(dataset.views / dataset.coverage)
+        yield (
+            f"{dataset.views} crops per image cover only {dataset.coverage:.0%} of the pixels; "
+            f"--views {enough} would match the full area"
+        )
+    if config.is_pairs(cfg):
+        items = [dataset[i] for i in spread(range(n), 8)]
+        looked_at = [[to_image(item[side]) for side in ("before", "after")] for item in items]
+        yield from unregistered([item["name"] for item in items], looked_at)
+        if black := sum(black_alone(*sides) >= MUCH for sides in looked_at):
+            yield (
+                f"{black} of {len(items)} pairs are black in places in one image alone: if there "
+                "are no data, say so with --nodata 0, or the LoRA learns to draw it"
+            )
+    elif not cfg.instance_prompt and not all(pair.caption for pair in dataset.pairs):
+        yield "no --instance_prompt: images without a caption are learnt for the empty prompt"
+    more = cfg.num_class_images if cfg.with_prior_preservation else 0
+    if cfg.num_train_epochs and not cfg.max_train_steps and more > n:
+        yield (
+            f"--num_train_epochs {cfg.num_train_epochs:g} is {size.steps} steps: an epoch is every "
+            f"image once; for every class image as often, as in diffusers' script, give "
+            f"--max_train_steps {math.ceil(cfg.num_train_epochs * more / size.total)}"
+        )
+    if cfg.lr_scheduler != "constant" and cfg.lr_warmup_steps >= size.steps:
+        yield (
+            f"--lr_warmup_steps {cfg.lr_warmup_steps} does not end within {size.steps} steps: "
+            f"--learning_rate {cfg.learning_rate:g} is never reached"
+        )
+
+
+def unregistered(names: list[str], pairs: list[list[Image.Image]]) -> Iterator[str]:
+    """A warning if most of those pairs whose shift can be told are shifted."""
+    told = [(name, find_shift(*pair)) for name, pair in zip(names, pairs)]
+    known = [(name, shift) for name, shift in told if shift is not None]
+    moved = [(name, shift) for name, shift in known if max(map(abs, shift)) >= MIN_SHIFT]
+    if len(moved) >= 2 and 2 * len(moved) > len(known):
+        name, (x, y) = moved[0]
+        yield (
+            f"{len(moved)} of {len(known)} pairs seem to be shifted, {name} by ({x:+d}, {y:+d}) "
+            "pixels: the LoRA learns the shift too; check_data.py lists such pairs"
+        )
