@@ -19,9 +19,10 @@ from PIL import ImageChops
 import cli
 from durable import refuse_file, refuse_read_only, save_image
 from pairing.checking import TILE, Report, by_clip, by_folder, check
-from pairing.images import contact_sheet, listed
+from pairing.images import listed
 from pairing.pairs import by_name, left_out, refuse_among, refuse_missing
 from pairing.sequences import is_clip
+from pairing.sheet import contact_sheet
 
 
 def folders_of(args: argparse.Namespace) -> dict[str, tuple[str, Path]]:

@@ -44,16 +44,15 @@ from model.unet import XL_SIDE
 from pairing.holes import cleared, filled, holes_of
 from pairing.images import (
     colour_profile,
-    contact_sheet,
     further_pages,
     listed,
     load_image,
     place_on_map,
-    thumbnail,
     to_image,
     to_tensor,
 )
 from pairing.pairs import find_images, left_out, real_folders, refuse_among
+from pairing.sheet import contact_sheet, thumbnail
 from progress import no_bars
 
 SHEET = 64  # pictures, or rows of them, in a contact sheet

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from pairing.images import contact_sheet
+from pairing.sheet import contact_sheet
 from reporting import measures
 from reporting.judging import as_many
 from reporting.md import figure, plain

@@ -26,16 +26,9 @@ from model.objectives import OBJECTIVES
 from model.pipeline import Pipeline, encode, padded
 from model.predict import predictor
 from model.samplers import left_out
-from pairing.images import (
-    by,
-    colour_profile,
-    contact_sheet,
-    eight_bit,
-    load_image,
-    to_image,
-    to_tensor,
-)
+from pairing.images import by, colour_profile, eight_bit, load_image, to_image, to_tensor
 from pairing.registration import MAX_ASPECT, aspect_gap
+from pairing.sheet import contact_sheet
 from reporting.measures import mse, path, perceived, psnr, structure
 
 DEFAULTS = {

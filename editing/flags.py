@@ -11,7 +11,8 @@ from pathlib import Path
 from cli import add_fields, floats, report
 from durable import refuse_file, refuse_read_only
 from editing.config import FIELDS, MOST, EditConfig, prompt_of
-from model.files import first_line, is_local, moved_note
+from model.contents import first_line
+from model.files import is_local, moved_note
 from model.memory import out_of_memory
 from model.objectives import OBJECTIVES, PORTABLE
 from model.pipeline import Pipeline, load_pipeline, pick_device, pick_dtype

@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 
 from cli import Parser, floats, report
 from durable import refuse_file, write_aside, write_json
-from model.files import is_local, lacks, locate, moved_note, read_json, single_file
+from model.contents import read_json
+from model.files import is_local, lacks, locate, moved_note, single_file
 from model.lora import Factors, detach, merge
 from model.lora_algebra import concat, truncate
 from model.lora_files import apply_lora, contradiction, multiplier, read_lora, write_lora

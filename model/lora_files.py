@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import nn
 
 from durable import file_sha256
-from model.files import PICKLED, read_json, read_tensors
+from model.contents import PICKLED, read_json, read_tensors
 from model.lora import Factors, adapter_factors, attach, fix
 from model.lora_layouts import (
     SD,

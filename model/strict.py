@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from model.files import first_line, read_tensors
+from model.contents import first_line, read_tensors
 
 REST = "the rest of the file"  # source of a network's sizes in a single file
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

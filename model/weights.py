@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from model.files import locate, locate_component, read_json, single_file, weight_files
+from model.contents import read_json
+from model.files import locate, locate_component, single_file, weight_files
 from model.lora_files import load_lora, save_lora
 from model.single_file import SCALE, XL_SCALE, Part, renamer, unet_part, vae_part
 from model.single_file import scheduler_config as single_file_scheduler

@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 from durable import save_image, write_json, write_text
-from pairing.images import contact_sheet
+from pairing.sheet import contact_sheet
 from reporting.md import code, figure
 
 SHEET = 32  # pairs in the contact sheet

@@ -7,7 +7,8 @@ import json
 import shlex
 from pathlib import Path
 
-from model.files import MOVED, PICKLED, is_local
+from model.contents import PICKLED
+from model.files import MOVED, is_local
 from model.lora_files import LORA_FILE, file_of
 from model.objectives import PORTABLE
 from reporting.md import escaped, fenced, printable

@@ -12,7 +12,7 @@ from model.schedule import Schedule
 from model.text import TextEncoder
 from model.unet import UNet
 from model.vae import VAE
-from pairing.images import contact_sheet
+from pairing.sheet import contact_sheet
 from scenes.examples import FIRST_SCENE, HELD_OUT, HELD_OUT_SCENES, pixels, to_images
 from scenes.paint import render
 from scenes.world import CHANGES, make_scene

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from cli import Parser, report
 from durable import refuse_file, write_aside
-from model.files import read_json
+from model.contents import read_json
 from model.unet import UNet
 
 WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"

@@ -25,7 +25,7 @@ import config
 import config_check
 from data import PairDataset
 from durable import MANIFEST, json_bytes, save_image, seal
-from model.files import read_json, read_tensors
+from model.contents import read_json, read_tensors
 from model.lora import inject
 from model.lora_files import load_lora, save_lora
 from model.schedule import Schedule

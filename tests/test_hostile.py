@@ -24,12 +24,13 @@ import config
 import durable
 from data import PairDataset
 from model import lora_files
-from model.files import read_json, read_tensors
+from model.contents import read_json, read_tensors
 from model.lora_files import LORA_FILE, read_lora
 from model.objectives import Knobs
 from model.weights import load_tokenizer, load_unet
-from pairing.images import contact_sheet, image_size, listed, load_image
+from pairing.images import image_size, listed, load_image
 from pairing.pairs import find_images, find_pairs, find_singles, read_caption
+from pairing.sheet import contact_sheet
 from reporting.md import code
 from runs import Run
 from sample import main as sample_main

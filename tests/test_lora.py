@@ -19,12 +19,12 @@ from model.lora import (
     inject,
     keep_strength,
     lora_layers,
-    match_targets,
     merge,
     set_strength,
     unmerge,
 )
 from model.lora_files import load_lora, read_lora, save_lora
+from model.lora_targets import match_targets
 from model.memory import LEVELS, checkpoint_activations, flatten
 from model.weights import load_text, load_unet
 

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 import sample
 from config import TrainConfig
-from model.files import PICKLED
+from model.contents import PICKLED
 from model.lora import Factors, adapter_factors, attach, fix, inject, lora_layers, set_strength
 from model.lora_algebra import start_from, truncate
 from model.lora_convert import main

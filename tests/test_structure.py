@@ -32,6 +32,7 @@ ARROWS = {
     "cli": ["config", "config_check", "knobs"],
     "durable": [],
     "pairing.images": [],
+    "pairing.sheet": [],
     "pairing.holes": ["pairing.images"],
     "pairing.registration": [],
     "pairing.pairs": ["durable", "pairing.images"],
@@ -42,7 +43,7 @@ ARROWS = {
     ],
     "data": ["pairing.holes", "pairing.images", "pairing.pairs", "pairing.registration"],
     "reporting.md": [],
-    "reporting.evaluation": ["durable", "pairing.images", "reporting.md"],
+    "reporting.evaluation": ["durable", "pairing.sheet", "reporting.md"],
     "training.stop": [],
     "progress": [],
     "training.trackers": ["durable"],
@@ -52,7 +53,8 @@ ARROWS = {
     "model.schedule": [],
     "model.fused_kernel": [],
     "model.fused": ["model.fused_kernel"],
-    "model.lora": ["model.fused"],
+    "model.lora_targets": [],
+    "model.lora": ["model.fused", "model.lora_targets"],
     "model.cpu": [],
     "model.layers": ["model.cpu"],
     "model.text": [],
@@ -60,7 +62,8 @@ ARROWS = {
     "training.ranks": ["durable", "model.memory"],
     "model.graph": ["model.layers", "model.memory"],
     "model.frozen": ["model.cpu"],
-    "model.files": [],
+    "model.contents": [],
+    "model.files": ["model.contents"],
     "model.detail": [],
     "model.draws": [],
     "reporting.measures": [],
@@ -77,18 +80,20 @@ ARROWS = {
     "model.original": [],
     "model.lora_layouts": ["model.lora", "model.original"],
     "model.lora_files": [
-        "durable", "model.files", "model.lora", "model.lora_layouts", "model.objectives",
+        "durable", "model.contents", "model.lora", "model.lora_layouts", "model.objectives",
         "model.text",
     ],
-    "model.single_file": ["model.files", "model.original"],
-    "model.strict": ["model.files"],
-    "model.text_weights": ["model.files", "model.single_file", "model.strict", "model.text"],
+    "model.single_file": ["model.contents", "model.original"],
+    "model.strict": ["model.contents"],
+    "model.text_weights": [
+        "model.contents", "model.files", "model.single_file", "model.strict", "model.text",
+    ],
     "model.weights": [
-        "model.files", "model.lora_files", "model.single_file", "model.strict",
+        "model.contents", "model.files", "model.lora_files", "model.single_file", "model.strict",
         "model.text_weights", "model.unet", "model.vae",
     ],
     "model.lora_convert": [
-        "cli", "durable", "model.files", "model.lora", "model.lora_algebra",
+        "cli", "durable", "model.contents", "model.files", "model.lora", "model.lora_algebra",
         "model.lora_files", "model.lora_layouts", "model.objectives", "model.weights",
     ],
     "model.weighting": ["model.objectives"],
@@ -131,21 +136,22 @@ ARROWS = {
         "model.pipeline", "model.predict", "model.tiles",
     ],
     "editing.flags": [
-        "cli", "durable", "editing.config", "model.files", "model.memory", "model.objectives",
-        "model.pipeline",
+        "cli", "durable", "editing.config", "model.contents", "model.files", "model.memory",
+        "model.objectives", "model.pipeline",
     ],
     "editing.between": [
         "durable", "editing.config", "editing.edits", "editing.flags", "editing.framing",
         "model.lora_files", "model.morph", "model.objectives", "model.pipeline", "model.predict",
-        "model.samplers", "pairing.images", "pairing.registration", "reporting.measures",
+        "model.samplers", "pairing.images", "pairing.registration", "pairing.sheet",
+        "reporting.measures",
     ],
     "training.checkpoint": [
-        "config", "durable", "model.files", "model.lora", "model.lora_files",
+        "config", "durable", "model.contents", "model.files", "model.lora", "model.lora_files",
         "model.objectives",
     ],
     "training.adapting": [
-        "config", "durable", "model.draws", "model.lora", "model.lora_algebra",
-        "model.lora_files", "model.memory", "model.objectives", "model.optim", "model.text",
+        "config", "durable", "model.draws", "model.lora", "model.lora_algebra", "model.lora_files",
+        "model.lora_targets", "model.memory", "model.objectives", "model.optim", "model.text",
         "model.unet", "training.checkpoint",
     ],
     "training.prompts": [
@@ -163,7 +169,9 @@ ARROWS = {
         "training.class_images", "training.doubts", "training.inputs", "training.prompts",
         "training.ranks", "training.session",
     ],
-    "reporting.hub_card": ["model.files", "model.lora_files", "model.objectives", "reporting.md"],
+    "reporting.hub_card": [
+        "model.contents", "model.files", "model.lora_files", "model.objectives", "reporting.md",
+    ],
     "hub": [
         "cli", "config", "durable", "progress", "report", "model.files", "model.lora_files",
         "model.lora_layouts", "reporting.hub_card",
@@ -171,7 +179,7 @@ ARROWS = {
     "training.watching": [
         "data", "durable", "runs", "model.detail", "model.draws", "model.memory",
         "model.objectives", "model.pipeline", "model.predict", "model.unet", "model.vae",
-        "pairing.images", "pairing.pairs", "training.latents",
+        "pairing.images", "pairing.pairs", "pairing.sheet", "training.latents",
     ],
     "training.fitting": [
         "config", "model.graph", "model.memory", "model.objectives", "model.plan",
@@ -180,13 +188,13 @@ ARROWS = {
     ],
     "check_data": [
         "cli", "durable", "pairing.checking", "pairing.images", "pairing.pairs",
-        "pairing.sequences",
+        "pairing.sequences", "pairing.sheet",
     ],
     "sample": ["*"],
     "train": ["*"],
     "evaluate": ["*"],
     "ablating.comparison": [
-        "pairing.images", "reporting.judging", "reporting.md", "reporting.measures",
+        "pairing.sheet", "reporting.judging", "reporting.md", "reporting.measures",
     ],
     "ablating.arms": ["cli", "evaluate"],
     "ablating.jobs": [

@@ -16,7 +16,7 @@ from torch import nn
 from config import TrainConfig
 from durable import file_sha256
 from model.draws import seeded_for
-from model.lora import inject, layer_ranks, lora_layers
+from model.lora import inject, lora_layers
 from model.lora_algebra import refuse_untrained, start_from
 from model.lora_files import (
     apply_lora,
@@ -27,6 +27,7 @@ from model.lora_files import (
     read_lora,
     refuse_chain,
 )
+from model.lora_targets import layer_ranks
 from model.memory import flatten
 from model.objectives import Objective
 from model.optim import adamw, eight_bit_adamw, learning_rate

@@ -10,7 +10,8 @@ from safetensors.torch import save
 
 from config import TrainConfig
 from durable import write_json
-from model.files import is_local, read_json, read_tensors
+from model.contents import read_json, read_tensors
+from model.files import is_local
 from model.lora import lora_layers
 from model.lora_files import LORA_FILE, check_metadata, companion_entry, read_lora
 from model.objectives import Task

@@ -26,8 +26,9 @@ from model.pipeline import decode, generate_latents
 from model.predict import Context, exaggerated, guided_predictor, predictor
 from model.unet import UNet
 from model.vae import VAE
-from pairing.images import contact_sheet, to_image
+from pairing.images import to_image
 from pairing.pairs import Pair
+from pairing.sheet import contact_sheet
 from runs import Run
 from training.latents import Latents
 
