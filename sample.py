@@ -19,7 +19,6 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from cli import Parser
@@ -41,7 +40,7 @@ from editing.framing import frame_of, scale_in_doubt
 from model.pipeline import Pipeline
 from model.samplers import SAMPLERS
 from model.unet import XL_SIDE
-from pairing.holes import cleared, filled, holes_of
+from pairing.holes import cleared, filled, holes_of, kept
 from pairing.images import (
     colour_profile,
     further_pages,
@@ -59,6 +58,7 @@ SHEET = 64  # pictures, or rows of them, in a contact sheet
 ACROSS = 8  # pictures from a prompt in a row of it
 AT_ONCE = 2**24  # pixels of inputs held at a time: 64 of SD's size, few photos
 MARK = "sample.json"  # what made the pictures of a folder
+FILM = ".gif", "_strip.png"  # endings of an input's files that show all strengths
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -154,21 +154,9 @@ def edit(args: argparse.Namespace) -> None:
         ]
         for _, tag, _ in settings
     ]
-    tails = [*chain(*endings), *([".gif", "_strip.png"] if len(strengths) > 1 else [])]
-    for file, stem in zip(files, stems):
-        if f"{stem}{endings[0][0]}".lower() == "sheet.png":
-            raise ValueError(
-                f"--input {listed([file])} has the name of the contact sheet, which would "
-                "overwrite its result: rename it"
-            )
-        if len(os.fsencode(stem.name)) + max(map(len, tails)) > 255:
-            raise ValueError(
-                f"--input {listed([file])}: the file names of its results are too long"
-            )
-    refuse_others(out, (*(f"{stem}{tail}" for stem in stems for tail in tails), "sheet.png"), MARK)
+    refuse_names(out, files, stems, [*chain(*endings), *(FILM if len(strengths) > 1 else ())])
     sizes = [load_image(file).size for file in files]  # all are read before anything is written
     places = [place_on_map(file) if args.format == "tif" else None for file in files]
-
     if more := [file for file in files if further_pages(file)]:
         warnings.warn(
             f"of files with several pages or frames the first is edited: {listed(more)}",
@@ -202,31 +190,41 @@ def edit(args: argparse.Namespace) -> None:
             out.mkdir(parents=True, exist_ok=True)
             leave_mark(args, pipe)
         for k, (file, stem, image) in enumerate(zip(files[part], stems[part], images)):
-            profile, first = colour_profile(file), None
-            for (label, tag, _), ends, at in zip(settings, endings, edited):
-                results = [some[k] for some in at]
-                if holes[k] is not None:
-                    for result in results:
-                        result.paste(image, mask=Image.fromarray(holes[k]))
-                first = first or results
-                differs |= results != first
-                for ending, result in zip(ends, results):
-                    path = out / f"{stem}{ending}"
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    save_image(cleared(result, holes[k]), path, places[part][k], profile)
-                if len(strengths) > 1 and not tag:
-                    between.save_gif(results, out / f"{stem}.gif")
-                    strip = contact_sheet([results], columns[1:], [str(stem)])
-                    save_image(strip, out / f"{stem}_strip.png")
-                if len(rows) < SHEET:
-                    rows.append([thumbnail(one) for one in (image, *results)])
-                    names.append(f"{stem} {label}".strip())
+            hole, how = holes[k], (places[part][k], colour_profile(file))
+            each = [[kept(image, hole, at[k]) for at in of_setting] for of_setting in edited]
+            (out / stem).parent.mkdir(parents=True, exist_ok=True)
+            for ending, result in zip(chain(*endings), chain(*each)):
+                save_image(cleared(result, hole), out / f"{stem}{ending}", *how)
+            if len(strengths) > 1 and not settings[0][1]:  # a sweep has its grid
+                between.save_gif(each[0], out / f"{stem}{FILM[0]}")
+                strip = contact_sheet(each, columns[1:], [str(stem)])
+                save_image(strip, out / f"{stem}{FILM[1]}")
+            differs |= any(results != each[0] for results in each)
+            for (label, _, _), results in zip(settings, each[: SHEET - len(rows)]):
+                rows.append([thumbnail(one) for one in (image, *results)])
+                names.append(f"{stem} {label}".strip())
             bar.update()
     bar.close()
     save_image(contact_sheet(rows, columns, names), out / "sheet.png")
     if len(settings) > 1 and not differs:
         warnings.warn(f"--sweep {args.sweep[0]} changes nothing for {objective}", stacklevel=2)
     print(f"{len(files) * len(settings) * len(strengths)} images and sheet.png in {out}")
+
+
+def refuse_names(out: Path, files: list[Path], stems: list[Path], endings: list[str]) -> None:
+    """ValueError or FileExistsError if results, each a stem with an ending, cannot be written."""
+    for file, stem in zip(files, stems):
+        if f"{stem}{endings[0]}".lower() == "sheet.png":
+            raise ValueError(
+                f"--input {listed([file])} has the name of the contact sheet, which would "
+                "overwrite its result: rename it"
+            )
+        if len(os.fsencode(stem.name)) + max(map(len, endings)) > 255:
+            raise ValueError(
+                f"--input {listed([file])}: the file names of its results are too long"
+            )
+    results = (f"{stem}{ending}" for stem in stems for ending in endings)
+    refuse_others(out, (*results, "sheet.png"), MARK)
 
 
 def variants(args: argparse.Namespace) -> list[tuple[str, str, EditConfig]]:

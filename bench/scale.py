@@ -28,11 +28,11 @@ from durable import refuse_file, remove, write_aside, write_json
 ROOT = Path(__file__).parents[1]
 SIZE = 16  # px
 STAGES = {  # timed functions, and the modules that call them
-    "find_data": "train",
-    "make_dataset": "train",
+    "find_data": "training.gather",
+    "make_dataset": "training.gather",
     "encode_prompts": "training.prompts",
     "encode_all": "train",
-    "fingerprint": "train",
+    "fingerprint": "training.gather",
 }
 COLUMNS = {
     "first_s": "s to first step",

@@ -87,6 +87,11 @@ def black_alone(before: Image.Image, after: Image.Image) -> float:
     return float((one != other).mean())
 
 
+def kept(image: Image.Image, holes: np.ndarray | None, edited: Image.Image) -> Image.Image:
+    """The edited image, in the holes as the image was."""
+    return edited if holes is None else Image.composite(image, edited, Image.fromarray(holes))
+
+
 def cleared(image: Image.Image, holes: np.ndarray | None) -> Image.Image:
     """The image, transparent in its holes, so that the next reader knows of them too."""
     if holes is not None:
