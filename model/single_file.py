@@ -45,6 +45,7 @@ class Part(NamedTuple):
     name: Callable[[str], str]
     prefix: str = ""
     dropped: str | None = None  # prefix of layers in the file that are not used
+    transposed: str | None = None  # the file's key of a matrix P that is applied as x P
 
 
 class Contents(NamedTuple):
@@ -301,7 +302,7 @@ def _open_clip(file: Contents, whole: str, pooled: bool = False) -> Part:
             key = re.sub(pattern, new, key)
         return prefix + key
 
-    return Part(config, name, whole, layer.format(layers))
+    return Part(config, name, whole, layer.format(layers), projection)
 
 
 def _text_config(file: Contents, prefix: str, tokens: str, positions: str) -> dict:

@@ -36,6 +36,7 @@ def load_strict(
     *,
     rename: Callable[[str], str | tuple[str, ...] | None] = lambda key: key,
     spell: Callable[[str], str] = lambda key: key,
+    transposed: str | None = None,
     source: str = "its config.json",
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -43,9 +44,10 @@ def load_strict(
     """Fill a module built on the meta device, tensor by tensor, each cast as it is read.
 
     `rename` maps a file's key to the module's (None: known and not needed; several: the tensor is
-    split into rows among them), `spell` a module's key to the file's. ValueError names file and key
-    of a tensor that is missing, extra, duplicate, non-finite or of a wrong shape; `source` is where
-    the expected shapes come from.
+    split into rows among them), `spell` a module's key to the file's; `transposed` is the key, in
+    the file, of a matrix to be transposed. ValueError names file and key of a tensor that is
+    missing, extra, duplicate, non-finite or of a wrong shape; `source` is where the expected shapes
+    come from.
     """
     wanted = {key: tensor.shape for key, tensor in module.state_dict().items()}
     loaded: dict[str, Tensor] = {}
@@ -60,8 +62,8 @@ def load_strict(
                     raise ValueError(f"{path} has {old}, which the network of {source} does not")
                 if key in loaded:
                     raise ValueError(f"{path} has {old}, which is a duplicate")
-                flipped = old.endswith("text_projection")  # OpenCLIP's matrix P, used as x P
-                shape = wanted[key][::-1] if flipped else wanted[key]
+                turned = old == transposed
+                shape = wanted[key][::-1] if turned else wanted[key]
                 if CONVOLVED & set(old.split(".")) and part.shape == (*shape, 1, 1):
                     part = part[:, :, 0, 0]  # the first VAEs had 1×1 convolutions as linears
                 if part.shape != shape:
@@ -70,7 +72,7 @@ def load_strict(
                         f"{source} requires {tuple(shape)}"
                         + (f" {len(keys)} times" if len(keys) > 1 else "")
                     )
-                loaded[key] = _finite(part.T if flipped else part, dtype, path, old).to(device)
+                loaded[key] = _finite(part.T if turned else part, dtype, path, old).to(device)
     missing = [key for key in wanted if key not in loaded]
     if missing:
         where = files[0] if len(files) == 1 else f"{files[0].parent} ({len(files)} files)"

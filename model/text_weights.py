@@ -151,8 +151,9 @@ def _component(
 
 def _of_single_file(path: Path, part: Part, how: dict) -> nn.Module:
     model = _network(part.config, path, *part.config["architectures"])
-    own = renamer(part, model.state_dict())
-    return load_strict(model, [path], rename=own, spell=part.name, source=REST, **how)
+    names = {"rename": renamer(part, model.state_dict()), "spell": part.name}
+    how = {"transposed": part.transposed, "source": REST, **how}
+    return load_strict(model, [path], **names, **how)
 
 
 def load_text(
