@@ -225,6 +225,13 @@ class TrainConfig:
     # the least number of float32 is 1e-38: below it ε would be 0
     adam_epsilon: float = knob(1e-8, "ε in AdamW's denominator", least=1e-30)
     max_grad_norm: float = knob(1.0, "clip the gradient to this norm", above=0)
+    ema_decay: float = knob(
+        0.0,
+        "what is saved and shown is an exponential moving average of the LoRA over the steps, "
+        "with this decay; 0: the LoRA itself",
+        least=0,
+        below=1,
+    )
     seed: int = knob(0, "all randomness of a step comes from (seed, step)", least=0, most=2**31 - 1)
     on_nan: str = knob(
         "stop", "what to do when the loss or gradient is not finite", choices=("stop", "skip")

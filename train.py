@@ -34,14 +34,14 @@ from model.lora_files import LORA_FILE, file_of, save_lora
 from model.lora_layouts import LAYOUTS
 from model.memory import LEVELS, MIB, checkpoint_activations, phase, unless_full
 from model.objectives import OBJECTIVES, Draws, Task
-from model.optim import step_if
+from model.optim import average, step_if
 from model.pipeline import DTYPES, loaded, pick_device, pick_dtype
 from model.predict import predictor
 from model.weighting import in_and_out, pair_loss, prior_loss
 from model.weights import load_autoencoder, load_unet
 from report import write_report
 from runs import Run
-from training.adapting import Trained, adapt, rate
+from training.adapting import Trained, adapt, averaged, rate
 from training.checkpoint import save_state
 from training.doubts import masks
 from training.fitting import Fitted, plan_step
@@ -200,15 +200,18 @@ def run_phases(
 
     def save(folder: Path, done: int, since: dict) -> None:
         """Write a checkpoint. `since`: what the journal has counted since it last logged."""
-        write_lora(folder / LORA_FILE, metadata={**found.meta, "steps": done})
-        scaler = trained.scaler.state_dict()
-        save_state(folder, trained.opt, {"step": done, "scaler": scaler, **since})
+        with averaged(trained):
+            write_lora(folder / LORA_FILE, metadata={**found.meta, "steps": done})
+        state = {"step": done, "scaler": trained.scaler.state_dict(), **since}
+        weights = None if trained.mean is None else trained.flat.detach()
+        save_state(folder, trained.opt, state, weights)
 
     loop(cfg, run, ranks, stop, task, items, prompts, trained, size, watch, save)
-    if ranks.leads:
-        write_result(
-            cfg, run.folder, partial(write_lora, metadata={**found.meta, "steps": size.steps})
-        )
+    if not ranks.leads:
+        return
+    with averaged(trained):
+        write = partial(write_lora, metadata={**found.meta, "steps": size.steps})
+        write_result(cfg, run.folder, write)
         remove(run.folder / "strengths")  # of the run until it was resumed
         if shown.pairs and unless_full(watch.write_strengths, run) is None:
             warnings.warn("out of memory: no pictures at several strengths", stacklevel=1)
@@ -306,6 +309,8 @@ def loop(
         ok = found[0].isfinite() & (grad_norm.isfinite() | scaler.is_enabled())  # ()
         step_if(ok, opt, scaler)
         flat.grad.zero_()  # in place: the layers' gradients are views of this buffer
+        if trained.mean is not None:
+            average(trained.mean, flat, cfg.ema_decay, done)
         journal.add(done, ok, found)
 
         # ---- the weights do not change below: logging, samples, checkpoints
@@ -320,7 +325,8 @@ def loop(
             journal.log(done, lr, grad_norm)
         # before the checkpoint, so that a run resumed from it has the samples up to this step
         if showing and ranks.leads:
-            watch.look(done, run, compute.release)
+            with averaged(trained):
+                watch.look(done, run, compute.release)
         stopping = ranks.delayed_maximum(stop.asked or 0)  # read once: a signal may come
         if saving or stopping:
             write = partial(save, since=journal.since())

@@ -33,6 +33,17 @@ def eight_bit_adamw() -> type:
     return AdamW8bit
 
 
+@torch.no_grad()
+def average(mean: Tensor, flat: Tensor, decay: float, done: int) -> None:
+    """Update, in place, the exponential moving average of the weights after `done` steps.
+
+    Polyak & Juditsky 1992; its memory is short at the beginning, min(decay, n / (n + 9)) after n
+    steps, as that of diffusers' and TensorFlow's.
+    """
+    keep = min(decay, done / (done + 9)) if done > 1 else 0.0
+    mean.lerp_(flat, 1 - keep)
+
+
 def step_if(ok: Tensor, opt: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
     """`opt.step()` if ok () is true; a fused optimizer decides that on the device, without a sync.
 

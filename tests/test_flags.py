@@ -915,6 +915,25 @@ def max_grad_norm(lab, patch):
     assert column(clipped, "grad_norm")[0] == column(lab.run(), "grad_norm")[0]  # as it was
 
 
+def ema_decay(lab, patch):
+    """The steps are as without; checkpoints, held-out loss and result are of the average."""
+    more = {"checkpointing_steps": 1, "validation_pairs": 1, "validation_steps": 1}
+    plain, mean = lab.run(**more), lab.run(**more, ema_decay=0.2)
+    assert column(plain) == column(mean) and column(plain, "grad_norm") == column(mean, "grad_norm")
+    expected = {}
+    for n, keep in ((1, 0.0), (2, 2 / 11), (3, 0.2)):
+        now = load_file(plain / f"checkpoint-{n}" / LORA_FILE)
+        expected = {k: keep * expected.get(k, w) + (1 - keep) * w for k, w in now.items()}
+        found = load_file(mean / f"checkpoint-{n}" / LORA_FILE)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+        kept = load_file(mean / f"checkpoint-{n}" / "optimizer.safetensors")["weights"]
+        assert kept.sort()[0].equal(torch.cat([w.flatten() for w in now.values()]).sort()[0])
+    assert bytes_of(mean) != bytes_of(plain)
+    torch.testing.assert_close(load_file(mean / LORA_FILE), expected, rtol=0, atol=1e-6)
+    shown = [[row["loss"] for row in rows(folder, "eval")] for folder in (plain, mean)]
+    assert shown[0][0] == shown[1][0] and shown[0][1:] != shown[1][1:]
+
+
 def tokenizer_max_length(lab, patch):
     changes(2, tokenizer_max_length=5)[1](lab, patch)
     assert meta(lab.run(tokenizer_max_length=5))["tokenizer_max_length"] == 5
@@ -1292,6 +1311,7 @@ FLAGS = {
     "adam_weight_decay": effect(weight_decay),
     "adam_epsilon": effect(adam_epsilon),
     "max_grad_norm": effect(max_grad_norm),
+    "ema_decay": effect(ema_decay),
     "seed": changes(seed=1),
     "on_nan": effect(on_nan),
     "tokenizer_max_length": effect(tokenizer_max_length),

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
 from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file
@@ -31,6 +32,7 @@ from model.lora import inject, lora_layers
 from model.lora_files import LORA_FILE, read_lora, save_lora
 from model.memory import LEVELS, flatten
 from model.objectives import OBJECTIVES, Task
+from model.optim import average
 from model.pipeline import Pipeline
 from model.schedule import Schedule
 from model.vae import VAE
@@ -122,6 +124,17 @@ def test_20_steps_equal_a_loop_of_diffusers_and_peft(config, family, dreambooth,
 MASKED = {"preserve_weight": 0.5, "mask_outside": 0.2}
 
 
+@pytest.mark.parametrize("decay", [0.2, 0.999])
+def test_the_average_of_the_weights_is_that_of_diffusers(decay):
+    flat = torch.nn.Parameter(torch.randn(5, dtype=torch.float64))
+    theirs, mean = EMAModel([flat], decay=decay), flat.detach().clone()
+    for done in range(1, 8):
+        flat.data += torch.randn(5)
+        theirs.step([flat])
+        average(mean, flat, decay, done)
+        torch.testing.assert_close(mean, theirs.shadow_params[0], rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize(
     "objective, more",
     [("delta", {}), ("slider", {"train_text_encoder": True}),
@@ -130,7 +143,8 @@ MASKED = {"preserve_weight": 0.5, "mask_outside": 0.2}
      ("anchored", {"mask_dir": "mask", "preserve_weight": 0.5, "gradient_accumulation_steps": 2}),
      ("delta", {"sequence_dirs": ("before", "mask", "after"), "before_data_dir": None,
                 "after_data_dir": None}),
-     ("delta", {"base_lora": True, "init_lora": True})],
+     ("delta", {"base_lora": True, "init_lora": True}),
+     ("slider", {"ema_decay": 0.3, "train_text_encoder": True})],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )  # fmt: skip
 def test_resume_equals_uninterrupted_to_the_bit(config, pairs, tmp_path, objective, more):

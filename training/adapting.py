@@ -3,15 +3,18 @@
 read_given    the LoRA files a run begins with: --base_lora (frozen, beneath), --init_lora
 prepare       the UNet as the LoRA will find it
 adapt         the LoRA layers as one flat parameter, and AdamW; restored from a checkpoint if given
+averaged      a LoRA's average in its place, for what is saved and shown
 rate          the learning rate of a step
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from config import TrainConfig
 from durable import file_sha256
@@ -83,6 +86,7 @@ class Trained(NamedTuple):
     params: list[nn.Parameter]  # A and B of each LoRA layer, views of `flat`
     flat: nn.Parameter
     opt: torch.optim.Optimizer
+    mean: Tensor | None  # --ema_decay: the average of `flat` over the steps
     scaler: torch.amp.GradScaler  # enabled in fp16
     state: dict  # state.json of the checkpoint resumed from, else {}
 
@@ -145,8 +149,26 @@ def adapt(
     )
     half = unet.conv_in.weight.dtype == torch.float16
     scaler = torch.amp.GradScaler(flat.device.type, enabled=half)
-    state = restore(checkpoint, adapted, opt, scaler) if checkpoint else {}
-    return Trained(unet, params, flat, opt, scaler, state)
+    state, weights = restore(checkpoint, adapted, opt, scaler) if checkpoint else ({}, None)
+    mean = flat.detach().clone() if cfg.ema_decay else None  # as a checkpoint's LoRA is
+    if weights is not None:
+        flat.data.copy_(weights)
+    return Trained(unet, params, flat, opt, mean, scaler, state)
+
+
+@contextmanager
+def averaged(trained: Trained) -> Iterator[None]:
+    """Inside, the LoRA is its average, if there is one."""
+    flat, mean = trained.flat.data, trained.mean
+    if mean is None:
+        yield
+        return
+    weights = flat.clone()
+    flat.copy_(mean)
+    try:
+        yield
+    finally:
+        flat.copy_(weights)
 
 
 def rate(cfg: TrainConfig, step: int, steps: int, world: int = 1) -> float:

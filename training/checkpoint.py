@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save
+from torch import Tensor
 
 from config import TrainConfig
 from durable import write_json
@@ -17,11 +18,17 @@ from model.lora_files import LORA_FILE, check_metadata, companion_entry, read_lo
 from model.objectives import Task
 
 
-def save_state(folder: Path, opt: torch.optim.Optimizer, state: dict) -> None:
-    """Write optimizer.safetensors and state.json, beside the LoRA."""
+def save_state(
+    folder: Path, opt: torch.optim.Optimizer, state: dict, weights: Tensor | None
+) -> None:
+    """Write optimizer.safetensors and state.json, beside the LoRA.
+
+    `weights`: the flat ones that are trained, if the LoRA is their average.
+    """
     moments = next(iter(opt.state.values()), {})  # of the flat parameter; {} before the first step
     tensors = {key: value for key, value in moments.items() if torch.is_tensor(value)}
-    (folder / "optimizer.safetensors").write_bytes(save(tensors))
+    trained = {} if weights is None else {"weights": weights}
+    (folder / "optimizer.safetensors").write_bytes(save(tensors | trained))
     rest = {key: value for key, value in moments.items() if key not in tensors}
     kind = {"kind": type(opt).__name__, "optimizer": rest, "group": changed_in_group(opt)}
     write_json(folder / "state.json", {**state, **kind})
@@ -34,8 +41,10 @@ def changed_in_group(opt: torch.optim.Optimizer) -> dict:
     return {key: x for key, x in plain.items() if x != opt.defaults.get(key)}
 
 
-def restore(checkpoint: Path, adapted: dict, opt: torch.optim.Optimizer, scaler) -> dict:
-    """Restore weights, optimizer and loss scale; returns state.json.
+def restore(
+    checkpoint: Path, adapted: dict, opt: torch.optim.Optimizer, scaler
+) -> tuple[dict, Tensor | None]:
+    """Restore the LoRA, optimizer and loss scale; returns state.json and `save_state`'s weights.
 
     ValueError names a file that does not match the model, as after --resume_changed.
     """
@@ -69,6 +78,7 @@ def restore(checkpoint: Path, adapted: dict, opt: torch.optim.Optimizer, scaler)
                 )
     state = read_json(checkpoint / "state.json")
     moments = dict(read_tensors(checkpoint / "optimizer.safetensors"))
+    weights = moments.pop("weights", None)
     kind = type(opt).__name__
     if (was := state.get("kind", kind)) == kind:
         groups = opt.state_dict()["param_groups"]
@@ -81,7 +91,7 @@ def restore(checkpoint: Path, adapted: dict, opt: torch.optim.Optimizer, scaler)
         )
     if state["scaler"]:  # none, if --resume_changed is going on in fp16
         scaler.load_state_dict(state["scaler"])
-    return state
+    return state, weights
 
 
 def lora_metadata(

@@ -57,6 +57,8 @@ def plan_step(
     held = {what: frozen_bytes(device, *some) for what, some in there.items()}
     adam = 2 if cfg.use_8bit_adam else 8  # bytes per weight
     held["LoRA, its gradient, AdamW's state"] = (8 + adam) * trained.flat.numel()
+    if trained.mean is not None:
+        held["the LoRA's average"] = 4 * trained.flat.numel()
     # the step's workspaces move to the graph's stream; what ran before keeps one on its own
     held["cuBLAS outside the graph"] = CUBLAS // 2 if cfg.cuda_graph else 0
     return plan_memory(
