@@ -108,9 +108,9 @@ def lab(tmp_path_factory, sd1):
     return Lab(tmp_path_factory.mktemp("flags"), sd1)
 
 
-def rows(folder: Path) -> list[dict]:
+def rows(folder: Path, kind: str = "train") -> list[dict]:
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [row for row in lines if row["kind"] == "train"]
+    return [row for row in lines if row["kind"] == kind]
 
 
 def column(folder: Path, key: str = "loss") -> list[float]:

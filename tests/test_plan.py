@@ -245,7 +245,10 @@ def test_what_is_held(config, capsys, monkeypatch):
     fake = types.SimpleNamespace(AdamW8bit=torch.optim.AdamW)
     monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", fake)
-    small = told(use_8bit_adam=True, train_text_encoder=True, base_storage="int8")
+    more = {"use_8bit_adam": True, "train_text_encoder": True, "base_storage": "int8"}
+    small, average = told(**more, ema_decay=0.9), "the LoRA's average"
+    assert average not in plain
+    assert small[average] == pytest.approx(4 * small["weights"], abs=0.06)
     assert small[lora] == pytest.approx(10 * small["weights"], abs=0.06)
     assert small["frozen UNet, int8"] < 0.3 * plain["frozen UNet, float32"]
     assert small["weights"] > plain["weights"] and "text encoder" in small
