@@ -163,7 +163,7 @@ def averaged(trained: Trained) -> Iterator[None]:
     if mean is None:
         yield
         return
-    weights = flat.clone()
+    weights = flat.to("cpu", copy=True)  # a device that is planned full has no room for it
     flat.copy_(mean)
     try:
         yield
