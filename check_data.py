@@ -5,7 +5,8 @@
     python check_data.py --sequence_dirs DIR DIR DIR ...        states of the same places
     python check_data.py --frames_dir DIR [--frame_stride N]    clips
 
-Reports everything it finds in one pass and writes a contact sheet. A problem would stop the
+Reports everything it finds in one pass. Writes a contact sheet, and into found/ a list of names for
+each kind of finding, which a training leaves out with --exclude_from. A problem would stop the
 training, a remark may spoil it. Exit status 0: no problems; 1: problems; 2: no usable pair, with
 one sentence on stderr.
 """
@@ -17,12 +18,22 @@ from pathlib import Path
 from PIL import ImageChops
 
 import cli
-from durable import refuse_file, refuse_read_only, save_image
+from durable import (
+    refuse_file,
+    refuse_others,
+    refuse_read_only,
+    remove,
+    save_image,
+    write_aside,
+    write_text,
+)
 from pairing.checking import TILE, Report, by_clip, by_folder, check
 from pairing.images import listed
 from pairing.pairs import by_name, left_out, refuse_among, refuse_missing
 from pairing.sequences import is_clip
 from pairing.sheet import contact_sheet
+
+TEXT, LISTS, SHEET = "check-data.txt", "found", "check-data.png"  # written into --out
 
 
 def folders_of(args: argparse.Namespace) -> dict[str, tuple[str, Path]]:
@@ -59,6 +70,7 @@ def run(args: argparse.Namespace) -> Report:
     folders = folders_of(args)
     given = [*folders.values(), *([("--mask_dir", args.mask_dir)] if args.mask_dir else [])]
     refuse_among([args.out], given)
+    refuse_others(args.out, (SHEET, LISTS), TEXT)
     masks, report = args.mask_dir and by_name(args.mask_dir, "--mask_dir"), Report()
     if args.frames_dir:
         places = by_clip(args.frames_dir, args.frame_stride, report)
@@ -71,9 +83,12 @@ def run(args: argparse.Namespace) -> Report:
         others = [p for p in left_out(folder, flag) if not (args.frames_dir and is_clip(p, folder))]
         report.note("files with other suffixes, skipped", *map(str, others))
     columns, names, rows = check(places, masks, args.resolution, report, args.nodata)
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_aside(args.out / LISTS, report.write_lists)
+    if report.found:
+        report.counts.append(("all names", listed([args.out / LISTS])))
     if rows:
-        args.out.mkdir(parents=True, exist_ok=True)
-        path = args.out / "check-data.png"
+        path = args.out / SHEET
         change = [ImageChops.difference(row[0].resize(row[-1].size), row[-1]) for row in rows]
         sheet = contact_sheet(
             [[*row, difference] for row, difference in zip(rows, change)],
@@ -83,6 +98,9 @@ def run(args: argparse.Namespace) -> Report:
         )
         save_image(sheet, path)
         report.counts.append(("look at", listed([path])))
+    else:
+        remove(args.out / SHEET)  # of an earlier check
+    write_text(args.out / TEXT, f"{report}\n")
     print(report, flush=True)
     return report
 

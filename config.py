@@ -43,6 +43,9 @@ class TrainConfig:
     )
     mask_outside: float = knob(0.1, "loss weight outside the mask; inside it is 1", least=0, most=1)
     allow_unmatched: bool = knob(False, "skip images without a partner instead of stopping")
+    exclude_from: tuple[str, ...] | None = knob(
+        None, "text files with names of images to leave out, one a line, as check_data.py writes"
+    )
     sequence_dirs: tuple[str, ...] | None = knob(
         None, "folders of the same places at several times, first to last, instead of pairs"
     )

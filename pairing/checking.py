@@ -1,6 +1,7 @@
 """What is wrong with a data set: every finding in one report, and small pictures to look at."""
 
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,18 +50,20 @@ VERDICTS = {  # in the order of the report: whether it would stop the training, 
 
 @dataclass
 class Report:
-    """Counts, and what was found: names of files and pairs, by a key of VERDICTS and its word."""
+    """Counts, and what was found: names of pairs or files, each with a detail, by a key of VERDICTS
+    and its word."""
 
     counts: list[tuple[str, str]] = field(default_factory=list)
-    found: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    found: dict[tuple[str, str], list[tuple[str, str]]] = field(default_factory=dict)
     pixels: dict[tuple[str, bytes], list[str]] = field(default_factory=dict)  # hash -> places
     sizes: list[tuple[int, int]] = field(default_factory=list)
     usable: int = 0  # pairs
     measured: int = 0  # of them, registered
 
-    def note(self, what: str, *examples: str, word: object = "") -> None:
-        if examples:
-            self.found.setdefault((what, str(word)), []).extend(examples)
+    def note(self, what: str, *names: str, detail: str = "", word: object = "") -> None:
+        if names:
+            some = self.found.setdefault((what, str(word)), [])
+            some.extend((name, detail) for name in names)
 
     @property
     def problems(self) -> int:
@@ -75,8 +78,18 @@ class Report:
             (stops, advice), which = VERDICTS[what], self.found[what, word]
             title = f"{what.format(word)}: {len(which)}"
             lines += ["", f"{'PROBLEM' if stops else 'remark':<13}{title}"]
-            lines += [f"{'':<13}{line}" for line in (listed(which), f"-> {advice}")]
+            shown = listed([f"{name} ({detail})" if detail else name for name, detail in which])
+            lines += [f"{'':<13}{line}" for line in (shown, f"-> {advice}")]
         return "\n".join(lines)
+
+    def write_lists(self, folder: Path) -> None:
+        """For each kind of finding a file of all names, one a line, each with its detail after a
+        tab: what --exclude_from of a training reads."""
+        folder.mkdir()
+        for (what, word), which in self.found.items():
+            title = re.sub(r"\W+", "-", what.format(word)).strip("-")
+            lines = (f"{listed([name])}\t{listed([detail])}".rstrip() for name, detail in which)
+            (folder / f"{title}.txt").write_text("\n".join([*lines, ""]), encoding="utf-8")
 
 
 # ---- what is to be looked at ---------------------------------------------------------------------
@@ -153,9 +166,8 @@ def check(
         if row := look_at(name, files, mask, places, resolution, report, shown, nodata):
             rows[name] = row
     for (label, _), same in report.pixels.items():
-        if len(same) > 1:
-            twins = " = ".join(listed([name]) for name in same)
-            report.note("identical {} images", twins, word=label)
+        first, *twins = same
+        report.note("identical {} images", *twins, detail=f"= {first}", word=label)
     sizes = report.sizes
     span = " to ".join(dict.fromkeys(by(f(sizes)) for f in (min, max))) if sizes else "none read"
     report.counts.append(("pairs", f"{report.usable} of {places.pairs} usable, {span} pixels"))
@@ -190,14 +202,14 @@ def look_at(
         try:
             return how(file)
         except (OSError, ValueError) as error:
-            report.note("broken files", str(error))
+            report.note("broken files", name, detail=str(error))
             return None
 
     for text in dict.fromkeys(file.with_suffix(".txt") for file in files):
         try:
             read_caption(text)
         except (OSError, ValueError) as error:
-            report.note("unusable captions", str(error))
+            report.note("unusable captions", name, detail=str(error))
     mask = mask_file and load(mask_file, load_mask)
     before, hole, small = None, None, {}
     for i, file in enumerate(files):
@@ -205,19 +217,19 @@ def look_at(
         if (image := load(file)) is None:
             continue
         if not isinstance(file, Frame) and further_pages(file):
-            report.note("files with several pages", f"{name} ({label})")
+            report.note("files with several pages", name, detail=label)
         if places.compared is None or label in places.compared:
             digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest()
             report.pixels.setdefault((label, digest), []).append(name)
         # the 99th percentile, as a few bright roofs do not make an image bright
         if (most := np.percentile(np.asarray(image).max(2), 99)) <= DARK:
-            report.note(
-                "nearly black images", f"{name} ({label}, mostly at most {most:.0f} of 255)"
-            )
+            detail = f"{label}, mostly at most {most:.0f} of 255"
+            report.note("nearly black images", name, detail=detail)
         if i == 0:
             before, hole = image, holes_of(file, nodata, image)
         elif before is None or not note_pair(
-            name if len(files) == 2 else f"{name}, {label}",
+            name,
+            "" if len(files) == 2 else label,
             {places.label(0): before, label: image} | ({"mask": mask} if mask and last else {}),
             [hole, holes_of(file, nodata, image)],
             resolution,
@@ -232,6 +244,7 @@ def look_at(
 
 def note_pair(
     name: str,
+    state: str,
     images: dict[str, Image.Image],
     holes: Sequence[np.ndarray | None],
     resolution: int,
@@ -240,7 +253,12 @@ def note_pair(
     whole: bool,
 ) -> bool:
     """Notes what is found in a pair: images by label, before, after and perhaps the mask; `holes`:
-    where the two have no data. `whole`: it shows the whole change. Returns whether it is usable."""
+    where the two have no data. `state`: which of the pairs of its name it is, if there are several.
+    `whole`: it shows the whole change. Returns whether it is usable."""
+
+    def note(what: str, detail: str = "", word: object = "") -> None:
+        report.note(what, name, detail=", ".join(filter(None, (state, detail))), word=word)
+
     labels = list(images)
     before, after = images[labels[0]], images[labels[1]]
     mask = images.get("mask")
@@ -248,36 +266,36 @@ def note_pair(
     for label, image in images.items():
         if image.size != after.size:
             what = "shape" if aspect_gap(image.size, after.size) > MAX_ASPECT else "size"
-            example = f"{name} ({label} {by(image.size)}, {labels[1]} {by(after.size)})"
-            report.note(f"images of another {what}", example)
+            sizes = f"{label} {by(image.size)}, {labels[1]} {by(after.size)}"
+            note(f"images of another {what}", sizes)
     if any(aspect_gap(image.size, after.size) > MAX_ASPECT for image in images.values()):
         return False
     before = before.resize(after.size)
     if (hole := union(holes, after.size)) is not None:
         if hole.all():
-            report.note("pairs whose images share no data", name)
+            note("pairs whose images share no data")
             return False
-        report.note("pairs with places without data", f"{name} ({hole.mean():.0%})")
+        note("pairs with places without data", f"{hole.mean():.0%}")
         before, after = filled(before, hole), filled(after, hole)
     report.usable += 1
     if min(after.size) < resolution:
-        report.note("pairs smaller than {} px", f"{name} ({by(after.size)})", word=resolution)
+        note("pairs smaller than {} px", by(after.size), word=resolution)
     if mask and (most := mask.getextrema()[1]) < 128:
         if most == 0:
-            report.note("empty masks", name)
+            note("empty masks")
         else:
-            report.note("faint masks", f"{name} (at most {most} of 255)")
+            note("faint masks", f"at most {most} of 255")
     if (alone := black_alone(before, after)) >= MUCH:
-        report.note("pairs of which one is black in places", f"{name} ({alone:.0%})")
+        note("pairs of which one is black in places", f"{alone:.0%}")
     difference = ImageChops.difference(before, after)
     blocks = difference.reduce(min(16, *after.size))
     still = (
         np.asarray(difference).mean() < NO_CHANGE and np.asarray(blocks).mean(2).max() < NO_BLOCK
     )
     if whole and still:
-        report.note("pairs without change", name)
+        note("pairs without change")
     if (shift := find_shift(before, after)) is not None:
         report.measured += 1
         if max(map(abs, shift)) >= MIN_SHIFT:
-            report.note("pairs that look shifted", f"{name} ({shift[0]:+d}, {shift[1]:+d})")
+            note("pairs that look shifted", f"{shift[0]:+d}, {shift[1]:+d}")
     return True

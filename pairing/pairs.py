@@ -2,6 +2,7 @@
 
 find_pairs -> [Pair]    before and after, or one sentence on why they do not match
 find_singles            single images
+names_in                names of pairs to leave out, from text files
 fingerprint             a hash that identifies a data set
 """
 
@@ -9,7 +10,7 @@ import hashlib
 import json
 import os
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -127,14 +128,44 @@ def by_name(folder: Path | str, flag: str) -> dict[str, list[Path]]:
     return groups
 
 
-def _one_each(folder: Path | str, flag: str) -> dict[str, Path]:
+def _one_each(folder: Path | str, flag: str, exclude: Collection[str] = ()) -> dict[str, Path]:
     groups = by_name(folder, flag)
+    groups = {name: paths for name, paths in groups.items() if name not in exclude}
     for name, paths in groups.items():
         if len(paths) > 1:
             raise ValueError(
                 f"{flag}: {len(paths)} files are named {listed([name])}, not one: {listed(paths)}"
             )
     return {name: paths[0] for name, paths in groups.items()}
+
+
+def names_in(files: Sequence[Path | str], known: Collection[str], flag: str) -> frozenset[str]:
+    """The names in text files, one a line, with or without an image's suffix; a tab and what
+    follows it are left out, as is a line that begins with #. ValueError names the file, and names
+    that are not `known`."""
+    found = set()
+    for file in files:
+        if not os.path.isfile(file):
+            raise FileNotFoundError(f"{flag} {listed([file])} is not a file of names")
+        try:
+            text = Path(file).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError:
+            raise ValueError(f"{flag} {listed([file])} is not UTF-8 text") from None
+        lines = [line.split("\t")[0].strip() for line in text.splitlines()]
+        given = {unicodedata.normalize("NFC", line) for line in lines if line[:1] not in ("", "#")}
+        names = {name if name in known else _stem(name) for name in given}
+        if strange := sorted(names - {*known}):
+            raise ValueError(
+                f"{flag} {listed([file])}: {len(strange)} of {len(names)} names are of no image in "
+                f"the data folders: {listed(strange)}; expected paths inside a folder, one a line"
+            )
+        found |= names
+    return frozenset(found)
+
+
+def _stem(name: str) -> str:
+    stem, suffix = os.path.splitext(name)
+    return stem if suffix.lower() in SUFFIXES else name
 
 
 def _case_hint(left: Sequence[str], right: Sequence[str]) -> str:
@@ -169,9 +200,12 @@ def read_caption(*images: Path | None) -> str | None:
 
 
 def find_masks(
-    names: Sequence[str], mask_dir: Path | str, allow_unmatched: bool | None
+    names: Sequence[str],
+    mask_dir: Path | str,
+    allow_unmatched: bool | None,
+    exclude: Collection[str] = (),
 ) -> dict[str, Path]:
-    masks = _one_each(mask_dir, "--mask_dir")
+    masks = _one_each(mask_dir, "--mask_dir", exclude)
     missing = [name for name in names if name not in masks]
     none = len(missing) == len(names)
     if none or (missing and not allow_unmatched):
@@ -195,10 +229,14 @@ def refuse_missing(before_dir: Path | str, after_dir: Path | str, flags: Sequenc
 
 
 def _both_sides(
-    before_dir: Path | str, after_dir: Path | str, flags: Sequence[str] = SIDES
+    before_dir: Path | str,
+    after_dir: Path | str,
+    flags: Sequence[str] = SIDES,
+    exclude: Collection[str] = (),
 ) -> tuple[dict[str, Path], ...]:
     refuse_missing(before_dir, after_dir, flags)
-    before, after = _one_each(before_dir, flags[0]), _one_each(after_dir, flags[1])
+    before = _one_each(before_dir, flags[0], exclude)
+    after = _one_each(after_dir, flags[1], exclude)
     if os.path.samefile(before_dir, after_dir):
         two = " and ".join(flags) if flags[0] != flags[1] else f"two of {flags[0]}"
         raise ValueError(
@@ -207,9 +245,11 @@ def _both_sides(
     return before, after
 
 
-def unmatched(before_dir: Path | str, after_dir: Path | str) -> tuple[list[str], list[str]]:
+def unmatched(
+    before_dir: Path | str, after_dir: Path | str, exclude: Collection[str] = ()
+) -> tuple[list[str], list[str]]:
     """Names found only in the before folder, and names found only in the after folder."""
-    before, after = _both_sides(before_dir, after_dir)
+    before, after = _both_sides(before_dir, after_dir, exclude=exclude)
     return [n for n in before if n not in after], [n for n in after if n not in before]
 
 
@@ -219,16 +259,17 @@ def find_pairs(
     *,
     mask_dir: Path | str | None = None,
     allow_unmatched: bool | None = False,
+    exclude: Collection[str] = (),
     flags: Sequence[str] = SIDES,
 ) -> list[Pair]:
     """Pairs with equal relative paths without suffix, sorted; a caption is NAME.txt beside either.
 
     Unmatched files are an error that names them. `allow_unmatched` skips them (`unmatched` lists
     them) and accepts pairs without a mask; None: no such flag, so that messages do not suggest it.
-    `flags`: where the folders came from. FileNotFoundError or NotADirectoryError for the folders,
-    ValueError for anything else.
+    `exclude`: names to pass over, whatever is wrong with them. `flags`: where the folders came
+    from. FileNotFoundError or NotADirectoryError for the folders, ValueError for anything else.
     """
-    before, after = _both_sides(before_dir, after_dir, flags)
+    before, after = _both_sides(before_dir, after_dir, flags, exclude)
     names = [name for name in before if name in after]
     lonely = [n for n in before if n not in after], [n for n in after if n not in before]
     hint = _case_hint(*lonely)
@@ -250,7 +291,7 @@ def find_pairs(
         ]
         skips = "" if allow_unmatched is None else "; --allow_unmatched skips them"
         raise ValueError("; ".join(parts) + hint + skips)
-    masks = find_masks(names, mask_dir, allow_unmatched) if mask_dir is not None else {}
+    masks = find_masks(names, mask_dir, allow_unmatched, exclude) if mask_dir is not None else {}
     return [
         Pair(n, before[n], after[n], masks.get(n), read_caption(after[n], before[n])) for n in names
     ]
@@ -261,13 +302,16 @@ def find_singles(
     *,
     mask_dir: Path | str | None = None,
     allow_unmatched: bool = False,
+    exclude: Collection[str] = (),
     flag: str = "--instance_data_dir",
 ) -> list[Pair]:
     """Every image in a folder as a Pair without a before. Errors as in `find_pairs`."""
-    images = _one_each(folder, flag)
+    images = _one_each(folder, flag, exclude)
     if not images:
         raise ValueError(f"{flag} holds no images: {listed([folder])}")
-    masks = find_masks(list(images), mask_dir, allow_unmatched) if mask_dir is not None else {}
+    masks = (
+        find_masks([*images], mask_dir, allow_unmatched, exclude) if mask_dir is not None else {}
+    )
     return [Pair(n, None, path, masks.get(n), read_caption(path)) for n, path in images.items()]
 
 

@@ -8,7 +8,7 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -50,6 +50,7 @@ def find_sequences(
     *,
     mask_dir: Path | str | None = None,
     allow_unmatched: bool = False,
+    exclude: Collection[str] = (),
 ) -> list[Pair]:
     """States of the same places at k + 1 times, one folder per time, matched by name as in
     `find_pairs`: for each place k pairs of the first state with a later one, whose strength is its
@@ -68,7 +69,8 @@ def find_sequences(
     rising = lambda some: all(a < b for a, b in pairwise(some))  # noqa: E731
     if not (rising(times) and times[-1] - times[0] < math.inf and rising(_shares(times))):
         raise ValueError(f"--sequence_times must ascend, got {' '.join(f'{t:g}' for t in times)}")
-    how = {"allow_unmatched": allow_unmatched, "flags": ("--sequence_dirs",) * 2}
+    flags = ("--sequence_dirs",) * 2
+    how = {"allow_unmatched": allow_unmatched, "exclude": exclude, "flags": flags}
     first = find_pairs(folders[0], folders[-1], mask_dir=mask_dir, **how)
     between = [find_pairs(folders[0], f, **how) for f in folders[1:-1]]
     files = [{pair.name: pair.after for pair in state} for state in between]
@@ -131,12 +133,13 @@ def find_clips(
     *,
     mask_dir: Path | str | None = None,
     allow_unmatched: bool = False,
+    exclude: Collection[str] = (),
 ) -> list[Pair]:
-    """Pairs from the clips in a folder: every `stride`-th frame is used; the first is the before of
-    all others, and strengths are positions, 0..1, from the first to the last used. Errors as in
-    `clips_in`; ValueError names a clip with fewer than two frames used."""
-    clips = clips_in(folder)
-    masks = find_masks(list(clips), mask_dir, allow_unmatched) if mask_dir is not None else {}
+    """Pairs from the clips in a folder but those to `exclude`: every `stride`-th frame is used; the
+    first is the before of all others, and strengths are positions, 0..1, from the first to the last
+    used. Errors as in `clips_in`; ValueError names a clip with fewer than two frames used."""
+    clips = {name: some for name, some in clips_in(folder).items() if name not in exclude}
+    masks = find_masks([*clips], mask_dir, allow_unmatched, exclude) if mask_dir is not None else {}
     pairs = []
     for name, frames in clips.items():
         taken = frames[::stride]

@@ -39,7 +39,7 @@ READERS = {
 }
 PLACES = {"output_dir", "before_data_dir", "after_data_dir", "instance_data_dir", "class_data_dir",
           "mask_dir", "sequence_dirs", "frames_dir", "cache_dir", "logging_dir",
-          "validation_images", "init_lora"}  # fmt: skip
+          "validation_images", "init_lora", "exclude_from"}  # fmt: skip
 
 
 def yaml(text: str) -> str:

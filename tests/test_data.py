@@ -6,6 +6,7 @@ import struct
 import unicodedata
 import warnings
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ from pairing.pairs import (
     find_pairs,
     find_singles,
     fingerprint,
+    names_in,
     refuse_among,
     unmatched,
 )
@@ -773,12 +775,12 @@ def test_the_report_finds_what_was_planted(planted, capsys):
     for block in said.split("\n\n")[1:]:
         title, which, _ = (line.strip() for line in block.strip().split("\n"))
         blocks[title] = which
-    torn = planted / "after" / "torn.png"
+    torn, lists = planted / "after" / "torn.png", planted / "out" / "found"
     assert blocks.pop("PROBLEM      broken files: 1").startswith(
-        f"{torn} cannot be read as an image"
+        f"torn ({torn} cannot be read as an image"
     )
     assert blocks.pop("PROBLEM      unusable captions: 1").endswith(
-        "good.txt is empty: write one, or delete the file"
+        "good.txt is empty: write one, or delete the file)"
     )
     another_shape = ["shape (before 256x256, after 256x200)", "shape (mask 256x256, after 256x200)"]
     another_size = ["sized (before 256x256, after 256x255)", "sized (mask 256x256, after 256x255)"]
@@ -793,14 +795,57 @@ def test_the_report_finds_what_was_planted(planted, capsys):
         "remark       pairs that look shifted: 1": "moved (+11, +3)",
         "remark       pairs without change: 1": "same",
         "remark       empty masks: 1": "good",
-        "remark       identical before images: 1": "good = twin",
+        "remark       identical before images: 1": "twin (= good)",
         "remark       pairs smaller than 128 px: 1": "small (64x64)",
     }
     assert "before       11 images in " in said and "pairs        6 of 9 usable, " in said
+    assert (planted / "out" / "check-data.txt").read_text() == said
+    assert f"all names    {lists}" in said and len([*lists.iterdir()]) == 13
+    assert (lists / "images-of-another-shape.txt").read_text().splitlines() == [
+        "shape\tbefore 256x256, after 256x200", "shape\tmask 256x256, after 256x200"
+    ]  # fmt: skip
     sheet = Image.open(planted / "out" / "check-data.png")
     cell = (sheet.width - 6) // 3 - 6
     middles = [sheet.getpixel((6 + j * (cell + 6) + cell // 2, 16 + cell // 2)) for j in range(3)]
     assert len(set(middles)) == 3  # before, after, difference
+
+
+def test_what_a_check_found_is_left_out(planted):
+    """By the lists of all problems: what remains can be trained on."""
+    masks, lists = planted / "mask", planted / "out" / "found"
+    run_check(planted, "--mask_dir", masks, "--resolution", "128")
+    problems = (
+        "broken-files", "names-with-several-files-in-one-folder", "before-images-without-a-partner",
+        "after-images-without-a-partner", "pairs-without-a-mask", "images-of-another-shape",
+        "unusable-captions",
+    )  # fmt: skip
+    cfg = TrainConfig(
+        before_data_dir=f"{planted}/before", after_data_dir=f"{planted}/after", mask_dir=str(masks)
+    )
+    with pytest.raises(ValueError, match="2 files are named double, not one"):
+        find_data(cfg)
+    cfg = replace(cfg, exclude_from=tuple(f"{lists / name}.txt" for name in problems))
+    assert [pair.name for pair in find_data(cfg).train] == ["same", "sized", "small", "twin"]
+    assert [*passed_over(cfg)] == ["--exclude_from: leaving out 8 names"]
+
+
+def test_names_to_leave_out(tmp_path):
+    file, known = tmp_path / "mine.txt", {"good", "moved", "a.b", "c.png"}
+    file.write_bytes(b"\xef\xbb\xbf# by hand\n\ngood.png\r\nmoved.PNG\tby 11\na.b\nc.png\n")
+    assert names_in([file, file], known, "--x") == known
+    for text, message in (
+        (
+            b"good\nnone\ngone.png\n",
+            "2 of 3 names are of no image in the data folders: gone, none;",
+        ),
+        (b"a.b.c", "1 of 1 names are of no image"),
+        (b"\xff", "is not UTF-8 text"),
+    ):
+        file.write_bytes(text)
+        with pytest.raises(ValueError, match=rf"^--x {file}:? {message}"):
+            names_in([file], known, "--x")
+    with pytest.raises(FileNotFoundError, match=f"^--x {tmp_path} is not a file of names"):
+        names_in([tmp_path], known, "--x")
 
 
 def test_a_clean_set_is_status_0(tmp_path, capsys):
@@ -833,8 +878,8 @@ def test_states_of_the_same_places_are_checked_in_one_go(tmp_path, capsys):
     assert f"PROBLEM      state 0 images without a partner: 1\n{'':13}gone\n" in said
     assert f"PROBLEM      state 2 images without a partner: 2\n{'':13}double, gone\n" in said
     assert f"names with several files in one folder: 1\n{'':13}double\n" in said
-    assert f"pairs that look shifted: 1\n{'':13}moved, state 1 (+9, +0)\n" in said
-    assert f"pairs without change: 1\n{'':13}good, state 2\n" in said
+    assert f"pairs that look shifted: 1\n{'':13}moved (state 1, +9, +0)\n" in said
+    assert f"pairs without change: 1\n{'':13}good (state 2)\n" in said
     sheet = Image.open(tmp_path / "out" / "check-data.png")
     assert sheet.size == (4 * (192 + 6) + 6, 2 * (192 + 16 + 6) + 16)  # three states, difference
 
@@ -853,8 +898,8 @@ def test_clips_are_checked_frame_by_frame(tmp_path, capsys):
     assert f"clips        4 with 8 frames in {clips}\n" in said
     assert "pairs        3 of 4 usable" in said
     assert f"PROBLEM      clips without a change: 2\n{'':13}film, still\n" in said
-    assert f"PROBLEM      broken files: 1\n{'':13}{clips}/long/4.png" in said
-    assert f"identical frame 0 images: 1\n{'':13}long = short\n" in said  # of those with a change
+    assert f"PROBLEM      broken files: 1\n{'':13}long ({clips}/long/4.png" in said
+    assert f"identical frame 0 images: 1\n{'':13}short (= long)\n" in said  # of those with a change
     assert "skipped" not in said
     sheet = Image.open(tmp_path / "out" / "check-data.png")
     assert sheet.width == 3 * (192 + 6) + 6  # the first, the last, their difference

@@ -54,6 +54,8 @@ def place(tmp_path_factory, sd1):
     for folder in ("empty", "sheets"):
         (root / folder).mkdir()
     shutil.copy(root / "pairs" / "before" / "0.png", root / "sheets" / "sheet.png")
+    (root / "foreign").mkdir()
+    (root / "foreign" / "check-data.png").touch()
     (root / "notes.txt").write_text("not a checkpoint")
     (root / "array.json").write_text("[]")
     (root / "cut.json").write_text('{"seed": 1')
@@ -462,6 +464,7 @@ def test_an_error_without_words_is_named(capsys, error, said):
         ("--resolution=-8", "--resolution must be a positive multiple of 8, got -8"),
         ("--resolution nan", "--resolution: invalid int value: 'nan'"),
         ("--out notes.txt", "--out notes.txt: notes.txt is a file; expected a folder"),
+        ("--out foreign", "--out foreign holds check-data.png, which would be replaced, but no"),
         ("--bef x", "unrecognized arguments: --bef x"),
         ("--frame_stride 2", "--frame_stride 2 has no effect without --frames_dir"),
         ("--frame_stride 0", "--frame_stride must be at least 1, got 0"),
@@ -496,13 +499,14 @@ def test_check_data_of_more_than_two_states(place, flags, sentence):
 
 @pytest.mark.parametrize("before", ["unmatched", "doubled", "broken", "oblong", "words"])
 def test_check_data_reports_what_would_stop_the_training(place, before, tmp_path):
-    """Exit status 1, the report on stdout, nothing on stderr, and only the sheet is written."""
+    """Exit status 1, the report on stdout, nothing on stderr; all that is written is in --out."""
     known, out, err = snapshot(place), io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         flags = ["--before", before, "--after", "pairs/after", "--out", str(tmp_path / "new")]
         assert check_data.main(flags) == 1
     assert "PROBLEM" in out.getvalue() and err.getvalue() == "" and snapshot(place) == known
-    assert [p.name for p in (tmp_path / "new").iterdir()] == ["check-data.png"]
+    made = {p.name for p in (tmp_path / "new").iterdir()}
+    assert made == {"check-data.txt", "check-data.png", "found"}
 
 
 # ---- as processes --------------------------------------------------------------------------------

@@ -392,6 +392,22 @@ def allow_unmatched(lab, patch):
     assert "skipping 1 images without a partner" in lab.said[folder]
 
 
+def exclude_from(lab, patch):
+    """Pairs, places and clips, as if they were not there."""
+    whole, names = lab.images("whole", lambda image: image), lab.root / "names.txt"
+    names.write_text("alone\n4\tshifted\n")
+    Image.new("RGB", (32, 32)).save(Path(whole["before_data_dir"]) / "alone.png")
+    some = {"exclude_from": (str(names),)}
+    folder = lab.run(**whole, **some)
+    assert column(folder) == column(lab.run(max_pairs=4))
+    assert "leaving out 2 names" in lab.said[folder]
+    none = {"before_data_dir": None, "after_data_dir": None}
+    states = {**none, "sequence_dirs": (*whole.values(),)}
+    assert column(lab.run(**states, **some)) == column(folder)
+    stops("1 of 2 names are of no image in the data folders: alone;", **some)(lab, patch)
+    stops("no.txt is not a file of names", exclude_from=("no.txt",))(lab, patch)
+
+
 def max_pairs(lab, patch):
     """The first pairs in the order of their names, once those kept apart are taken out."""
     few = {}
@@ -1245,6 +1261,7 @@ FLAGS = {
     "mask_from_change": effect(mask_from_change),
     "mask_outside": effect(mask_outside),
     "allow_unmatched": effect(allow_unmatched),
+    "exclude_from": effect(exclude_from),
     "sequence_dirs": effect(sequence_dirs),
     "sequence_times": effect(sequence_times),
     "frames_dir": effect(frames_dir),

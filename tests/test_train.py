@@ -433,14 +433,16 @@ def test_a_training_that_diverges_is_told_of_once(config, monkeypatch):
     monkeypatch.setattr(weighting, "weighted_mean", higher)
     monkeypatch.setattr(Trend, "WINDOW", 10)  # of 5 images a step
     cfg = replace(config, train_batch_size=5, max_train_steps=8, learning_rate=1e-9)
-    with pytest.warns(UserWarning, match="times the initial one: training diverges") as told:
+    with pytest.warns(UserWarning, match="times what it has been: training diverges") as told:
         train(cfg)
     said = [str(w.message) for w in told if "diverges" in str(w.message)]
     assert len(said) == 1 and "by step 4, " in said[0]
+    above_the_initial, from_far_below_it = (1.0, 0.9, 1.7, math.nan, 2.1, 9.0), (1.0, 0.1, 0.4, 0.6)
+    factors = [None, None, None, None, pytest.approx(2.1 / 0.9), None]
     trend = Trend()
-    assert [trend.add(x, 10) for x in (1.0, 0.1, 1.9, math.nan, 2.1, 9.0)] == [
-        None, None, None, None, pytest.approx(2.1), None
-    ]  # fmt: skip
+    assert [trend.add(x, 10) for x in above_the_initial] == factors
+    trend = Trend()
+    assert [trend.add(x, 10) for x in from_far_below_it] == [None, None, None, pytest.approx(6.0)]
 
 
 def test_a_run_that_begins_with_what_was_trained_on_another_lora(config, capsys):

@@ -15,17 +15,21 @@ from pairing.images import listed, to_image
 from pairing.pairs import SIDES, Pair, by_name, left_out, unmatched
 from pairing.registration import MIN_SHIFT, find_shift
 from pairing.sequences import is_clip
-from training.inputs import Size, spread
+from training.inputs import Size, excluded, spread
 
 
 def passed_over(cfg: TrainConfig) -> Iterator[str]:
     """A line for each kind of file in the data folders that is not used."""
     sides, times = (cfg.before_data_dir, cfg.after_data_dir), cfg.sequence_dirs or []
-    if cfg.allow_unmatched and all(sides) and (skipped := sum(map(len, unmatched(*sides)))):
+    if exclude := excluded(cfg):
+        yield f"--exclude_from: leaving out {len(exclude)} names"
+    lonely = unmatched(*sides, exclude) if cfg.allow_unmatched and all(sides) else ()
+    if skipped := sum(map(len, lonely)):
         yield f"--allow_unmatched: skipping {skipped} images without a partner"
     if cfg.allow_unmatched and times:
         states = Counter(name for folder in times for name in by_name(folder, "--sequence_dirs"))
-        if skipped := sum(n < len(times) for n in states.values()):
+        alone = [name for name, n in states.items() if n < len(times) and name not in exclude]
+        if skipped := len(alone):
             yield f"--allow_unmatched: skipping {skipped} places that lack a state"
     given, most = len(cfg.validation_images or ()), cfg.num_validation_images
     if given > most > 0:

@@ -14,8 +14,8 @@ from data import PairDataset
 from model.memory import unless_full
 from model.vae import VAE
 from pairing.images import load_image
-from pairing.pairs import Pair, find_pairs, find_singles, read_caption
-from pairing.sequences import find_clips, find_sequences
+from pairing.pairs import Pair, by_name, find_pairs, find_singles, names_in, read_caption
+from pairing.sequences import clips_in, find_clips, find_sequences
 from training.latents import Latents, cache_latents
 
 
@@ -60,6 +60,7 @@ def find_data(cfg: TrainConfig) -> Data:
     `shown`: --validation_images, else held-out pairs, else some training pairs.
     """
     how = {"mask_dir": cfg.mask_dir, "allow_unmatched": cfg.allow_unmatched}
+    how["exclude"] = excluded(cfg)
     if not config.is_pairs(cfg):
         return Data(find_singles(cfg.instance_data_dir, **how), [], [])
     if cfg.frames_dir:
@@ -96,6 +97,18 @@ def find_data(cfg: TrainConfig) -> Data:
     given = [Pair(path.stem, None, path, caption=read_caption(path.with_suffix(".txt")))
              for path in paths]  # fmt: skip
     return Data(pairs, held_out, given)
+
+
+def excluded(cfg: TrainConfig) -> frozenset[str]:
+    """The names in --exclude_from. ValueError if there is no such image (or clip)."""
+    if cfg.exclude_from is None:
+        return frozenset()
+    sides = ("before_data_dir", "after_data_dir", "mask_dir", "instance_data_dir")
+    folders = [(f"--{side}", getattr(cfg, side)) for side in sides]
+    folders += [("--sequence_dirs", folder) for folder in cfg.sequence_dirs or ()]
+    known = {*clips_in(cfg.frames_dir)} if cfg.frames_dir else set()
+    known.update(*(by_name(folder, flag) for flag, folder in folders if folder is not None))
+    return names_in(cfg.exclude_from, known, "--exclude_from")
 
 
 def spread(items: Sequence, k: int) -> list:

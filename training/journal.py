@@ -81,8 +81,8 @@ class Journal:
         step_ms = self.pace.step_ms(done - max(self.logged, self.first))
         if factor := self.trend.add(loss, (done - self.logged) * self.total):
             warnings.warn(
-                f"the loss by step {done}, {loss:.3g}, is {factor:.1f} times the initial "
-                "one: training diverges; try a lower --learning_rate",
+                f"the loss by step {done}, {loss:.3g}, is {factor:.1f} times what it has been: "
+                "training diverges; try a lower --learning_rate",
                 stacklevel=2,
             )
         numbers = {"loss": loss, "lr": lr, "grad_norm": grad_norm.item()}
@@ -142,15 +142,16 @@ def not_finite(where: str, drawn: tuple[Tensor, Tensor], pairs: list[Pair], task
 
 
 class Trend:
-    """Detects divergence, once: the loss is far above its initial value."""
+    """Detects divergence, once: the loss is far above its least value so far, and not far below its
+    initial one (where it is, it varies by such factors at random)."""
 
     WINDOW, FAR = 200, 2.0  # over so many images the mean rarely reaches this factor by chance
 
     def __init__(self):
-        self.sum, self.images, self.first = 0.0, 0, None
+        self.sum, self.images, self.first, self.least, self.told = 0.0, 0, None, math.inf, False
 
     def add(self, loss: float, images: int) -> float | None:
-        """Add a mean loss over `images`; returns the factor over the initial, to warn about."""
+        """Add a mean loss over `images`; returns the factor over the least, to warn about."""
         if not math.isfinite(loss):
             return None
         self.sum, self.images = self.sum + loss * images, self.images + images
@@ -158,10 +159,11 @@ class Trend:
             return None
         mean, self.sum, self.images = self.sum / self.images, 0.0, 0
         self.first = mean if self.first is None else self.first
-        if mean <= self.FAR * self.first:
-            return None
-        factor, self.first = mean / self.first, math.inf
-        return factor
+        if mean > max(self.FAR * self.least, self.first / self.FAR) and not self.told:
+            self.told = True
+            return mean / self.least
+        self.least = min(self.least, mean)
+        return None
 
 
 class Pace:

@@ -69,7 +69,7 @@ def refuse_overlap(cfg: TrainConfig) -> None:
         for mine, path in written:
             if path is not None and Path(path).resolve().is_relative_to(there):
                 raise ValueError(f"--{mine} {path} lies in --{flag} {folder}, which is trained on")
-    for name in ("validation_images", "cache_dir", "class_data_dir"):
+    for name in ("validation_images", "exclude_from", "cache_dir", "class_data_dir"):
         given = getattr(cfg, name) or ()
         read += [(name, path) for path in ([given] if isinstance(given, str) else given)]
     for flag, path in read:
