@@ -1,7 +1,7 @@
 """Every knob of a training run: a field here is a flag of train.py and a key of config.json.
 
-Order of precedence: the defaults below, then `--config FILE`, then flags. The names and defaults
-down to `lora_rank` are those of the DreamBooth-LoRA script this project descends from.
+Order of precedence: the defaults below, then `--config FILE`, then flags. What the DreamBooth-LoRA
+script this project descends from had too has its name from there.
 """
 
 from dataclasses import dataclass

@@ -2,18 +2,16 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from config import TrainConfig, is_pairs
+from config import TrainConfig, is_pairs, objective_of
 from knobs import check_fields
 
 SOURCES = ("before_data_dir", "sequence_dirs", "frames_dir", "instance_data_dir")
 OF_PAIRS = (
     "pair_objective", "validation_pairs", "validation_images", "max_pairs", "mask_from_change",
 )  # fmt: skip
-OF_OBJECTIVES = ("delta_t", "delta_base", "bridge_t", "img2img_t", "image_dropout")
-OF_NOISE = ("t_min", "snr_gamma")  # prior preservation reads them too
 LOOKS = ("validation_steps", "validation_epochs")
 # The first is ignored if the second is given
 INSTEAD = {"num_train_epochs": "max_train_steps", "validation_epochs": "validation_steps"}
@@ -93,12 +91,13 @@ def check(cfg: TrainConfig) -> TrainConfig:
     return cfg
 
 
-def without_effect(cfg: TrainConfig, reads: Sequence[str]) -> list[str]:
-    """A sentence for each flag that was given but is not read; `reads`: the objective's knobs.
+def without_effect(cfg: TrainConfig, reads: Mapping[str, Sequence[str]]) -> list[str]:
+    """A sentence for each flag that was given but is not read; `reads`: every objective's knobs.
 
     Warnings, not errors: an arm of an ablation may switch off what an earlier flag tunes.
     """
     prior = cfg.with_prior_preservation
+    read_here = {*reads[objective_of(cfg)], *(reads["dreambooth"] if prior else ())}
     restarts = "cosine_with_restarts"
     looked = cfg.num_validation_images or cfg.validation_pairs
     unmatchable = (is_pairs(cfg) and not cfg.frames_dir) or cfg.mask_dir is not None
@@ -117,8 +116,10 @@ def without_effect(cfg: TrainConfig, reads: Sequence[str]) -> list[str]:
         ("hub_model_id", cfg.push_to_hub, "--push_to_hub"),
         ("logging_dir", cfg.report_to == "tensorboard", "--report_to tensorboard"),
         ("resume_changed", cfg.resume_from_checkpoint is not None, "--resume_from_checkpoint"),
-        *((knob, knob in reads, "an objective that reads it") for knob in OF_OBJECTIVES),
-        *((knob, prior or knob in reads, "a loss on noise") for knob in OF_NOISE),
+        *(
+            (knob, knob in read_here, "an objective that reads it")
+            for knob in sorted(set().union(*reads.values()))
+        ),
         ("prior_loss_weight", prior, "--with_prior_preservation"),
         ("num_class_images", prior, "--with_prior_preservation"),
         ("prior_generation_precision", prior, "--with_prior_preservation"),

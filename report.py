@@ -18,8 +18,7 @@ from pathlib import Path
 import cli
 from durable import file_sha256, read_or_empty, write_text
 from pairing.images import image_size, load_image
-from reporting.evaluation import DIGITS, KINDS
-from reporting.md import figure
+from reporting.evaluation import KINDS, headline, metric_rows
 from runs import is_config
 
 PAGE = """<!doctype html>
@@ -167,18 +166,10 @@ def text(value: object) -> str:
 
 def evaluation(result: dict) -> str:
     """The results of evaluate.py: gap closed, and each metric beside copying and the ceiling."""
-    found = {f"gap closed ({k})": figure(v) for k, v in result["gap_closed"].items()}
-    removed = result.get("error_removed", {})  # an older evaluation.json has none
-    found |= {f"error of copying removed ({k})": figure(v) for k, v in removed.items()}
-    if result.get("outside_over_ceiling") is not None:
-        found["squared error outside, over the ceiling's"] = f"{result['outside_over_ceiling']:.2f}"
-    found["Spearman of strength and progress"] = figure(result["strengths"]["spearman"])
-    found["pairs (± is the standard error over them)"] = result["pairs"]
+    found = headline(result) | {"pairs (± is the standard error over them)": result["pairs"]}
     lines = [f"<tr><th><th>{'<th>'.join(KINDS.values())}"]
-    for key, digits in DIGITS.items():
-        if key in result["copy"]:
-            cells = "<td>".join(figure(result[kind][key], digits) for kind in KINDS)
-            lines.append(f"<tr><th>{escape(key.replace('_', ' '))}<td>{cells}")
+    for title, cells in metric_rows(result):
+        lines.append(f"<tr><th>{escape(title)}<td>{'<td>'.join(cells)}")
     return f"{rows(found)}<table>{''.join(lines)}</table>"
 
 

@@ -11,15 +11,8 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._functorch import config as functorch
 
 from model.cpu import few_pixels, product
-
-# torch caches compiled code that contains an autograd.Function on disk only if this is declared
-# safe. It is: the cache key includes the graphs of _Product, which fully describe it.
-functorch.autograd_cache_allow_custom_autograd_functions = True
-# let the compiler dequantize W again in the backward instead of keeping it
-functorch.ban_recompute_materialized_backward = False
 
 
 def dequantized(q: Tensor, scale: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch
 
 from model.layers import ResBlock, SpatialTransformer
 from model.memory import out_of_memory
@@ -31,6 +32,11 @@ def compile_blocks(model: nn.Module, **how) -> None:
     Blocks of equal shapes share their code, so compiling takes a third of the time of one graph
     for the whole UNet, and little speed is lost. how: arguments of torch.compile, else FUSED.
     """
+    # torch caches compiled code that contains an autograd.Function on disk only if this is declared
+    # safe. It is: the cache key includes the graphs of ours (model/frozen.py), which describe it
+    functorch.autograd_cache_allow_custom_autograd_functions = True
+    # let the compiler dequantize a weight again in the backward instead of keeping it
+    functorch.ban_recompute_materialized_backward = False
     how = {"fullgraph": True, "dynamic": False, **(how or {"options": FUSED})}
     # one graph per shape, and per micro-batch size after out-of-memory
     if "recompile_limit" in signature(torch.compile).parameters:

@@ -120,8 +120,9 @@ def read_lora(run_or_file: str | Path, flag: str = "--lora") -> tuple[Parts, dic
     try:
         peft = json.loads(header.get("lora_adapter_metadata", "{}"))
         metadata = json.loads(header.get("pairlora", "{}"))
-        assert isinstance(peft, dict) and isinstance(metadata, dict)
-    except (json.JSONDecodeError, AssertionError, RecursionError) as error:
+        if not (isinstance(peft, dict) and isinstance(metadata, dict)):
+            raise ValueError("another value")
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} has a header that is not a JSON object") from error
     beside = path.with_name("adapter_config.json")
     if path.stem == "adapter_model" and not peft and beside.is_file():

@@ -324,9 +324,10 @@ def _peft_scale(peft: dict, part: str, path: str, r: int, file) -> float:
         hits = (v for p, v in pattern.items() for name in names
                 if p == name or re.match(rf"(.*\.)?({p})$", name))  # fmt: skip
         alpha = next(hits, setting("lora_alpha", r))
-        assert type(alpha) in (int, float) and 0 < alpha < 1e9
+        if type(alpha) not in (int, float) or not 0 < alpha < 1e9:
+            raise ValueError("lora_alpha")
         scale = alpha / (math.sqrt(r) if setting("use_rslora", False) else r)
-    except (AssertionError, ArithmeticError, AttributeError, TypeError, ValueError, re.error) as e:
+    except (ArithmeticError, AttributeError, TypeError, ValueError, re.error) as e:
         what = "lora_alpha and alpha_pattern"
         raise ValueError(f"{file} has a header without a usable {what} for {path}") from e
     return scale

@@ -5,8 +5,9 @@
     e_m(x, t)  predict(x, t, m): the UNet with its LoRA at multiplier m (b,); m None is the base
 
 A loss takes `(predict, schedule, a, b, s, draws, knobs)` and returns an unreduced map, (n, 4, h, w)
-with n = b or 2b ([before half, after half]); train.py weights it by the mask and averages. An edit
-takes `(predict, schedule, z, s, how)` and returns the latent of z with the change at strength s.
+with n = b or 2b ([before half, after half]); model/weighting.py weights it by the mask and averages
+it. An edit takes `(predict, schedule, z, s, how)` and returns the latent of z with the change at
+strength s.
 Neither sees the UNet, the LoRA, a file or a flag. `predict` repeats its context if a batch holds
 the pair twice, and takes more than four channels if the objective declares `extra`. A loss never
 synchronizes (`.item()`, `if` on a tensor) and has no data-dependent shapes, so that a step can be
@@ -122,7 +123,7 @@ def delta(predict: Predict, schedule: Schedule, z: Tensor, s: Tensor, knobs: Kno
     prediction is subtracted, so that only the LoRA's contribution remains. Without `delta_base` it
     is img2img-turbo's D_s(z) = x̂_0(e_s): one pass, and the LoRA has to learn to keep z.
     """
-    t = delta_steps(torch.empty(len(z), dtype=torch.int64, device=z.device), schedule, knobs)
+    t = torch.full((len(z),), knobs.delta_t, device=z.device)
     signal, _ = schedule.roots(t, z)
     x = signal * z
     if not knobs.delta_base:
@@ -256,8 +257,7 @@ def concat_loss(predict, schedule, a, b, s, draws, knobs):
     """
     if draws.u is not None:  # None in validation
         a = a * (draws.u >= knobs.image_dropout).to(a.dtype).view(-1, 1, 1, 1)
-    seeing = lambda x_t, t, m: predict(torch.cat([x_t, a], 1), t, m)  # noqa: E731
-    return noise_loss(seeing, schedule, b, s, draws, knobs)
+    return noise_loss(beside(predict, a), schedule, b, s, draws, knobs)
 
 
 def concat_edit(predict, schedule, z, s, how):
@@ -267,17 +267,19 @@ def concat_edit(predict, schedule, z, s, how):
     Guidance by the text is added to it, as in InstructPix2Pix, eq. 3, not scaled by it.
     """
 
+    plain, blind = beside(predict, z), beside(predict, torch.zeros_like(z))
+
     def guide(e: Predict) -> Predict:
-        def seeing(x_t: Tensor, t: Tensor, m: Tensor) -> Tensor:
-            beside = torch.cat([x_t, z], 1)
-            seen = e(beside, t, m)
+        seeing = beside(e, z)
+
+        def both(x_t: Tensor, t: Tensor, m: Tensor) -> Tensor:
+            seen = seeing(x_t, t, m)
             if how.image_guidance == 1:
                 return seen
-            plain = seen if e is predict else predict(beside, t, m)
-            blind = predict(torch.cat([x_t, torch.zeros_like(z)], 1), t, m)
-            return seen + (how.image_guidance - 1) * (plain - blind)
+            same = seen if e is predict else plain(x_t, t, m)
+            return seen + (how.image_guidance - 1) * (same - blind(x_t, t, m))
 
-        return seeing
+        return both
 
     guided = how._replace(guided=guide(how.guided or predict))
     return restore(guide(predict), schedule, z, torch.zeros_like(s), s, guided)

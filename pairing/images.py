@@ -1,4 +1,4 @@
-"""Images: any file -> upright 8-bit RGB -> a tensor, and back; contact sheets."""
+"""Images: any file -> upright 8-bit RGB -> a tensor, and back."""
 
 import os
 import warnings

@@ -15,6 +15,30 @@ KINDS = {"copy": "copy of the before", "predicted": "predicted", "ceiling": "aut
 DIGITS = {"psnr": 2, "psnr_inside": 2, "psnr_outside": 2, "ssim": 3, "cosine": 3}
 
 
+def headline(result: dict) -> dict[str, str]:
+    """The figures to read first, {title: value}."""
+    found = {f"gap closed ({k})": figure(v, 3) for k, v in result["gap_closed"].items()}
+    removed = result.get("error_removed", {})  # an older evaluation.json has none
+    found |= {f"error of copying removed ({k})": figure(v, 3) for k, v in removed.items()}
+    if result.get("outside_over_ceiling") is not None:
+        found["squared error outside, over the ceiling's"] = f"{result['outside_over_ceiling']:.2f}"
+    order = result["strengths"]["spearman"]
+    lined = order["mean"] is None
+    found["Spearman of strength and progress"] = (
+        "not measured, as the strengths lie on a line" if lined else figure(order, 3)
+    )
+    return found
+
+
+def metric_rows(result: dict) -> list[tuple[str, list[str]]]:
+    """(metric, its value for each of KINDS)."""
+    return [
+        (key.replace("_", " "), [figure(result[kind][key], places) for kind in KINDS])
+        for key, places in DIGITS.items()
+        if key in result["copy"]
+    ]
+
+
 def table(result: dict) -> str:
     """The main metrics as Markdown."""
     lines = [
@@ -26,29 +50,22 @@ def table(result: dict) -> str:
         "| | " + " | ".join(KINDS.values()) + " |",
         "|---|---|---|---|",
     ]
-    for key, places in DIGITS.items():
-        if key in result["copy"]:
-            cells = " | ".join(figure(result[kind][key], places) for kind in KINDS)
-            lines.append(f"| {key.replace('_', ' ')} | {cells} |")
-    lines.append("")
-    for place, value in result["gap_closed"].items():
-        lines.append(f"Gap closed ({place}): **{figure(value, 3)}**")
-    for place, value in result["error_removed"].items():
-        lines.append(f"Error of copying removed ({place}): **{figure(value, 3)}**")
-    if result.get("outside_over_ceiling") is not None:
-        ratio = result["outside_over_ceiling"]
-        lines.append(f"Squared error outside the mask over the ceiling's: {ratio:.2f}")
+    lines += [f"| {title} | {' | '.join(cells)} |" for title, cells in metric_rows(result)]
+    lines += [
+        "",
+        *(
+            f"{title[0].upper()}{title[1:]}: **{value}**"
+            for title, value in headline(result).items()
+        ),
+    ]
     s = result["strengths"]
-    order = f"Spearman of strength and progress {figure(s['spearman'], 3)}"
-    if s["spearman"]["mean"] is None:
-        order = "The strengths lie on a line, which is always in order"
     lines += [
         "",
         "| strength | " + " | ".join(f"{value:g}" for value in s["values"]) + " |",
         "|---|" + "---|" * len(s["values"]),
         "| share of the way | " + " | ".join(figure(p, 2) for p in s["progress"]) + " |",
         "",
-        f"{order}; strength 0 against the before image {figure(s['identity_psnr'], 1)} dB",
+        f"strength 0 against the before image: {figure(s['identity_psnr'], 1)} dB",
     ]
     if "between" in result:
         lines += [

@@ -307,12 +307,13 @@ import importlib, os, sys
 sys.dont_write_bytecode = True
 sys.modules |= dict.fromkeys(sys.argv[2].split(","))
 import torch
+from torch._functorch import config as functorch
 torch.manual_seed(7)
 
 def state():
     return (torch.get_rng_state().tolist(), torch.get_default_dtype(), torch.get_num_threads(),
             torch.cuda.is_initialized(), torch.get_float32_matmul_precision(),
-            torch.is_grad_enabled(), os.getcwd(), sorted(os.listdir()),
+            torch.is_grad_enabled(), functorch.get_config_copy(), os.getcwd(), sorted(os.listdir()),
             {k: v for k, v in os.environ.items() if not k.startswith("TORCH")})
 
 for name in sys.argv[1].split(","):
