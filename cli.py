@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import dataclasses
 import errno
-import json
 import math
 import os
 import re
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from config import TrainConfig
 from config_check import check
+from durable import read_json
 from knobs import misfit
 
 PATHS = {"DIR", "FILE", "IMAGE", "IMAGE_OR_DIR", "RUN_OR_FILE"}  # metavars
@@ -125,13 +125,9 @@ def add_fields(
 def read_file(path: str) -> dict:
     """The fields in a config.json. ValueError names an unknown key or a wrong type."""
     try:
-        if (size := os.path.getsize(path)) > 2**24:
-            raise ValueError(f"it has {size} bytes, expected at most 16 MiB")
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # bytes, syntax, a number of 5000 digits
+        content = read_json(Path(path))
+    except (OSError, ValueError) as error:
         raise ValueError(f"--config {path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"--config {path} should hold a JSON object")
     hints = typing.get_type_hints(TrainConfig)
     for key, value in content.items():
         if key not in hints:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from config import TrainConfig, is_pairs, objective_of
@@ -91,13 +91,15 @@ def check(cfg: TrainConfig) -> TrainConfig:
     return cfg
 
 
-def without_effect(cfg: TrainConfig, reads: Mapping[str, Sequence[str]]) -> list[str]:
-    """A sentence for each flag that was given but is not read; `reads`: every objective's knobs.
+def without_effect(cfg: TrainConfig, objectives: Mapping) -> list[str]:
+    """A sentence for each flag that was given but is not read; `objectives`: OBJECTIVES, which say
+    what they read.
 
     Warnings, not errors: an arm of an ablation may switch off what an earlier flag tunes.
     """
     prior = cfg.with_prior_preservation
-    read_here = {*reads[objective_of(cfg)], *(reads["dreambooth"] if prior else ())}
+    read_here = {*objectives[objective_of(cfg)].reads}
+    read_here.update(objectives["dreambooth"].reads if prior else ())  # the loss of class images
     restarts = "cosine_with_restarts"
     looked = cfg.num_validation_images or cfg.validation_pairs
     unmatchable = (is_pairs(cfg) and not cfg.frames_dir) or cfg.mask_dir is not None
@@ -118,7 +120,7 @@ def without_effect(cfg: TrainConfig, reads: Mapping[str, Sequence[str]]) -> list
         ("resume_changed", cfg.resume_from_checkpoint is not None, "--resume_from_checkpoint"),
         *(
             (knob, knob in read_here, "an objective that reads it")
-            for knob in sorted(set().union(*reads.values()))
+            for knob in sorted(set().union(*(one.reads for one in objectives.values())))
         ),
         ("prior_loss_weight", prior, "--with_prior_preservation"),
         ("num_class_images", prior, "--with_prior_preservation"),

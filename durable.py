@@ -23,6 +23,7 @@ from PIL import Image
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"
+MAX_JSON = 2**26  # bytes
 FREE_OF_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -194,11 +195,24 @@ def save_image(
         write_aside(path, lambda aside: image.save(aside, **how))
 
 
-def read_or_empty(path: Path) -> dict:
-    """The JSON object in a file; {} if the file is missing or damaged."""
+def read_json(path: Path) -> dict:
+    """The JSON object in a file. ValueError names the file."""
+    if (size := path.stat().st_size) > MAX_JSON:
+        raise ValueError(f"{path} has {size} bytes, expected at most {MAX_JSON}")
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, RecursionError, TypeError, ValueError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # encoding, syntax, or too many digits or levels
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} should hold a JSON object, not {type(content).__name__}")
+    return content
+
+
+def read_or_empty(path: Path) -> dict:
+    """The same; {} if the file is missing or damaged."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError):
         return {}
 
 

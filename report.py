@@ -16,7 +16,7 @@ from html import escape
 from pathlib import Path
 
 import cli
-from durable import file_sha256, read_or_empty, write_text
+from durable import file_sha256, read_json, read_or_empty, write_text
 from pairing.images import image_size, load_image
 from reporting.evaluation import KINDS, headline, metric_rows
 from runs import is_config
@@ -108,15 +108,11 @@ def read(path: Path, otherwise: dict | None = None) -> dict:
     if otherwise is not None and not path.exists():
         return otherwise
     try:
-        if (size := path.stat().st_size) > 2**26:
-            raise ValueError(f"it has {size} bytes")
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return read_json(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(
             f"{path.parent} has no {path.name}; expected a run's folder"
         ) from error
-    except (RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def made_of(path: Path, part: Callable[[dict], str]) -> str:

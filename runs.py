@@ -22,6 +22,7 @@ from durable import (
     json_bytes,
     lock,
     naming,
+    read_json,
     refuse_file,
     refuse_read_only,
     remove,
@@ -268,11 +269,7 @@ class Run:
         return then
 
     def _read(self, name: str) -> dict:
-        path = self.folder / name
-        try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
-        except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
+        return read_json(self.folder / name)
 
     def checkpoints(self) -> list[Path]:
         return [

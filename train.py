@@ -63,7 +63,7 @@ def train(cfg: TrainConfig, ranks: Ranks | None = None) -> Path:
     during the run; Stopped (a KeyboardInterrupt) for Ctrl-C and SIGTERM.
     """
     check(cfg)
-    for sentence in without_effect(cfg, {name: some.reads for name, some in OBJECTIVES.items()}):
+    for sentence in without_effect(cfg, OBJECTIVES):
         warnings.warn(sentence, stacklevel=2)
     ranks = ranks or Ranks()
     ranks.join()

@@ -3,7 +3,6 @@
 Nothing read here can run code. Every fault is one ValueError that names the file.
 """
 
-import json
 import re
 import zipfile
 from collections.abc import Callable, Iterator
@@ -13,25 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-MAX_JSON = 2**26
 PICKLED = (".bin", ".ckpt", ".pt")
 
 
 def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object. ValueError names the file."""
-    if (size := path.stat().st_size) > MAX_JSON:
-        raise ValueError(f"{path} has {size} bytes; expected a config or an index of a few kB")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # encoding, syntax, or too many digits or levels
-        raise ValueError(f"{path} is not JSON: {first_line(error)}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} should hold a JSON object, not {type(content).__name__}")
-    return content
 
 
 def read_shapes(path: Path) -> tuple[dict[str, torch.Size], dict[str, str]]:

@@ -10,7 +10,8 @@ import os
 import re
 from pathlib import Path
 
-from model.contents import PICKLED, first_line, read_json
+from durable import read_json
+from model.contents import PICKLED, first_line
 
 MOVED = {  # repositories that are gone from the hub, and where their files are now
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",

@@ -21,8 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from cli import Parser, floats, report
-from durable import refuse_file, write_aside, write_json
-from model.contents import read_json
+from durable import read_json, refuse_file, write_aside, write_json
 from model.files import is_local, lacks, locate, moved_note, single_file
 from model.lora import Factors, detach, merge
 from model.lora_algebra import concat, truncate

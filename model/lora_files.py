@@ -14,8 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
 
-from durable import file_sha256
-from model.contents import PICKLED, read_json, read_tensors
+from durable import file_sha256, read_json
+from model.contents import PICKLED, read_tensors
 from model.lora import Factors, adapter_factors, attach, fix
 from model.lora_layouts import (
     SD,

@@ -21,7 +21,8 @@ from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
-from model.contents import read_json, read_shapes, read_tensors
+from durable import read_json
+from model.contents import read_shapes, read_tensors
 from model.original import unet_name
 
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from model.contents import first_line, read_json
+from durable import read_json
+from model.contents import first_line
 from model.files import lacks, locate, locate_component, single_file, weight_files
 from model.single_file import Part, renamer, text_parts
 from model.strict import REST, build, check_kinds, load_strict

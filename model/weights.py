@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from model.contents import read_json
+from durable import read_json
 from model.files import locate, locate_component, single_file, weight_files
 from model.lora_files import load_lora, save_lora
 from model.single_file import SCALE, XL_SCALE, Part, renamer, unet_part, vae_part

@@ -51,13 +51,7 @@ def table(result: dict) -> str:
         "|---|---|---|---|",
     ]
     lines += [f"| {title} | {' | '.join(cells)} |" for title, cells in metric_rows(result)]
-    lines += [
-        "",
-        *(
-            f"{title[0].upper()}{title[1:]}: **{value}**"
-            for title, value in headline(result).items()
-        ),
-    ]
+    lines += ["", *(f"* {title}: **{value}**" for title, value in headline(result).items())]
     s = result["strengths"]
     lines += [
         "",

@@ -16,8 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from cli import Parser, report
-from durable import refuse_file, write_aside
-from model.contents import read_json
+from durable import read_json, refuse_file, write_aside
 from model.unet import UNet
 
 WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"

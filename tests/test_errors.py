@@ -212,12 +212,12 @@ TRAIN = {
     "damaged/checkpoint-2 is damaged: optimizer.safetensors has changed; damaged/checkpoint-1 is "
     "damaged: state.json is missing; there is no other: --overwrite starts again",
     "--output_dir='wrong header' --resume_from_checkpoint=latest --max_train_steps=3":
-    "wrong header/config.json is damaged",
+    "wrong header/config.json is not JSON",
     # --config
     "--config=nowhere.json": "--config nowhere.json cannot be read",
     "--config=pairs": "--config pairs cannot be read",
     "--config=cut.json": "--config cut.json cannot be read",
-    "--config=array.json": "--config array.json should hold a JSON object",
+    "--config=array.json": "cannot be read: array.json should hold a JSON object, not list",
     "--config=list.json": "--config list.json has validation_images=[1]; expected a list",
     "--config=key.json": "--config key.json has the unknown key 'sead'",
     "--config=type.json": "--config type.json has seed='1'; expected a whole number",

@@ -1430,7 +1430,7 @@ def test_flags_that_fit_each_other_are_not_warned_about(lab):
     """Noise losses take γ, also those of class images; `delta` has none; masks need no pairs."""
 
     def said(cfg):
-        return config_check.without_effect(cfg, {name: o.reads for name, o in OBJECTIVES.items()})
+        return config_check.without_effect(cfg, OBJECTIVES)
 
     assert not said(lab.config()) and not said(lab.config(pair_objective="slider", snr_gamma=5.0))
     assert not said(lab.config(**prior(lab, pair_objective="delta", snr_gamma=5.0)))

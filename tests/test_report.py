@@ -137,7 +137,7 @@ def test_mistakes_are_one_sentence(tmp_path, run, capsys):
     (run / "strengths" / "strengths.json").write_text("[1")
     assert report.main([str(run)]) == 2
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "strengths.json is damaged" in said
+    assert said.count("\n") == 1 and "strengths.json is not JSON" in said
     assert not (run / "report.html").exists()
 
 

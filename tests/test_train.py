@@ -1160,7 +1160,7 @@ def test_clips_without_a_mask_may_be_allowed(tmp_path):
         find_data(cfg)
     allowed = replace(cfg, allow_unmatched=True)
     assert ["mask" in pair.files for pair in find_data(allowed).train] == [True, False]
-    assert not [said for said in without_effect(allowed, ()) if "allow_unmatched" in said]
+    assert not [said for said in without_effect(allowed, OBJECTIVES) if "allow_unmatched" in said]
 
 
 def test_a_held_out_pair_is_looked_at_with_its_own_caption(config, pairs, tmp_path):

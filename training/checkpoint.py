@@ -10,8 +10,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from config import TrainConfig
-from durable import write_json
-from model.contents import read_json, read_tensors
+from durable import read_json, write_json
+from model.contents import read_tensors
 from model.files import is_local
 from model.lora import lora_layers
 from model.lora_files import LORA_FILE, check_metadata, companion_entry, read_lora

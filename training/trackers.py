@@ -4,13 +4,12 @@ Both packages are optional and imported only on request.
 """
 
 import importlib.util
-import json
 import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from durable import write_json
+from durable import read_or_empty, write_json
 
 
 def pick_tracker(name: str | None, logging_dir: str, config: dict) -> Callable | None:
@@ -50,9 +49,8 @@ class Wandb:
     def __init__(self, folder: Path, first_step: int, config: dict):
         import wandb
 
-        kept, known = folder / "wandb.json", None
-        if first_step > 1 and kept.exists():
-            known = json.loads(kept.read_text(encoding="utf-8"))["id"]
+        kept = folder / "wandb.json"
+        known = read_or_empty(kept).get("id") if first_step > 1 else None
         try:
             self.run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "pairlora"),
