@@ -172,7 +172,7 @@ class TrainConfig:
         None,
         "LoRA file or run kept active and frozen under the one that is trained; not saved with it",
     )
-    base_lora_strength: float = knob(1.0, "strength of --base_lora")
+    base_lora_strength: float = knob(1.0, "strength of --base_lora; 0: off, as in use")
     lora_format: str = knob(
         "diffusers",
         "layout in which the LoRA is also saved, besides diffusers' current one",

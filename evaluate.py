@@ -231,7 +231,14 @@ def resolution_of(cfg: EditConfig, pipe: Pipeline) -> int:
 
 
 def warn_of_gaps(result: dict, masked: bool) -> None:
-    """Warns if "gap closed" leaves out some of the pairs, is undefined, or says little."""
+    """Warns if figures leave out some of the pairs, or if "gap closed" is undefined or says
+    little."""
+    if still := result["pairs"] - result["strengths"]["progress"][0]["n"]:
+        warnings.warn(
+            f"{still} of {result['pairs']} pairs do not change and are not counted in the cosine, "
+            "the share of the way and Spearman's correlation",
+            stacklevel=3,
+        )
     for place, gap in result["gap_closed"].items():
         if missing := result["pairs"] - gap["n"]:
             message = f"{missing} of {result['pairs']} pairs have no pixels {place} their mask"

@@ -49,9 +49,11 @@ def figures(result: dict, folder: Path) -> dict[str, tuple[float, float | None]]
         found["between"] = measures.summary([sum(row) / len(row) for row in reached])
         found["over fade"] = measures.summary([sum(row) / len(row) for row in over])
     if samples := result.get("samples"):
-        distances = [value["distance"] for value in samples.values() if "distance" in value]
+        distances = [value.get("distance") for value in samples.values()]
+        distances = [one for one in distances if one is not None]
+        mean = sum(distances) / len(distances) if distances else None
         found["best sample"] = samples["best_psnr"]
-        found["statistics"] = {"mean": sum(distances) / len(distances), "se": None}
+        found["statistics"] = {"mean": mean, "se": None}
     found |= {name: value for name, value in result["predicted"].items() if name in COLUMNS}
     found["training s"] = {"mean": training_seconds(folder), "se": None}
     return {k: (v["mean"], v["se"]) for k, v in found.items() if v and v["mean"] is not None}

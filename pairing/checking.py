@@ -8,16 +8,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageChops, ImageOps
+from PIL import Image, ImageOps
 
 from pairing.holes import MUCH, black_alone, filled, holes_of, union
 from pairing.images import Frame, by, further_pages, listed, load_image, load_mask
 from pairing.pairs import by_name, find_pairs, read_caption
-from pairing.registration import MAX_ASPECT, MIN_SHIFT, aspect_gap, find_shift
+from pairing.registration import MAX_ASPECT, MIN_SHIFT, aspect_gap, find_shift, unchanged
 from pairing.sequences import clips_in, find_sequences
 
-# absolute difference, of 255, of the image and of its blocks of 16 pixels: saving as JPEG twice
-NO_CHANGE, NO_BLOCK = 0.5, 4
 DARK = 16  # of 255: white of 12-bit data in a 16-bit file
 TILE, SHEET_PLACES, SHEET_STATES = 192, 24, 5
 
@@ -287,12 +285,7 @@ def note_pair(
             note("faint masks", f"at most {most} of 255")
     if (alone := black_alone(before, after)) >= MUCH:
         note("pairs of which one is black in places", f"{alone:.0%}")
-    difference = ImageChops.difference(before, after)
-    blocks = difference.reduce(min(16, *after.size))
-    still = (
-        np.asarray(difference).mean() < NO_CHANGE and np.asarray(blocks).mean(2).max() < NO_BLOCK
-    )
-    if whole and still:
+    if whole and unchanged(before, after):
         note("pairs without change")
     if (shift := find_shift(before, after)) is not None:
         report.measured += 1

@@ -9,7 +9,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageChops, ImageFilter
 
-from pairing.images import NODATA, header_of, load_image, lossy, no_data, opened_upright
+from pairing.images import (
+    NODATA,
+    header_of,
+    load_image,
+    lossy,
+    no_data,
+    opened_upright,
+    stored_values,
+)
 
 BLACK, MUCH = 4, 0.05  # of 255, in a JPEG too; of the pixels
 LOSSY = 16  # of 255, from the value that a JPEG had
@@ -47,9 +55,8 @@ def _declared(path: Path | str) -> np.ndarray | None:
         if image.has_transparency_data and not deep:
             holes = np.asarray(image.convert("RGBA").getchannel("A")) == 0
         else:
-            values, clear = np.asarray(image), image.info.get("transparency") if deep else None
-            if tags.get(262) == 0 and image.mode == "L":  # white is zero: Pillow has inverted them
-                values = 255 - values
+            values = stored_values(image, tags)
+            clear = image.info.get("transparency") if deep else None
             holes = no_data(values, tags) if clear is None else values == clear
     return holes if holes is not None and holes.any() else None
 

@@ -181,6 +181,13 @@ def no_data(values: np.ndarray, tags: Mapping) -> np.ndarray | None:
     return same.all(2) if same.ndim == 3 else same
 
 
+def stored_values(image: Image.Image, tags: Mapping) -> np.ndarray:
+    """A grey or palette image's values as in its file, (H, W): Pillow inverts up to 8 bits whose
+    white is zero."""
+    values = np.asarray(image)
+    return 255 - values if tags.get(262) == 0 and image.mode == "L" else values
+
+
 def _deep_grey(image: Image.Image, labels: bool, tags: Mapping) -> Image.Image:
     """16 and 32-bit grey to 8 bits on fixed scales: per-image scaling would undo the change.
 
@@ -257,11 +264,14 @@ def load_image(
     """The (first) image in a file: upright, RGB, alpha composited over the colour `background`.
 
     `labels`: 0 and 1 become black and white, in 16 and 32-bit grey and in palettes of other
-    colours.
+    colours; a grey or palette TIFF's nodata value becomes 0.
     ValueError names a file that is broken, truncated, empty or larger than Pillow's bomb limit.
     """
     colour = ImageColor.getrgb(background)[:3]
     with opened_upright(path) as (image, tags):
+        told = labels and image.mode in ("L", "P")
+        if told and (lacking := no_data(stored_values(image, tags), tags)) is not None:
+            image.paste(0, mask=Image.fromarray(lacking))
         if image.mode[0] in "IF":  # I;16, I;16B, I, F
             image = _deep_grey(image, labels, tags)
         elif labels and _coloured_labels(image):

@@ -25,7 +25,9 @@ def headline(result: dict) -> dict[str, str]:
     order = result["strengths"]["spearman"]
     lined = order["mean"] is None
     found["Spearman of strength and progress"] = (
-        "not measured, as the strengths lie on a line" if lined else figure(order, 3)
+        "not measured: the strengths lie on a line, or nothing changes"
+        if lined
+        else figure(order, 3)
     )
     return found
 
@@ -81,9 +83,9 @@ def table(result: dict) -> str:
             lines.append(f"| {ours.replace('_', ' ')} | {cells[0]} | {cells[1]} | | |")
         for key, value in values.items():
             if "distance" in value:
-                least = value["distance_of_truth"]
+                apart = (value["distance"], value["distance_of_truth"])
                 cells = [f"{value[name]:.3f}" for name in ("mean", "truth")]
-                cells += [f"{value['distance']:.2f}", "-" if least is None else f"{least:.2f}"]
+                cells += ["-" if one is None else f"{one:.2f}" for one in apart]
                 lines.append(f"| {key} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from pairing.images import eight_bit
+from pairing.images import eight_bit, to_image
+from pairing.registration import unchanged
 from reporting.measures import (
     cosine,
     distance,
@@ -29,7 +30,8 @@ def compare(
     item: dict, seen: dict, at: dict[float, Tensor], strengths: list[float], detail: bool
 ) -> tuple[dict, list[Tensor]]:
     """Metrics and images of one pair: `seen` are its sides after the autoencoder, `at` the
-    predictions by strength."""
+    predictions by strength. Where nothing changes, a change has no direction: its cosine and the
+    share of the way are NaN."""
     before, after = eight_bit(item["before"]), eight_bit(item["after"])
     mask = item["mask"][0] > 0.5 if "mask" in item else None
     versions = {"copy": before, "predicted": at[1.0], "ceiling": seen["after"]}
@@ -38,6 +40,10 @@ def compare(
         "progress": progress([at[s] for s in strengths], at[0.0], before, after),
         "identity_psnr": psnr(mse(at[0.0], before if detail else seen["before"])),
     }
+    if unchanged(*(to_image(item[side]) for side in ("before", "after"))):
+        row["progress"] = [math.nan] * len(strengths)
+        for name in versions:
+            row[name]["cosine"] = math.nan
     error = (at[1.0] - after).abs().mean(0, keepdim=True).expand(3, -1, -1)
     return row, [before, at[1.0], after, (3 * error).clamp(max=1)]
 
@@ -114,10 +120,13 @@ def distances(ours: np.ndarray, truth: np.ndarray) -> dict:
     """Distances of draws (pairs, draws) from truths (pairs, truths), and of truths from others.
 
     `distance` in standard deviations of all truths, of m samples per image on each side (m:
-    `as_many`), averaged over all choices of `turns`. With one truth, distance_of_truth is None.
+    `as_many`), averaged over all choices of `turns`. With one truth, distance_of_truth is None; if
+    all truths are equal, both are.
     """
     m = as_many(ours.shape[1], truth.shape[1])
-    sigma = max(float(truth.std()), 1e-12)
+    sigma = float(truth.std())
+    if sigma < 1e-9:
+        return {"distance": None, "distance_of_truth": None}
     among = turns(truth.shape[1], m)
     distances = [
         distance(ours[:, mine].ravel(), truth[:, some].ravel())

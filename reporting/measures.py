@@ -91,7 +91,10 @@ def cosine(x: Tensor, y: Tensor) -> float:
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """Rank correlation with averaged ranks for ties; 0 if all values of one side are equal."""
+    """Rank correlation with averaged ranks for ties; 0 if all values of one side are equal, NaN if
+    one is NaN."""
+    if any(map(math.isnan, [*x, *y])):
+        return math.nan
 
     def ranks(values: Sequence[float]) -> np.ndarray:
         v = np.asarray(values)

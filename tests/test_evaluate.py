@@ -218,6 +218,8 @@ def test_draws_and_truths_are_judged_in_equal_numbers():
     assert shifted == {"distance": 2, "distance_of_truth": 0}
     alone = judging.distances(np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([[1.0], [3.0]]))
     assert alone == {"distance": 0.5, "distance_of_truth": None}
+    equal = judging.distances(np.array([[0.1, 0.2]]), np.array([[0.15, 0.15]]))
+    assert equal == {"distance": None, "distance_of_truth": None}
     rng, found = np.random.default_rng(0), []
     for _ in range(400):
         scene = rng.standard_normal((16, 1))
@@ -266,7 +268,7 @@ def test_the_same_command_gives_the_same_bytes(tmp_path, sd1, scenes):
     result = json.loads(files[0]["evaluation.json"])
     assert result["pairs"] == 6 and len(result["per_pair"]) == 6
     assert result["strengths"]["identity_psnr"]["mean"] == 100.0  # delta at 0 is the identity
-    assert "Gap closed (whole)" in files[0]["evaluation.md"].decode()
+    assert "* gap closed (whole): **" in files[0]["evaluation.md"].decode()
     more = ("--strengths", "0,1", "--samples", 2, "--batch_size", 1)  # each pair by itself
     assert evaluate.main(flags(lora, scenes / "solar", tmp_path / "alone", *more)) == 0
     alone = json.loads((tmp_path / "alone" / "evaluation.json").read_text())
@@ -314,6 +316,28 @@ def test_rank_correlation():
     assert measures.spearman([1, 2, 3, 4], [4, 3, 2, 1]) == -1
     assert measures.spearman([1, 2, 3, 4, 5], [5, 6, 7, 8, 7]) == pytest.approx(0.8207826817)
     assert measures.spearman([1, 2, 3], [1, 1, 1]) == 0
+    assert math.isnan(measures.spearman([1, 2], [math.nan, 1]))
+
+
+def test_pairs_without_change_have_no_direction(monkeypatch, tmp_path, sd1, scenes, capsys):
+    """Nor have those that differ by noise: with them, the figures of the others are as without."""
+    folder = shutil.copytree(scenes / "solar", tmp_path / "some")
+    alone = score(monkeypatch, tmp_path, sd1, folder, fade)
+    assert "do not change" not in capsys.readouterr().out
+    for path in [*(folder / "before").iterdir()][:2]:
+        noisy = np.asarray(Image.open(path)).copy()
+        noisy[0, 0] ^= 1
+        Image.open(path).save(folder / "before" / f"still-{path.name}")
+        Image.fromarray(noisy).save(folder / "after" / f"still-{path.name}")
+        shutil.copy(folder / "mask" / path.name, folder / "mask" / f"still-{path.name}")
+    more = score(monkeypatch, tmp_path, sd1, folder, fade)
+    assert "2 of 8 pairs do not change and are not counted" in capsys.readouterr().out
+    assert more["pairs"] == alone["pairs"] + 2
+    for found in (alone, more):
+        assert found["predicted"]["cosine"]["n"] == alone["pairs"]
+    for one, other in zip(alone["strengths"]["progress"], more["strengths"]["progress"]):
+        assert other == pytest.approx(one, abs=1e-6)
+    assert more["predicted"]["cosine"] == pytest.approx(alone["predicted"]["cosine"], abs=1e-6)
 
 
 def test_pairs_without_a_masked_pixel_say_nothing():

@@ -186,6 +186,22 @@ def test_a_mask_s_nodata_is_no_change(tmp_path, kind, full):
     assert np.array_equal(np.asarray(load_mask(path)) == 255, mask > 0)
 
 
+@pytest.mark.parametrize("kind", ["L", "P", "I;16"])
+@pytest.mark.parametrize("value", [255, 2])
+def test_labels_beside_a_nodata_value_are_labels(tmp_path, kind, value):
+    """Else the places without data would be the change, and the change nearly nothing."""
+    labels = np.zeros((32, 32), np.uint16 if kind == "I;16" else np.uint8)
+    labels[3:13, 3:13], labels[20:] = 1, value
+    image = Image.fromarray(labels)
+    if kind == "P":
+        image = Image.fromarray(labels, "P")
+        image.putpalette([0, 0, 0, 200, 30, 30] + [90] * 762)
+    ifd = TiffImagePlugin.ImageFileDirectory_v2()
+    ifd.tagtype[NODATA], ifd[NODATA] = 2, str(value)
+    image.save(tmp_path / "m.tif", tiffinfo=ifd)
+    assert np.array_equal(np.asarray(load_mask(tmp_path / "m.tif")), 255 * (labels == 1))
+
+
 def test_a_value_that_is_told_goes_from_a_training_to_edits(pair, tmp_path, sd1):
     for side, empty in (("before", 9), ("after", 4)):
         pixels = np.random.default_rng(0).integers(1, 255, (32, 32, 3), dtype=np.uint8)

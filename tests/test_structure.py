@@ -67,7 +67,7 @@ ARROWS = {
     "model.detail": [],
     "model.draws": [],
     "reporting.measures": [],
-    "reporting.judging": ["pairing.images", "reporting.measures"],
+    "reporting.judging": ["pairing.images", "pairing.registration", "reporting.measures"],
     "model.optim": [],
     "training.rows": ["pairing.images"],
     "training.latents": ["data", "progress", "model.draws", "pairing.images", "training.rows"],

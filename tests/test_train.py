@@ -33,11 +33,12 @@ from model.lora_files import LORA_FILE, read_lora, save_lora
 from model.memory import LEVELS, flatten
 from model.objectives import OBJECTIVES, Task
 from model.optim import average
-from model.pipeline import Pipeline
+from model.pipeline import Pipeline, load_pipeline
 from model.schedule import Schedule
 from model.vae import VAE
 from model.weighting import in_and_out, listened, preservation, weighted_mean
 from model.weights import load_text, load_unet, load_vae
+from pairing.images import to_image
 from pairing.pairs import Pair, find_pairs, find_singles
 from tests.checkpoints import make_checkpoint
 from tests.pairs import write_pairs
@@ -486,6 +487,8 @@ def test_a_lora_beneath_may_be_of_any_objective(config, capsys):
     capsys.readouterr()
     train(replace(cfg, base_lora=under["slider"], base_lora_strength=0.75, overwrite=True))
     assert "is active, frozen, at multiplier 0.5\n" in capsys.readouterr().out
+    folder = train(replace(cfg, base_lora=under["slider"], base_lora_strength=0.0, overwrite=True))
+    assert "active" not in capsys.readouterr().out and load_pipeline(None, folder).under is None
 
 
 def test_states_in_between_are_of_the_lora_in_its_header_and_in_the_pictures(config, pairs):
@@ -844,6 +847,24 @@ def test_prior_preservation(config, tmp_path):
                     output_dir=str(tmp_path / "alone"))  # fmt: skip
     assert losses(train(off)) == losses(train(alone))
     assert one[0] > 1.2 * losses(tmp_path / "off")[0]
+
+
+def test_class_images_are_of_the_base_with_the_lora_beneath(config, tmp_path):
+    """What is trained begins with it: it should not learn to undo it."""
+    cfg = replace(config, pair_objective="after", learning_rate=1e-2)
+    under = str(train(replace(cfg, output_dir=str(tmp_path / "under"))))
+    prior = {"with_prior_preservation": True, "class_prompt": "land", "num_class_images": 1}
+    made = []
+    for name, more in (("alone", {}), ("over", {"base_lora": under})):
+        folder = tmp_path / f"class {name}"
+        out = {"class_data_dir": str(folder), "output_dir": str(tmp_path / name)}
+        train(replace(cfg, **prior, **more, **out))
+        made.append([path.read_bytes() for path in folder.iterdir()])
+    pipe = load_pipeline(cfg.pretrained_model_name_or_path, base_lora=under)
+    _, predict = pipe.predictors("land", 7.5)
+    shown = Image.open(next((tmp_path / "class over").iterdir()))
+    wanted = to_image(pipe.generate(predict, shown.size, [cfg.seed], steps=50)[0])
+    assert made[0] != made[1] and np.array_equal(np.asarray(shown), np.asarray(wanted))
 
 
 def test_class_images_have_the_size_of_the_base(config, sd1, tmp_path):

@@ -57,7 +57,8 @@ class Given(NamedTuple):
 def read_given(cfg: TrainConfig, checkpoint: Path | None) -> Given:
     """Read --base_lora and, for a fresh run, --init_lora. ValueError names what cannot be used."""
     under, under_at, start, sha256 = {}, 1.0, {}, None
-    if cfg.base_lora is not None:
+    # strength 0 is off, as in use, for a slider too, whose multiplier would be -1
+    if cfg.base_lora is not None and cfg.base_lora_strength:
         under, meta = read_lora(cfg.base_lora, "--base_lora")
         refuse_chain(cfg.base_lora, meta)
         under_at = multiplier(meta, cfg.base_lora_strength)

@@ -20,8 +20,8 @@ from progress import no_bars
 def class_images(cfg: TrainConfig, device: torch.device, log: Callable) -> list[Pair]:
     """The images of --class_data_dir, after generating what is missing to --num_class_images.
 
-    Prior preservation, Ruiz et al. 2022 (arXiv 2208.12242), section 3.3: images that the base model
-    generates from the class prompt.
+    Prior preservation, Ruiz et al. 2022 (arXiv 2208.12242), section 3.3: images that the base
+    model, with --base_lora, generates from the class prompt.
     """
     folder = Path(cfg.class_data_dir)
     some = folder.is_dir() and find_images(folder, "--class_data_dir")
@@ -42,6 +42,8 @@ def generate(cfg: TrainConfig, device: torch.device, folder: Path, missing: int)
         vae_path=cfg.vae_path,
         tokenizer_name=cfg.tokenizer_name,
         prediction_type=cfg.prediction_type,
+        base_lora=cfg.base_lora,
+        base_lora_strength=cfg.base_lora_strength if cfg.base_lora else None,
         dtype=DTYPES[precision] if precision else pick_dtype(None, device),
         device=device,
         cuda_graph=cfg.cuda_graph,
