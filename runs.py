@@ -23,6 +23,7 @@ from durable import (
     lock,
     naming,
     read_json,
+    read_or_empty,
     refuse_file,
     refuse_read_only,
     remove,
@@ -32,6 +33,7 @@ from durable import (
     write_aside,
     write_json,
 )
+from pairing.images import listed
 from reporting.curve import curve
 from revision import other_code, revision
 
@@ -108,6 +110,7 @@ class Run:
         self.resume_step = _step(self.checkpoint) if self.checkpoint else 0
 
     def _refuse_run(self) -> None:
+        self._refuse_strangers()
         if self._new:
             raise FileExistsError(
                 f"--output_dir {self.folder} already holds a run: choose another folder, resume "
@@ -115,7 +118,8 @@ class Run:
             )
 
     def _refuse_strangers(self) -> None:
-        if self.checkpoint is None and not is_config(self._read("config.json")):
+        """A config.json alone does not make a folder a run's, which --overwrite may clear."""
+        if self.checkpoint is None and not is_config(read_or_empty(self.folder / "config.json")):
             raise FileExistsError(
                 f"--output_dir {self.folder} has a config.json that is not a training run's, which "
                 "would be replaced: choose another folder"
@@ -129,10 +133,10 @@ class Run:
     def _refuse_others(self) -> None:
         """BEGINNING marks a run that was killed before it had a config.json: it may be replaced."""
         others = self._replaced() + [self.folder / n for n in RECORDS if (self.folder / n).exists()]
-        if self._new and not (self.folder / BEGINNING).exists() and others:
+        if others and not (self.folder / BEGINNING).exists():
             raise FileExistsError(
-                f"--output_dir {self.folder} holds no run, but {others[0].name}, which a run "
-                "would replace: choose another folder, or replace it with --overwrite"
+                f"--output_dir {self.folder} holds no run, but what a run would replace: "
+                f"{listed([path.name for path in others])}; choose another folder, or move them"
             )
 
     def _unlock(self) -> None:

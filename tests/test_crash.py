@@ -319,16 +319,20 @@ def test_class_images_of_another_seed_are_kept(config, tmp_path):
     "name", ["README.md", "samples/mine.png", "checkpoint-5/x", LORA_FILE, "revision.json"]
 )
 def test_a_folder_of_others_is_not_cleared(config, name):
-    """It holds no run, and what a run would replace."""
+    """It holds no run, and what a run would replace; --overwrite is for runs."""
     mine = Path(config.output_dir) / name
     mine.parent.mkdir(parents=True)
     mine.write_bytes(b"mine")
-    for resume in (None, "latest"):
-        with pytest.raises(FileExistsError, match="holds no run, but "):
-            train.train(replace(config, resume_from_checkpoint=resume))
+    top = name.split("/")[0]
+    for how in ({}, {"resume_from_checkpoint": "latest"}, {"overwrite": True}):
+        with pytest.raises(FileExistsError, match=f"holds no run, but .* replace: {top}; choose"):
+            train.train(replace(config, **how))
     assert mine.read_bytes() == b"mine"
-    train.train(replace(config, overwrite=True, max_train_steps=1))
-    assert not mine.exists() or mine.read_bytes() != b"mine"
+    for content in ("{}", "?"):  # of a network, say
+        (mine.parents[len(Path(name).parts) - 1] / "config.json").write_text(content)
+        with pytest.raises(FileExistsError, match=r"config\.json that is not a training run's"):
+            train.train(replace(config, overwrite=True))
+    assert mine.read_bytes() == b"mine"
 
 
 def test_a_run_without_its_config_is_not_cleared(config, whole):
@@ -514,7 +518,7 @@ def test_a_second_writer_is_refused(config):
 
 
 def test_two_that_start_at_once_do_not_share_a_new_folder(tmp_path):
-    one, two = Run(tmp_path / "run", {}), Run(tmp_path / "run", {})
+    one, two = (Run(tmp_path / "run", {"instance_prompt": ""}) for _ in range(2))
     one.start({"data": "a"})
     with pytest.raises(BlockingIOError):
         two.start({"data": "b"})

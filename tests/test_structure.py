@@ -49,7 +49,7 @@ ARROWS = {
     "training.trackers": ["durable"],
     "revision": [],
     "reporting.curve": [],
-    "runs": ["durable", "revision", "reporting.curve"],
+    "runs": ["durable", "pairing.images", "revision", "reporting.curve"],
     "model.schedule": [],
     "model.fused_kernel": [],
     "model.fused": ["model.fused_kernel"],
