@@ -4,13 +4,14 @@ import dataclasses
 import re
 import types
 import typing
+from collections.abc import Container
 
 from cli import in_words
 from config import TrainConfig
-from editing.config import EditConfig
+from editing.config import EditConfig, MorphConfig, UseConfig, names_of
 from knobs import limits
 
-HEAD = """# The flags of a training, and of an edit
+HEAD = """# The flags of a training, an edit and a morph
 
 Written by `make docs` from [config.py](../config.py), where each is a field, and at the end from
 [editing/config.py](../editing/config.py); a switch has `--x` and `--no-x`. Order: these defaults,
@@ -22,18 +23,26 @@ OF_EDITS = """
 
 Of `sample.py edit` and `sweep`, and of `evaluate.py`; what each takes besides is in its `--help`.
 """
+OF_MORPHS = """
+## A morph
+
+Of `sample.py morph`, besides `--prompt`, `--steps` and `--seed` as of an edit.
+"""
 COLUMNS = ["| flag | default | takes | meaning |", "|---|---|---|---|"]
 
 
 def page() -> str:
     sections = [HEAD, *rows(TrainConfig), OF_EDITS, *COLUMNS, *rows(EditConfig)]
+    sections += [OF_MORPHS, *COLUMNS, *rows(MorphConfig, without=names_of(UseConfig))]
     return "\n".join(sections).replace("\n\n\n", "\n\n") + "\n"
 
 
-def rows(config: type) -> list[str]:
+def rows(config: type, without: Container[str] = ()) -> list[str]:
     """Of each field flag, default, what it takes, meaning; a section for each group."""
     lines, hints = [], typing.get_type_hints(config)
     for f in dataclasses.fields(config):
+        if f.name in without:
+            continue
         if f.metadata["group"]:
             lines += ["", f"## {f.metadata['group'].capitalize()}".replace("Lora", "LoRA"), ""]
             lines += COLUMNS

@@ -1,12 +1,14 @@
-"""Every knob of an edit: a field here is a flag of `sample.py edit` and of evaluate.py.
+"""Every knob of an edit and of a morph: a field here is a flag of `sample.py` and of evaluate.py.
 
     edit_pixels(load_pipeline(None, "runs/snow"), pixels, [0.5, 1.0], EditConfig(steps=12))
+    morph(load_pipeline(None, "runs/snow"), torch.cat([before, after]), MorphConfig(frames=5))
 
 `prompt_of`, `objective_of` and `nodata_of` say what a LoRA's header adds to it.
 """
 
 import dataclasses
 from dataclasses import dataclass
+from typing import TypeVar
 
 from knobs import check_fields, knob
 from model.objectives import OBJECTIVES
@@ -21,13 +23,23 @@ EXAGGERATES = "".join(
 
 
 @dataclass(frozen=True)
-class EditConfig:
-    """ValueError, in one sentence that names the flag, for a value out of bounds."""
+class UseConfig:
+    """Of every use of a LoRA. ValueError, in one sentence that names the flag, for a value out of
+    bounds."""
 
     prompt: str | None = knob(None, "prompt [the one the LoRA was trained with]")
     steps: int = knob(30, "denoising steps", least=1, most=1000)
     seed: int = knob(0, "seed of all noise", least=0, most=2**31 - 1)
     batch_size: int = knob(4, "images per batch, of one size", least=1)
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+@dataclass(frozen=True)
+class EditConfig(UseConfig):
+    """Of `sample.py edit` and `sweep`, and of evaluate.py."""
+
     objective: str | None = knob(
         None, "objective [from the LoRA's header]", choices=tuple(OBJECTIVES)
     )
@@ -90,11 +102,49 @@ class EditConfig:
         "what is around it, the detail that shrinking loses",
     )
 
-    def __post_init__(self):
-        check_fields(self)
+
+@dataclass(frozen=True)
+class MorphConfig(UseConfig):
+    """Of `sample.py morph`."""
+
+    frames: int = knob(9, "number of frames, both ends included", least=2, most=1000)
+    resolution: int | None = knob(
+        None, "short side of the frames in pixels [the after image's]", least=8
+    )
+    method: str | None = knob(
+        None,
+        "direct: the LoRA's edit of the before image; invert: DDIM inversion of both images and "
+        "the arc between their noises; blend: latent interpolation [invert without a LoRA, with "
+        "two, and for slider, anchored, after and dreambooth; else direct]",
+        choices=("direct", "invert", "blend"),
+    )
+    objective: str | None = knob(
+        None, "objective [from the LoRA's header]", choices=tuple(OBJECTIVES)
+    )
+    fit_steps: int = knob(0, "first fit a LoRA to this pair in N steps", least=0)
+    learning_rate: float = knob(1e-3, "learning rate of --fit_steps", above=0, below=1)
+    lora_rank: int = knob(16, "rank of the LoRA that --fit_steps fits", least=1)
+    noise_level: float = knob(
+        0.6, "how far the inversion goes towards noise, 0..1", above=0, most=1
+    )
+    adain: bool = knob(True, "invert: interpolate the ends' channel statistics")
+    attention: bool = knob(True, "invert: attend to keys and values of both ends")
+    respace: bool = knob(True, "space frames evenly in perceived distance")
+    correct: bool = knob(True, "make the end frames equal the given images")
 
 
-FIELDS = tuple(f.name for f in dataclasses.fields(EditConfig))
+Config = TypeVar("Config", bound=UseConfig)
+
+
+def names_of(kind: type[UseConfig]) -> tuple[str, ...]:
+    """Of its fields, which are the flags' too."""
+    return tuple(f.name for f in dataclasses.fields(kind))
+
+
+def config_of(kind: type[Config], given: object) -> Config:
+    """The config of that kind with what is `given`: parsed flags, or a config of another kind. What
+    these lack has its default."""
+    return kind(**{name: getattr(given, name) for name in names_of(kind) if hasattr(given, name)})
 
 
 def nodata_of(cfg: EditConfig, pipe: Pipeline) -> int | None:
@@ -103,7 +153,7 @@ def nodata_of(cfg: EditConfig, pipe: Pipeline) -> int | None:
     return None if value == -1 else value
 
 
-def prompt_of(cfg: EditConfig, pipe: Pipeline) -> str:
+def prompt_of(cfg: UseConfig, pipe: Pipeline) -> str:
     """The config's prompt, or the one the LoRA was trained with."""
     return cfg.prompt if cfg.prompt is not None else pipe.meta.get("prompt", "")
 

@@ -10,14 +10,12 @@ from pathlib import Path
 
 from cli import add_fields, floats, report
 from durable import refuse_file, refuse_read_only
-from editing.config import FIELDS, MOST, EditConfig, prompt_of
+from editing.config import MOST, EditConfig, UseConfig, config_of, names_of, prompt_of
 from model.contents import first_line
 from model.files import is_local, moved_note
 from model.memory import out_of_memory
 from model.objectives import OBJECTIVES, PORTABLE
 from model.pipeline import Pipeline, load_pipeline, pick_device, pick_dtype
-
-OF_ALL = ("prompt", "steps", "seed", "batch_size")  # what every command takes of an edit's config
 
 
 def distinct(values: Sequence[float]) -> bool:
@@ -71,7 +69,7 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
         "--base_lora_strength", type=float, metavar="X",
         help="strength of the LoRA under --lora, 0 = off [as trained]",
     )  # fmt: skip
-    add_fields(parser, EditConfig, OF_ALL)
+    add_fields(parser, UseConfig)
     add("--device", help="cuda or cpu [the best available]")
     add(
         "--mixed_precision", choices=["no", "fp16", "bf16"],
@@ -83,14 +81,14 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def add_edit_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of an edit besides the common ones."""
-    add_fields(parser, EditConfig, set(FIELDS) - set(OF_ALL))
+def add_edit_flags(parser: argparse.ArgumentParser, config: type[UseConfig] = EditConfig) -> None:
+    """The flags of an edit, or of what has another config, besides the common ones."""
+    add_fields(parser, config, set(names_of(config)) - set(names_of(UseConfig)))
 
 
 def edit_config(args: argparse.Namespace) -> EditConfig:
     """The config that the flags ask for; a command that lacks some of them has its defaults."""
-    return EditConfig(**{name: getattr(args, name) for name in FIELDS if hasattr(args, name)})
+    return config_of(EditConfig, args)
 
 
 def check(args: argparse.Namespace) -> None:

@@ -27,7 +27,7 @@ import durable
 import train
 from config import TrainConfig
 from docs.flags import page
-from editing.config import EditConfig
+from editing.config import EditConfig, MorphConfig, UseConfig, names_of
 from model import lora_convert, memory
 from model.layers import ResBlock, SpatialTransformer, TransformerBlock
 from model.lora_files import LORA_FILE, read_lora
@@ -1498,14 +1498,18 @@ def test_the_table_of_flags_is_what_the_config_says():
     """docs/flags.md is written by `make docs`; every flag has its line, with its default."""
     written = (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
     assert written == page(), "docs/flags.md is not config.py's: run `make docs`"
-    lines = {line.split("`")[1]: line for line in written.splitlines() if line.startswith("| `--")}
-    of_edits = [f.name for f in dataclasses.fields(EditConfig)]
-    assert list(lines) == [f"--{name}" for name in dict.fromkeys([*FIELDS, *of_edits])]
-    assert {line.replace("\\|", "").count("|") for line in lines.values()} == {5}
-    assert "| `0.0002` | number in 0..1e+30 |" in lines["--learning_rate"]
+    lines = [line for line in written.splitlines() if line.startswith("| `--")]
+    of_morphs = [name for name in names_of(MorphConfig) if name not in names_of(UseConfig)]
+    named = [*FIELDS, *names_of(EditConfig), *of_morphs]
+    assert [line.split("`")[1] for line in lines] == [f"--{name}" for name in named]
+    assert {line.replace("\\|", "").count("|") for line in lines} == {5}
+    rates = [line for line in lines if line.startswith("| `--learning_rate` ")]
+    for line, told in zip(rates, ("`0.0002` | number in 0..1e+30", "`0.001` | number in (0, 1)")):
+        assert f"| {told} |" in line
     groups = re.findall(r"^## (.+)$", written, re.M)
     said = [f.metadata["group"] for f in FIELDS.values() if f.metadata["group"]]
-    assert [name.lower() for name in groups] == [*(name.lower() for name in said), "an edit"]
+    said = [*(name.lower() for name in said), "an edit", "a morph"]
+    assert [name.lower() for name in groups] == said
 
 
 def test_the_help_is_in_the_same_groups(capsys):

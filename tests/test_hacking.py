@@ -43,6 +43,7 @@ def test_the_python_of_the_page_runs(tmp_path, monkeypatch):
     exec(code.replace("max_train_steps=300", "max_train_steps=2"), names)
     for picture in ("after.png", "denoised.png"):
         assert Image.open(tmp_path / picture).size == (64, 64)
+    assert names["frames"].shape == (5, 3, 64, 64)
     assert names["half"].equal(torch.lerp(names["before"], names["after"], 0.5))
     with torch.no_grad():
         again = names["predict"](names["x_t"], names["t"], torch.ones(1))

@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 
 import sample
+from editing import between
+from editing.config import MorphConfig
 from model.lora import inject, lora_layers, merge, set_strength
 from model.morph import (
     adain,
@@ -26,6 +28,7 @@ from model.pipeline import load_pipeline
 from model.samplers import ddim, ddim_invert
 from model.schedule import Schedule
 from model.weights import load_scheduler_config, load_unet
+from pairing.images import load_image, to_image, to_tensor
 from reporting import measures
 from tests.pairs import write_pairs
 from tests.test_sample import write_lora
@@ -338,6 +341,38 @@ def test_the_fit_learns_the_pair(sd1, delta):
     assert pipe.unet.lora_adapters.count == (1 if delta else 2)
 
 
+@pytest.mark.parametrize("lora", ["delta", "slider"])
+def test_from_python_as_the_command(place, tmp_path, lora):
+    """The same frames and strengths, with a second LoRA or without; morph.json has the config."""
+    cfg, files = MorphConfig(frames=4, steps=3), (place / "before/0.png", place / "after/0.png")
+    pixels = torch.stack([to_tensor(load_image(file)) for file in files])
+    for k, more in enumerate([{}, {"lora_after": place / "delta"}]):
+        flags = [part for name, file in more.items() for part in (f"--{name}", file)]
+        frames, numbers = morph(place, tmp_path / f"{k}", "--lora", place / lora, *flags)
+        made = between.morph(load_pipeline(None, place / lora), pixels, cfg, **more)
+        assert made.method == numbers["method"] and made.own.shape == pixels.shape
+        assert made.strengths.tolist() == numbers["strengths"]
+        assert MorphConfig(**numbers["flags"]) == cfg
+        for ours, frame in zip(made.frames, frames, strict=True):
+            assert np.array_equal(np.array(to_image(ours)), frame)
+
+
+def test_mistakes_from_python_are_the_command_s_sentences(place, sd1):
+    pipe, pixels = load_pipeline(str(sd1)), torch.zeros(2, 3, 16, 16)
+    with pytest.raises(ValueError, match=r"--frames must be a whole number, got 2\.5"):
+        MorphConfig(frames=2.5)
+    with pytest.raises(ValueError, match=r"expected pixels of shape \(2, 3, H, W\), got \(1, 3, "):
+        between.morph(pipe, pixels[:1])
+    with pytest.raises(ValueError, match="--method direct needs one LoRA"):
+        between.morph(pipe, pixels, MorphConfig(method="direct"))
+    with pytest.raises(ValueError, match="--lora_after needs the before image's LoRA"):
+        between.morph(pipe, pixels, lora_after=place / "delta")
+    fitted = MorphConfig(method="direct", fit_steps=1, frames=2)
+    between.morph(pipe, pixels, fitted)
+    with pytest.raises(ValueError, match="--fit_steps and --lora are mutually exclusive"):
+        between.morph(pipe, pixels, fitted)  # the first one's stays
+
+
 @pytest.mark.parametrize("method", ["direct", "invert"])
 def test_fitting_is_part_of_the_command(place, tmp_path, sd1, method):
     """Its steps, its rate and its rank change the frames in between."""
@@ -425,7 +460,7 @@ def test_equal_ends_stand_still(place, tmp_path):
 
 
 MISTAKES = {
-    "--frames 1": "--frames must be between 2 and 1000, got 1",
+    "--frames 1": "--frames must be in 2..1000, got 1",
     "--before nowhere.png": "--before nowhere.png is not a file",
     "--after {root}/notes.txt": "notes.txt cannot be read as an image",
     "--after {root}/odd_after.png": "their aspect ratios differ by",
@@ -437,7 +472,8 @@ MISTAKES = {
     "--fit_steps=-1": "--fit_steps must be at least 0, got -1",
     "--fit_steps 2": "--fit_steps and --lora are mutually exclusive",
     "--lora_rank 0": "--lora_rank must be at least 1, got 0",
-    "--learning_rate nan": "--learning_rate must be between 0 and 1, got nan",
+    "--learning_rate nan": "--learning_rate must be a finite number, got nan",
+    "--learning_rate 1": "--learning_rate must be in (0, 1), got 1.0",
     "--lora_after nowhere --model nowhere": "--lora_after nowhere does not exist",
     "--lora_after {root}/delta --method direct": "--method direct needs one LoRA",
     "--objective both": "--objective: invalid choice: 'both'",
