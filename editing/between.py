@@ -2,7 +2,7 @@
 
 morph       frames between two images in memory; the paths are in `model/morph.py`
 run         the command: the two images are checked before any model is loaded, and frames are
-            measured as they were saved
+            measured in 8 bits, with what the network saw where an image has no data
 """
 
 import argparse
@@ -13,12 +13,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from durable import read_or_empty, refuse_others, save_image, write_aside, write_json
-from editing.config import EditConfig, MorphConfig, config_of, prompt_of
+from editing.config import EditConfig, MorphConfig, config_of, nodata_of, prompt_of
 from editing.edits import editor, finite
 from editing.flags import add_edit_flags, draws_anew, open_pipeline
 from editing.framing import brought_to
@@ -28,6 +29,7 @@ from model.objectives import OBJECTIVES
 from model.pipeline import Pipeline, encode, padded
 from model.predict import predictor
 from model.samplers import left_out
+from pairing.holes import cleared, filled, holes_of, kept, union
 from pairing.images import by, colour_profile, eight_bit, load_image, to_image, to_tensor
 from pairing.registration import MAX_ASPECT, aspect_gap
 from pairing.sheet import contact_sheet
@@ -171,7 +173,7 @@ def run(args: argparse.Namespace) -> None:
     check(cfg, args.lora, args.lora_after)
     size = size_of_frames(args)
     pipe = open_pipeline(args)
-    pixels = torch.stack([to_tensor(image) for image in load_ends(args, size, pipe)])
+    ends = load_ends(args, cfg, size, pipe)
     objective = cfg.objective or pipe.meta.get("objective")
     method = method_of(cfg, objective, args.lora_after)
     for flag, needed in unread(cfg, objective, method):
@@ -184,8 +186,8 @@ def run(args: argparse.Namespace) -> None:
             stacklevel=2,
         )
 
-    made = morph(pipe, pixels, cfg, lora_after=args.lora_after)
-    save_frames(made, args)
+    made = morph(pipe, ends.pixels, cfg, lora_after=args.lora_after)
+    save_frames(made, ends, args)
     numbers = {
         "before": args.before,
         "after": args.after,
@@ -194,7 +196,7 @@ def run(args: argparse.Namespace) -> None:
         "lora_after": args.lora_after,
         "method": method,
         "flags": asdict(cfg),
-        **measured(made, pixels),
+        **measured(made, ends.pixels),
     }
     write_json(out / "morph.json", numbers)
     psnr, even = numbers["psnr"], numbers["distances"]["perceived"]
@@ -264,22 +266,42 @@ def size_of_frames(args: argparse.Namespace) -> tuple[int, int]:
     return size
 
 
-def load_ends(args: argparse.Namespace, size: tuple[int, int], pipe: Pipeline) -> list[Image.Image]:
-    """--before and --after at that size."""
-    background = pipe.meta.get("background", "white")
-    images = [load_image(file, background) for file in (args.before, args.after)]
-    return [x if x.size == size else x.resize(size, Image.Resampling.BILINEAR) for x in images]
+class Ends(NamedTuple):
+    """--before and --after. Where either has no data, both show the rest mirrored, as a pair does
+    to a training."""
+
+    pixels: Tensor  # (2, 3, H, W) in [-1, 1]
+    hole: np.ndarray | None  # where that is, (H, W)
+    bare: Image.Image  # there as the image that has no data was
 
 
-def save_frames(made: Morph, args: argparse.Namespace) -> None:
-    """Writes the frames, morph.gif and strip.png."""
-    out, images = Path(args.out), [to_image(finite(frame)) for frame in made.frames]
+def load_ends(
+    args: argparse.Namespace, cfg: MorphConfig, size: tuple[int, int], pipe: Pipeline
+) -> Ends:
+    """At that size. ValueError if no place has data in both."""
+    files, background = (args.before, args.after), pipe.meta.get("background", "white")
+    images = [load_image(file, background) for file in files]
+    holes = [holes_of(file, nodata_of(cfg, pipe), image) for file, image in zip(files, images)]
+    images = [x if x.size == size else x.resize(size, Image.Resampling.BILINEAR) for x in images]
+    before, after = images
+    bare = kept(before, union(holes[:1], size), after)
+    if (hole := union(holes, size)) is not None:
+        if hole.all():
+            raise ValueError("no place has data in both --before and --after")
+        images = [filled(image, hole) for image in images]
+    return Ends(torch.stack([to_tensor(image) for image in images]), hole, bare)
+
+
+def save_frames(made: Morph, ends: Ends, args: argparse.Namespace) -> None:
+    """Writes the frames, transparent where an end has no data, morph.gif and strip.png."""
+    out, shown = Path(args.out), [to_image(finite(frame)) for frame in made.frames]
+    images = [kept(ends.bare, ends.hole, image) for image in shown]
     out.mkdir(parents=True, exist_ok=True)
     profiles = {colour_profile(args.before), colour_profile(args.after)}
     profile = profiles.pop() if len(profiles) == 1 else None
     earlier = read_or_empty(out / "morph.json").get("strengths")
     for name, image in zip(frame_names(len(images)), images):
-        save_image(image, out / name, profile=profile)
+        save_image(cleared(image, ends.hole), out / name, profile=profile)
     had = len(earlier) if isinstance(earlier, list) else 0
     for name in frame_names(min(had, 1000))[len(images) :]:
         (out / name).unlink(missing_ok=True)  # left by an earlier, longer morph
@@ -289,7 +311,7 @@ def save_frames(made: Morph, args: argparse.Namespace) -> None:
 
 
 def measured(made: Morph, pixels: Tensor) -> dict:
-    """The numbers of morph.json; pixels (2, 3, H, W) are the given images."""
+    """The numbers of morph.json; pixels (2, 3, H, W) are the ends'."""
     distances = {}
     for kind, far in (("perceived", perceived), ("structure", structure)):
         distances[kind] = {}

@@ -129,8 +129,15 @@ class MorphConfig(UseConfig):
     )
     adain: bool = knob(True, "invert: interpolate the ends' channel statistics")
     attention: bool = knob(True, "invert: attend to keys and values of both ends")
+    nodata: int | None = knob(
+        None,
+        "value that means no data in either image, as of 8 bits, besides what a file declares; -1: "
+        "none [the training's]",
+        least=-1,
+        most=255,
+    )
     respace: bool = knob(True, "space frames evenly in perceived distance")
-    correct: bool = knob(True, "make the end frames equal the given images")
+    correct: bool = knob(True, "make the end frames equal the given images, where both have data")
 
 
 Config = TypeVar("Config", bound=UseConfig)
@@ -147,7 +154,7 @@ def config_of(kind: type[Config], given: object) -> Config:
     return kind(**{name: getattr(given, name) for name in names_of(kind) if hasattr(given, name)})
 
 
-def nodata_of(cfg: EditConfig, pipe: Pipeline) -> int | None:
+def nodata_of(cfg: EditConfig | MorphConfig, pipe: Pipeline) -> int | None:
     """The config's value of places without data, or the training's; None: what files declare."""
     value = cfg.nodata if cfg.nodata is not None else pipe.meta.get("nodata")
     return None if value == -1 else value

@@ -1,6 +1,7 @@
 """Parts of an image without data. A network takes them for ground, so what is beside them suffers,
 and so does a LoRA that is trained on them (experiments/LOG.md). A training sees the rest mirrored
-there, in both images of a pair alike; an edit does too, and leaves them as they were."""
+there, in both images of a pair alike; so do an edit, which leaves them as they were, and a morph,
+whose frames are transparent there."""
 
 from collections.abc import Iterable
 from functools import reduce

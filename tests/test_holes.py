@@ -8,7 +8,7 @@ from PIL import Image, TiffImagePlugin
 import sample
 from check_data import main as check_data
 from data import PairDataset
-from editing import edits
+from editing import between, edits
 from pairing.holes import filled, holes_of, union
 from pairing.images import NODATA, further_pages, load_image, load_mask, to_image
 from pairing.pairs import Pair
@@ -221,6 +221,50 @@ def test_a_value_that_is_told_goes_from_a_training_to_edits(pair, tmp_path, sd1)
         assert sample.main(list(map(str, argv))) == 0
         holes = holes_of(tmp_path / name / "a.png")
         assert (holes is None) if empty is None else (holes[:, :9].all() and not holes[:, 9:].any())
+
+
+def test_a_morph_sees_no_hole_and_its_frames_are_transparent_there(
+    pair, tmp_path, sd1, monkeypatch
+):
+    """By the union over both ends, as in training; where both have data, the ends are the files."""
+    lora, seen, usual = write_lora(tmp_path / "run", sd1, background="black"), [], between.morph
+
+    def watched(pipe, pixels, *rest, **more):
+        seen.append(pixels)
+        return usual(pipe, pixels, *rest, **more)
+
+    monkeypatch.setattr(between, "morph", watched)
+    argv = ["morph", "--lora", lora, "--before", pair.before, "--after", pair.after, "--out",
+            tmp_path / "out", "--frames", 3, "--device", "cpu"]  # fmt: skip
+    assert sample.main(list(map(str, argv))) == 0
+    item = PairDataset([pair], 32)[0]
+    assert torch.equal(seen[0], torch.stack([item["before"], item["after"]]))
+    frames = [np.asarray(Image.open(tmp_path / "out" / f"{i:03d}.png")) for i in range(3)]
+    for frame in frames:
+        assert not frame[:, :9].any() and (frame[:, 9:, 3] == 255).all()
+    for k in (0, 1):
+        assert np.array_equal(frames[-k][:, 9:, :3], np.asarray(picture(k).convert("RGB"))[:, 9:])
+    film = np.asarray(Image.open(tmp_path / "out" / "morph.gif").convert("RGB"))
+    assert film[:, :9].max() < 8 < film[:, 9:].max()
+
+
+def test_a_value_that_is_told_goes_from_a_training_to_morphs(pair, tmp_path, sd1, capsys):
+    for side, empty in (("before", 9), ("after", 4)):
+        pixels = np.random.default_rng(0).integers(1, 255, (32, 32, 3), dtype=np.uint8)
+        pixels[:, :empty] = 0
+        Image.fromarray(pixels).save(getattr(pair, side))
+    lora = write_lora(tmp_path / "run", sd1, nodata=0)
+    argv = ["morph", "--lora", lora, "--before", pair.before, "--after", pair.after, "--out",
+            tmp_path / "out", "--frames", 2, "--method", "blend"]  # fmt: skip
+    for more, empty in (([], 9), (["--nodata=-1"], 0)):
+        assert sample.main([*map(str, argv), *more]) == 0
+        for name in ("000.png", "001.png"):
+            clear = holes_of(tmp_path / "out" / name)
+            clear = np.zeros((32, 32), bool) if clear is None else clear
+            assert clear[:, :empty].all() and not clear[:, empty:].any()
+    Image.fromarray(pixels * 0).save(pair.after)
+    assert sample.main(list(map(str, argv))) == 2
+    assert "no place has data in both --before and --after" in capsys.readouterr().err
 
 
 def test_a_single_image_is_not_mirrored(pair):

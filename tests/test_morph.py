@@ -404,7 +404,7 @@ def test_a_shorter_morph_leaves_no_frame_of_the_longer_one(place, tmp_path):
 
 
 def test_the_ends_stand_before_the_background_of_the_training(place, tmp_path, sd1):
-    Image.new("RGBA", (32, 32), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("RGBA", (32, 32), (0, 0, 0, 8)).save(tmp_path / "clear.png")
     lora = write_lora(tmp_path / "run", sd1, background="black")
     flags = ["--lora", lora, "--method", "blend"]
     frames, _ = morph(tmp_path, tmp_path / "out", *flags, ends=("clear.png", "clear.png"))

@@ -143,8 +143,8 @@ ARROWS = {
     "editing.between": [
         "durable", "editing.config", "editing.edits", "editing.flags", "editing.framing",
         "model.lora_files", "model.morph", "model.objectives", "model.pipeline", "model.predict",
-        "model.samplers", "pairing.images", "pairing.registration", "pairing.sheet",
-        "reporting.measures",
+        "model.samplers", "pairing.holes", "pairing.images", "pairing.registration",
+        "pairing.sheet", "reporting.measures",
     ],
     "training.checkpoint": [
         "config", "durable", "model.contents", "model.files", "model.lora", "model.lora_files",
