@@ -199,10 +199,11 @@ def run(args: argparse.Namespace) -> None:
         **measured(made, ends.pixels),
     }
     write_json(out / "morph.json", numbers)
-    psnr, even = numbers["psnr"], numbers["distances"]["perceived"]
+    own, even = numbers["psnr_uncorrected"], numbers["distances"]["perceived"]
     print(
-        f"{cfg.frames} frames by {method} in {out}: the ends at "
-        f"{psnr['before']:.1f} and {psnr['after']:.1f} dB, unevenness of the steps "
+        f"{cfg.frames} frames by {method} in {out}: the ends "
+        f"{'would be' if cfg.correct else 'are'} at {own['before']:.1f} and {own['after']:.1f} dB"
+        f"{' without their correction' if cfg.correct else ''}, unevenness of the steps "
         f"{even['morph']['unevenness'] or 0:.3f}, of a plain latent interpolation "
         f"{even['blend']['unevenness'] or 0:.3f}"
     )

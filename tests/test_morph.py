@@ -300,6 +300,16 @@ def test_every_switch_of_the_inverted_path_changes_frames(place, as_it_is, tmp_p
     assert not np.array_equal(as_it_is[1], other[1])
 
 
+def test_what_is_printed_is_how_far_the_path_itself_misses_its_ends(place, tmp_path, capsys):
+    """Corrected, they are always the given images."""
+    for flag, said in (
+        ("--correct", "the ends would be at {before:.1f} and {after:.1f} dB without their correct"),
+        ("--no-correct", "the ends are at {before:.1f} and {after:.1f} dB, unevenness"),
+    ):
+        _, numbers = morph(place, tmp_path, "--lora", place / "delta", "--no-respace", flag)
+        assert said.format(**numbers["psnr_uncorrected"]) in capsys.readouterr().out
+
+
 def test_without_correction_the_ends_are_the_paths_own(place, tmp_path):
     frames, numbers = morph(place, tmp_path, "--lora", place / "delta", "--no-correct")
     assert numbers["psnr"] == numbers["psnr_uncorrected"] and numbers["psnr"]["after"] < 60
