@@ -30,7 +30,7 @@ from tqdm import tqdm
 from cli import Parser
 from data import PairDataset
 from durable import file_sha256, read_or_empty, refuse_others
-from editing.config import MOST, EditConfig, nodata_of, objective_of, prompt_of
+from editing.config import EditConfig, nodata_of, objective_of, prompt_of
 from editing.edits import batches, edit_pixels, fades
 from editing.flags import (
     add_common_flags,
@@ -79,9 +79,11 @@ def find_held_out(args: argparse.Namespace) -> HeldOut:
             f"--between_dirs has {len(args.between_dirs)} folders, "
             f"but --between_times {len(args.between_times)} times"
         )
-    if not distinct(args.between_times):
+    if not (distinct(args.between_times) and all(0 <= time <= 1 for time in args.between_times)):
         got = " ".join(f"{time:g}" for time in args.between_times)
-        raise ValueError(f"--between_times must be distinct numbers within ±{MOST}, got {got}")
+        raise ValueError(
+            f"--between_times must be distinct strengths, from 0 (before) to 1 (after), got {got}"
+        )
     if not {0.0, 1.0} <= set(args.strengths):
         raise ValueError(f"--strengths must include 0 and 1, got {args.strengths}")
     if args.samples < 1 or (args.outcome_dirs and args.samples < 2):

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from cli import Parser
-from durable import refuse_others, save_image, write_json
+from durable import read_or_empty, refuse_others, save_image, write_json
 from editing import between
 from editing.config import EditConfig, nodata_of, objective_of, prompt_of
 from editing.edits import batches, edit_pixels, finite
@@ -106,35 +106,53 @@ def generate(args: argparse.Namespace) -> None:
 
 
 def leave_mark(args: argparse.Namespace, pipe: Pipeline) -> None:
-    """Writes sample.json: base, LoRA header and flags. Folders that have it may be reused."""
+    """Writes sample.json: base, LoRA header and flags. Folders that have it may be reused; a
+    warning if what is there is of another LoRA."""
+    mark = Path(args.out) / MARK
+    earlier = read_or_empty(mark).get("flags")
+    other = earlier.get("lora") if isinstance(earlier, dict) else args.lora
+    if other != args.lora:
+        warnings.warn(
+            f"--out {args.out} holds results of {f'the LoRA {other}' if other else 'no LoRA'}: "
+            "those that are not replaced stay",
+            stacklevel=2,
+        )
     flags = {name: value for name, value in vars(args).items() if name != "command"}
-    what = {"command": args.command, "base": pipe.base, "lora": pipe.meta, "flags": flags}
-    write_json(Path(args.out) / MARK, what)
+    write_json(
+        mark, {"command": args.command, "base": pipe.base, "lora": pipe.meta, "flags": flags}
+    )
 
 
 def inputs_of(args: argparse.Namespace) -> tuple[list[Path], list[Path]]:
-    """The files of --input, and their paths below it without suffix.
+    """The files of --input, and their paths below its folders without suffix.
 
     ValueError or OSError if there are none, two share a stem, or --out would overwrite them.
     """
-    source, out = Path(args.input), Path(args.out)
-    if source.is_dir():
-        files, root = find_images(source, "--input"), source
-        if not files:
-            raise ValueError(f"--input {source} holds no images")
-        if others := left_out(source, "--input"):
-            print(f"--input: {len(others)} files that are not images are skipped: {listed(others)}")
-        refuse_among([out], [("--input", source)])
-    elif source.is_file():
-        files, root = [source], source.parent
-        if os.path.realpath(out) in real_folders(files) | {os.path.realpath(root)}:
-            raise ValueError(f"--out {out} is the folder of --input; results would overwrite it")
-    else:
-        raise FileNotFoundError(f"--input {source} does not exist")
-    stems = [file.relative_to(root).with_suffix("") for file in files]
+    files, stems, out = [], [], Path(args.out)
+    for source in map(Path, args.input):
+        if source.is_dir():
+            some, root = find_images(source, "--input"), source
+            if not some:
+                raise ValueError(f"--input {source} holds no images")
+            if others := left_out(source, "--input"):
+                print(
+                    f"--input: {len(others)} files that are not images are skipped: "
+                    f"{listed(others)}"
+                )
+            refuse_among([out], [("--input", source)])
+        elif source.is_file():
+            some, root = [source], source.parent
+            if os.path.realpath(out) in real_folders(some) | {os.path.realpath(root)}:
+                raise ValueError(
+                    f"--out {out} is the folder of --input; results would overwrite it"
+                )
+        else:
+            raise FileNotFoundError(f"--input {source} does not exist")
+        files += some
+        stems += [file.relative_to(root).with_suffix("") for file in some]
     if len(set(stems)) < len(stems):
         twice = next(stem for stem in stems if stems.count(stem) > 1)
-        raise ValueError(f"--input {source} has two images with the stem {twice}")
+        raise ValueError(f"--input {args.input[0]} has two images with the stem {twice}")
     return files, stems
 
 
@@ -301,7 +319,9 @@ def make_parser() -> Parser:
             "--format", choices=["png", "tif"], default="png",
             help="file format of the results; tif keeps a GeoTIFF's georeference [png]",
         )  # fmt: skip
-        sub.add_argument("--input", required=True, metavar="IMAGE_OR_DIR", help="before images")
+        sub.add_argument(
+            "--input", required=True, nargs="+", metavar="IMAGE_OR_DIR", help="before images"
+        )
         sub.add_argument(
             "--strengths", type=numbers, metavar="0,0.5,1", help="edit at each of these strengths"
         )

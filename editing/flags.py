@@ -130,7 +130,8 @@ def open_pipeline(args: argparse.Namespace, *, captioned: bool = False) -> Pipel
         message = f"--lora {args.lora} was trained with a caption per image but is used without one"
         warnings.warn(f"{message}: pass --prompt", stacklevel=2)
     kind = pipe.meta.get("objective", "of unknown objective")
-    lora = f", LoRA {args.lora} ({kind})" if args.lora else ""
+    used = getattr(args, "objective", None) or kind
+    lora = f", LoRA {args.lora} ({kind}{f', used as {used}' * (used != kind)})" if args.lora else ""
     if pipe.under:
         lora += ", on top of {} at strength {:g}".format(*pipe.under)
     print(f"{pipe.base} on {device} in {str(dtype).removeprefix('torch.')}{lora}")
@@ -155,7 +156,9 @@ def without_effect(args: argparse.Namespace, pipe: Pipeline) -> Iterator[str]:
             yield f"--strength {strength:g} has no effect with --strengths"
         elif args.lora is None and args.command == "generate":
             yield f"--strength {strength:g} has no effect without --lora"
-    kind = pipe.meta.get("objective")
+    kind, used = pipe.meta.get("objective"), getattr(args, "objective", None)
+    if kind and used not in (None, kind):
+        yield f"--objective {used}: the LoRA was trained with {kind}, whose edit is another"
     if getattr(args, "command", "") == "generate" and kind in {*OBJECTIVES} - {*PORTABLE}:
         yield f"a LoRA of {kind} is for `sample.py edit`: it has nothing to say of noise alone"
 

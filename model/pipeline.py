@@ -3,6 +3,7 @@
 Shared by train.py, sample.py and everything else that uses a trained model.
 """
 
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.cpu import quick_convs
-from model.files import single_file
+from model.files import MOVED, single_file
 from model.fused import can_fuse
 from model.graph import Replays
 from model.lora_files import (
@@ -214,6 +215,14 @@ def _named(in_header: bool, flag: str) -> Iterator[None]:
         raise
 
 
+def other_base(base: str, meta: dict) -> str | None:
+    """What the LoRA with this header was trained on, if its name is not that of `base`."""
+    trained = meta.get("base_model", base)
+    names = {MOVED.get(name, name) for name in (base, trained)}
+    places = {os.path.realpath(name) for name in (base, trained)}
+    return trained if len(names) > 1 and len(places) > 1 else None
+
+
 def load_pipeline(
     base: str | None,
     lora: str | Path | None = None,
@@ -261,6 +270,11 @@ def load_pipeline(
             f"weights of {base} are used, which may be others",
             stacklevel=2,
         )
+    if other := other_base(base, meta):
+        warnings.warn(
+            f"{lora} was trained on {other}: on {base} the change may be another, or none",
+            stacklevel=2,
+        )
     files = {"revision": revision, "variant": variant, "device": device}
     with _named(base_told, "--model"):
         # a single file may only guess what it predicts
@@ -287,7 +301,12 @@ def load_pipeline(
         fixed = multiplier(under_meta, under[1])
         apply_lora(under_parts, under[0], unet=unet, text=text, fixed=fixed)
     if lora is not None:
-        apply_lora(parts, lora, unet=unet, text=text)
+        try:
+            apply_lora(parts, lora, unet=unet, text=text)
+        except ValueError as error:
+            if other:
+                error.add_note(f"it was trained on {other}")
+            raise
         if hasattr(unet, "lora_adapters"):  # it may adapt the text encoder alone
             unet.lora_adapters.fused = can_fuse(device, dtype) is None
     # a capture is on the current device

@@ -455,9 +455,37 @@ def test_common_flags_that_are_not_read_are_warned_of(tmp_path, sd1, images, cap
         (("generate", *base, "--strength", 0.5), "--strength 0.5 has no effect without --lora"),
         (("generate", *base), None),
     ]:  # fmt: skip
+        shutil.rmtree(out, ignore_errors=True)
         run(*argv)
         warned = [w for w in capsys.readouterr().out.splitlines() if w.startswith("warning: ")]
         assert warned == ([f"warning: {said}"] if said else [])
+
+
+def test_another_lora_base_or_objective_is_told_of(tmp_path, sd1, images, capsys):
+    """What is left of another LoRA's results; a base or a use that the LoRA is not made for."""
+    loras = [write_lora(tmp_path / name, sd1, objective="slider") for name in ("one", "two")]
+    base = shutil.copytree(sd1, tmp_path / "base")
+    link = tmp_path / "link"
+    link.symlink_to(sd1)
+    out = tmp_path / "out"
+
+    def said(lora, *more):
+        run("edit", "--lora", lora, "--input", images / "a.png", images / "b.webp", "--out", out,
+            "--steps", 1, *more)  # fmt: skip
+        text = capsys.readouterr().out
+        return [line[9:] for line in text.splitlines() if line.startswith("warning: ")], text
+
+    assert not said(loras[0])[0] and not said(loras[0], "--model", link)[0]
+    assert {path.name for path in out.glob("*_s*.png")} == {"a_s1.png", "b_s1.png"}
+    assert said(loras[1])[0] == [
+        f"--out {out} holds results of the LoRA {loras[0]}: those that are not replaced stay"
+    ]
+    assert said(loras[1], "--model", base)[0] == [
+        f"{loras[1]} was trained on {sd1}: on {base} the change may be another, or none"
+    ]
+    warned, text = said(loras[1], "--objective", "delta")
+    assert warned == ["--objective delta: the LoRA was trained with slider, whose edit is another"]
+    assert "(slider, used as delta)" in text
 
 
 def test_pictures_of_others_are_not_replaced(tmp_path, sd1, images, capsys):
