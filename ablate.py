@@ -14,7 +14,7 @@ Every arm and seed is a run in OUT/NAME/seedN, evaluated in its evaluation/. The
 come from (seed, step), so the arms of one seed see the same images, noise and t if their batches
 and pairs are alike. The same command continues where it stopped: finished runs with unchanged flags
 and data are kept, partial ones resumed, changed ones run again. Output: table.md, results.json,
-plot.png and sheet.png, rewritten after every run.
+plot.png and sheet.png, rewritten after every run; finished runs of other seeds stay in them.
 """
 
 import json
@@ -41,6 +41,7 @@ from ablating.jobs import (
     is_trained,
     make_jobs,
     plain,
+    seeds_in,
     title,
 )
 from cli import Parser, report
@@ -105,7 +106,7 @@ def run(job: Job, threads: int | None, held: int) -> dict:
     print(f"{title(job)}: {'kept: ' if kept else ''}{figures}", flush=True)
     if stale:
         print(f"warning: {title(job)} was trained by other code: {listed(stale, 3)}; "
-              f"--again {job.arm.name} trains it anew", flush=True)  # fmt: skip
+              f"--again {job.arm.name} --seeds {job.seed} trains it anew", flush=True)  # fmt: skip
     return values
 
 
@@ -181,8 +182,9 @@ def write_results(path: Path, jobs: list[Job], done: list, failed: list, out: Pa
 def ablate(
     path: Path, seeds: list[int], out: Path, workers: int, only: list[str], again: list[str]
 ) -> int:
-    """Exit status: 0, or 1 if a run failed. `only`: patterns of the arms to run; the finished runs
-    of the others are shown too. `again`: of those whose runs are deleted first."""
+    """Exit status: 0, or 1 if a run failed. `only`: patterns of the arms to run; finished runs of
+    the others, and of other seeds, are shown too. `again`: of those whose runs are deleted first.
+    """
     arms = read_arms(path)
     jobs = make_jobs(path, arms, seeds, out)
     for flag, patterns in (("--only", only), ("--again", again)):
@@ -209,7 +211,9 @@ def ablate(
         for job in jobs:
             if matches(job, again) and matches(job, only or ["*"]):
                 remove(job.run)
-        return run_jobs(path, jobs, out, workers, only, held.fileno())
+        others = [seed for seed in seeds_in(out, arms) if seed not in seeds]
+        kept = [job for job in make_jobs(path, arms, others, out) if is_done(job)]
+        return run_jobs(path, jobs, kept, out, workers, only, held.fileno())
 
 
 def matches(job: Job, patterns: list[str]) -> bool:
@@ -217,15 +221,22 @@ def matches(job: Job, patterns: list[str]) -> bool:
 
 
 def run_jobs(
-    path: Path, jobs: list[Job], out: Path, workers: int, only: list[str], held: int
+    path: Path,
+    jobs: list[Job],
+    kept: list[Job],
+    out: Path,
+    workers: int,
+    only: list[str],
+    held: int,
 ) -> int:
-    """Exit status as above."""
+    """Exit status as above. `kept`: finished jobs of other seeds, which are only shown."""
     cores = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
     threads = max(1, cores // workers) if workers > 1 else None
     done, failed, stop = [], [], threading.Event()
 
     def work(job: Job) -> dict | str | None:
-        if stop.is_set() or not (matches(job, only or ["*"]) or is_done(job)):
+        asked = job not in kept and matches(job, only or ["*"])
+        if stop.is_set() or not (asked or is_done(job)):
             return None
         try:
             return run(job, threads, held)
@@ -240,7 +251,7 @@ def run_jobs(
     seeds = list(dict.fromkeys(job.seed for job in jobs))
     order = sorted(jobs, key=lambda job: (seeds.index(job.seed), job.run != job.folder))
     with ThreadPoolExecutor(workers) as pool:
-        waiting = {pool.submit(work, job): job for job in order}
+        waiting = {pool.submit(work, job): job for job in [*kept, *order]}
         try:
             for future in as_completed(waiting):
                 job, result = waiting[future], future.result()
@@ -248,7 +259,7 @@ def run_jobs(
                     failed.append((job, result))
                 elif result is not None:
                     done.append((job, result))
-                text = write_results(path, jobs, done, failed, out)
+                text = write_results(path, [*jobs, *kept], done, failed, out)
         except KeyboardInterrupt:
             stop.set()
             print("stopped; the same command continues from here", file=sys.stderr, flush=True)
@@ -264,7 +275,10 @@ def run_jobs(
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="ablate.py", description=__doc__.split("\n")[0])
     parser.add_argument("file", type=Path, help="the arms, such as experiments/objective_solar.txt")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="[0]")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], metavar="N",
+        help="seeds to run [0]; the table has finished runs of other seeds too",
+    )  # fmt: skip
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time [1]")
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="ARM",

@@ -1,12 +1,14 @@
 """The runs of an ablation, and which of them are done: finished, evaluated, and still as asked.
 
 make_jobs -> Job        an arm with a seed
+seeds_in                seeds of earlier commands
 changed, is_done        against the flags, the data and the files of today
 """
 
 import contextlib
 import dataclasses
 import json
+import re
 import threading
 from functools import cache
 from pathlib import Path
@@ -64,6 +66,14 @@ def make_jobs(path: Path, arms: list[Arm], seeds: list[int], out: Path) -> list[
             run, lock = runs.setdefault(json.dumps(plain(cfg)), (folder, threading.Lock()))
             jobs.append(Job(arm, seed, folder, run, cfg, lock))
     return jobs
+
+
+def seeds_in(out: Path, arms: list[Arm]) -> list[int]:
+    """Ascending, the seeds of which an earlier command has evaluated one of these arms."""
+    folders = [folder for arm in arms for folder in (out / arm.name).glob("seed*")]
+    done = [folder for folder in folders if (folder / "evaluation" / "flags.json").is_file()]
+    found = [re.fullmatch(r"seed(0|[1-9][0-9]{0,9})", folder.name) for folder in done]
+    return sorted({int(match[1]) for match in found if match})
 
 
 def changed(job: Job) -> list[str]:

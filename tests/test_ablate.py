@@ -285,7 +285,7 @@ def test_a_run_by_other_code_is_told_of_and_trained_anew_if_asked(lab, capsys):
     assert lab.run(arms) == 0 and lab.started == []
     said = [line for line in capsys.readouterr().out.splitlines() if line[:8] == "warning:"]
     files = "by other code: model/objectives.py, gone.py; --again"
-    assert said == [f"warning: {arm}, seed 0 was trained {files} {arm} trains it anew"
+    assert said == [f"warning: {arm}, seed 0 was trained {files} {arm} --seeds 0 trains it anew"
                     for arm in ("a", "same")]  # fmt: skip
     assert lab.run(arms, "--again", "b", "--only", "a") == 0 and lab.started == []
     assert lab.run(arms, "--again", "c*") == 2
@@ -392,6 +392,29 @@ def test_some_arms_alone(lab, capsys):
     assert [len(arm["runs"]) for arm in lab.results()["arms"].values()] == [1, 1, 0]
     assert lab.run(arms, "--only", "a", "d*") == 2
     assert "--only d* matches no arm of" in capsys.readouterr().err
+
+
+def test_finished_seeds_stay_where_fewer_are_asked_for(lab, monkeypatch):
+    """In the table, the plot, the sheet and the JSON; nothing of them is trained or deleted."""
+    arms = "a: --learning_rate 1e-3\nb: --learning_rate 1e-2\n"
+    assert lab.run(arms, "--seeds", 0, 1) == 0
+    (lab.out / "a" / "seed02").mkdir()  # nobody's
+    names = ("table.md", "plot.png", "sheet.png")
+    first, files = lab.results(), [(lab.out / name).read_bytes() for name in names]
+    assert lab.run(arms) == 0 and not lab.started
+    assert lab.results() == first
+    assert [(lab.out / name).read_bytes() for name in names] == files
+    assert lab.run(arms, "--again", "a") == 0
+    assert lab.names() == [("train.py", "a/seed0"), ("evaluate.py", "a/seed0")]
+    assert lab.results()["seeds"] == [0, 1]
+    with monkeypatch.context() as patch:
+        patch.setattr(ablate, "call", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert lab.run(arms, "--seeds", 2) == 130  # they are written first
+    assert [len(arm["runs"]) for arm in lab.results()["arms"].values()] == [2, 2]
+    other = lab.run(arms.replace("1e-2", "2e-2"), "--only", "a")
+    assert other == 0 and not lab.started  # seed 1 of b had other flags
+    assert [len(arm["runs"]) for arm in lab.results()["arms"].values()] == [2, 0]
+    assert "| b | 0.02 |" in (table := (lab.out / "table.md").read_text()) and "| 0 of 2 |" in table
 
 
 def test_an_interrupted_ablation_goes_on(lab, monkeypatch, capsys):
