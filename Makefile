@@ -14,16 +14,26 @@ STEPS    ?=
 STRENGTH ?= 1
 ARGS     ?=
 
+# A name on the command line that is not among ours is a slip, which would go unnoticed, unless it is
+# one of make's or for the programs.
+FREE   := BEFORE AFTER MASK INSTANCE OUT PROMPT STRENGTH MODEL RUN INPUT F ARGS
+KNOWN  := $(sort $(FREE) CHANGE FUZZ PYTHON SEEDS STEPS VENV)
+OTHERS := -*-% .% MAKE% GNUMAKEFLAGS MFLAGS SHELL CURDIR VPATH KILLS NO_COLOR PYTHON% TMPDIR %_proxy \
+  $(addsuffix _%,CUBLAS CUDA HF LD MKL NCCL OMP PIP PYTEST PYTORCH TORCH TORCHINDUCTOR TRITON WANDB XDG)
+$(foreach v,$(filter-out $(KNOWN) $(OTHERS),$(.VARIABLES)),$(if $(filter command,$(origin $(v))),\
+  $(error $(v)=$(value $(v)): there is no such variable; those on the command line are $(KNOWN))))
+
 # a $ in what the user gives is a dollar, not a variable of make's
-$(foreach v,BEFORE AFTER MASK INSTANCE OUT PROMPT STRENGTH MODEL RUN INPUT F ARGS,\
+$(foreach v,$(FREE),\
   $(if $(filter-out file undefined,$(origin $(v))),$(eval override $(v) := $$(value $(v)))))
 
 # With no images given, everything uses the embedded scenes: their base model, 64 pairs to train on,
-# 32 others to evaluate on. CHANGE= selects another of their changes.
+# 32 others to evaluate on. CHANGE= selects another of their changes. Images of the user's own, INPUT=
+# too, are of a run of their own, unless CHANGE= says which.
 CHANGE ?= solar
 SCENES := $(if $(strip $(BEFORE)$(AFTER)$(INSTANCE)),,data/scenes/$(CHANGE))
 MODEL  ?= $(if $(SCENES),scenes/base,runwayml/stable-diffusion-v1-5)
-RUN    ?= $(if $(SCENES),runs/$(CHANGE),runs/pairs)
+RUN    ?= $(if $(and $(SCENES),$(or $(call given,CHANGE),$(if $(call given,INPUT),,x))),runs/$(CHANGE),runs/pairs)
 INPUT  ?= $(if $(SCENES),$(SCENES)/test/before,$(BEFORE))
 SCENE_FLAGS := --instance_prompt "an aerial view of fields" --resolution 64 --train_batch_size 8 \
   --learning_rate 3e-3 --lr_scheduler cosine --lr_warmup_steps 20 \
@@ -78,7 +88,7 @@ help: ## show this list
 	@echo '  make train                       on the embedded scenes, in minutes on a CPU, then evaluate'
 	@echo '  make train BEFORE=data/before AFTER=data/after PROMPT="..." [MODEL= OUT= STEPS= ARGS="--lora_rank 4"]'
 	@echo '  make train INSTANCE=data/images PROMPT="a photo of [cls]"'
-	@echo '  make sample RUN=runs/pairs INPUT=data/new OUT=samples [STRENGTH=0.5]'
+	@echo '  make sample INPUT=data/new OUT=samples [RUN=runs/pairs STRENGTH=0.5]'
 
 setup: $(READY) ## create the environment
 

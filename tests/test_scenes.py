@@ -29,6 +29,7 @@ from scenes.world import (
 
 SEEDS = range(12)
 ROOT = Path(__file__).parents[1]
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -288,6 +289,10 @@ def test_a_model_is_replaced_but_not_the_one_that_is_copied(tmp_path, capsys):
         ("generate PROMPT=x", "--height 64 --width 64", "--lora"),
         ("generate PROMPT=x MODEL=m", "--model 'm'", "--height"),
         ("sample RUN=r INPUT=i MODEL=m", "--model 'm'", "--prompt"),
+        ("sample INPUT=i", "--lora 'runs/pairs' --input 'i'", "solar"),
+        ("sample INPUT=i CHANGE=snow", "--lora 'runs/snow' --input 'i'", "pairs"),
+        ("sample", "--lora 'runs/solar' --input 'data/scenes/solar/test/before'", "pairs"),
+        ("evaluate BEFORE=b AFTER=a", "--lora 'runs/pairs'", "solar"),
         ("evaluate RUN=r BEFORE=b AFTER=a PROMPT=p", "--prompt 'p'", "--model"),
         ("check-data BEFORE=b AFTER=a MASK=m", "--mask_dir 'm'", "--out"),
     ],
@@ -311,6 +316,28 @@ def test_a_dollar_is_one_for_make(tmp_path):
         words = shlex.split(said[said.index("'python'") :].replace("\\\n", " "))
         assert words[words.index("--prompt") + 1] == given["PROMPT"]
         assert words[words.index("--input") + 1] == given["INPUT"]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_stops_at_a_variable_that_it_does_not_know():
+    """A slip in a name, which make itself lets pass; those of make and of the programs go on."""
+
+    def said(*words):
+        make = ["make", "-n", "sample", "PYTHON=python", *words]
+        return subprocess.run(make, cwd=ROOT, capture_output=True, text=True)
+
+    for word in ("STRENGHT=0.5", "SCENES=$x", "before=b"):
+        done = said(word)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and not done.stdout
+        assert f"{word}: there is no such variable; those on the command line are " in done.stderr
+    known = done.stderr.split(" are ")[1].removesuffix(".  Stop.\n").split()
+    assert {"STRENGTH", "CHANGE", "SEEDS", "FUZZ"} < {*known} and known == sorted(known)
+    assert said(*(f"{name}=python" for name in known)).returncode == 0
+    used = re.findall(r"\b([A-Z]+)=", re.sub(r"(?m)^(?!\t|[a-z-]+:).*$", "", MAKEFILE))
+    assert {"BEFORE", "SEEDS"} < {*used} <= {*known}
+    free = ("OMP_NUM_THREADS=2", "CUDA_VISIBLE_DEVICES=", "MAKEFLAGS=k", "SHELL=/bin/sh",
+            "PYTHONPATH=x", "https_proxy=x", "KILLS=1")  # fmt: skip
+    assert said(*free).returncode == 0
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
