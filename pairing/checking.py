@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from pairing.holes import MUCH, black_alone, filled, holes_of, union
 from pairing.images import Frame, by, further_pages, listed, load_image, load_mask
-from pairing.pairs import by_name, find_pairs, read_caption
+from pairing.pairs import by_name, find_pairs, not_read, read_caption
 from pairing.registration import MAX_ASPECT, MIN_SHIFT, aspect_gap, find_shift, unchanged
 from pairing.sequences import clips_in, find_sequences
 
@@ -113,8 +113,11 @@ def by_folder(folders: dict[str, tuple[str, Path]], report: Report) -> Places:
     for label, group in groups.items():
         count = sum(map(len, group.values()))
         report.counts.append((label, f"{count} images in {listed([folders[label][1]])}"))
-        alone = [name for name in group if any(name not in other for other in groups.values())]
-        report.note("{} images without a partner", *alone, word=label)
+        alone, hints = [n for n in group if any(n not in g for g in groups.values())], {}
+        for other, (flag, folder) in folders.items():
+            hints |= not_read([name for name in alone if name not in groups[other]], folder, flag)
+        for name in alone:
+            report.note("{} images without a partner", name, detail=hints.get(name, ""), word=label)
     doubled = {name for group in groups.values() for name, files in group.items() if files[1:]}
     report.note("names with several files in one folder", *sorted(doubled))
     states = {

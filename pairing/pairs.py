@@ -19,6 +19,10 @@ from durable import file_sha256
 from pairing.images import Frame, listed
 
 SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+NOT_READ = {  # images, too
+    ".gif", ".apng", ".avif", ".heic", ".heif", ".jp2", ".j2k", ".jxl", ".tga", ".ppm", ".pgm",
+    ".psd", ".exr", ".svg", ".dng", ".cr2", ".nef", ".arw",
+}  # fmt: skip
 SIDES = ("--before_data_dir", "--after_data_dir")
 MAX_CAPTION = 10_000  # characters
 MAX_LINKS = 1000  # symlinked folders followed in one search: mutual links multiply
@@ -122,10 +126,25 @@ def by_name(folder: Path | str, flag: str) -> dict[str, list[Path]]:
     """Relative path without suffix -> the files of that name; there should be one."""
     groups: dict[str, list[Path]] = {}
     for path in find_images(folder, flag):
-        name = path.relative_to(folder).with_suffix("").as_posix()
-        # macOS stores é as two code points, other systems as one
-        groups.setdefault(unicodedata.normalize("NFC", name), []).append(path)
+        groups.setdefault(_name(path, folder), []).append(path)
     return groups
+
+
+def _name(path: Path, folder: Path | str) -> str:
+    name = path.relative_to(folder).with_suffix("").as_posix()
+    return unicodedata.normalize("NFC", name)  # macOS stores é as two code points, others as one
+
+
+def not_read(names: Collection[str], folder: Path | str, flag: str) -> dict[str, str]:
+    """For each of these names that an image in a format that is not read has: a hint."""
+    files = {_name(path, folder): path for path in left_out(folder, flag)
+             if path.suffix.lower() in NOT_READ}  # fmt: skip
+    return {
+        name: f"{listed([files[name].relative_to(folder).as_posix()])} is there, but "
+        f"{files[name].suffix[1:].upper()} is not read: save it as PNG"
+        for name in names
+        if name in files
+    }
 
 
 def _one_each(folder: Path | str, flag: str, exclude: Collection[str] = ()) -> dict[str, Path]:
@@ -166,6 +185,10 @@ def names_in(files: Sequence[Path | str], known: Collection[str], flag: str) -> 
 def _stem(name: str) -> str:
     stem, suffix = os.path.splitext(name)
     return stem if suffix.lower() in SUFFIXES else name
+
+
+def _format_hint(names: Sequence[str], folder: Path | str, flag: str) -> str:
+    return "".join(f"; {hint}" for hint in [*not_read(names, folder, flag).values()][:1])
 
 
 def _case_hint(left: Sequence[str], right: Sequence[str]) -> str:
@@ -209,7 +232,7 @@ def find_masks(
     missing = [name for name in names if name not in masks]
     none = len(missing) == len(names)
     if none or (missing and not allow_unmatched):
-        hint = _case_hint(missing, list(masks))
+        hint = _case_hint(missing, list(masks)) + _format_hint(missing, mask_dir, "--mask_dir")
         if not none and allow_unmatched is not None:
             hint += "; --allow_unmatched accepts them"
         raise ValueError(
@@ -273,6 +296,9 @@ def find_pairs(
     names = [name for name in before if name in after]
     lonely = [n for n in before if n not in after], [n for n in after if n not in before]
     hint = _case_hint(*lonely)
+    if any(lonely) and not (names and allow_unmatched):
+        hint += _format_hint(lonely[0], after_dir, flags[1])
+        hint += _format_hint(lonely[1], before_dir, flags[0])
     if not names:
         held = [
             f"{listed([folder])} holds {len(side)} images ({listed(list(side), 3) or 'none'})"

@@ -29,6 +29,7 @@ from pairing.images import (
     to_tensor,
 )
 from pairing.pairs import (
+    SUFFIXES,
     Pair,
     file_hash,
     find_images,
@@ -167,6 +168,32 @@ def test_unmatched_images_are_named_and_can_be_skipped(folders):
     )
     assert [p.name for p in find_pairs(before, after, allow_unmatched=True)] == ["c"]
     assert unmatched(before, after) == (["a", "b"], ["d"])
+
+
+def test_an_image_in_a_format_that_is_not_read_is_no_partner(folders, tmp_path, capsys):
+    """Its name says why the other has none; what lies beside images is no image."""
+    before, after = folders(["b/a.png", "c.png", "d.png"], ["c.png", "e.png", "b/a.GIF", "d.gif"])
+    (before / "e.json").write_text("{}")
+    hint = "b/a.GIF is there, but GIF is not read: save it as PNG"
+    with pytest.raises(ValueError, match=rf": e; {hint}; --allow_unmatched skips them$"):
+        find_pairs(before, after)
+    assert run_check(tmp_path, "--resolution", "8") == 1
+    said = capsys.readouterr().out
+    assert f"before images without a partner: 2\n{'':13}b/a ({hint}), d (d.gif is there" in said
+    assert f"after images without a partner: 1\n{'':13}e\n" in said
+    save(Image.new("L", (8, 8)), tmp_path / "mask" / "c.gif")
+    with pytest.raises(ValueError, match=r": c; c\.gif is there, but GIF is not read: save it"):
+        find_pairs(before, after, mask_dir=tmp_path / "mask", allow_unmatched=True)
+    (before / "c.png").unlink()
+    (before / "c.heic").write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"^No match.*; {hint}; c\.heic is there, but HEIC"):
+        find_pairs(before, after)
+
+
+def test_the_page_lists_the_formats_that_are_read():
+    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    told = re.search(r"^\* \*\*Formats\*\*(.+?)\n\*", page, re.M | re.S)[1]
+    assert {*re.findall(r"`(\.\w+)`", told)} == SUFFIXES
 
 
 def test_two_files_of_one_name_are_named(folders):
