@@ -29,7 +29,7 @@ from durable import (
 )
 from pairing.checking import TILE, Report, by_clip, by_folder, check
 from pairing.images import listed
-from pairing.pairs import by_name, left_out, refuse_among, refuse_missing
+from pairing.pairs import by_name, left_out, lonely_captions, refuse_among, refuse_missing
 from pairing.sequences import is_clip
 from pairing.sheet import contact_sheet
 
@@ -82,6 +82,8 @@ def run(args: argparse.Namespace) -> Report:
     for flag, folder in given:
         others = [p for p in left_out(folder, flag) if not (args.frames_dir and is_clip(p, folder))]
         report.note("files with other suffixes, skipped", *map(str, others))
+    for flag, folder in folders.values():
+        report.note("captions without an image", *map(str, lonely_captions(folder, flag)))
     columns, names, rows = check(places, masks, args.resolution, report, args.nodata)
     args.out.mkdir(parents=True, exist_ok=True)
     write_aside(args.out / LISTS, report.write_lists)

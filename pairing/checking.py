@@ -31,6 +31,8 @@ VERDICTS = {  # in the order of the report: whether it would stop the training, 
     "images of another shape": (True, "crop them to the frame of the after image"),
     "pairs whose images share no data": (True, "no place has data in both: remove the pair"),
     "unusable captions": (True, "fix the text file or delete it"),
+    "pairs with two captions": (False, "the one beside the after image, the last state, counts"),
+    "captions without an image": (False, "a caption is NAME.txt beside an image of that name"),
     "images of another size": (False, "they will be resized to the after image"),
     "pairs that look shifted": (False, "align them; (right, down) px of after over before"),
     "pairs with places without data": (False, "they will show the rest of the pair mirrored there"),
@@ -206,11 +208,16 @@ def look_at(
             report.note("broken files", name, detail=str(error))
             return None
 
-    for text in dict.fromkeys(file.with_suffix(".txt") for file in files):
+    captions = dict.fromkeys(file.with_suffix(".txt") for file in files)
+    for text in captions:
         try:
-            read_caption(text)
+            captions[text] = read_caption(text)
         except (OSError, ValueError) as error:
             report.note("unusable captions", name, detail=str(error))
+    two = [captions[file.with_suffix(".txt")] for file in (files[0], files[-1])]
+    if all(two) and two[0] != two[1]:
+        detail = ", ".join(f"{text[:30]!r}" for text in two)
+        report.note("pairs with two captions", name, detail=detail)
     mask = mask_file and load(mask_file, load_mask)
     before, hole, small = None, None, {}
     for i, file in enumerate(files):

@@ -60,6 +60,14 @@ def left_out(folder: Path | str, flag: str) -> list[Path]:
     return [path for path in files if path.suffix.lower() not in SUFFIXES]
 
 
+def lonely_captions(folder: Path | str, flag: str) -> list[Path]:
+    """The text files of whose name there is no image beside them, in any format."""
+    files = _files(folder, flag)
+    images = [path for path in files if path.suffix.lower() in SUFFIXES | NOT_READ]
+    captions = {path.with_suffix(".txt") for path in images}
+    return [path for path in files if path.suffix == ".txt" and path not in captions]
+
+
 def refuse_among(outs: Sequence[Path], folders: Sequence[tuple[str, Path | str]]) -> None:
     """ValueError if one of `outs` is, is inside, or holds files of, a (flag, folder) of images.
 

@@ -949,6 +949,38 @@ def test_what_is_left_out_or_dark_is_a_remark(folders, tmp_path, capsys):
     assert f"nearly black images: 1\n{'':13}night (after, mostly at most 16 of 255)\n" in said
 
 
+def test_captions_that_do_not_count_are_remarks(folders, tmp_path, capsys):
+    """Of two that differ, the one beside the before image; and those of no image."""
+    names = ["a.png", "b.png", "c.png", "d.png"]
+    before, after = folders(names, names)
+    for side, texts in ((before, "xx z"), (after, "xyy ")):
+        for name, text in zip("abcd", texts):
+            if text != " ":
+                (side / f"{name}.txt").write_text(text * 40)
+    (after / "e.txt").write_text("of a picture that was deleted")
+    assert run_check(tmp_path, "--resolution", "8") == 0
+    said = capsys.readouterr().out
+    two = f"b ({'x' * 30!r}, {'y' * 30!r})\n{'':13}-> the one beside the after image"
+    assert f"remark       pairs with two captions: 1\n{'':13}{two}" in said
+    assert f"remark       captions without an image: 1\n{'':13}{after}/e.txt\n" in said
+    assert find_pairs(before, after)[1].caption == "y" * 40
+    between = tmp_path / "between"
+    between.mkdir()
+    for file in before.glob("*.png"):
+        save(Image.open(file), between / file.name)
+    (between / "b.txt").write_text("its own")
+    check_other(tmp_path / "out", "--sequence_dirs", before, between, after)
+    assert f"pairs with two captions: 1\n{'':13}{two}, the last state" in capsys.readouterr().out
+    clips = tmp_path / "clips"
+    film = [picture(i, (128, 128)) for i in range(2)]
+    save(film[0], clips / "film.gif", save_all=True, append_images=film[1:])
+    for name in ("film", "other"):
+        (clips / f"{name}.txt").write_text("words")
+    check_other(tmp_path / "out", "--frames_dir", clips)
+    said = capsys.readouterr().out
+    assert f"captions without an image: 1\n{'':13}{clips}/other.txt\n" in said
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
