@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from pairing.holes import MUCH, black_alone, filled, holes_of, union
-from pairing.images import Frame, by, further_pages, listed, load_image, load_mask
+from pairing.images import Frame, by, further_pages, listed, load_image, load_mask, mostly_grey
 from pairing.pairs import by_name, find_pairs, not_read, read_caption
 from pairing.registration import MAX_ASPECT, MIN_SHIFT, aspect_gap, find_shift, unchanged
 from pairing.sequences import clips_in, find_sequences
@@ -43,6 +43,7 @@ VERDICTS = {  # in the order of the report: whether it would stop the training, 
     "files with other suffixes, skipped": (False, "save them as PNG, JPEG, WebP, BMP or TIFF"),
     "empty masks": (False, "they teach that nothing happens"),
     "faint masks": (False, "labels? the change is where a mask is white, 255"),
+    "grey masks": (False, "photographs? a mask is white where the change is, black elsewhere"),
     "identical {} images": (False, KEEP_ONE),
     "pairs smaller than {} px": (False, "they will be upscaled; train with a lower --resolution"),
 }
@@ -293,6 +294,8 @@ def note_pair(
             note("empty masks")
         else:
             note("faint masks", f"at most {most} of 255")
+    elif mask and mostly_grey(mask):
+        note("grey masks")
     if (alone := black_alone(before, after)) >= MUCH:
         note("pairs of which one is black in places", f"{alone:.0%}")
     if whole and unchanged(before, after):

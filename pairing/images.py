@@ -318,6 +318,12 @@ def load_mask(path: Path | str) -> Image.Image:
     return mask.point(lambda value: value * 255) if mask.getextrema()[1] == 1 else mask
 
 
+def mostly_grey(mask: Image.Image) -> bool:
+    """Whether most of an "L" image is clearly neither black nor white, as of a photograph."""
+    levels = mask.histogram()
+    return 2 * sum(levels[26:230]) > sum(levels)
+
+
 def to_tensor(image: Image.Image) -> Tensor:
     """RGB -> (3, H, W) float32 in [-1, 1]."""
     pixels = torch.from_numpy(np.array(image))  # (H, W, 3)

@@ -1174,6 +1174,12 @@ def test_a_faint_mask_is_a_remark(folders, tmp_path, capsys):
     save(Image.new("L", (8, 8), 2), tmp_path / "mask" / "a.png")
     run_check(tmp_path, "--resolution", "8", "--mask_dir", str(tmp_path / "mask"))
     assert f"faint masks: 1\n{'':13}a (at most 2 of 255)\n" in capsys.readouterr().out
+    for share, told in ((3, False), (5, True)):
+        mask = Image.new("L", (8, 8), 255)
+        mask.paste(100, (0, 0, 8, share))
+        save(mask, tmp_path / "mask" / "a.png")
+        assert run_check(tmp_path, "--resolution", "8", "--mask_dir", tmp_path / "mask") == 0
+        assert (f"grey masks: 1\n{'':13}a\n" in capsys.readouterr().out) is told
 
 
 def test_a_caption_in_capitals_is_told_of(folders, tmp_path, capsys):

@@ -1353,6 +1353,41 @@ def test_shifted_pairs_are_doubted(config, tmp_path):
     assert not said()
 
 
+@pytest.mark.parametrize("single", [False, True])
+def test_masks_that_are_none_are_doubted(config, tmp_path, single):
+    """Black or faint all of them; photographs most of them. By their whole, not by a crop."""
+    rng = np.random.default_rng(0)
+    for side in ("before", "after", "mask"):
+        (tmp_path / side).mkdir()
+        for i in range(3):
+            pixels = rng.normal(120, 40, (64, 64, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / side / f"{i}.png")
+    folders = [tmp_path / side for side in ("after", "before")[: 2 - single]]
+    find = find_singles if single else find_pairs
+    cfg = replace(config, mask_dir=str(tmp_path / "mask"), mask_outside=0.0)
+    if single:
+        dirs = {"before_data_dir": None, "after_data_dir": None}
+        cfg = replace(cfg, **dirs, instance_data_dir="x")
+
+    def said(*levels, corner=False):
+        for i, level in enumerate(levels):
+            mask = Image.new("L", (64, 64), level)
+            if corner:
+                mask.paste(255, (0, 0, 4, 4))
+            mask.save(tmp_path / "mask" / f"{i}.png")
+        pairs = find(*folders, mask_dir=tmp_path / "mask")
+        dataset = PairDataset(pairs, 16, native_scale=True)
+        some = doubts(cfg, dataset, size_of(cfg, 3, 1), draws=None)
+        return [sentence for sentence in some if "masks" in sentence]
+
+    (sentence,) = said()
+    assert sentence.startswith("3 of 3 masks looked at are mostly neither black nor white; ")
+    assert not said(0, 0)  # one is
+    (sentence,) = said(0, 100, 0)
+    assert sentence.startswith("of 3 masks looked at none is white anywhere, so no place counts")
+    assert not said(0, 255, 0) and not said(0, 0, 0, corner=True) and not said(0, 0, 200)
+
+
 def test_no_pair_is_held_out_where_none_would_be_left(config):
     with pytest.raises(ValueError, match="--validation_pairs 5 leaves none of 5 pairs to train"):
         find_data(replace(config, validation_pairs=5))

@@ -11,7 +11,7 @@ from config import TrainConfig
 from data import PairDataset
 from model.unet import XL_SIDE
 from pairing.holes import MUCH, black_alone
-from pairing.images import listed, to_image
+from pairing.images import listed, mostly_grey, to_image
 from pairing.pairs import SIDES, Pair, by_name, left_out, unmatched
 from pairing.registration import MIN_SHIFT, find_shift
 from pairing.sequences import is_clip
@@ -88,8 +88,13 @@ def doubts(
             f"{dataset.views} crops per image cover only {dataset.coverage:.0%} of the pixels; "
             f"--views {enough} would match the full area"
         )
+    items, looks = [], []
+    for i in spread(range(n), 8) if config.is_pairs(cfg) or cfg.mask_dir else ():
+        items.append(dataset[i])
+        if dataset.pairs[i].mask:
+            mask = dataset.images(i)["mask"]  # the whole, which is still there
+            looks.append((mask.getextrema()[1] >= 128, mostly_grey(mask)))
     if config.is_pairs(cfg):
-        items = [dataset[i] for i in spread(range(n), 8)]
         looked_at = [[to_image(item[side]) for side in ("before", "after")] for item in items]
         yield from unregistered([item["name"] for item in items], looked_at)
         if black := sum(black_alone(*sides) >= MUCH for sides in looked_at):
@@ -99,6 +104,7 @@ def doubts(
             )
     elif not cfg.instance_prompt and not all(pair.caption for pair in dataset.pairs):
         yield "no --instance_prompt: images without a caption are learnt for the empty prompt"
+    yield from no_masks(looks)
     more = cfg.num_class_images if cfg.with_prior_preservation else 0
     if cfg.num_train_epochs and not cfg.max_train_steps and more > n:
         yield (
@@ -110,6 +116,22 @@ def doubts(
         yield (
             f"--lr_warmup_steps {cfg.lr_warmup_steps} does not end within {size.steps} steps: "
             f"--learning_rate {cfg.learning_rate:g} is never reached"
+        )
+
+
+def no_masks(looks: list[tuple[bool, bool]]) -> Iterator[str]:
+    """A warning if none of the masks shows a change, or most are none. Of each: whether it is white
+    somewhere, and whether it is mostly grey."""
+    grey = sum(grey for _, grey in looks)
+    if looks and not any(white for white, _ in looks):
+        yield (
+            f"of {len(looks)} masks looked at none is white anywhere, so no place counts as the "
+            "change: a mask is white, 255, where the change is"
+        )
+    elif 2 * grey > len(looks):
+        yield (
+            f"{grey} of {len(looks)} masks looked at are mostly neither black nor white; are there "
+            "photographs in --mask_dir? a mask is white where the change is, black elsewhere"
         )
 
 
