@@ -290,7 +290,10 @@ COMMANDS = {"generate": generate, "edit": edit, "sweep": edit, "morph": between.
 
 
 def make_parser() -> Parser:
-    parser = Parser(prog="sample.py", description=__doc__.split("\n")[0])
+    parser = Parser(
+        prog="sample.py", description=__doc__.split("\n")[0],
+        epilog="To convert, sum or merge LoRA files: python -m model.weights --help.",
+    )  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
     common = Parser(add_help=False)
     add_common_flags(common)

@@ -54,11 +54,13 @@ def truncate(f: Factors, rank: int) -> tuple[Factors, float, float]:
     return Factors(A_new.to(dtype), B_new.to(dtype), 1.0), cut, whole
 
 
-def refuse_untrained(factors: dict[str, Factors], trained: Container[str], what: str) -> None:
-    """ValueError if `what` adapts a layer that is not among those that are trained."""
+def refuse_untrained(
+    factors: dict[str, Factors], trained: Container[str], what: str, hint: str = ""
+) -> None:
+    """ValueError, which ends with `hint`, if `what` adapts a layer that is not among `trained`."""
     for name in factors:
         if name not in trained:
-            raise ValueError(f"{what} adapts {name}, which --lora_targets leaves out")
+            raise ValueError(f"{what} adapts {name}, which --lora_targets leaves out{hint}")
 
 
 @torch.no_grad()

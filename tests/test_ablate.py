@@ -112,6 +112,7 @@ def test_the_guides_file_is_one(tmp_path):
     arms = ablate.read_arms(tmp_path / "few.txt")
     assert [arm.name for arm in arms] == ["all", "half", "few", "few-bridge"]
     assert all(arm.train[:1] == ["--pretrained_model_name_or_path"] for arm in arms)
+    assert "`python -m scenes.random_base --out data/random_base`" in text  # which needs it
     assert arms[2].train[-2:] == ["--max_pairs", "8"] and arms[3].own_evaluate == ["--steps", "24"]
 
 

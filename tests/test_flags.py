@@ -714,6 +714,11 @@ def init_lora(lab, patch):
     changes(beside={"pair_objective": "after"}, init_lora=start)[1](lab, patch)
     stops(f"--init_lora {start} adapts down_blocks.0", init_lora=start,
           lora_targets="conv_in")(lab, patch)  # fmt: skip
+    stops(
+        "which --lora_targets leaves out; it was trained with --lora_targets attn,ff",
+        init_lora=other_lora(lab, lora_targets="attn,ff"),
+        lora_targets="attn",
+    )(lab, patch)
     stops("train that as well, with --train_text_encoder",
           init_lora=words)(lab, patch)  # fmt: skip
     stops("--init_lora nowhere does not exist", init_lora="nowhere")(lab, patch)

@@ -326,7 +326,7 @@ def test_an_edit_of_delta_is_at_the_step_trained_at():
 
 
 def test_channels_that_nobody_learns_are_refused(sd1):
-    given = Given({}, 1.0, {}, {}, None)
+    given = Given({}, 1.0, {}, {}, None, None)
     wide = OBJECTIVES["bridge"]._replace(needs=())
     with pytest.raises(ValueError, match="extra input channels needs conv_in"):
         prepare(TrainConfig(), load_unet(sd1), given, wide)

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -79,6 +80,15 @@ def round_trip(vae, mean):
 
 def run(*argv):
     assert sample.main([str(a) for a in argv]) == 0
+
+
+def test_the_help_and_the_readme_say_what_converts_lora_files(capsys):
+    with pytest.raises(SystemExit):
+        sample.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.endswith("To convert, sum or merge LoRA files: python -m model.weights --help.")
+    page = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert "    python -m model.weights convert runs/snow snow.safetensors --format " in page
 
 
 @pytest.mark.parametrize("family", ["sd1", "xl"])

@@ -7,6 +7,7 @@ averaged      a LoRA's average in its place, for what is saved and shown
 rate          the learning rate of a step
 """
 
+import shlex
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,6 +48,7 @@ class Given(NamedTuple):
     start: dict  # --init_lora: the initial weights
     text: dict  # of its text encoders: what is trained there besides attention
     start_sha256: str | None  # of its file
+    start_targets: str | None  # --lora_targets of its run, if the file says so
 
     def put_under(self, cfg: TrainConfig, **model: nn.Module) -> None:
         """Attach --base_lora to `unet=` or `text=`."""
@@ -56,7 +58,7 @@ class Given(NamedTuple):
 
 def read_given(cfg: TrainConfig, checkpoint: Path | None) -> Given:
     """Read --base_lora and, for a fresh run, --init_lora. ValueError names what cannot be used."""
-    under, under_at, start, sha256 = {}, 1.0, {}, None
+    under, under_at, start, sha256, targets = {}, 1.0, {}, None, None
     # strength 0 is off, as in use, for a slider too, whose multiplier would be -1
     if cfg.base_lora is not None and cfg.base_lora_strength:
         under, meta = read_lora(cfg.base_lora, "--base_lora")
@@ -65,7 +67,7 @@ def read_given(cfg: TrainConfig, checkpoint: Path | None) -> Given:
         print(f"--base_lora {cfg.base_lora} is active, frozen, at multiplier {under_at:g}")
     if cfg.init_lora is not None and checkpoint is None:
         start, meta = read_lora(cfg.init_lora, "--init_lora")
-        sha256 = file_sha256(lora_path(cfg.init_lora))
+        sha256, targets = file_sha256(lora_path(cfg.init_lora)), meta.get("targets")
         if meta.get("base_lora") and cfg.base_lora is None:
             warnings.warn(
                 f"--init_lora {cfg.init_lora} was trained on top of another LoRA, which is not "
@@ -79,7 +81,9 @@ def read_given(cfg: TrainConfig, checkpoint: Path | None) -> Given:
             )
     trained = start if checkpoint is None else read_lora(checkpoint)[0]
     of_text = {part: factors for part, factors in trained.items() if part != "unet"}
-    return Given(under, under_at, start, of_text, sha256)
+    if not (isinstance(targets, str) and targets.isprintable() and len(targets) <= 200):
+        targets = None  # the file may come from anyone
+    return Given(under, under_at, start, of_text, sha256, targets)
 
 
 class Trained(NamedTuple):
@@ -109,7 +113,9 @@ def prepare(cfg: TrainConfig, unet: UNet, given: Given, objective: Objective) ->
     start, what = factors_for(unet, given.start.get("unet", {})), f"--init_lora {cfg.init_lora}"
     if (other := of_other_family(given.start, unet)) and not start.keys() <= ranks.keys():
         raise ValueError(f"{what}: {other}")
-    refuse_untrained(start, ranks, what)
+    there = given.start_targets
+    hint = f"; it was trained with --lora_targets {shlex.quote(there)}" if there else ""
+    refuse_untrained(start, ranks, what, hint)
 
 
 def adapt(
