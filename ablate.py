@@ -27,6 +27,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 
 from ablating import comparison
@@ -44,7 +45,7 @@ from ablating.jobs import (
     seeds_in,
     title,
 )
-from cli import Parser, report
+from cli import Parser, run_program
 from config import objective_of
 from durable import (
     lock,
@@ -185,6 +186,8 @@ def ablate(
     """Exit status: 0, or 1 if a run failed. `only`: patterns of the arms to run; finished runs of
     the others, and of other seeds, are shown too. `again`: of those whose runs are deleted first.
     """
+    if workers < 1:
+        raise ValueError(f"--jobs must be at least 1, got {workers}")
     arms = read_arms(path)
     jobs = make_jobs(path, arms, seeds, out)
     for flag, patterns in (("--only", only), ("--again", again)):
@@ -293,15 +296,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--out", type=Path, metavar="DIR", help="output folder [experiments/out/FILE]"
     )
     args = parser.parse_args(argv)
-    try:
-        if args.jobs < 1:
-            raise ValueError(f"--jobs must be at least 1, got {args.jobs}")
-        out = args.out or Path("experiments") / "out" / args.file.stem
-        return ablate(
-            args.file, list(dict.fromkeys(args.seeds)), out, args.jobs, args.only, args.again
-        )
-    except (ValueError, OSError) as error:
-        return report("ablate.py", error)
+    out = args.out or Path("experiments") / "out" / args.file.stem
+    seeds = list(dict.fromkeys(args.seeds))
+    work = partial(ablate, args.file, seeds, out, args.jobs, args.only, args.again)
+    return run_program("ablate.py", work)
 
 
 if __name__ == "__main__":

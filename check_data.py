@@ -13,6 +13,7 @@ one sentence on stderr.
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from PIL import ImageChops
@@ -56,8 +57,9 @@ def folders_of(args: argparse.Namespace) -> dict[str, tuple[str, Path]]:
     return {"before": ("--before", args.before), "after": ("--after", args.after)}
 
 
-def run(args: argparse.Namespace) -> Report:
-    """Looks at everything, prints the report and writes the contact sheet."""
+def run(args: argparse.Namespace) -> int:
+    """Looks at everything, prints the report and writes the contact sheet; the exit status, as at
+    the top of the file."""
     if args.resolution < 8 or args.resolution % 8:
         wanted = "a positive multiple of 8"
         raise ValueError(f"--resolution must be {wanted}, got {args.resolution}")
@@ -104,7 +106,10 @@ def run(args: argparse.Namespace) -> Report:
         remove(args.out / SHEET)  # of an earlier check
     write_text(args.out / TEXT, f"{report}\n")
     print(report, flush=True)
-    return report
+    if not report.usable:
+        print("check_data.py: no usable pairs, see the problems above", file=sys.stderr)
+        return 2
+    return 1 if report.problems else 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -133,14 +138,7 @@ def main(argv: list[str] | None = None) -> int:
         help="folder of the contact sheet [%(default)s]",
     )  # fmt: skip
     args = parser.parse_args(argv)
-    try:
-        report = run(args)
-    except (OSError, ValueError, MemoryError) as error:
-        return cli.report("check_data.py", error)
-    if not report.usable:
-        print("check_data.py: no usable pairs, see the problems above", file=sys.stderr)
-        return 2
-    return 1 if report.problems else 0
+    return cli.run_program("check_data.py", partial(run, args))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Container
+import warnings
+from collections.abc import Callable, Container
 from pathlib import Path
 
 from config import TrainConfig
@@ -80,6 +81,21 @@ def report(prog: str, error, *, aloud: bool = True) -> int:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     trouble = isinstance(error, FloatingPointError | MemoryError | ConnectionError)
     return 1 if trouble or getattr(error, "errno", None) in NO_MISTAKE else 2
+
+
+def run_program(prog: str, work: Callable[[], int | None]) -> int:
+    """Runs `work`; returns its exit status, 0 if it has none. Warnings are lines on stderr. After
+    an error, which is reported, 1 (failure) or 2 (mistake); after Ctrl-C 130."""
+    with warnings.catch_warnings():  # puts showwarning back
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+        try:
+            status = work()
+            sys.stdout.flush()  # a closed pipe fails here, not at interpreter exit
+        except (ValueError, OSError, FloatingPointError, MemoryError) as error:
+            return report(prog, error)
+        except KeyboardInterrupt:
+            return 130
+    return status or 0
 
 
 def in_words(default) -> str:

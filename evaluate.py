@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from cli import Parser
+from cli import Parser, run_program
 from data import PairDataset
 from durable import file_sha256, read_or_empty, refuse_others
 from editing.config import EditConfig, nodata_of, objective_of, prompt_of
@@ -39,7 +39,7 @@ from editing.flags import (
     distinct,
     draws_anew,
     edit_config,
-    exit_status,
+    memory_in_words,
     numbers,
     open_pipeline,
     warn_of_unread,
@@ -310,6 +310,7 @@ def make_parser() -> Parser:
     return parser
 
 
+@memory_in_words()
 def run(args: argparse.Namespace) -> None:
     """Evaluates, writes the folder and prints the table."""
     if args.lora is None:
@@ -329,8 +330,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
-    warnings.showwarning = lambda message, *rest: print(f"warning: {message}")
-    return exit_status("evaluate.py", partial(run, args))
+    return run_program("evaluate.py", partial(run, args))
 
 
 if __name__ == "__main__":

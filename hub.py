@@ -127,6 +127,19 @@ def write_card(folder: Path, repo: str) -> list[str]:
     return ["README.md", *map(file_of, layouts), *sheets, *(f"strengths/{name}" for name in shown)]
 
 
+def upload(folder: Path, name: str) -> None:
+    """Publish a run's folder, if it is one of a finished run; prints the repository's URL."""
+    check_name(name, "OWNER/NAME")
+    if "objective" not in read_lora(folder, "RUN")[1]:
+        raise ValueError(f"{folder} holds no LoRA trained with PairLoRA")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json; expected the folder of a run")
+    status = read_or_empty(folder / "summary.json").get("status")
+    if status != "finished":  # a LoRA file would date from before the run was resumed
+        raise ValueError(f"{folder} is {status or 'incomplete'}; expected a finished run")
+    print(publish(folder, name, find_token(None, None), "HF_TOKEN"))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser(prog="hub.py", description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="the folder of a finished run")
@@ -134,19 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "name", metavar="OWNER/NAME", help="the repository, created if it does not exist"
     )
     args = parser.parse_args(argv)
-    try:
-        check_name(args.name, "OWNER/NAME")
-        if "objective" not in read_lora(args.run, "RUN")[1]:
-            raise ValueError(f"{args.run} holds no LoRA trained with PairLoRA")
-        if not (args.run / "config.json").is_file():
-            raise ValueError(f"{args.run} has no config.json; expected the folder of a run")
-        status = read_or_empty(args.run / "summary.json").get("status")
-        if status != "finished":  # a LoRA file would date from before the run was resumed
-            raise ValueError(f"{args.run} is {status or 'incomplete'}; expected a finished run")
-        print(publish(args.run, args.name, find_token(None, None), "HF_TOKEN"))
-    except (ValueError, OSError) as error:
-        return cli.report("hub.py", error)
-    return 0
+    return cli.run_program("hub.py", lambda: upload(args.run, args.name))
 
 
 if __name__ == "__main__":

@@ -236,11 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser(prog="report.py", description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="a run's folder")
     args = parser.parse_args(argv)
-    try:
-        print(write_report(args.run))
-    except (ValueError, OSError) as error:
-        return cli.report("report.py", error)
-    return 0
+    return cli.run_program("report.py", lambda: print(write_report(args.run)))
 
 
 if __name__ == "__main__":

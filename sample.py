@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from cli import Parser
+from cli import Parser, run_program
 from durable import read_or_empty, refuse_others, save_image, write_json
 from editing import between
 from editing.config import EditConfig, nodata_of, objective_of, prompt_of
@@ -31,7 +31,7 @@ from editing.flags import (
     add_edit_flags,
     check,
     edit_config,
-    exit_status,
+    memory_in_words,
     numbers,
     open_pipeline,
     warn_of_unread,
@@ -339,6 +339,7 @@ def make_parser() -> Parser:
     return parser
 
 
+@memory_in_words()
 def run(args: argparse.Namespace) -> None:
     if args.command in ("edit", "sweep") and args.lora is None:
         raise ValueError(f"{args.command} needs --lora: the folder of a run, or a LoRA file")
@@ -348,8 +349,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
-    warnings.showwarning = lambda message, *rest: print(f"warning: {message}")
-    return exit_status("sample.py", partial(run, args))
+    return run_program("sample.py", partial(run, args))
 
 
 if __name__ == "__main__":

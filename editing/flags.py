@@ -3,12 +3,12 @@
 import argparse
 import dataclasses
 import math
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from cli import add_fields, floats, report
+from cli import add_fields, floats
 from durable import refuse_file, refuse_read_only
 from editing.config import MOST, EditConfig, UseConfig, config_of, names_of, prompt_of
 from model.contents import first_line
@@ -34,20 +34,15 @@ def numbers(text: str) -> list[float]:
     return values
 
 
-def exit_status(prog: str, work: Callable[[], None]) -> int:
-    """Runs `work`. Returns 0, or after an error in one sentence 1 (failure) or 2 (mistake)."""
+@contextmanager
+def memory_in_words() -> Iterator[None]:
+    """A RuntimeError that means out of memory becomes a MemoryError, in one line."""
     try:
-        work()
-        sys.stdout.flush()  # a closed pipe fails here, not at interpreter exit
-    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
-        return report(prog, error)
+        yield
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
-        return report(prog, MemoryError(f"out of memory: {first_line(error)}"))
-    except KeyboardInterrupt:
-        return 130
-    return 0
+        raise MemoryError(f"out of memory: {first_line(error)}") from error
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,6 @@ OUT must not exist yet.
 import argparse
 import math
 import shutil
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from cli import Parser, floats, report
+from cli import Parser, floats, report, run_program
 from durable import read_json, refuse_file, write_aside, write_json
 from model.files import is_local, lacks, locate, moved_note, single_file
 from model.lora import Factors, detach, merge
@@ -314,19 +313,22 @@ def make_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
-    warnings.showwarning = lambda message, *rest: print(f"warning: {message}", file=sys.stderr)
-    try:
+    prog = f"model.weights {args.command}"
+
+    def work() -> int | None:
         refuse_file(args.out.parent, "OUT")
         if args.out.exists():
             raise FileExistsError(f"OUT {args.out} already exists")
         if args.command != "merge" and args.out.suffix != ".safetensors":
             raise ValueError(f"OUT {args.out} must end in .safetensors")
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.run(args)
-    except (ValueError, OSError, SafetensorError) as error:
-        status = report(f"model.weights {args.command}", error)
-        return 1 if isinstance(error, SafetensorError) else status  # 1: writing failed
-    return 0
+        try:
+            args.run(args)
+        except SafetensorError as error:  # writing failed
+            report(prog, error)
+            return 1
+
+    return run_program(prog, work)
 
 
 if __name__ == "__main__":

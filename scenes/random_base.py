@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from cli import Parser, report
+from cli import Parser, run_program
 from durable import read_json, refuse_file, write_aside
 from model.unet import UNet
 
@@ -58,7 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="the model's folder, replaced")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    try:
+
+    def work() -> None:
         if not 0 <= args.seed < 2**31:
             raise ValueError(f"--seed must be in 0..2147483647, got {args.seed}")
         for name in ("model_index.json", "unet/config.json"):
@@ -70,9 +71,8 @@ def main(argv: list[str] | None = None) -> int:
             raise FileExistsError(f"--out {args.out} is in --base {args.base}, which is copied")
         refuse_other(args.out)
         print(write_random_base(args.base, args.out, args.seed))
-    except (ValueError, OSError) as error:
-        return report(parser.prog, error)
-    return 0
+
+    return run_program(parser.prog, work)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from cli import Parser, floats, report
+from cli import Parser, floats, run_program
 from durable import read_or_empty, refuse_file, refuse_others, write_json
 from scenes.paint import change_mask, render
 from scenes.world import CHANGES, caption, make_scene, surroundings
@@ -132,7 +132,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--outcomes", type=int, default=1, help="truths per scene, if random")
     parser.add_argument("--captions", action="store_true", help="NAME.txt beside each after image")
     args = parser.parse_args(argv)
-    try:
+
+    def work() -> None:
         check(args)
         clear(args.out)
         args.out.mkdir(parents=True, exist_ok=True)
@@ -142,10 +143,9 @@ def main(argv: list[str] | None = None) -> int:
             seed=args.seed, size=args.size, extent=args.extent, times=args.times,
             outcomes=args.outcomes, captions=args.captions,
         )  # fmt: skip
-    except (ValueError, OSError) as error:
-        return report(parser.prog, error)
-    print(f"{args.pairs} pairs in {args.out}", file=sys.stderr)
-    return 0
+        print(f"{args.pairs} pairs in {args.out}", file=sys.stderr)
+
+    return run_program(parser.prog, work)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from cli import Parser, report
+from cli import Parser, run_program
 from durable import read_or_empty, refuse_file, write_aside, write_json
 from model.draws import seeded
 from model.optim import learning_rate
@@ -326,15 +326,15 @@ def main(argv: list[str] | None = None) -> int:
         help="bf16 autocast: for a GPU, or a CPU with AMX (many times slower on other CPUs)",
     )  # fmt: skip
     args = parser.parse_args(argv)
-    try:
+
+    def work() -> None:
         check(args)
         refuse_other(args.out)  # fail before hours of training rather than after
         refuse_file(args.work, "--work")
         args.out.parent.mkdir(parents=True, exist_ok=True)
         print(train_base(args))
-    except (ValueError, OSError) as error:
-        return report(parser.prog, error)
-    return 0
+
+    return run_program(parser.prog, work)
 
 
 if __name__ == "__main__":

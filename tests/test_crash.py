@@ -25,7 +25,7 @@ import durable
 import revision
 import runs
 import train
-from cli import report
+from cli import report, run_program
 from config import TrainConfig
 from durable import damage, lock, save_image, seal, write_aside, write_json
 from model import weighting
@@ -919,6 +919,43 @@ def test_a_broken_pipe(config, sd1, pairs):
 )  # fmt: skip
 def test_the_exit_status_says_whose_matter_it_is(error, code, capsys):
     assert report("train.py", error) == code and len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_program_ends_with_a_status_and_at_most_a_sentence(capsys):
+    """Whatever its work does; the warnings of its work are lines too, and of its work only."""
+
+    def of(error):
+        def work():
+            warnings.warn("look", stacklevel=1)
+            raise error
+
+        return work
+
+    shown = warnings.showwarning
+    for error, code, said in [
+        (ValueError("no"), 2, "p: no\n"), (FileNotFoundError(2, "gone"), 2, "p: [Errno 2] gone\n"),
+        (FloatingPointError("x"), 1, "p: x\n"), (MemoryError(), 1, "p: out of memory\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ]:  # fmt: skip
+        assert run_program("p", of(error)) == code
+        assert capsys.readouterr().err == f"warning: look\n{said}"
+        assert warnings.showwarning is shown
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_program("p", bug)
+    assert (run_program("p", lambda: None), run_program("p", lambda: 1)) == (0, 1)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_program_that_nobody_reads_any_more_says_so():
+    """What it has printed may not have left the process: that is found at its end."""
+    read, write = os.pipe()
+    os.close(read)
+    code = "import cli, sys; sys.exit(cli.run_program('p', lambda: print('result')))"
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    how = {"stdout": write, "stderr": subprocess.PIPE, "cwd": ROOT, "env": env, "text": True}
+    done = subprocess.run([sys.executable, "-c", code], **how)
+    os.close(write)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "Broken pipe" in done.stderr
 
 
 # ---- tokens --------------------------------------------------------------------------------------

@@ -357,7 +357,7 @@ def test_an_empty_mask_among_others(monkeypatch, tmp_path, sd1, scenes, capsys):
         "whole": 6,
         "inside": 5,
     }
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "warning: 1 of 6 pairs have no pixels inside their mask" in said
     assert "autoencoder's error" not in said
 
@@ -385,7 +385,7 @@ def test_a_pairs_caption_is_its_prompt(monkeypatch, tmp_path, sd1, scenes, capsy
     calls.clear()
     assert evaluate.main(flags(lora, folder, tmp_path / "out", "--seed", 1)) == 0
     assert not {seed for _, some in calls for seed in some} & set(seeds)
-    assert "with a caption per image but is used without" in capsys.readouterr().out
+    assert "with a caption per image but is used without" in capsys.readouterr().err
 
 
 def test_the_gap_and_its_error():
@@ -525,8 +525,8 @@ def test_pairs_that_were_trained_on_are_counted(tmp_path, sd1, scenes, capsys):
         argv = flags(given, held_out, tmp_path / "out", "--strengths", "0,1")
         assert evaluate.main(argv) == 0
         said = f"{len(pairs) - 1} of these {len(pairs)} pairs are among those {given} was trained"
-        assert said in capsys.readouterr().out
+        assert said in capsys.readouterr().err
     for other in (None, [["a"], 1], "x"):
         (lora / "revision.json").write_text(json.dumps({"images": other}))
         assert evaluate.main(flags(lora, held_out, tmp_path / "out", "--strengths", "0,1")) == 0
-        assert "trained on" not in capsys.readouterr().out
+        assert "trained on" not in capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 import json
 import math
-import warnings
 
 import numpy as np
 import pytest
@@ -396,13 +395,12 @@ def test_fitting_is_part_of_the_command(place, tmp_path, sd1, method):
     assert not any(np.array_equal(shown[0], other) for other in shown[1:])
 
 
-def test_what_the_path_does_not_read_is_said(place, tmp_path, monkeypatch, capsys):
+def test_what_the_path_does_not_read_is_said(place, tmp_path, capsys):
     """One step of `delta`, or DDIM inversion: what both read, and what neither draws."""
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
     flags = ["--noise_level", "0.9", "--seed", "4", "--prompt", "a town"]
     for lora, unread in (("delta", ["noise_level", "steps", "seed"]), ("slider", ["seed"])):
         morph(place, tmp_path / lora, "--lora", place / lora, *flags)
-        said = [w for w in capsys.readouterr().out.splitlines() if w.startswith("warning: ")]
+        said = [w for w in capsys.readouterr().err.splitlines() if w.startswith("warning: ")]
         assert [w.split()[1] for w in said] == [f"--{name}" for name in unread]
 
 
@@ -433,20 +431,18 @@ def test_the_ends_stand_before_the_background_of_the_training(place, tmp_path, s
     ],
 )
 def test_frames_of_a_scale_that_the_lora_does_not_know(
-    place, tmp_path, sd1, monkeypatch, capsys, meta, flags, warned
+    place, tmp_path, sd1, capsys, meta, flags, warned
 ):
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
     lora = write_lora(tmp_path / "run", sd1, **{"resized": True, **meta})
     morph(place, tmp_path / "out", "--lora", lora, "--no-respace", *flags)
     said = f"was trained at {meta['resolution']} px, where objects have a different size"
-    assert (said in capsys.readouterr().out) == warned
+    assert (said in capsys.readouterr().err) == warned
 
 
-def test_flags_of_another_method_are_said_to_do_nothing(place, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+def test_flags_of_another_method_are_said_to_do_nothing(place, tmp_path, capsys):
     more = ["--no-adain", "--no-attention", "--noise_level", "0.5", "--lora_rank", "3"]
     morph(place, tmp_path, "--lora", place / "delta", "--method", "blend", *more)
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     for flag in ("--no-adain", "--no-attention", "--noise_level 0.5", "--lora_rank 3"):
         assert f"warning: {flag} has no effect without" in said
 
@@ -574,11 +570,10 @@ def test_a_sweep_over_eta_is_one_over_what_img2img_draws(place, tmp_path, sd1):
     assert not np.array_equal(written["0_eta0_s1.png"], written["0_eta1_s1.png"])
 
 
-def test_a_knob_that_does_nothing_is_said_to(place, tmp_path, monkeypatch, capsys):
+def test_a_knob_that_does_nothing_is_said_to(place, tmp_path, capsys):
     """`delta` takes no steps."""
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
     sweep(place, tmp_path, "steps=2,5", lora="delta")
-    assert "--sweep steps changes nothing for delta" in capsys.readouterr().out
+    assert "--sweep steps changes nothing for delta" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

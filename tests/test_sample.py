@@ -445,7 +445,7 @@ def test_flags_that_an_objective_does_not_use_are_warned_of(tmp_path, sd1, image
         argv = ("edit", "--lora", lora, "--input", images, "--out", tmp_path / "out")
         run(*argv, *given)
         said = re.findall(
-            r"warning: --(\w+) .* has no effect on " + objective, capsys.readouterr().out
+            r"warning: --(\w+) .* has no effect on " + objective, capsys.readouterr().err
         )
         assert set(said) == unread and len(said) == len(unread)
 
@@ -467,7 +467,7 @@ def test_common_flags_that_are_not_read_are_warned_of(tmp_path, sd1, images, cap
     ]:  # fmt: skip
         shutil.rmtree(out, ignore_errors=True)
         run(*argv)
-        warned = [w for w in capsys.readouterr().out.splitlines() if w.startswith("warning: ")]
+        warned = [w for w in capsys.readouterr().err.splitlines() if w.startswith("warning: ")]
         assert warned == ([f"warning: {said}"] if said else [])
 
 
@@ -628,14 +628,14 @@ def test_flags_that_another_one_switches_off_are_warned_of(tmp_path, sd1, images
     sweep = ("sweep", "--lora", lora, "--input", images / "a.png", "--sweep", "steps=1,2")
     for more, warned in (((), False), (("--steps", 9), True)):
         run(*sweep, *more, "--out", tmp_path / "grid")
-        said = "--steps 9 has no effect with --sweep steps=..." in capsys.readouterr().out
+        said = "--steps 9 has no effect with --sweep steps=..." in capsys.readouterr().err
         assert said is warned
     make = ("generate", "--num", 1, "--width", 32, "--height", 32, "--steps", 1)
     for name, objective, warned in (("run", "slider", False), ("other", "delta", True)):
         if warned:
             lora = write_lora(tmp_path / name, sd1, objective=objective)
         run(*make, "--lora", lora, "--out", tmp_path / "made")
-        assert ("a LoRA of delta is for `sample.py edit`" in capsys.readouterr().out) is warned
+        assert ("a LoRA of delta is for `sample.py edit`" in capsys.readouterr().err) is warned
 
 
 def test_another_place_of_the_base_does_not_drop_its_variant_in_silence(tmp_path, sd1):
@@ -659,4 +659,4 @@ def test_what_has_more_than_one_frame_is_told_of(tmp_path, sd1, capsys):
     lora = write_lora(tmp_path / "run", sd1, objective="delta")
     argv = ["edit", "--lora", lora, "--input", tmp_path / "a.gif", "--out", tmp_path / "out"]
     assert sample.main(list(map(str, argv))) == 0
-    assert "several pages or frames the first is edited" in capsys.readouterr().out
+    assert "several pages or frames the first is edited" in capsys.readouterr().err
