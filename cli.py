@@ -73,6 +73,8 @@ def report(prog: str, error, *, aloud: bool = True) -> int:
     line = "; ".join([message, *getattr(error, "__notes__", [])])
     line = re.sub(r"\bhf_\w+", "hf_***", " ".join(line.split()))
     if aloud:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()  # in a log of both, the error is the last line
         with contextlib.suppress(OSError):
             print(f"{prog}: {line}", file=sys.stderr, flush=True)
     if isinstance(error, BrokenPipeError):  # else the interpreter's flush at exit fails again
