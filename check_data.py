@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     refuse_read_only(args.out, "--out")
     folders = folders_of(args)
     given = [*folders.values(), *([("--mask_dir", args.mask_dir)] if args.mask_dir else [])]
-    refuse_among([args.out], given)
+    refuse_among([("--out", args.out)], given)
     refuse_others(args.out, (SHEET, LISTS), TEXT)
     masks, report = args.mask_dir and by_name(args.mask_dir, "--mask_dir"), Report()
     if args.frames_dir:

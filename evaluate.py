@@ -94,7 +94,7 @@ def find_held_out(args: argparse.Namespace) -> HeldOut:
     folders += [("--between_dirs", folder) for folder in args.between_dirs]
     folders += [("--outcome_dirs", folder) for folder in args.outcome_dirs]
     folders = [(flag, folder) for flag, folder in folders if folder is not None]
-    refuse_among((Path(args.out), Path(args.out, "pictures")), folders)
+    refuse_among([("--out", args.out), ("--out", Path(args.out, "pictures"))], folders)
     for flags, some in (
         ("--after_data_dir and --outcome_dirs", [args.after_data_dir, *args.outcome_dirs]),
         ("--between_dirs", args.between_dirs),

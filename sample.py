@@ -139,7 +139,7 @@ def inputs_of(args: argparse.Namespace) -> tuple[list[Path], list[Path]]:
                     f"--input: {len(others)} files that are not images are skipped: "
                     f"{listed(others)}"
                 )
-            refuse_among([out], [("--input", source)])
+            refuse_among([("--out", out)], [("--input", source)])
         elif source.is_file():
             some, root = [source], source.parent
             if os.path.realpath(out) in real_folders(some) | {os.path.realpath(root)}:

@@ -68,28 +68,34 @@ def lonely_captions(folder: Path | str, flag: str) -> list[Path]:
     return [path for path in files if path.suffix == ".txt" and path not in captions]
 
 
-def refuse_among(outs: Sequence[Path], folders: Sequence[tuple[str, Path | str]]) -> None:
-    """ValueError if one of `outs` is, is inside, or holds files of, a (flag, folder) of images.
+def refuse_among(
+    outs: Sequence[tuple[str, Path | str]], folders: Sequence[tuple[str, Path | str]]
+) -> None:
+    """ValueError if a (flag, folder) of `outs` is, is inside, or holds files of, one of images.
 
-    Output written there would overwrite an image or become one without a partner. A path that is
-    not a folder is left for its reader to report.
+    Output written there would overwrite an image or become one without a partner. Links are
+    followed, to folders and to files. A path that is not a folder is left for its reader to report.
     """
     for flag, folder in folders:
         if not os.path.isdir(folder):
             continue
-        home, real = os.path.realpath(folder), real_folders(find_images(folder, flag))
-        for out in outs:
+        files, top = find_images(folder, flag), Path(folder)
+        searched = {top, *(file.parent for file in files)}
+        searched |= {one for parent in searched for one in parent.parents if top in one.parents}
+        searched, real = set(map(os.path.realpath, searched)), real_folders(files)
+        for output, out in outs:
             there = os.path.realpath(out)
-            if there in real or Path(there).is_relative_to(home):
+            if there in real or searched & {there, *map(str, Path(there).parents)}:
                 raise ValueError(
-                    f"--out {listed([out])} is among the images of {flag} {listed([folder])}; "
+                    f"{output} {listed([out])} is among the images of {flag} {listed([folder])}; "
                     "choose another folder"
                 )
 
 
 def real_folders(files: Sequence[Path]) -> set[str]:
     """The files' folders with symlinks resolved; unlike Path.resolve, accepts a circular link."""
-    return {os.path.dirname(os.path.realpath(file)) for file in files}
+    linked = (os.path.dirname(os.path.realpath(file)) for file in files if os.path.islink(file))
+    return {*map(os.path.realpath, {file.parent for file in files}), *linked}
 
 
 def existing(folder: Path | str, flag: str) -> Path:

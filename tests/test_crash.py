@@ -387,12 +387,24 @@ def test_a_field_that_an_older_run_did_not_know_is_no_other_config(config, whole
 def test_what_is_written_lies_apart_from_what_is_read(config, pairs, tmp_path):
     """Else pictures of a run are trained on, or images cleared with an older run."""
     shutil.copytree(pairs, tmp_path / "run" / "samples")
+    shutil.copytree(pairs, tmp_path / "far")
+    for side in ("before", "after"):
+        (tmp_path / "linked" / side).mkdir(parents=True)
+        (tmp_path / "linked" / side / "all").symlink_to(tmp_path / "far" / side)
+    linked = {f"{side}_data_dir": str(tmp_path / "linked" / side) for side in ("before", "after")}
     inside = {f"{side}_data_dir": str(tmp_path / "run" / "samples" / side)
               for side in ("before", "after")}  # fmt: skip
     classes = {"with_prior_preservation": True, "class_prompt": "land"}
     for changes, said in (
         (inside, "--before_data_dir .* lies where --output_dir .* writes"),
-        ({"output_dir": f"{pairs}/after/run"}, "--output_dir .* lies in --after_data_dir"),
+        (
+            {**linked, "output_dir": str(tmp_path / "far" / "after" / "run")},
+            "--output_dir .* is among the images of --after_data_dir",
+        ),
+        (
+            {"output_dir": f"{pairs}/after/run"},
+            "--output_dir .* is among the images of --after_data_dir",
+        ),
         (
             {
                 "output_dir": f"{pairs}/mask/run",
@@ -400,11 +412,11 @@ def test_what_is_written_lies_apart_from_what_is_read(config, pairs, tmp_path):
                 "after_data_dir": None,
                 "sequence_dirs": tuple(str(pairs / side) for side in ("before", "mask", "after")),
             },
-            "--output_dir .* lies in --sequence_dirs",
+            "--output_dir .* is among the images of --sequence_dirs",
         ),
         (
             {"class_data_dir": f"{pairs}/after/class", **classes},
-            "--class_data_dir .* lies in --after",
+            "--class_data_dir .* is among the images of --after",
         ),
         ({"class_data_dir": f"{pairs}", **classes}, "--before_data_dir .* lies in --class_data"),
         (
@@ -415,7 +427,7 @@ def test_what_is_written_lies_apart_from_what_is_read(config, pairs, tmp_path):
             },
             "--output_dir .* lies in --class_data_dir .*, whose images are all taken",
         ),
-        ({"cache_dir": f"{pairs}/before/cache"}, "--cache_dir .* lies in --before_data_dir"),
+        ({"cache_dir": f"{pairs}/before/cache"}, "--cache_dir .* is among the images of --before"),
         (
             {"base_lora": config.output_dir, "overwrite": True},
             "--base_lora .* lies in --output_dir",
@@ -956,6 +968,16 @@ def test_a_program_that_nobody_reads_any_more_says_so():
     done = subprocess.run([sys.executable, "-c", code], **how)
     os.close(write)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "Broken pipe" in done.stderr
+
+
+def test_an_error_is_the_last_line_of_a_log(tmp_path):
+    """ablate.py quotes it; a file's output is buffered, unlike stderr."""
+    code = "import cli; print('before'); cli.report('p', ValueError('no'))"
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    with open(tmp_path / "log", "w") as log:
+        how = {"stdout": log, "stderr": subprocess.STDOUT, "cwd": ROOT, "env": env}
+        subprocess.run([sys.executable, "-c", code], check=True, **how)
+    assert (tmp_path / "log").read_text() == "before\np: no\n"
 
 
 # ---- tokens --------------------------------------------------------------------------------------

@@ -103,9 +103,17 @@ def test_find_images_survives_links_in_a_circle(folders, tmp_path):
     assert found == ["a.png", "linked/c.png", "self.png"]
     with pytest.raises(ValueError, match=r"self\.png cannot be read as an image"):
         load_image(before / "self.png")
-    refuse_among([tmp_path / "out"], [("--before", before)])
-    with pytest.raises(ValueError, match=r"elsewhere is among the images of --before"):
-        refuse_among([tmp_path / "elsewhere"], [("--before", before)])
+    refuse_among([("--out", tmp_path / "out")], [("--before", before)])
+    (tmp_path / "far" / "deep").mkdir(parents=True)
+    save(picture(), tmp_path / "far" / "deep" / "d.png")
+    (before / "far").symlink_to(tmp_path / "far", target_is_directory=True)
+    (tmp_path / "one").mkdir()
+    save(picture(), tmp_path / "one" / "e.png")
+    (before / "e.png").symlink_to(tmp_path / "one" / "e.png")
+    refuse_among([("--x", tmp_path / "one" / "new")], [("--before", before)])  # not looked into
+    for out in ("elsewhere", "elsewhere/run", "far", "far/run", "far/deep/run", "one"):
+        with pytest.raises(ValueError, match=rf"--x .*{out} is among the images of --before"):
+            refuse_among([("--x", tmp_path / out)], [("--before", before)])
 
 
 def test_missing_folders_are_named(folders, tmp_path):

@@ -162,7 +162,7 @@ ARROWS = {
     ],
     "training.session": [
         "config", "durable", "runs", "model.fused", "model.memory", "model.pipeline",
-        "training.ranks", "training.trackers",
+        "pairing.pairs", "training.ranks", "training.trackers",
     ],
     "training.gather": [
         "config", "data", "runs", "model.files", "model.objectives", "model.schedule",

@@ -14,6 +14,7 @@ from durable import refuse_file
 from model.fused import can_fuse
 from model.memory import out_of_memory, peak_mib
 from model.pipeline import DTYPES
+from pairing.pairs import refuse_among
 from runs import FILES, Run
 from training.ranks import NullRun, Ranks
 from training.trackers import pick_tracker
@@ -52,38 +53,35 @@ def for_device(
 def refuse_overlap(cfg: TrainConfig) -> None:
     """ValueError if output would be trained on, or would overwrite input; FileExistsError if a file
     is in place of a folder."""
-    flags = ("before_data_dir", "after_data_dir", "mask_dir", "frames_dir", "instance_data_dir")
-    read = [(flag, getattr(cfg, flag)) for flag in flags if getattr(cfg, flag) is not None]
-    read += [("sequence_dirs", folder) for folder in cfg.sequence_dirs or ()]
-    written = [(flag, getattr(cfg, flag)) for flag in ("output_dir", "class_data_dir", "cache_dir")]
+
+    def given(*names: str) -> list[tuple[str, str]]:
+        """(flag, path) for each path of these fields."""
+        values = [(f"--{name}", getattr(cfg, name) or ()) for name in names]
+        return [(flag, path) for flag, some in values
+                for path in ([some] if isinstance(some, str) else some)]  # fmt: skip
+
+    read = given("before_data_dir", "after_data_dir", "mask_dir", "frames_dir",
+                 "instance_data_dir", "sequence_dirs")  # fmt: skip
     out = Path(cfg.output_dir).resolve()
     if cfg.class_data_dir is not None:
-        for flag, folder in [("output_dir", cfg.output_dir), *read]:
+        for flag, folder in given("output_dir") + read:
             if Path(folder).resolve().is_relative_to(Path(cfg.class_data_dir).resolve()):
                 raise ValueError(
-                    f"--{flag} {folder} lies in --class_data_dir {cfg.class_data_dir}, whose "
+                    f"{flag} {folder} lies in --class_data_dir {cfg.class_data_dir}, whose "
                     "images are all taken for class images"
                 )
-    for flag, folder in read:
-        there = Path(folder).resolve()
-        for mine, path in written:
-            if path is not None and Path(path).resolve().is_relative_to(there):
-                raise ValueError(f"--{mine} {path} lies in --{flag} {folder}, which is trained on")
-    for name in ("validation_images", "exclude_from", "cache_dir", "class_data_dir"):
-        given = getattr(cfg, name) or ()
-        read += [(name, path) for path in ([given] if isinstance(given, str) else given)]
+    refuse_among(given("output_dir", "class_data_dir", "cache_dir"), read)
+    read += given("validation_images", "exclude_from", "cache_dir", "class_data_dir")
     for flag, path in read:
         if any(Path(path).resolve().is_relative_to(out / name) for name in FILES):
-            raise ValueError(f"--{flag} {path} lies where --output_dir {cfg.output_dir} writes")
-    for flag in ("cache_dir", "class_data_dir"):
-        if getattr(cfg, flag) is not None:
-            refuse_file(Path(getattr(cfg, flag)), f"--{flag}")
+            raise ValueError(f"{flag} {path} lies where --output_dir {cfg.output_dir} writes")
+    for flag, folder in given("cache_dir", "class_data_dir"):
+        refuse_file(Path(folder), flag)
     fresh = cfg.resume_from_checkpoint is None  # a resumed run does not read --init_lora again
-    for flag in ("base_lora", "init_lora") if fresh else ("base_lora",):
-        file = getattr(cfg, flag)
-        if file is not None and Path(file).resolve().is_relative_to(out):
+    for flag, file in given("base_lora", *["init_lora"] * fresh):
+        if Path(file).resolve().is_relative_to(out):
             raise ValueError(
-                f"--{flag} {file} lies in --output_dir {cfg.output_dir}, which is replaced"
+                f"{flag} {file} lies in --output_dir {cfg.output_dir}, which is replaced"
             )
 
 
