@@ -32,7 +32,7 @@ from model.graph import compile_blocks
 from model.lora import cast_together, keep_strength, lora_layers
 from model.lora_files import LORA_FILE, file_of, save_lora
 from model.lora_layouts import LAYOUTS
-from model.memory import LEVELS, MIB, checkpoint_activations, phase, unless_full
+from model.memory import LEVELS, MIB, checkpoint_activations, fits, phase
 from model.objectives import OBJECTIVES, Draws, Task
 from model.optim import average, step_if
 from model.pipeline import DTYPES, loaded, pick_device, pick_dtype
@@ -213,7 +213,7 @@ def run_phases(
         write = partial(write_lora, metadata={**found.meta, "steps": size.steps})
         write_result(cfg, run.folder, write)
         remove(run.folder / "strengths")  # of the run until it was resumed
-        if shown.pairs and unless_full(watch.write_strengths, run) is None:
+        if shown.pairs and not fits(watch.write_strengths, run):
             warnings.warn("out of memory: no pictures at several strengths", stacklevel=1)
 
 

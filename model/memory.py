@@ -48,6 +48,11 @@ def unless_full(compute: Callable, *inputs):
     return None
 
 
+def fits(act: Callable[..., None], *inputs) -> bool:
+    """Whether `act(*inputs)` had enough memory."""
+    return unless_full(lambda: (act(*inputs), True)) is not None
+
+
 @contextmanager
 def phase(name: str, device: torch.device, log: Callable[..., None]) -> Iterator[None]:
     """A phase of the run that holds one big module. Logs its seconds, peak and remaining MiB.

@@ -20,7 +20,7 @@ from data import PairDataset
 from durable import save_image, write_aside, write_json
 from model.detail import at_strengths
 from model.draws import seeded_for
-from model.memory import unless_full
+from model.memory import fits
 from model.objectives import Draws, How, Task
 from model.pipeline import decode, generate_latents
 from model.predict import Context, exaggerated, guided_predictor, predictor
@@ -79,28 +79,23 @@ class Watch:
         On out-of-memory each is tried once more after `release`, then left out with a warning.
         """
         for what, look in (("held-out loss", self.judge), ("samples", self.show)):
-            if unless_full(look, done, run) is None:
+            if not fits(look, done, run):
                 release()
-                if unless_full(look, done, run) is None:
+                if not fits(look, done, run):
                     warnings.warn(f"out of memory: no {what} at step {done}", stacklevel=2)
 
-    def judge(self, done: int, run: Run) -> bool:
-        """True, to tell it from an out-of-memory's None."""
+    def judge(self, done: int, run: Run) -> None:
         if self.held_out.pairs:
             run.log("eval", step=done, **self.held_out_loss())
-        return True
 
-    def show(self, done: int, run: Run) -> bool:
-        """True, as above."""
+    def show(self, done: int, run: Run) -> None:
         if self.count:
             draw = self.sheet if self.shown.pairs else self.from_text
             save_image(draw(f"step {done}"), run.folder / "samples" / f"{done:06d}.png")
-        return True
 
-    def write_strengths(self, run: Run) -> bool:
-        """Write strengths/, for report.html. True, as above."""
+    def write_strengths(self, run: Run) -> None:
+        """Write strengths/, for report.html."""
         write_aside(run.folder / "strengths", self.strengths)
-        return True
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
