@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pairing.holes import filled, holes_of, union
 from pairing.images import by, image_size, listed, load_image, load_mask, to_tensor
-from pairing.pairs import Pair, file_hash, find_pairs  # noqa: F401, a data set's two steps are at hand together
+from pairing.pairs import Pair, file_hashes, find_pairs  # noqa: F401, a data set's two steps are at hand together
 from pairing.registration import MAX_ASPECT, aspect_gap
 
 
@@ -217,8 +217,8 @@ class PairDataset(torch.utils.data.Dataset):
 
     @cached_property
     def hashes(self) -> list[dict[str, str]]:
-        """For every pair, its files' `file_hash` by side; computed once."""
-        return [{side: file_hash(path) for side, path in p.files.items()} for p in self.pairs]
+        """The `file_hashes` of every pair; computed once."""
+        return list(map(file_hashes, self.pairs))
 
     def geometry(self, index: int) -> Geometry:
         """The draw for item `index`."""

@@ -369,20 +369,20 @@ def _of_frames(path: Path, changed: int, size: int) -> str:
     return file_sha256(path)
 
 
-Hashes = Sequence[dict[str, str]]  # each pair's `file_hash` by side
+def file_hashes(pair: Pair) -> dict[str, str]:
+    """`file_hash` of its files, by side."""
+    return {side: file_hash(path) for side, path in pair.files.items()}
+
+
+Hashes = Sequence[dict[str, str]]  # each pair's `file_hashes`
 
 
 def image_hashes(pairs: Sequence[Pair], hashes: Hashes | None = None) -> list[str]:
     """16 hex digits per pair, of the bytes of its two images alone, whatever their names."""
     found = []
-    for i, pair in enumerate(pairs):
-        known = hashes[i] if hashes else {}
-        sides = [
-            known.get(side) or file_hash(path)
-            for side, path in pair.files.items()
-            if side != "mask"
-        ]
-        found.append(hashlib.sha256(" ".join(sides).encode()).hexdigest()[:16])
+    for of_pair in hashes or map(file_hashes, pairs):
+        sides = " ".join(one for side, one in of_pair.items() if side != "mask")
+        found.append(hashlib.sha256(sides.encode()).hexdigest()[:16])
     return found
 
 
@@ -390,9 +390,8 @@ def fingerprint(pairs: Sequence[Pair], hashes: Hashes | None = None) -> str:
     """sha256 over names, captions, strengths and file bytes, hex: equal for equal data, wherever it
     is stored."""
     whole = hashlib.sha256(b"[")
-    for i, p in enumerate(pairs):
-        known = hashes[i] if hashes else {side: file_hash(path) for side, path in p.files.items()}
-        row = json.dumps([p.name, p.caption, p.strength, known])
+    for i, (p, of_pair) in enumerate(zip(pairs, hashes or map(file_hashes, pairs))):
+        row = json.dumps([p.name, p.caption, p.strength, of_pair])
         whole.update((", " * (i > 0) + row).encode())
     whole.update(b"]")
     return whole.hexdigest()

@@ -274,7 +274,7 @@ def test_a_damaged_shard_is_made_again_with_a_warning(five, tmp_path, damage, pl
 
 def test_files_are_hashed_once_not_once_per_view(five, tmp_path, monkeypatch):
     hashed = []
-    monkeypatch.setattr("data.file_hash", lambda p: hashed.append(p) or file_hash(p))
+    monkeypatch.setattr("pairing.pairs.file_hash", lambda p: hashed.append(p) or file_hash(p))
     cached(five, tmp_path, views=3)
     assert sorted(hashed) == sorted(p for pair in five for p in (pair.before, pair.after))
 

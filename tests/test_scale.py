@@ -110,7 +110,7 @@ def test_every_file_is_opened_once_for_its_size_and_read_once(captioned, monkeyp
     dataset = make_dataset(TrainConfig(**dirs, resolution=16), pairs)
     assert dataset.views == 1 and len(dataset) == 5 and len(sizes) == len(set(sizes)) == 10
     expected = fingerprint(pairs)
-    monkeypatch.setattr("data.file_hash", lambda path: hashed.append(path) or digest(path))
+    monkeypatch.setattr("pairing.pairs.file_hash", lambda path: hashed.append(path) or digest(path))
     assert fingerprint(pairs, dataset.hashes) == fingerprint(pairs, dataset.hashes) == expected
     assert len(hashed) == 10
 
