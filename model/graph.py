@@ -26,18 +26,20 @@ Result = TypeVar("Result")
 WARM = 3  # calls before the capture: compilation, cuBLAS workspaces, cuDNN's algorithm choice
 
 
-def compile_blocks(model: nn.Module, **how) -> None:
+def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
     """torch.compile every ResBlock and SpatialTransformer, in place; state_dict keys stay the same.
 
     Blocks of equal shapes share their code, so compiling takes a third of the time of one graph
-    for the whole UNet, and little speed is lost. how: arguments of torch.compile, else FUSED.
+    for the whole UNet, and little speed is lost.
     """
     # torch caches compiled code that contains an autograd.Function on disk only if this is declared
     # safe. It is: the cache key includes the graphs of ours (model/frozen.py), which describe it
     functorch.autograd_cache_allow_custom_autograd_functions = True
     # let the compiler dequantize a weight again in the backward instead of keeping it
     functorch.ban_recompute_materialized_backward = False
-    how = {"fullgraph": True, "dynamic": False, **(how or {"options": FUSED})}
+    how = {"fullgraph": True, "dynamic": False, "backend": backend}
+    if backend == "inductor":
+        how["options"] = FUSED
     # one graph per shape, and per micro-batch size after out-of-memory
     if "recompile_limit" in signature(torch.compile).parameters:
         how["recompile_limit"] = 256

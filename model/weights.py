@@ -134,17 +134,25 @@ def load_vae(
     return load_strict(module, files, rename=_vae_key, dtype=dtype, device=device)
 
 
-def load_autoencoder(base: str, vae_path: str | None, xl: bool, **files) -> VAE:
-    """The base's autoencoder, `files` as for `load_vae`, or that of --vae_path. `xl`: the base is
-    SDXL.
+def load_autoencoder(
+    base: str,
+    vae_path: str | None,
+    xl: bool,
+    *,
+    variant: str | None,
+    revision: str | None,
+    device: torch.device | str,
+) -> VAE:
+    """The base's autoencoder, in its `variant` and `revision`, or that of --vae_path. `xl`: the
+    base is SDXL.
 
     Warns if it scales its latents otherwise than the base's own.
     """
     if not vae_path:
-        return load_vae(base, **files)
-    vae, own = load_vae(vae_path, device=files["device"], xl=xl), XL_SCALE if xl else SCALE
+        return load_vae(base, variant=variant, revision=revision, device=device)
+    vae, own = load_vae(vae_path, device=device, xl=xl), XL_SCALE if xl else SCALE
     if not single_file(base):
-        config = locate(base, "vae/config.json", files["revision"])
+        config = locate(base, "vae/config.json", revision)
         own = (
             vae.scaling_factor if config is None else read_json(config).get("scaling_factor", SCALE)
         )

@@ -50,10 +50,12 @@ class Given(NamedTuple):
     start_sha256: str | None  # of its file
     start_targets: str | None  # --lora_targets of its run, if the file says so
 
-    def put_under(self, cfg: TrainConfig, **model: nn.Module) -> None:
-        """Attach --base_lora to `unet=` or `text=`."""
+    def put_under(
+        self, cfg: TrainConfig, *, unet: UNet | None = None, text: TextEncoder | None = None
+    ) -> None:
+        """Attach --base_lora to one of the two."""
         if self.under:
-            apply_lora(self.under, cfg.base_lora, **model, fixed=self.under_at)
+            apply_lora(self.under, cfg.base_lora, unet=unet, text=text, fixed=self.under_at)
 
 
 def read_given(cfg: TrainConfig, checkpoint: Path | None) -> Given:
