@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from inspect import signature
 from pathlib import Path
 
 import torch
@@ -142,9 +141,8 @@ def generate_latents(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     x_T = noise_like(torch.empty((len(seeds), *shape), device=device), generators)
     m = torch.full((len(seeds),), multiplier, device=device)
-    sample = SAMPLERS[sampler]
-    more = {"generator": generators} if "generator" in signature(sample).parameters else {}
-    return sample(lambda x, t: predict(x, t, m), x_T, schedule, steps, **more)
+    ask = lambda x, t: predict(x, t, m)  # noqa: E731
+    return SAMPLERS[sampler](ask, x_T, schedule, steps, generator=generators)
 
 
 # ---- all of it from files ------------------------------------------------------------------------

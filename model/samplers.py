@@ -3,7 +3,8 @@
 `predict(x_t, t)` is the network with everything else bound: x_t (b, c, h, w), t (b,). A sampler
 begins at step `start` (0: from pure noise, x_T ~ N(0, 1)); a later start takes an x_t from
 `schedule.add_noise` at `timesteps(...)[start]`, as in SDEdit (Meng et al. 2022). Samplers have no
-state: what a step needs from the previous one is a local variable.
+state: what a step needs from the previous one is a local variable. All take a `generator`, also
+those that draw nothing.
 """
 
 import math
@@ -201,7 +202,13 @@ def _split(schedule: Schedule, pred: Tensor, x: Tensor, a: float) -> tuple[Tenso
 
 
 def dpm_solver(
-    predict: Predict, x_T: Tensor, schedule: Schedule, steps: int, *, start: int = 0
+    predict: Predict,
+    x_T: Tensor,
+    schedule: Schedule,
+    steps: int,
+    *,
+    start: int = 0,
+    generator: Generators = None,
 ) -> Tensor:
     """DPM-Solver++(2M), Lu et al. 2022 (arXiv 2211.01095), algorithm 2 (midpoint form)."""
     spacing, T = schedule.timestep_spacing or "linspace", schedule.num_steps
@@ -230,7 +237,13 @@ def dpm_solver(
 
 
 def euler(
-    predict: Predict, x_T: Tensor, schedule: Schedule, steps: int, *, start: int = 0
+    predict: Predict,
+    x_T: Tensor,
+    schedule: Schedule,
+    steps: int,
+    *,
+    start: int = 0,
+    generator: Generators = None,
 ) -> Tensor:
     """Euler's method on dx/dσ = ε in x = x_0 + σ ε (Karras et al. 2022, arXiv 2206.00364, eq. 1).
 
