@@ -16,6 +16,7 @@ from html import escape
 from pathlib import Path
 
 import cli
+from config_check import SOURCES
 from durable import file_sha256, read_json, read_or_empty, write_text
 from pairing.images import image_size, load_image
 from reporting.evaluation import KINDS, headline, metric_rows
@@ -130,8 +131,7 @@ def made_of(path: Path, part: Callable[[dict], str]) -> str:
 
 def facts(config: dict, summary: dict, ran: dict) -> dict:
     """The key facts of a run, {title: value}. ran: its revision.json, if it is there."""
-    sources = ("before_data_dir", "sequence_dirs", "frames_dir", "instance_data_dir")
-    seen = next((config[name] for name in sources if config.get(name)), None)
+    seen = next((config[name] for name in SOURCES if config.get(name)), None)
     held_out = summary.get("last_evaluation")
     held_out = held_out if isinstance(held_out, dict) else {}
     since = summary.get("since")

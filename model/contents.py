@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 PICKLED = (".bin", ".ckpt", ".pt")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of weights
 
 
 def first_line(error: Exception) -> str:

@@ -21,12 +21,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from model.contents import FLOATS
 from model.lora import Factors
 from model.original import FROM_XL, TO_XL, renamed
 
 SD, XL = "Stable Diffusion 1.x or 2.x", "SDXL"
 LAYOUTS = ("diffusers", "attn_procs", "kohya")
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)  # of α, as diffusers' own converter to kohya writes it
 Parts = dict[str, dict[str, Factors]]
 

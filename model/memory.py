@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.layers import ResBlock, TransformerBlock
 
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
 # messages of the CPU allocator; of CUDA (graphs, module loading) and Triton; of cuBLAS and cuDNN
 FULL = ("allocate memory", "out of memory", "ALLOC_FAILED")
 

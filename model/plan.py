@@ -19,14 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from model.lora import keep_strength, set_strength
-from model.memory import LEVELS, MIB, checkpoint_activations
+from model.memory import GIB, LEVELS, MIB, checkpoint_activations
 from model.objectives import Draws, Predict, Task
 from model.weighting import pair_loss, prior_loss
 
 # cuBLAS workspaces: 32 MiB on Hopper, 8 on older GPUs (torch's notes on CUBLAS_WORKSPACE_CONFIG),
 # per thread that uses it; the backward runs in its own
 CUBLAS = 2 * 32 * MIB
-GIB = 1024 * MIB
 COPYING = ("convolution", "scaled_dot_product")
 
 

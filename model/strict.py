@@ -10,10 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from model.contents import first_line, read_tensors
+from model.contents import FLOATS, first_line, read_tensors
 
 REST = "the rest of the file"  # source of a network's sizes in a single file
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 CONVOLVED = OLD_ATTENTION.keys() | {"attn_1"}
 

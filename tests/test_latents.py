@@ -17,11 +17,12 @@ from PIL import Image
 import data
 from data import PairDataset
 from model.draws import Pick, draw
+from model.memory import GIB
 from pairing.pairs import Pair, file_hash, find_pairs
 from tests.pairs import write_pairs
 from training import rows as row_tables
 from training.latents import Latents, cache_latents, one_ahead
-from training.rows import GIB, Rows, choose, free_bytes, make_rows
+from training.rows import Rows, choose, free_bytes, make_rows
 
 CPU = torch.device("cpu")
 PLACES = ("device", "host", "disk")

@@ -24,9 +24,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from model.memory import GIB, MIB
 from pairing.images import listed
 
-MIB, GIB = 2**20, 2**30
 # of free memory: the network and its activations still need the rest
 SHARES = {"device": 0.25, "host": 0.5}
 
