@@ -8,7 +8,6 @@ import math
 import os
 import re
 import sys
-import types
 import typing
 import warnings
 from collections.abc import Callable, Container
@@ -17,7 +16,7 @@ from pathlib import Path
 from config import TrainConfig
 from config_check import check
 from durable import read_json
-from knobs import misfit
+from knobs import kind_of, misfit
 
 PATHS = {"DIR", "FILE", "IMAGE", "IMAGE_OR_DIR", "RUN_OR_FILE"}  # metavars
 
@@ -115,9 +114,7 @@ def add_fields(
     for f in dataclasses.fields(config):
         if names is not None and f.name not in names:
             continue
-        kind = hints[f.name]
-        if isinstance(kind, types.UnionType):
-            kind = next(k for k in typing.get_args(kind) if k is not type(None))
+        kind = kind_of(hints[f.name])
         if f.metadata["group"]:
             group = parser.add_argument_group(f.metadata["group"])
         spellings = [f"--{f.name}"] + (["--rank"] if f.name == "lora_rank" else [])

@@ -53,12 +53,17 @@ WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "
 LISTS = {float: "a list of numbers", str: "a list of texts"}
 
 
+def kind_of(hint) -> type:
+    """The type of a field, which may be None besides."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return next(one for one in kinds if one is not types.NoneType)
+
+
 def misfit(value: object, hint) -> str | None:
     """What is wanted, in words, if a value is not of a field's type. A list will do for a tuple, an
     integer for a float."""
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    kind = next(one for one in kinds if one is not types.NoneType)
-    if value is None and types.NoneType in kinds:
+    kind = kind_of(hint)
+    if value is None and types.NoneType in typing.get_args(hint):
         return None
     if typing.get_origin(kind) is tuple:
         each = typing.get_args(kind)[0]

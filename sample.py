@@ -17,6 +17,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import get_type_hints
 
 import torch
 from tqdm import tqdm
@@ -37,6 +38,7 @@ from editing.flags import (
     warn_of_unread,
 )
 from editing.framing import frame_of, scale_in_doubt
+from knobs import kind_of
 from model.pipeline import Pipeline
 from model.samplers import SAMPLERS
 from model.unet import XL_SIDE
@@ -263,10 +265,8 @@ def variants(args: argparse.Namespace) -> list[tuple[str, str, EditConfig]]:
     ]
 
 
-SWEPT = {
-    "guidance": float, "image_guidance": float, "change_guidance": float, "noise_level": float,
-    "eta": float, "start": str, "steps": int, "seed": int, "prompt": str,
-}  # fmt: skip
+SWEPT = ("guidance", "image_guidance", "change_guidance", "noise_level", "eta", "start", "steps",
+         "seed", "prompt")  # fmt: skip
 
 
 def sweeping(text: str) -> tuple[str, list]:
@@ -274,13 +274,11 @@ def sweeping(text: str) -> tuple[str, list]:
     name, _, values = text.partition("=")
     parts = values.split("|" if name == "prompt" else ",")
     try:
-        made = [SWEPT[name](part) for part in parts]
+        made = [kind_of(get_type_hints(EditConfig)[name])(part) for part in parts]
     except (KeyError, ValueError):
         made = []
     written = {f"{value:g}" if isinstance(value, float) else value for value in made}
-    if name == "start" and not set(made) <= {"invert", "noise"}:
-        made = []
-    if not made or len(written) < len(made):
+    if name not in SWEPT or not made or len(written) < len(made):
         wanted = f"one of {', '.join(SWEPT)} with different values"
         raise argparse.ArgumentTypeError(f"expected {wanted}, such as steps=5,30, got {text!r}")
     return name, made

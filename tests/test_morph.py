@@ -584,11 +584,12 @@ def test_a_knob_that_does_nothing_is_said_to(place, tmp_path, capsys):
             "one of guidance, image_guidance, change_guidance, noise_level, eta, start, steps, "
             "seed, prompt",
         ),
+        ("--sweep objective=delta,after", "one of guidance, image_guidance, change_guidance"),
         ("--sweep steps", "such as steps=5,30, got 'steps'"),
         ("--sweep steps=1,b", "got 'steps=1,b'"),
         ("--sweep steps=5,5", "with different values, such as steps=5,30"),
         ("--sweep guidance=1,1.00000001", "with different values, such as steps=5,30"),
-        ("--sweep start=invert,middle", "got 'start=invert,middle'"),
+        ("--sweep start=invert,middle", "--start must be invert or noise, got 'middle'"),
         ("--sweep steps=5,0", "--steps must be in 1..1000, got 0"),
         ("--sweep guidance=1,nan", "--guidance must be a finite number, got nan"),
         ("--sweep change_guidance=1,inf", "--change_guidance must be a finite number, got inf"),
