@@ -323,7 +323,7 @@ def test_pairs_without_change_have_no_direction(monkeypatch, tmp_path, sd1, scen
     """Nor have those that differ by noise: with them, the figures of the others are as without."""
     folder = shutil.copytree(scenes / "solar", tmp_path / "some")
     alone = score(monkeypatch, tmp_path, sd1, folder, fade)
-    assert "do not change" not in capsys.readouterr().out
+    assert "do not change" not in capsys.readouterr().err
     for path in [*(folder / "before").iterdir()][:2]:
         noisy = np.asarray(Image.open(path)).copy()
         noisy[0, 0] ^= 1
@@ -331,7 +331,7 @@ def test_pairs_without_change_have_no_direction(monkeypatch, tmp_path, sd1, scen
         Image.fromarray(noisy).save(folder / "after" / f"still-{path.name}")
         shutil.copy(folder / "mask" / path.name, folder / "mask" / f"still-{path.name}")
     more = score(monkeypatch, tmp_path, sd1, folder, fade)
-    assert "2 of 8 pairs do not change and are not counted" in capsys.readouterr().out
+    assert "2 of 8 pairs do not change and are not counted" in capsys.readouterr().err
     assert more["pairs"] == alone["pairs"] + 2
     for found in (alone, more):
         assert found["predicted"]["cosine"]["n"] == alone["pairs"]

@@ -482,8 +482,8 @@ def test_another_lora_base_or_objective_is_told_of(tmp_path, sd1, images, capsys
     def said(lora, *more):
         run("edit", "--lora", lora, "--input", images / "a.png", images / "b.webp", "--out", out,
             "--steps", 3, *more)  # fmt: skip
-        text = capsys.readouterr().out
-        return [line[9:] for line in text.splitlines() if line.startswith("warning: ")], text
+        text, warned = capsys.readouterr()
+        return [line[9:] for line in warned.splitlines() if line.startswith("warning: ")], text
 
     assert not said(loras[0])[0] and not said(loras[0], "--model", link)[0]
     assert {path.name for path in out.glob("?.png")} == {"a.png", "b.png"}
