@@ -296,6 +296,14 @@ def test_a_run_by_other_code_is_told_of_and_trained_anew_if_asked(lab, capsys):
     assert sorted(lab.names()) == ran and "by other code" not in capsys.readouterr().out
 
 
+def test_the_guide_names_the_code_that_an_evaluation_depends_on():
+    text = (ROOT / "docs" / "ablations.md").read_text(encoding="utf-8")
+    told = re.search(r"code of an evaluation has changed \((.+?)\)", text, re.S)[1]
+    paths = [ROOT / name for name in re.findall(r"`(.+?)`", told)]
+    files = [file for path in paths for file in (path.glob("*.py") if path.is_dir() else [path])]
+    assert {*map(durable.file_sha256, files)} == {*jobs.measuring_code()}
+
+
 def test_with_other_measures_all_arms_are_judged_again(lab, monkeypatch):
     assert lab.run("a: --learning_rate 1e-3\n") == 0
     monkeypatch.setattr("ablating.jobs.measuring_code", lambda: ["other"])

@@ -75,6 +75,19 @@ def test_mistakes_from_python_are_the_sentences_of_the_commands(sd1):
         edit_pixels(None, torch.zeros(3, 8, 8), [1.0])
 
 
+def test_the_page_and_the_reading_order_name_every_module():
+    """A short line each."""
+    packages = [path.parent for path in ROOT.glob("*/__init__.py") if path.parent.name != "tests"]
+    modules = {path for folder in (ROOT, *packages) for path in folder.glob("[a-z]*.py")}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    told = [ROOT / link for link in re.findall(r"\]\(([\w/]+\.py)\)", readme)]
+    section = PAGE.split("\n## Where the rest is\n")[1].split("\n## ")[0]
+    told += [ROOT / link for link in re.findall(r"\]\(\.\./([\w/]+\.py)\)", section)]
+    assert sorted(map(str, modules - {*told})) == [] and {*told} <= modules
+    shown = re.sub(r"\]\(.*?\)", "]", section)  # without the links' targets
+    assert max(map(len, shown.splitlines())) <= 90
+
+
 @pytest.fixture
 def there_and_back(monkeypatch):
     """The page's objective, put where the page says."""
