@@ -51,6 +51,7 @@ from training.journal import Journal
 from training.latents import Batch, one_ahead
 from training.prompts import Prompts, load_prompts, prompts_of
 from training.ranks import NullRun, Ranks, launch_id
+from training.rows import Share
 from training.session import for_device, open_run, settings, summarized
 from training.stop import Stop, Stopped
 from training.watching import Watch, look_at
@@ -127,11 +128,8 @@ def run_phases(
         vae = load_autoencoder(base, cfg.vae_path, found.xl, **files)
         print(f"autoencoder   {loaded(vae, cfg.vae_path or base)}")
         encode = partial(encode_all, cfg, vae, device)
-        shared = {
-            "place": cfg.latents_on,
-            "share": (ranks.rank, ranks.world),
-            "wait": ranks.barrier,
-        }
+        share = Share(ranks.rank, ranks.world, ranks.barrier)
+        shared = {"place": cfg.latents_on, "share": share}
         latents = encode(found.train, **shared)
         print(f"latents       {latents.rows}")
         if latents.masked:

@@ -22,7 +22,7 @@ from pairing.pairs import Pair, file_hash, find_pairs
 from tests.pairs import write_pairs
 from training import rows as row_tables
 from training.latents import Latents, cache_latents, one_ahead
-from training.rows import Rows, choose, free_bytes, make_rows
+from training.rows import Rows, Share, choose, free_bytes, make_rows
 
 CPU = torch.device("cpu")
 PLACES = ("device", "host", "disk")
@@ -300,12 +300,12 @@ def test_the_work_is_split_over_ranks(five, tmp_path):
     def wait():
         there.append(len(list(here.iterdir())))
         if len(there) == 1:  # what the other one does meanwhile
-            cached(five, here, encoder=other, make={"share": (1, 2)})
+            cached(five, here, encoder=other, make={"share": Share(1, 2, lambda: None)})
 
-    latents, images = cached(five, here, make={"share": (0, 2), "wait": wait})
+    latents, images = cached(five, here, make={"share": Share(0, 2, wait)})
     assert same(latents, complete) and there == [2, 3]
     assert (images, other.images) == (6, 4)
-    latents, images = cached(five, tmp_path / "alone", make={"share": (1, 2)})
+    latents, images = cached(five, tmp_path / "alone", make={"share": Share(1, 2, lambda: None)})
     assert images == 10 and same(latents, complete)  # nobody else there: all of it, in the end
 
 

@@ -116,7 +116,7 @@ ARROWS = {
     ],
     "training.inputs": [
         "config", "data", "model.memory", "model.vae", "pairing.images", "pairing.pairs",
-        "pairing.sequences", "training.latents",
+        "pairing.sequences", "training.latents", "training.rows",
     ],
     "training.doubts": [
         "config", "data", "model.unet", "pairing.holes", "pairing.images", "pairing.pairs",

@@ -1,7 +1,7 @@
 """What a run trains on, and how long: find pairs, encode latents."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from pairing.images import load_image
 from pairing.pairs import Pair, by_name, find_pairs, find_singles, names_in, read_caption
 from pairing.sequences import clips_in, find_clips, find_sequences
 from training.latents import Latents, cache_latents
+from training.rows import ALONE, Share
 
 
 class Data(NamedTuple):
@@ -164,12 +165,11 @@ def encode_all(
     device: torch.device,
     images: PairDataset,
     place: str = "device",
-    share: tuple[int, int] = (0, 1),
-    wait: Callable[[], None] = lambda: None,
+    share: Share = ALONE,
 ) -> Latents:
     """The scaled posteriors of all images. `place`: where they are kept, as --latents_on.
 
-    With --cache_dir each rank of `share` = (rank, world) encodes its part, and all `wait`.
+    With --cache_dir several processes encode a `share` each.
     ValueError if the VAE does not divide --resolution.
     """
     if cfg.resolution % vae.downscale:
@@ -195,6 +195,5 @@ def encode_all(
         place=place,
         device=device,
         share=share,
-        wait=wait,
         workers=cfg.dataloader_num_workers,
     )

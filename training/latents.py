@@ -26,7 +26,7 @@ from data import PairDataset
 from model.draws import Pick
 from pairing.images import listed
 from progress import no_bars
-from training.rows import Rows, make_rows
+from training.rows import ALONE, Rows, Share, make_rows
 
 CACHE_FORMAT = 2  # part of every shard's name: increment it when the stored content changes
 
@@ -146,8 +146,7 @@ def cache_latents(
     batch_size: int = 8,
     shard_size: int = 256,
     workers: int = 0,
-    share: tuple[int, int] = (0, 1),
-    wait: Callable[[], None] = lambda: None,
+    share: Share = ALONE,
 ) -> Latents:
     """Encodes every item of the data set with the VAE; items found in `cache_dir` are not encoded
     again.
@@ -157,7 +156,7 @@ def cache_latents(
     depend on: file bytes, the geometry drawn, background, nodata. So changed files are encoded
     again, an interrupted run resumes where it was, and a new seed costs nothing if nothing is
     random.
-    `place`, `device`, `share` and `wait`: see `make_rows`. `workers` processes read the images.
+    `place`, `device` and `share`: see `make_rows`. `workers` processes read the images.
     """
     n, device = len(dataset), torch.device(device)
     states = 1 if dataset.pairs[0].before is None else 2
@@ -195,7 +194,6 @@ def cache_latents(
             what=f"the latents of {n:,} images",
             shard_size=shard_size,
             share=share,
-            wait=wait,
             tick=bar.update,
         )
     dataset.forget()

@@ -202,6 +202,17 @@ def choose(wanted: str, size: int, device: torch.device, on_disk: bool, what: st
 Make = Callable[[list[range]], Iterator[dict[str, Tensor]]]
 
 
+class Share(NamedTuple):
+    """The part of this process in what several make together."""
+
+    rank: int
+    world: int
+    wait: Callable[[], None]  # returns when all have made theirs
+
+
+ALONE = Share(0, 1, lambda: None)
+
+
 def make_rows(
     n: int,
     make: Make,
@@ -213,24 +224,23 @@ def make_rows(
     device: torch.device | str = "cpu",
     what: str = "rows",
     shard_size: int = 256,
-    share: tuple[int, int] = (0, 1),
-    wait: Callable[[], None] = lambda: None,
+    share: Share = ALONE,
     tick: Callable[[int], object] = lambda rows: None,
 ) -> Rows:
     """Rows 0..n - 1. `make` takes a list of ranges and yields the tensors of each range in turn.
 
     With `folder` each range is a shard there, named `name(range)`. A shard that exists and whose
     row shapes `fits` accepts is reused, and `tick` is called with its number of rows. Of the others
-    this rank of `share` = (rank, world) makes its part, then calls `wait`, which returns when all
-    ranks have done so; shards still missing, as on a machine with a folder of its own, are made
-    here too. Without `folder` every rank makes all. `place` is auto, device, host or disk;
-    ValueError if the table, called `what` in the message, does not fit there.
+    this process makes its `share`, then waits until all have done so; shards still missing, as on a
+    machine with a folder of its own, are made here too. Without `folder` every process makes all.
+    `place` is auto, device, host or disk; ValueError if the table, called `what` in the message,
+    does not fit there.
     """
     device = torch.device(device)
     parts = [range(at, min(at + shard_size, n)) for at in range(0, n, shard_size)]
     if folder is None:
         return _gathered(n, parts, make(parts), place, device, what, False)
-    folder, (rank, world) = Path(folder), share
+    folder, (rank, world, wait) = Path(folder), share
     folder.mkdir(parents=True, exist_ok=True)
     sweep(folder)
     paths = [folder / name(part) for part in parts]
