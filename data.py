@@ -117,6 +117,7 @@ class PairDataset(torch.utils.data.Dataset):
         nodata: int | None = None,
         beside: Sequence[Sequence[Pair]] = (),
         change_masks: bool = False,
+        fill_singles: bool = False,
     ) -> None:
         if not pairs:
             raise ValueError("PairDataset got no pairs, expected at least one")
@@ -140,6 +141,8 @@ class PairDataset(torch.utils.data.Dataset):
         self.beside = beside  # other states of the same places, which may lack data elsewhere
         self._opened: tuple[int, dict[str, Image.Image]] = -1, {}  # the last pair's images
         self.change_masks = change_masks  # for pairs without a mask file
+        # before images alone, as an edit sees them; what DreamBooth learns is cut out on purpose
+        self.fill_singles = fill_singles and pairs[0].before is None
         self.sizes, unequal = [], []
         for pair in self.pairs:
             sizes = {side: image_size(path) for side, path in pair.files.items()}
@@ -257,7 +260,8 @@ class PairDataset(torch.utils.data.Dataset):
             for side, path in pair.files.items():
                 mask = side == "mask"
                 images[side] = load_mask(path) if mask else load_image(path, self.background)
-            holes = self.holes(k, images) if pair.before is not None else []
+            fill = pair.before is not None or self.fill_singles
+            holes = self.holes(k, images) if fill else []
             size = images["after"].size
             for side, image in images.items():
                 if image.size != size:
@@ -276,7 +280,7 @@ class PairDataset(torch.utils.data.Dataset):
     def holes(self, k: int, images: dict[str, Image.Image]) -> list[np.ndarray | None]:
         """Where each state of pair k has no data; `images`: those that have been read."""
         pair = self.pairs[k]
-        states = {pair.before: images["before"], pair.after: images["after"]}
+        states = {path: images[side] for side, path in pair.files.items() if side != "mask"}
         states = {some[k].after: None for some in self.beside} | states
         return [holes_of(path, self.nodata, image) for path, image in states.items()]
 

@@ -7,12 +7,14 @@ from PIL import Image, TiffImagePlugin
 
 import sample
 from check_data import main as check_data
+from config import TrainConfig
 from data import PairDataset
 from editing import between, edits
 from pairing.holes import filled, holes_of, union
 from pairing.images import NODATA, further_pages, load_image, load_mask, to_image
 from pairing.pairs import Pair
 from tests.test_sample import write_lora
+from training.inputs import make_dataset, make_gallery
 
 
 def tiff(path, pixels, **tags):
@@ -184,6 +186,19 @@ def test_a_mask_s_nodata_is_no_change(tmp_path, kind, full):
     mask[3:13, 3:13] = most
     path = tiff(tmp_path / "m.tif", mask, **{f"_{NODATA}": "0"})
     assert np.array_equal(np.asarray(load_mask(path)) == 255, mask > 0)
+
+
+def test_a_before_image_to_look_at_is_seen_as_by_an_edit(tmp_path):
+    """Mirrored where it has no data; a DreamBooth image has the background's colour there."""
+    pixels = np.random.default_rng(0).integers(1, 255, (32, 32, 4), dtype=np.uint8)
+    pixels[..., 3] = np.where(np.arange(32) < 9, 0, 255)
+    Image.fromarray(pixels).save(path := tmp_path / "a.png")
+    cfg = TrainConfig(resolution=32)
+    image = load_image(path)
+    seen = make_gallery(cfg, [Pair("a", None, path)]).images(0)["after"]
+    assert np.array_equal(np.asarray(seen), np.asarray(filled(image, holes_of(path))))
+    learnt = make_dataset(cfg, [Pair("a", None, path)]).images(0)["after"]
+    assert np.array_equal(np.asarray(learnt), np.asarray(image))
 
 
 @pytest.mark.parametrize("kind", ["L", "P", "I;16"])

@@ -148,7 +148,7 @@ def make_dataset(cfg: TrainConfig, pairs: list[Pair]) -> PairDataset:
 
 
 def make_gallery(cfg: TrainConfig, pairs: list[Pair]) -> PairDataset:
-    """Pairs for validation, centre-cropped."""
+    """Pairs for validation, or before images alone, centre-cropped."""
     return PairDataset(
         pairs,
         cfg.resolution,
@@ -156,6 +156,7 @@ def make_gallery(cfg: TrainConfig, pairs: list[Pair]) -> PairDataset:
         native_scale=cfg.native_scale,
         background=cfg.background,
         nodata=cfg.nodata,
+        fill_singles=True,
     )
 
 

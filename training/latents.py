@@ -173,6 +173,7 @@ def cache_latents(
             masked,
             dataset.change_masks,
             rows,
+            *(["filled"] if dataset.fill_singles else []),
         ]
         digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
         return f"latents-{items.start:07d}-{digest}.safetensors"
