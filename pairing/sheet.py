@@ -1,10 +1,17 @@
 """Contact sheets: images in a grid."""
 
+import contextlib
 from collections.abc import Sequence
 
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 LARGEST = 384  # longest side of an image in a contact sheet, in pixels
+# of the systems at hand, for names that Pillow's own font cannot show
+FONTS = (
+    "NotoSansCJK-Regular.ttc", "NotoSansSC-Regular.otf", "wqy-microhei.ttc", "wqy-zenhei.ttc",
+    "msyh.ttc", "simhei.ttf", "PingFang.ttc", "Hiragino Sans GB.ttc", "DejaVuSans.ttf",
+    "Arial Unicode.ttf", "arial.ttf",
+)  # fmt: skip
 
 
 def thumbnail(image: Image.Image) -> Image.Image:
@@ -20,19 +27,39 @@ def contact_sheet(
 ) -> Image.Image:
     """A grid with column titles above and each row's name below it; images keep their aspect.
 
-    A cell is as large as the largest image, but at most `largest` pixels.
+    A cell is as wide as the longest side of all images, but at most `largest` pixels.
     """
     cell = min(max(max(image.size) for row in rows for image in row), largest)
     line, gap = 16, 6
-    width, height = len(columns) * (cell + gap) + gap, len(rows) * (cell + line + gap) + line
+    small = [[ImageOps.contain(image, (cell, cell)) for image in row] for row in rows]
+    heights = [max(image.height for image in row) for row in small]
+    width, height = (
+        len(columns) * (cell + gap) + gap,
+        sum(heights) + len(rows) * (line + gap) + line,
+    )
     sheet = Image.new("RGB", (width, height), "white")
-    pen = ImageDraw.Draw(sheet)
+    pen, y = ImageDraw.Draw(sheet), line
     for j, column in enumerate(columns):
         pen.text((gap + j * (cell + gap), 3), column, fill="black")
-    for i, (row, name) in enumerate(zip(rows, names)):
-        y = line + i * (cell + line + gap)
+    for row, tall, name in zip(small, heights, names):
         for j, image in enumerate(row):
-            sheet.paste(ImageOps.contain(image, (cell, cell)), (gap + j * (cell + gap), y))
-        label = ascii(name)[1:-1]  # the built-in font has little beyond ASCII
-        pen.text((gap, y + cell + 1), label if len(label) <= 72 else label[:69] + "...", "#444444")
+            sheet.paste(image, (gap + j * (cell + gap), y))
+        label, font = lettering(name)
+        label = label if len(label) <= 72 else label[:69] + "..."
+        pen.text((gap, y + tall + 1), label, "#444444", font=font)
+        y += tall + line + gap
     return sheet
+
+
+def lettering(name: str) -> tuple[str, ImageFont.FreeTypeFont | ImageFont.ImageFont]:
+    """What to draw of a name, and with which font: escapes where no font here has its letters."""
+    usual = ImageFont.load_default()
+    if name.isascii() and name.isprintable():
+        return name, usual
+    for file in FONTS if name.isprintable() else ():
+        with contextlib.suppress(OSError, ImportError):
+            font = ImageFont.truetype(file, 11)
+            missing = bytes(font.getmask("\U0010fffe"))
+            if all(bytes(font.getmask(letter)) != missing for letter in {*name} - {" "}):
+                return name, font
+    return ascii(name)[1:-1], usual

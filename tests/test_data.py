@@ -18,7 +18,7 @@ import check_data
 import data
 from config import TrainConfig
 from data import Geometry, PairDataset, apply, change_mask, draw_geometry
-from pairing import images
+from pairing import images, sheet
 from pairing.images import (
     Frame,
     further_pages,
@@ -881,6 +881,34 @@ def test_names_to_leave_out(tmp_path):
             names_in([file], known, "--x")
     with pytest.raises(FileNotFoundError, match=f"^--x {tmp_path} is not a file of names"):
         names_in([tmp_path], known, "--x")
+
+
+def test_a_sheet_s_rows_are_as_high_as_their_images_and_named_in_letters(monkeypatch):
+    """Escapes only where no font has the letters."""
+    wide, tall = Image.new("RGB", (60, 20)), Image.new("RGB", (30, 60))
+    made = sheet.contact_sheet([[wide, wide], [tall, wide]], ["x", "y"], ["a", "b"])
+    assert made.size == (2 * (60 + 6) + 6, 16 + (20 + 22) + (60 + 22))
+    has, asked = {"日": b"sun", "本": b"book", "\U0010fffe": b"none"}, []
+
+    class Font:
+        getmask = staticmethod(lambda letter: has.get(letter, b"none"))
+
+    usual = sheet.ImageFont.truetype
+
+    def truetype(file, *how, **more):
+        if not isinstance(file, str):  # Pillow's own font
+            return usual(file, *how, **more)
+        asked.append(file)
+        if file != sheet.FONTS[1]:
+            raise OSError("cannot open resource")
+        return Font()
+
+    monkeypatch.setattr(sheet.ImageFont, "truetype", truetype)
+    assert sheet.lettering("plain name")[0] == "plain name" and not asked
+    name, font = sheet.lettering("日本 日")
+    assert name == "日本 日" and isinstance(font, Font) and asked == [*sheet.FONTS[:2]]
+    assert sheet.lettering("日д")[0] == r"\u65e5\u0434"
+    assert sheet.lettering("日\n")[0] == r"\u65e5\n"
 
 
 def test_a_clean_set_is_status_0(tmp_path, capsys):
