@@ -156,8 +156,8 @@ def merge_into(args: argparse.Namespace, folder: Path) -> str:
     dtype, dot = DTYPES[args.dtype], f".{args.variant}" if args.variant else ""
     parts, metadata = read_lora(args.lora)
     m = multiplier(metadata, args.strength)
-    if not math.isfinite(m):
-        raise ValueError(f"--strength must be a finite number, got {args.strength}")
+    if not abs(args.strength) <= 1e6:  # in this form NaN is refused too
+        raise ValueError(f"--strength must be a finite number within ±1000000, got {args.strength}")
     # concat becomes a model for diffusers' InstructPix2Pix pipeline
     if metadata.get("objective") not in (None, "concat", *PORTABLE):
         warnings.warn(

@@ -64,7 +64,7 @@ class TextEncoder(nn.Module):
                 for words in tokenizers
             ]
             ids.append(torch.cat([of_one.input_ids for of_one in padded], dim=1))
-            whole = zip(*(map(len, words(some).input_ids) for words in tokenizers))
+            whole = zip(*(map(len, words(some, verbose=False).input_ids) for words in tokenizers))
             cut += [(max(n), prompt) for n, prompt in zip(whole, some) if max(n) > length]
         if cut:
             more = f" and {len(cut) - 1} more" if len(cut) > 1 else ""
