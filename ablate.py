@@ -31,7 +31,7 @@ from functools import partial
 from pathlib import Path
 
 from ablating import comparison
-from ablating.arms import NEEDED, judge_parser, read_arms
+from ablating.arms import NEEDED, read_arms
 from ablating.jobs import (
     SHOWN,
     Job,
@@ -57,8 +57,7 @@ from durable import (
     write_json,
     write_text,
 )
-from editing.flags import check
-from evaluate import find_held_out
+from evaluate import check_flags, find_held_out, make_parser
 from pairing.images import listed
 
 ROOT = Path(__file__).parent
@@ -198,9 +197,9 @@ def ablate(
     ways = {tuple(arm.evaluate): arm for arm in reversed(arms)}  # the first arm of each
     for arm in ways.values():  # fail before hours of training rather than after
         where = f"{path}:{arm.line}: evaluate.py for {arm.name}"
-        args = judge_parser(where).parse_args([*NEEDED[:2], *arm.evaluate])
+        args = make_parser(where).parse_args([*NEEDED[:2], *arm.evaluate])
         try:
-            check(args)
+            check_flags(args)
             find_held_out(args)
         except (ValueError, OSError) as error:
             raise ValueError(f"{where}: {error}") from error

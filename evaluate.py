@@ -16,7 +16,7 @@ import argparse
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -72,8 +72,9 @@ class HeldOut(NamedTuple):
                             for pair in some])  # fmt: skip
 
 
-def find_held_out(args: argparse.Namespace) -> HeldOut:
-    """Errors as in `find_pairs`; ValueError for invalid flags."""
+def check_flags(args: argparse.Namespace) -> None:
+    """ValueError for flags that make no sense, or an --out among the images."""
+    check(args)
     if len(args.between_dirs) != len(args.between_times):
         raise ValueError(
             f"--between_dirs has {len(args.between_dirs)} folders, "
@@ -95,6 +96,10 @@ def find_held_out(args: argparse.Namespace) -> HeldOut:
     folders += [("--outcome_dirs", folder) for folder in args.outcome_dirs]
     folders = [(flag, folder) for flag, folder in folders if folder is not None]
     refuse_among([("--out", args.out), ("--out", Path(args.out, "pictures"))], folders)
+
+
+def find_held_out(args: argparse.Namespace) -> HeldOut:
+    """Errors as in `find_pairs`; ValueError too for one folder given twice."""
     for flags, some in (
         ("--after_data_dir and --outcome_dirs", [args.after_data_dir, *args.outcome_dirs]),
         ("--between_dirs", args.between_dirs),
@@ -175,22 +180,14 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
         drawn = [edited[wanted.index(1.0)]]
         drawn += [draw(strengths=[1.0], seeds=more)[0] for more in seeds[1:]]
         for k, item in enumerate(items):
-            at = {s: eight_bit(some[k]) for s, some in zip(wanted, edited)}
             i = len(rows)
-            seen = {side: round_trip(pipe, item[side], whole) for side in ("before", "after")}
-            row, shown = compare(item, seen, at, strengths, cfg.keep_detail)
+            at = {s: eight_bit(some[k]) for s, some in zip(wanted, edited)}
+            draws = [eight_bit(some[k]) for some in drawn]
+            states = {time: others[i]["after"] for time, others in between.items()}
+            truths = [others[i]["after"] for others in outcomes]
+            copy = partial(round_trip, pipe, frame=whole)
+            row, shown = judge_pair(item, at, draws, states, truths, copy, strengths, cfg)
             row["spearman"] = math.nan if lined else spearman(strengths, row["progress"])
-            if between:
-                truths = {time: eight_bit(others[i]["after"]) for time, others in between.items()}
-                row["between"] = compare_between(at, truths, eight_bit(item["before"]))
-            if len(drawn) > 1:
-                truths = [round_trip(pipe, others[i]["after"], whole) for others in outcomes]
-                truths, same = [seen["after"], *truths], seen["before"]
-                if cfg.keep_detail:
-                    same = eight_bit(item["before"])
-                    truths = [as_edited(same, seen["before"], truth) for truth in truths]
-                draws = [eight_bit(some[k]) for some in drawn]
-                row["samples"] = judge_samples(same, draws, truths)
             rows.append({"name": pairs[i].name, **row})
             if i < max(SHEET, args.pictures):
                 pictures.append([to_image(2 * x - 1) for x in shown])
@@ -217,6 +214,34 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
     }
     warn_of_gaps(result, masked=args.mask_dir is not None)
     return result, pictures
+
+
+def judge_pair(
+    item: dict,
+    at: dict[float, Tensor],
+    draws: list[Tensor],
+    states: dict[float, Tensor],
+    truths: list[Tensor],
+    copy: Callable[[Tensor], Tensor],
+    strengths: list[float],
+    cfg: EditConfig,
+) -> tuple[dict, list[Tensor]]:
+    """Metrics and images of a pair. Of its edits, in 8 bits: `at` each strength, and several
+    `draws` at 1, if there are. True images in [-1, 1]: `states` in between by their times, other
+    `truths`. `copy`: what the autoencoder makes of an image."""
+    seen = {side: copy(item[side]) for side in ("before", "after")}
+    row, shown = compare(item, seen, at, strengths, cfg.keep_detail)
+    before = eight_bit(item["before"])
+    if states:
+        true = {time: eight_bit(state) for time, state in states.items()}
+        row["between"] = compare_between(at, true, before)
+    if len(draws) > 1:
+        outcomes, same = [seen["after"], *map(copy, truths)], seen["before"]
+        if cfg.keep_detail:
+            outcomes = [as_edited(before, same, outcome) for outcome in outcomes]
+            same = before
+        row["samples"] = judge_samples(same, draws, outcomes)
+    return row, shown
 
 
 def resolution_of(cfg: EditConfig, pipe: Pipeline) -> int:
@@ -274,8 +299,8 @@ def as_edited(before: Tensor, seen: Tensor, truth: Tensor) -> Tensor:
     return eight_bit(keep_detail(*images)[0])
 
 
-def make_parser() -> Parser:
-    parser = Parser(prog="evaluate.py", description=__doc__.split("\n")[0])
+def make_parser(prog: str = "evaluate.py") -> Parser:
+    parser = Parser(prog=prog, description=__doc__.split("\n")[0])
     add_common_flags(parser)
     add_edit_flags(parser)
     parser.add_argument(
@@ -315,7 +340,7 @@ def run(args: argparse.Namespace) -> None:
     """Evaluates, writes the folder and prints the table."""
     if args.lora is None:
         raise ValueError("--lora is missing: pass the folder of a run, or a LoRA file")
-    check(args)
+    check_flags(args)
     out, trained = Path(args.out), Path(args.lora)
     refuse_others(out, ("evaluation.md", "sheet.png", "pictures"), "evaluation.json")
     result, pictures = evaluate(args)

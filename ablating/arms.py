@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import cli
 import evaluate
-from cli import Parser
 
 OURS = {  # not allowed in an arm: set by ablate.py, for a single chosen run, or --help
     "train": {"--seed", "--output_dir", "--overwrite", "--no-overwrite", "-h", "--help",
@@ -58,13 +57,6 @@ def read_lines(path: Path) -> list[tuple[int, str, list[str]]]:
     return lines
 
 
-def judge_parser(prog: str) -> Parser:
-    """The parser of evaluate.py, with `prog` as the prefix of its errors."""
-    parser = evaluate.make_parser()
-    parser.prog = prog
-    return parser
-
-
 def read_arms(path: Path) -> list[Arm]:
     """The arms in order. A ValueError or exit names the file and line of a mistake."""
     common, shared, own, arms = [], [], {}, {}
@@ -91,7 +83,7 @@ def read_arms(path: Path) -> list[Arm]:
         if kind == "train":  # reports an unknown flag or a wrong value with its line
             cli.make_parser(here).parse_args(words)
         else:  # required flags may be in another line
-            judge_parser(here).parse_args([*NEEDED, *words])
+            evaluate.make_parser(here).parse_args([*NEEDED, *words])
     if not arms:
         raise ValueError(f"{path} has no arms; expected lines `name: --flag value ...`")
     if not shared:

@@ -17,10 +17,10 @@ from typing import NamedTuple
 import cli
 import evaluate
 from ablating import comparison
-from ablating.arms import NEEDED, Arm, judge_parser
+from ablating.arms import NEEDED, Arm
 from config import TrainConfig
 from durable import file_sha256, read_or_empty
-from evaluate import find_held_out
+from evaluate import find_held_out, make_parser
 from model.files import weights_mark
 from model.lora_files import lora_path
 from model.schedule import Schedule
@@ -35,7 +35,7 @@ SHOWN = 6  # pairs of each run in the ablation's sheet
 
 DATA = ("before_data_dir", "after_data_dir", "mask_dir", "instance_data_dir", "frames_dir",
         "frame_stride", "sequence_dirs", "sequence_times", "allow_unmatched", "use_image_pairs",
-        "validation_pairs", "max_pairs")  # fmt: skip
+        "exclude_from", "validation_pairs", "max_pairs")  # fmt: skip
 HOW = {"output_dir", *ONCE}  # where and how a run is opened
 
 
@@ -143,7 +143,7 @@ def lora_sha256(run_or_file: str | None) -> str | None:
 def judged_on(flags: tuple[str, ...]) -> str | None:
     """The fingerprint of the held-out pairs that evaluate.py finds with these flags."""
     with contextlib.suppress(OSError, ValueError):
-        args = judge_parser("").parse_args([*NEEDED[:2], *flags])
+        args = make_parser().parse_args([*NEEDED[:2], *flags])
         return find_held_out(args).fingerprint()
 
 

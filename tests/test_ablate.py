@@ -31,9 +31,11 @@ from ablating.jobs import (
     noise_schedule,
     trained_on,
 )
+from config import TrainConfig
 from model import memory
 from reporting import md
 from tests.pairs import write_pairs
+from training.inputs import find_data
 
 ROOT = Path(__file__).parents[1]
 ARMS_FILES = sorted((ROOT / "experiments").glob("*.txt"))
@@ -635,6 +637,31 @@ def test_other_class_images_are_another_run(lab, tmp_path, pairs, capsys):
 def test_an_arm_that_goes_on_with_what_was_changed_is_kept(lab):
     assert lab.run("a: --resume_changed\n") == 0
     assert lab.run("a: --resume_changed\n") == 0 and not lab.started
+
+
+def test_a_run_is_asked_for_all_fields_that_say_what_it_trains_on(tmp_path):
+    """Else an arm with another one would be trained again each time, or never."""
+    pairs = write_pairs(tmp_path / "pairs", 3, 16)
+    (names := tmp_path / "names.txt").write_text("1\n")
+    read = set()
+
+    class Asked:
+        def __init__(self, cfg):
+            self.cfg = cfg
+
+        def __getattr__(self, name):
+            read.add(name)
+            return getattr(self.cfg, name)
+
+    before, after = str(pairs / "before"), str(pairs / "after")
+    for source in (
+        {"before_data_dir": before, "after_data_dir": after, "mask_dir": str(pairs / "mask")},
+        {"sequence_dirs": (before, str(pairs / "mask"), after)},
+        {"instance_data_dir": after},
+    ):
+        find_data(Asked(TrainConfig(**source, exclude_from=(str(names),), validation_pairs=1)))
+    only_shown_or_refused = {"validation_images", "num_validation_images", "mask_from_change"}
+    assert "exclude_from" in read and read <= {*jobs.DATA, *only_shown_or_refused}
 
 
 @pytest.mark.parametrize("flag", ["base_lora", "init_lora"])
