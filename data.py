@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageColor
 from torch import Tensor
 
+from pairing.hashes import file_hashes
 from pairing.holes import filled, holes_of, union
 from pairing.images import by, image_size, listed, load_image, load_mask, to_tensor
-from pairing.pairs import Pair, file_hashes, find_pairs  # noqa: F401, a data set's two steps are at hand together
+from pairing.pairs import Pair, find_pairs  # noqa: F401, a data set's two steps are at hand together
 from pairing.registration import MAX_ASPECT, aspect_gap
 
 

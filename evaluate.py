@@ -49,8 +49,9 @@ from model.detail import keep_detail
 from model.draws import seed_for
 from model.lora_files import lora_path
 from model.pipeline import Pipeline, decode, encode
+from pairing.hashes import fingerprint, image_hashes
 from pairing.images import by, eight_bit, image_size, to_image
-from pairing.pairs import SIDES, Pair, find_pairs, fingerprint, image_hashes, refuse_among
+from pairing.pairs import SIDES, Pair, find_pairs, refuse_among
 from pairing.registration import MAX_ASPECT, aspect_gap
 from progress import no_bars
 from report import write_report

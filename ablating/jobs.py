@@ -25,7 +25,8 @@ from model.files import weights_mark
 from model.lora_files import lora_path
 from model.schedule import Schedule
 from model.weights import load_scheduler_config
-from pairing.pairs import find_singles, fingerprint
+from pairing.hashes import fingerprint
+from pairing.pairs import find_singles
 from reporting import judging, measures
 from revision import ROOT, other_code
 from training.inputs import find_data

@@ -19,6 +19,7 @@ import data
 from config import TrainConfig
 from data import Geometry, PairDataset, apply, change_mask, draw_geometry
 from pairing import images, sheet
+from pairing.hashes import file_hash, fingerprint
 from pairing.images import (
     Frame,
     further_pages,
@@ -31,11 +32,9 @@ from pairing.images import (
 from pairing.pairs import (
     SUFFIXES,
     Pair,
-    file_hash,
     find_images,
     find_pairs,
     find_singles,
-    fingerprint,
     names_in,
     refuse_among,
     unmatched,

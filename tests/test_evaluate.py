@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 import evaluate
-from pairing.pairs import find_pairs, image_hashes
+from pairing.hashes import image_hashes
+from pairing.pairs import find_pairs
 from reporting import judging, measures
 from scenes.render import write_pairs
 from tests.test_sample import write_lora

@@ -18,7 +18,8 @@ import data
 from data import PairDataset
 from model.draws import Pick, draw
 from model.memory import GIB
-from pairing.pairs import Pair, file_hash, find_pairs
+from pairing.hashes import file_hash
+from pairing.pairs import Pair, find_pairs
 from tests.pairs import write_pairs
 from training import rows as row_tables
 from training.latents import Latents, cache_latents, one_ahead
@@ -275,7 +276,7 @@ def test_a_damaged_shard_is_made_again_with_a_warning(five, tmp_path, damage, pl
 
 def test_files_are_hashed_once_not_once_per_view(five, tmp_path, monkeypatch):
     hashed = []
-    monkeypatch.setattr("pairing.pairs.file_hash", lambda p: hashed.append(p) or file_hash(p))
+    monkeypatch.setattr("pairing.hashes.file_hash", lambda p: hashed.append(p) or file_hash(p))
     cached(five, tmp_path, views=3)
     assert sorted(hashed) == sorted(p for pair in five for p in (pair.before, pair.after))
 

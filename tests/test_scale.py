@@ -17,8 +17,9 @@ from data import PairDataset
 from model.draws import draw, shuffled
 from model.weights import load_text
 from pairing import images
+from pairing.hashes import file_hash, fingerprint
 from pairing.images import image_size
-from pairing.pairs import file_hash, find_pairs, fingerprint
+from pairing.pairs import find_pairs
 from tests.pairs import write_pairs
 from tests.small import losses as losses_of
 from tests.small import small
@@ -110,7 +111,9 @@ def test_every_file_is_opened_once_for_its_size_and_read_once(captioned, monkeyp
     dataset = make_dataset(TrainConfig(**dirs, resolution=16), pairs)
     assert dataset.views == 1 and len(dataset) == 5 and len(sizes) == len(set(sizes)) == 10
     expected = fingerprint(pairs)
-    monkeypatch.setattr("pairing.pairs.file_hash", lambda path: hashed.append(path) or digest(path))
+    monkeypatch.setattr(
+        "pairing.hashes.file_hash", lambda path: hashed.append(path) or digest(path)
+    )
     assert fingerprint(pairs, dataset.hashes) == fingerprint(pairs, dataset.hashes) == expected
     assert len(hashed) == 10
 

@@ -35,13 +35,17 @@ ARROWS = {
     "pairing.sheet": [],
     "pairing.holes": ["pairing.images"],
     "pairing.registration": [],
-    "pairing.pairs": ["durable", "pairing.images"],
+    "pairing.pairs": ["pairing.images"],
+    "pairing.hashes": ["durable", "pairing.images", "pairing.pairs"],
     "pairing.sequences": ["pairing.images", "pairing.pairs"],
     "pairing.checking": [
         "pairing.holes", "pairing.images", "pairing.pairs", "pairing.registration",
         "pairing.sequences",
     ],
-    "data": ["pairing.holes", "pairing.images", "pairing.pairs", "pairing.registration"],
+    "data": [
+        "pairing.hashes", "pairing.holes", "pairing.images", "pairing.pairs",
+        "pairing.registration",
+    ],
     "reporting.md": [],
     "reporting.evaluation": ["durable", "pairing.sheet", "reporting.md"],
     "training.stop": [],
@@ -169,7 +173,7 @@ ARROWS = {
     ],
     "training.gather": [
         "config", "data", "runs", "model.files", "model.objectives", "model.schedule",
-        "model.weights", "pairing.pairs", "training.adapting", "training.checkpoint",
+        "model.weights", "pairing.hashes", "training.adapting", "training.checkpoint",
         "training.class_images", "training.doubts", "training.inputs", "training.prompts",
         "training.ranks", "training.session",
     ],
@@ -203,13 +207,13 @@ ARROWS = {
     "ablating.arms": ["cli", "evaluate"],
     "ablating.jobs": [
         "cli", "config", "durable", "evaluate", "ablating.arms", "ablating.comparison",
-        "model.files", "model.lora_files", "model.schedule", "model.weights", "pairing.pairs",
-        "reporting.judging", "reporting.measures", "revision", "training.inputs",
+        "model.files", "model.lora_files", "model.schedule", "model.weights", "pairing.hashes",
+        "pairing.pairs", "reporting.judging", "reporting.measures", "revision", "training.inputs",
         "training.session",
     ],
     "ablate": [
         "cli", "config", "durable", "evaluate", "ablating.arms", "ablating.comparison",
-        "ablating.jobs", "editing.flags", "pairing.images",
+        "ablating.jobs", "pairing.images",
     ],
 }  # fmt: skip
 ROOTS = ("check_data", "hub", "sample", "train", "evaluate", "ablate")  # what a user starts

@@ -17,7 +17,7 @@ from model.files import is_local, moved_note
 from model.objectives import OBJECTIVES, Knobs, Task
 from model.schedule import Schedule
 from model.weights import bare_unet, load_scheduler_config
-from pairing.pairs import fingerprint, image_hashes
+from pairing.hashes import fingerprint, image_hashes
 from runs import Run
 from training.adapting import Given, prepare, read_given
 from training.checkpoint import lora_metadata
