@@ -7,7 +7,7 @@ names_in                names of pairs to leave out, from text files
 
 import os
 import unicodedata
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,10 +74,12 @@ def refuse_among(
     for flag, folder in folders:
         if not os.path.isdir(folder):
             continue
-        files, top = find_images(folder, flag), Path(folder)
-        searched = {top, *(file.parent for file in files)}
-        searched |= {one for parent in searched for one in parent.parents if top in one.parents}
-        searched, real = set(map(os.path.realpath, searched)), real_folders(files)
+        searched, real = set(), set()  # where its images are sought; where linked ones are
+        for inside, _, place, entry in _walk(folder, flag):
+            if entry is None:
+                searched.add(str(place))
+            elif entry.is_symlink() and Path(entry.name).suffix.lower() in SUFFIXES:
+                real |= real_folders([inside / entry.name])
         for output, out in outs:
             there = os.path.realpath(out)
             if there in real or searched & {there, *map(str, Path(there).parents)}:
@@ -102,32 +104,39 @@ def existing(folder: Path | str, flag: str) -> Path:
     return folder
 
 
-def _files(folder: Path | str, flag: str) -> list[Path]:
-    """All files at any depth except hidden ones, sorted by relative path."""
-    folder = existing(folder, flag)
-    found, links = [], 0
+def _walk(folder: Path | str, flag: str) -> Iterator[tuple[Path, str, Path, os.DirEntry | None]]:
+    """The folder and those in it, links followed, except hidden ones: (folder, its path inside the
+    first, its real path, None), then the same with each of its files."""
+    folder, links = existing(folder, flag), 0
 
-    def walk(inside: Path, prefix: str, above: frozenset[Path]) -> None:
+    def walk(inside: Path, prefix: str, above: frozenset[Path]) -> Iterator:
         nonlocal links
         real = inside.resolve()
         if real in above:  # a link back to a folder we are in
             return
+        yield inside, prefix, real, None
         with os.scandir(inside) as entries:  # gives most file types without a stat call
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                path, link = inside / entry.name, entry.is_symlink()
-                if path.is_dir() if link else entry.is_dir():
+                path, link = entry.path, entry.is_symlink()
+                if os.path.isdir(path) if link else entry.is_dir():  # a link may be circular
                     if (links := links + link) > MAX_LINKS:
                         raise ValueError(
                             f"{flag} {listed([folder])} has more than {MAX_LINKS} linked folders"
                         )
-                    walk(path, f"{prefix}{entry.name}/", above | {real})
+                    yield from walk(inside / entry.name, f"{prefix}{entry.name}/", above | {real})
                 # a dangling link is listed, so that loading reports it; a pipe would block reading
                 elif link or entry.is_file():
-                    found.append((prefix + entry.name, path))
+                    yield inside, prefix, real, entry
 
-    walk(folder, "", frozenset())
+    return walk(folder, "", frozenset())
+
+
+def _files(folder: Path | str, flag: str) -> list[Path]:
+    """All files at any depth except hidden ones, sorted by relative path."""
+    found = [(prefix + entry.name, inside / entry.name)
+             for inside, prefix, _, entry in _walk(folder, flag) if entry is not None]  # fmt: skip
     return [path for _, path in sorted(found)]
 
 
