@@ -57,8 +57,9 @@ from durable import (
     write_json,
     write_text,
 )
-from evaluate import check_flags, find_held_out, make_parser
+from evaluate import check_flags, make_parser
 from pairing.images import listed
+from reporting.held_out import find_held_out
 
 ROOT = Path(__file__).parent
 

@@ -14,13 +14,11 @@ what is mirrored there counts again. The same command gives the same bytes.
 
 import argparse
 import math
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -29,7 +27,7 @@ from tqdm import tqdm
 
 from cli import Parser, run_program
 from data import PairDataset
-from durable import file_sha256, read_or_empty, refuse_others
+from durable import file_sha256, refuse_others
 from editing.config import EditConfig, nodata_of, objective_of, prompt_of
 from editing.edits import batches, edit_pixels, fades
 from editing.flags import (
@@ -49,28 +47,15 @@ from model.detail import keep_detail
 from model.draws import seed_for
 from model.lora_files import lora_path
 from model.pipeline import Pipeline, decode, encode
-from pairing.hashes import fingerprint, image_hashes
-from pairing.images import by, eight_bit, image_size, to_image
-from pairing.pairs import SIDES, Pair, find_pairs, refuse_among
-from pairing.registration import MAX_ASPECT, aspect_gap
+from pairing.hashes import image_hashes
+from pairing.images import eight_bit, to_image
+from pairing.pairs import SIDES, refuse_among
 from progress import no_bars
 from report import write_report
 from reporting.evaluation import SHEET, table, write
+from reporting.held_out import find_held_out, same_ground, training_images
 from reporting.judging import collect, compare, compare_between, judge_samples
 from reporting.measures import spearman
-
-# ---- the run -------------------------------------------------------------------------------------
-
-
-class HeldOut(NamedTuple):
-    pairs: list[Pair]
-    between: list[list[Pair]]  # for each of --between_times
-    outcomes: list[list[Pair]]  # for each of --outcome_dirs
-
-    def fingerprint(self) -> str:
-        """One hash of all images that the LoRA is judged by."""
-        return fingerprint([pair for some in (self.pairs, *self.between, *self.outcomes)
-                            for pair in some])  # fmt: skip
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -97,45 +82,6 @@ def check_flags(args: argparse.Namespace) -> None:
     folders += [("--outcome_dirs", folder) for folder in args.outcome_dirs]
     folders = [(flag, folder) for flag, folder in folders if folder is not None]
     refuse_among([("--out", args.out), ("--out", Path(args.out, "pictures"))], folders)
-
-
-def find_held_out(args: argparse.Namespace) -> HeldOut:
-    """Errors as in `find_pairs`; ValueError too for one folder given twice."""
-    for flags, some in (
-        ("--after_data_dir and --outcome_dirs", [args.after_data_dir, *args.outcome_dirs]),
-        ("--between_dirs", args.between_dirs),
-    ):
-        if len({os.path.realpath(folder) for folder in some}) < len(some):
-            raise ValueError(f"two folders of {flags} are the same; expected one for each truth")
-
-    def found(flag: str, folder: str, mask_dir: str | None = None) -> list[Pair]:
-        flags = SIDES[0], flag
-        return find_pairs(
-            args.before_data_dir, folder, mask_dir=mask_dir, allow_unmatched=None, flags=flags
-        )
-
-    return HeldOut(
-        found(SIDES[1], args.after_data_dir, args.mask_dir),
-        [found("--between_dirs", folder) for folder in args.between_dirs],
-        [found("--outcome_dirs", folder) for folder in args.outcome_dirs],
-    )
-
-
-def training_images(lora: str) -> set[str]:
-    """The `image_hashes` of the pairs this LoRA was trained on, if its run's folder has them."""
-    folder = Path(lora) if Path(lora).is_dir() else Path(lora).parent
-    if not (folder / "revision.json").exists():
-        folder = folder.parent  # of a checkpoint
-    hashes = read_or_empty(folder / "revision.json").get("images")
-    return {one for one in hashes if isinstance(one, str)} if isinstance(hashes, list) else set()
-
-
-def same_ground(pairs: list[Pair], others: list[Pair], native_scale: bool) -> None:
-    """ValueError if a truth, cropped for itself, would not show what the after image shows."""
-    for pair, other in zip(pairs, others):
-        own, its = image_size(pair.after), image_size(other.after)
-        if (native_scale and own != its) or aspect_gap(own, its) > MAX_ASPECT:
-            raise ValueError(f"{other.after} is {by(its)}, but {pair.after} is {by(own)}")
 
 
 def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:

@@ -20,7 +20,7 @@ from ablating import comparison
 from ablating.arms import NEEDED, Arm
 from config import TrainConfig
 from durable import file_sha256, read_or_empty
-from evaluate import find_held_out, make_parser
+from evaluate import make_parser
 from model.files import weights_mark
 from model.lora_files import lora_path
 from model.schedule import Schedule
@@ -28,6 +28,7 @@ from model.weights import load_scheduler_config
 from pairing.hashes import fingerprint
 from pairing.pairs import find_singles
 from reporting import judging, measures
+from reporting.held_out import find_held_out
 from revision import ROOT, other_code
 from training.inputs import find_data
 from training.session import ONCE

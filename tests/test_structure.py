@@ -71,6 +71,9 @@ ARROWS = {
     "model.detail": [],
     "model.draws": [],
     "reporting.measures": [],
+    "reporting.held_out": [
+        "durable", "pairing.hashes", "pairing.images", "pairing.pairs", "pairing.registration",
+    ],
     "reporting.judging": ["pairing.images", "pairing.registration", "reporting.measures"],
     "model.optim": [],
     "training.rows": ["model.memory", "pairing.images"],
@@ -208,12 +211,12 @@ ARROWS = {
     "ablating.jobs": [
         "cli", "config", "durable", "evaluate", "ablating.arms", "ablating.comparison",
         "model.files", "model.lora_files", "model.schedule", "model.weights", "pairing.hashes",
-        "pairing.pairs", "reporting.judging", "reporting.measures", "revision", "training.inputs",
-        "training.session",
+        "pairing.pairs", "reporting.held_out", "reporting.judging", "reporting.measures",
+        "revision", "training.inputs", "training.session",
     ],
     "ablate": [
         "cli", "config", "durable", "evaluate", "ablating.arms", "ablating.comparison",
-        "ablating.jobs", "pairing.images",
+        "ablating.jobs", "pairing.images", "reporting.held_out",
     ],
 }  # fmt: skip
 ROOTS = ("check_data", "hub", "sample", "train", "evaluate", "ablate")  # what a user starts
