@@ -138,9 +138,9 @@ data/random_base/.done: scenes/random_base.py model/unet.py $(wildcard scenes/ba
 base: $(READY) ## retrain the embedded base model (two hours on two CPU cores)
 	$(PY) -m scenes.train_base --out $(call quote,$(or $(OUT),scenes/base)) $(ARGS)
 
-sample: $(READY) ## apply a LoRA to new before images: RUN= INPUT= STRENGTH=
+sample: $(READY) ## apply a LoRA to new before images: RUN= INPUT= STRENGTH= [MASK=]
 	$(if $(call given,INPUT)$(BEFORE),,@echo 'no INPUT=: on $(INPUT)')
-	$(PY) sample.py edit --lora $(call quote,$(RUN)) $(call flag,--input,$(INPUT)) \
+	$(PY) sample.py edit --lora $(call quote,$(RUN)) $(call flag,--input,$(INPUT)) $(call flag,--mask,$(MASK)) \
 	  --strength $(call quote,$(STRENGTH)) --out $(call quote,$(or $(OUT),samples)) \
 	  $(call flag,--model,$(call given,MODEL)) $(call flag,--prompt,$(PROMPT)) $(ARGS)
 

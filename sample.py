@@ -2,6 +2,7 @@
 
     python sample.py generate --prompt "..." --out DIR [--lora RUN_OR_FILE --strength 1]
     python sample.py edit --lora RUN_OR_FILE --input IMAGE_OR_DIR --strengths 0,0.5,1 --out DIR
+        [--mask IMAGE_OR_DIR]    white where the image may change
     python sample.py sweep --lora RUN_OR_FILE --input IMAGE_OR_DIR --sweep guidance=1,3,5 --out DIR
     python sample.py morph --lora RUN_OR_FILE --before IMAGE --after IMAGE --frames 9 --out DIR
 
@@ -38,21 +39,19 @@ from editing.flags import (
     warn_of_unread,
 )
 from editing.framing import frame_of, scale_in_doubt
+from editing.inputs import Input, find_inputs, open_input, read_sizes
 from knobs import kind_of
 from model.pipeline import Pipeline
 from model.samplers import SAMPLERS
 from model.unet import XL_SIDE
-from pairing.holes import cleared, filled, holes_of, kept
 from pairing.images import (
     colour_profile,
     further_pages,
     listed,
-    load_image,
     place_on_map,
     to_image,
     to_tensor,
 )
-from pairing.pairs import find_images, left_out, real_folders, refuse_among
 from pairing.sheet import contact_sheet, thumbnail
 from progress import no_bars
 
@@ -125,46 +124,13 @@ def leave_mark(args: argparse.Namespace, pipe: Pipeline) -> None:
     )
 
 
-def inputs_of(args: argparse.Namespace) -> tuple[list[Path], list[Path]]:
-    """The files of --input, and their paths below its folders without suffix.
-
-    ValueError or OSError if there are none, two share a stem, or --out would overwrite them.
-    """
-    files, stems, out = [], [], Path(args.out)
-    for source in map(Path, args.input):
-        if source.is_dir():
-            some, root = find_images(source, "--input"), source
-            if not some:
-                raise ValueError(f"--input {source} holds no images")
-            if others := left_out(source, "--input"):
-                print(
-                    f"--input: {len(others)} files that are not images are skipped: "
-                    f"{listed(others)}"
-                )
-            refuse_among([("--out", out)], [("--input", source)])
-        elif source.is_file():
-            some, root = [source], source.parent
-            if os.path.realpath(out) in real_folders(some) | {os.path.realpath(root)}:
-                raise ValueError(
-                    f"--out {out} is the folder of --input; results would overwrite it"
-                )
-        else:
-            raise FileNotFoundError(f"--input {source} does not exist")
-        files += some
-        stems += [file.relative_to(root).with_suffix("") for file in some]
-    if len(set(stems)) < len(stems):
-        twice = next(stem for stem in stems if stems.count(stem) > 1)
-        raise ValueError(f"--input {args.input[0]} has two images with the stem {twice}")
-    return files, stems
-
-
 def edit(args: argparse.Namespace) -> None:
     """Writes one image per input and strength, named after the input, and a contact sheet.
 
     With several --strengths, also a GIF and a strip per input. Each value of --sweep is a row of
     the sheet.
     """
-    out, (files, stems) = Path(args.out), inputs_of(args)
+    out, inputs = Path(args.out), find_inputs(args.input, args.mask, Path(args.out))
     strengths = args.strengths if args.strengths is not None else [args.strength]
     settings = variants(args)
     endings = [  # of an input's files: per setting, one per strength
@@ -174,10 +140,9 @@ def edit(args: argparse.Namespace) -> None:
         ]
         for _, tag, _ in settings
     ]
-    refuse_names(out, files, stems, [*chain(*endings), *(FILM if len(strengths) > 1 else ())])
-    sizes = [load_image(file).size for file in files]  # all are read before anything is written
-    places = [place_on_map(file) if args.format == "tif" else None for file in files]
-    if more := [file for file in files if further_pages(file)]:
+    refuse_names(out, inputs, [*chain(*endings), *(FILM if len(strengths) > 1 else ())])
+    sizes = read_sizes(inputs)
+    if more := [given.file for given in inputs if further_pages(given.file)]:
         warnings.warn(
             f"of files with several pages or frames the first is edited: {listed(more)}",
             stacklevel=2,
@@ -194,14 +159,10 @@ def edit(args: argparse.Namespace) -> None:
     background = pipe.meta.get("background", "white")
     columns = ["before", *(f"strength {s:g}" for s in strengths)]
     rows, names, differs = [], [], False  # rows of the sheet
-    bar = tqdm(total=len(files), desc=args.command, disable=no_bars())
+    bar = tqdm(total=len(inputs), desc=args.command, disable=no_bars())
     for part in batches(sizes, lambda size: min(cfg.batch_size, AT_ONCE // math.prod(size) or 1)):
-        images = [load_image(file, background) for file in files[part]]
-        holes = [holes_of(file, nodata_of(cfg, pipe), image)
-                 for file, image in zip(files[part], images)]  # fmt: skip
-        seen = [image if hole is None else filled(image, hole)
-                for image, hole in zip(images, holes)]  # fmt: skip
-        pixels = torch.stack([to_tensor(image) for image in seen])  # (b, 3, H, W)
+        opened = [open_input(given, background, nodata_of(cfg, pipe)) for given in inputs[part]]
+        pixels = torch.stack([to_tensor(one.seen) for one in opened])  # (b, 3, H, W)
         edited = [  # for each setting and strength b pictures, in 8 bits
             [list(map(to_image, at)) for at in edit_pixels(pipe, pixels, strengths, one)]
             for _, _, one in settings
@@ -209,31 +170,31 @@ def edit(args: argparse.Namespace) -> None:
         if not rows:  # not earlier: an objective may reject the base
             out.mkdir(parents=True, exist_ok=True)
             leave_mark(args, pipe)
-        for k, (file, stem, image) in enumerate(zip(files[part], stems[part], images)):
-            hole, how = holes[k], (places[part][k], colour_profile(file))
-            each = [[kept(image, hole, at[k]) for at in of_setting] for of_setting in edited]
+        for k, ((file, stem, _), one) in enumerate(zip(inputs[part], opened)):
+            how = place_on_map(file) if args.format == "tif" else None, colour_profile(file)
+            each = [[one.limited(at[k]) for at in of_setting] for of_setting in edited]
             (out / stem).parent.mkdir(parents=True, exist_ok=True)
             for ending, result in zip(chain(*endings), chain(*each)):
-                save_image(cleared(result, hole), out / f"{stem}{ending}", *how)
+                save_image(one.as_saved(result), out / f"{stem}{ending}", *how)
             if len(strengths) > 1 and not settings[0][1]:  # a sweep has its grid
                 between.save_gif(each[0], out / f"{stem}{FILM[0]}")
                 strip = contact_sheet(each, columns[1:], [str(stem)])
                 save_image(strip, out / f"{stem}{FILM[1]}")
             differs |= any(results != each[0] for results in each)
             for (label, _, _), results in zip(settings, each[: SHEET - len(rows)]):
-                rows.append([thumbnail(one) for one in (image, *results)])
+                rows.append([thumbnail(shown) for shown in (one.image, *results)])
                 names.append(f"{stem} {label}".strip())
             bar.update()
     bar.close()
     save_image(contact_sheet(rows, columns, names), out / "sheet.png")
     if len(settings) > 1 and not differs:
         warnings.warn(f"--sweep {args.sweep[0]} changes nothing for {objective}", stacklevel=2)
-    print(f"{len(files) * len(settings) * len(strengths)} images and sheet.png in {out}")
+    print(f"{len(inputs) * len(settings) * len(strengths)} images and sheet.png in {out}")
 
 
-def refuse_names(out: Path, files: list[Path], stems: list[Path], endings: list[str]) -> None:
+def refuse_names(out: Path, inputs: list[Input], endings: list[str]) -> None:
     """ValueError or FileExistsError if results, each a stem with an ending, cannot be written."""
-    for file, stem in zip(files, stems):
+    for file, stem, _ in inputs:
         if f"{stem}{endings[0]}".lower() == "sheet.png":
             raise ValueError(
                 f"--input {listed([file])} has the name of the contact sheet, which would "
@@ -243,7 +204,7 @@ def refuse_names(out: Path, files: list[Path], stems: list[Path], endings: list[
             raise ValueError(
                 f"--input {listed([file])}: the file names of its results are too long"
             )
-    results = (f"{stem}{ending}" for stem in stems for ending in endings)
+    results = (f"{given.stem}{ending}" for given in inputs for ending in endings)
     refuse_others(out, (*results, "sheet.png"), MARK)
 
 
@@ -323,6 +284,11 @@ def make_parser() -> Parser:
         sub.add_argument(
             "--input", required=True, nargs="+", metavar="IMAGE_OR_DIR", help="before images"
         )
+        sub.add_argument(
+            "--mask", metavar="IMAGE_OR_DIR",
+            help="white where an image may change, black where it stays as it is: a mask for all, "
+            "or a folder with one of each image's name [it may change everywhere]",
+        )  # fmt: skip
         sub.add_argument(
             "--strengths", type=numbers, metavar="0,0.5,1", help="edit at each of these strengths"
         )

@@ -245,16 +245,18 @@ def find_masks(
     mask_dir: Path | str,
     allow_unmatched: bool | None,
     exclude: Collection[str] = (),
+    flag: str = "--mask_dir",
 ) -> dict[str, Path]:
-    masks = _one_each(mask_dir, "--mask_dir", exclude)
+    """Name -> mask, of the masks in a folder. Arguments and errors as of `find_pairs`."""
+    masks = _one_each(mask_dir, flag, exclude)
     missing = [name for name in names if name not in masks]
     none = len(missing) == len(names)
     if none or (missing and not allow_unmatched):
-        hint = _case_hint(missing, list(masks)) + _format_hint(missing, mask_dir, "--mask_dir")
+        hint = _case_hint(missing, list(masks)) + _format_hint(missing, mask_dir, flag)
         if not none and allow_unmatched is not None:
             hint += "; --allow_unmatched accepts them"
         raise ValueError(
-            f"{len(missing)} of {len(names)} images have no mask in --mask_dir "
+            f"{len(missing)} of {len(names)} images have no mask in {flag} "
             f"{listed([mask_dir])}: {listed(missing)}{hint}"
         )
     return masks

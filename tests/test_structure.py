@@ -142,6 +142,9 @@ ARROWS = {
         "data", "editing.config", "model.memory", "model.objectives", "model.pipeline",
         "model.tiles", "pairing.images",
     ],
+    "editing.inputs": [
+        "pairing.holes", "pairing.images", "pairing.pairs", "pairing.registration",
+    ],
     "editing.edits": [
         "editing.config", "editing.framing", "model.detail", "model.memory", "model.objectives",
         "model.pipeline", "model.predict", "model.tiles",
