@@ -12,6 +12,7 @@ one sentence on stderr.
 """
 
 import argparse
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from durable import (
     write_text,
 )
 from pairing.checking import TILE, Report, by_clip, by_folder, check
-from pairing.images import listed
+from pairing.images import Reading, listed
 from pairing.pairs import by_name, left_out, lonely_captions, refuse_among, refuse_missing
 from pairing.sequences import is_clip
 from pairing.sheet import contact_sheet
@@ -65,6 +66,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--resolution must be {wanted}, got {args.resolution}")
     if args.nodata not in (None, *range(256)):
         raise ValueError(f"--nodata must be in 0..255, got {args.nodata}")
+    if args.value_range and not args.value_range[0] < args.value_range[1] < math.inf:
+        got = " ".join(f"{value:g}" for value in args.value_range)
+        raise ValueError(f"--value_range must be 2 rising, finite numbers, got {got}")
     if args.frame_stride < 1:
         raise ValueError(f"--frame_stride must be at least 1, got {args.frame_stride}")
     refuse_file(args.out, "--out")
@@ -73,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
     given = [*folders.values(), *([("--mask_dir", args.mask_dir)] if args.mask_dir else [])]
     refuse_among([("--out", args.out)], given)
     refuse_others(args.out, (SHEET, LISTS), TEXT)
+    how = Reading(nodata=args.nodata, value_range=args.value_range and tuple(args.value_range))
     masks, report = args.mask_dir and by_name(args.mask_dir, "--mask_dir"), Report()
     if args.frames_dir:
         places = by_clip(args.frames_dir, args.frame_stride, report)
@@ -86,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         report.note("files with other suffixes, skipped", *map(str, others))
     for flag, folder in folders.values():
         report.note("captions without an image", *map(str, lonely_captions(folder, flag)))
-    columns, names, rows = check(places, masks, args.resolution, report, args.nodata)
+    columns, names, rows = check(places, masks, args.resolution, report, how)
     args.out.mkdir(parents=True, exist_ok=True)
     write_aside(args.out / LISTS, report.write_lists)
     if report.found:
@@ -131,6 +136,10 @@ def main(argv: list[str] | None = None) -> int:
     add(
         "--nodata", type=int, metavar="N",
         help="value, 0..255, that means no data, besides what a file declares",
+    )  # fmt: skip
+    add(
+        "--value_range", type=float, nargs=2, metavar="X",
+        help="values that become black and white in files of more than 8 bits a colour",
     )  # fmt: skip
     add("--resolution", type=int, default=512, help="training size [%(default)s]")
     add(

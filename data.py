@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pairing.hashes import file_hashes
 from pairing.holes import filled, holes_of, union
-from pairing.images import by, image_size, listed, load_image, load_mask, to_tensor
+from pairing.images import USUAL, Reading, by, image_size, listed, load_image, load_mask, to_tensor
 from pairing.pairs import Pair, find_pairs  # noqa: F401, a data set's two steps are at hand together
 from pairing.registration import MAX_ASPECT, aspect_gap
 
@@ -114,8 +114,7 @@ class PairDataset(torch.utils.data.Dataset):
         native_scale: bool = False,
         views: int = 1,
         seed: int = 0,
-        background: str = "white",
-        nodata: int | None = None,
+        reading: Reading = USUAL,
         beside: Sequence[Sequence[Pair]] = (),
         change_masks: bool = False,
         fill_singles: bool = False,
@@ -130,15 +129,16 @@ class PairDataset(torch.utils.data.Dataset):
         if not 1 <= random_scale < float("inf"):
             raise ValueError(f"--random_scale is {random_scale}, expected 1 (off) or more")
         try:
-            ImageColor.getrgb(background)
+            ImageColor.getrgb(reading.background)
         except ValueError:
             raise ValueError(
-                f"--background is {background!r}, expected a colour such as white or #808080"
+                f"--background is {reading.background!r}, expected a colour such as white or "
+                "#808080"
             ) from None
         self.pairs, self.resolution, self.views, self.seed = list(pairs), resolution, views, seed
         self.center_crop, self.random_flip = center_crop, random_flip
         self.random_scale, self.native_scale = random_scale, native_scale
-        self.background, self.nodata = background, nodata
+        self.reading = reading
         self.beside = beside  # other states of the same places, which may lack data elsewhere
         self._opened: tuple[int, dict[str, Image.Image]] = -1, {}  # the last pair's images
         self.change_masks = change_masks  # for pairs without a mask file
@@ -260,7 +260,7 @@ class PairDataset(torch.utils.data.Dataset):
             pair, images = self.pairs[k], {}
             for side, path in pair.files.items():
                 mask = side == "mask"
-                images[side] = load_mask(path) if mask else load_image(path, self.background)
+                images[side] = load_mask(path) if mask else load_image(path, self.reading)
             fill = pair.before is not None or self.fill_singles
             holes = self.holes(k, images) if fill else []
             size = images["after"].size
@@ -283,7 +283,7 @@ class PairDataset(torch.utils.data.Dataset):
         pair = self.pairs[k]
         states = {path: images[side] for side, path in pair.files.items() if side != "mask"}
         states = {some[k].after: None for some in self.beside} | states
-        return [holes_of(path, self.nodata, image) for path, image in states.items()]
+        return [holes_of(path, self.reading, image) for path, image in states.items()]
 
     def forget(self) -> None:
         """Frees the last pair's images: training needs only the latents."""

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from cli import Parser, run_program
 from data import PairDataset
 from durable import file_sha256, refuse_others
-from editing.config import EditConfig, nodata_of, objective_of, prompt_of
+from editing.config import EditConfig, objective_of, prompt_of, reading_of
 from editing.edits import batches, edit_pixels, fades
 from editing.flags import (
     add_common_flags,
@@ -103,8 +103,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
         resolution=resolution,
         center_crop=True,
         native_scale=native,
-        background=pipe.meta.get("background", "white"),
-        nodata=nodata_of(cfg, pipe),
+        reading=reading_of(cfg, pipe.meta),
         beside=every,
     )
     for others in every[1:]:

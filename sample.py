@@ -26,7 +26,7 @@ from tqdm import tqdm
 from cli import Parser, run_program
 from durable import read_or_empty, refuse_others, save_image, write_json
 from editing import between
-from editing.config import EditConfig, nodata_of, objective_of, prompt_of
+from editing.config import EditConfig, objective_of, prompt_of, reading_of
 from editing.edits import batches, edit_pixels, finite
 from editing.flags import (
     add_common_flags,
@@ -41,6 +41,7 @@ from editing.flags import (
 from editing.framing import frame_of, scale_in_doubt
 from editing.inputs import Input, find_inputs, open_input, read_sizes
 from knobs import kind_of
+from model.lora_files import read_lora
 from model.pipeline import Pipeline
 from model.samplers import SAMPLERS
 from model.unet import XL_SIDE
@@ -141,7 +142,9 @@ def edit(args: argparse.Namespace) -> None:
         for _, tag, _ in settings
     ]
     refuse_names(out, inputs, [*chain(*endings), *(FILM if len(strengths) > 1 else ())])
-    sizes = read_sizes(inputs)
+    cfg = edit_config(args)
+    reading = reading_of(cfg, read_lora(args.lora)[1])
+    sizes = read_sizes(inputs, reading)
     if more := [given.file for given in inputs if further_pages(given.file)]:
         warnings.warn(
             f"of files with several pages or frames the first is edited: {listed(more)}",
@@ -149,19 +152,17 @@ def edit(args: argparse.Namespace) -> None:
         )
 
     pipe = open_pipeline(args)
-    cfg = edit_config(args)
     objective = objective_of(cfg, pipe)
     warn_of_unread(args, objective)
     for width, height in set(sizes):
         frame_of(cfg, pipe, (height, width))
     for sentence in scale_in_doubt(cfg, pipe, sizes):
         warnings.warn(sentence, stacklevel=2)
-    background = pipe.meta.get("background", "white")
     columns = ["before", *(f"strength {s:g}" for s in strengths)]
     rows, names, differs = [], [], False  # rows of the sheet
     bar = tqdm(total=len(inputs), desc=args.command, disable=no_bars())
     for part in batches(sizes, lambda size: min(cfg.batch_size, AT_ONCE // math.prod(size) or 1)):
-        opened = [open_input(given, background, nodata_of(cfg, pipe)) for given in inputs[part]]
+        opened = [open_input(given, reading) for given in inputs[part]]
         pixels = torch.stack([to_tensor(one.seen) for one in opened])  # (b, 3, H, W)
         edited = [  # for each setting and strength b pictures, in 8 bits
             [list(map(to_image, at)) for at in edit_pixels(pipe, pixels, strengths, one)]

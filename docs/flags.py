@@ -48,6 +48,8 @@ def rows(config: type, without: Container[str] = ()) -> list[str]:
             lines += COLUMNS
         taken = takes(hints[f.name], f.metadata["choices"])
         taken += f" {limits(f)}" if limits(f) else ""
+        if count := f.metadata["rising"]:
+            taken = f"{count} rising {taken}"
         cells = (f"`--{f.name}`", default(f.default), taken)
         meaning = re.sub(r"([|*_<])(?=\S)", r"\\\1", f.metadata["help"])
         meaning = re.sub(r"--[a-z]\S*\w", lambda flag: f"`{flag[0]}`".replace("\\", ""), meaning)

@@ -19,18 +19,26 @@ from PIL import Image
 from torch import Tensor
 
 from durable import read_or_empty, refuse_others, save_image, write_aside, write_json
-from editing.config import EditConfig, MorphConfig, config_of, nodata_of, prompt_of
+from editing.config import EditConfig, MorphConfig, config_of, prompt_of, reading_of
 from editing.edits import editor, finite
 from editing.flags import add_edit_flags, draws_anew, open_pipeline
 from editing.framing import brought_to
-from model.lora_files import load_lora, lora_path
+from model.lora_files import load_lora, lora_path, read_lora
 from model.morph import States, blended, fit, inverted, renderer, respaced, steps_between
 from model.objectives import OBJECTIVES
 from model.pipeline import Pipeline, encode, padded
 from model.predict import predictor
 from model.samplers import left_out
 from pairing.holes import cleared, filled, holes_of, kept, union
-from pairing.images import by, colour_profile, eight_bit, load_image, to_image, to_tensor
+from pairing.images import (
+    Reading,
+    by,
+    colour_profile,
+    eight_bit,
+    load_image,
+    to_image,
+    to_tensor,
+)
 from pairing.registration import MAX_ASPECT, aspect_gap
 from pairing.sheet import contact_sheet
 from reporting.measures import mse, path, perceived, psnr, structure
@@ -171,9 +179,10 @@ def run(args: argparse.Namespace) -> None:
     """`sample.py morph`: writes numbered frames, morph.gif, strip.png and morph.json."""
     cfg, out = config_of(MorphConfig, args), Path(args.out)
     check(cfg, args.lora, args.lora_after)
-    size = size_of_frames(args)
+    how = reading_of(cfg, read_lora(args.lora)[1] if args.lora else {})
+    size = size_of_frames(args, how)
     pipe = open_pipeline(args)
-    ends = load_ends(args, cfg, size, pipe)
+    ends = load_ends(args, size, how)
     objective = cfg.objective or pipe.meta.get("objective")
     method = method_of(cfg, objective, args.lora_after)
     for flag, needed in unread(cfg, objective, method):
@@ -238,7 +247,7 @@ def frame_names(n: int) -> list[str]:
     return [f"{i:03d}.png" for i in range(n)]
 
 
-def size_of_frames(args: argparse.Namespace) -> tuple[int, int]:
+def size_of_frames(args: argparse.Namespace, how: Reading) -> tuple[int, int]:
     """(w, h): the after image's size, or with a short side of --resolution pixels.
 
     ValueError or OSError for unusable images, or frames that would overwrite other files.
@@ -250,7 +259,7 @@ def size_of_frames(args: argparse.Namespace) -> tuple[int, int]:
         if Path(file).resolve().parent == out.resolve():
             raise ValueError(f"--out {out} is the folder of {flag}; frames could overwrite it")
     refuse_others(out, [*frame_names(args.frames), "morph.gif", "strip.png"], "morph.json")
-    a, b = load_image(args.before), load_image(args.after)
+    a, b = load_image(args.before, how), load_image(args.after, how)
     if (gap := aspect_gap(a.size, b.size)) > MAX_ASPECT:
         raise ValueError(
             f"--before is {by(a.size)}, --after is {by(b.size)}; their aspect ratios differ by "
@@ -276,13 +285,11 @@ class Ends(NamedTuple):
     bare: Image.Image  # there as the image that has no data was
 
 
-def load_ends(
-    args: argparse.Namespace, cfg: MorphConfig, size: tuple[int, int], pipe: Pipeline
-) -> Ends:
+def load_ends(args: argparse.Namespace, size: tuple[int, int], how: Reading) -> Ends:
     """At that size. ValueError if no place has data in both."""
-    files, background = (args.before, args.after), pipe.meta.get("background", "white")
-    images = [load_image(file, background) for file in files]
-    holes = [holes_of(file, nodata_of(cfg, pipe), image) for file, image in zip(files, images)]
+    files = args.before, args.after
+    images = [load_image(file, how) for file in files]
+    holes = [holes_of(file, how, image) for file, image in zip(files, images)]
     images = [x if x.size == size else x.resize(size, Image.Resampling.BILINEAR) for x in images]
     before, after = images
     bare = kept(before, union(holes[:1], size), after)

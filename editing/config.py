@@ -3,7 +3,7 @@
     edit_pixels(load_pipeline(None, "runs/snow"), pixels, [0.5, 1.0], EditConfig(steps=12))
     morph(load_pipeline(None, "runs/snow"), torch.cat([before, after]), MorphConfig(frames=5))
 
-`prompt_of`, `objective_of` and `nodata_of` say what a LoRA's header adds to it.
+`prompt_of`, `objective_of` and `reading_of` say what a LoRA's header adds to it.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from typing import TypeVar
 from knobs import check_fields, knob
 from model.objectives import OBJECTIVES
 from model.pipeline import Pipeline
+from pairing.images import USUAL, Reading
 
 MOST = 10**6  # no flag is useful beyond it, and float32 overflows at 3e38
 EXAGGERATES = "".join(
@@ -37,7 +38,26 @@ class UseConfig:
 
 
 @dataclass(frozen=True)
-class EditConfig(UseConfig):
+class ImageConfig(UseConfig):
+    """Of what reads images."""
+
+    nodata: int | None = knob(
+        None,
+        "value that means no data, as of 8 bits, besides what a file declares; -1: none [the "
+        "training's]",
+        least=-1,
+        most=255,
+    )
+    value_range: tuple[float, ...] | None = knob(
+        None,
+        "two values that become black and white in files of more than 8 bits a colour [the "
+        "training's]",
+        rising=2,
+    )
+
+
+@dataclass(frozen=True)
+class EditConfig(ImageConfig):
     """Of `sample.py edit` and `sweep`, and of evaluate.py."""
 
     objective: str | None = knob(
@@ -84,13 +104,6 @@ class EditConfig(UseConfig):
         "training's, if its images were resized to it, else the image's]",
         least=8,
     )
-    nodata: int | None = knob(
-        None,
-        "value that means no data, as of 8 bits, besides what a file declares; -1: none [the "
-        "training's]",
-        least=-1,
-        most=255,
-    )
     tile: int | None = knob(
         None,
         "side in pixels of the windows in which large images are edited, to save memory [the whole "
@@ -104,7 +117,7 @@ class EditConfig(UseConfig):
 
 
 @dataclass(frozen=True)
-class MorphConfig(UseConfig):
+class MorphConfig(ImageConfig):
     """Of `sample.py morph`."""
 
     frames: int = knob(9, "number of frames, both ends included", least=2, most=1000)
@@ -129,13 +142,6 @@ class MorphConfig(UseConfig):
     )
     adain: bool = knob(True, "invert: interpolate the ends' channel statistics")
     attention: bool = knob(True, "invert: attend to keys and values of both ends")
-    nodata: int | None = knob(
-        None,
-        "value that means no data in either image, as of 8 bits, besides what a file declares; -1: "
-        "none [the training's]",
-        least=-1,
-        most=255,
-    )
     respace: bool = knob(True, "space frames evenly in perceived distance")
     correct: bool = knob(True, "make the end frames equal the given images, where both have data")
 
@@ -154,10 +160,15 @@ def config_of(kind: type[Config], given: object) -> Config:
     return kind(**{name: getattr(given, name) for name in names_of(kind) if hasattr(given, name)})
 
 
-def nodata_of(cfg: EditConfig | MorphConfig, pipe: Pipeline) -> int | None:
-    """The config's value of places without data, or the training's; None: what files declare."""
-    value = cfg.nodata if cfg.nodata is not None else pipe.meta.get("nodata")
-    return None if value == -1 else value
+def reading_of(cfg: ImageConfig, meta: dict) -> Reading:
+    """As the config says, or else as the training did, of which `meta` is the LoRA's header."""
+    nodata = cfg.nodata if cfg.nodata is not None else meta.get("nodata")
+    value_range = cfg.value_range or meta.get("value_range")
+    return Reading(
+        meta.get("background", USUAL.background),
+        None if nodata == -1 else nodata,
+        value_range and tuple(value_range),
+    )
 
 
 def prompt_of(cfg: UseConfig, pipe: Pipeline) -> str:

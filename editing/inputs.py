@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from pairing.holes import cleared, filled, holes_of, kept
-from pairing.images import by, listed, load_image, load_mask, mostly_grey
+from pairing.images import Reading, by, listed, load_image, load_mask, mostly_grey
 from pairing.pairs import find_images, find_masks, left_out, real_folders, refuse_among
 from pairing.registration import MAX_ASPECT, aspect_gap
 
@@ -74,10 +74,10 @@ def find_inputs(sources: Sequence[str], mask: str | None, out: Path) -> list[Inp
     return [Input(*row) for row in zip(files, stems, _masks(stems, mask, out))]
 
 
-def read_sizes(inputs: Sequence[Input]) -> list[tuple[int, int]]:
+def read_sizes(inputs: Sequence[Input], how: Reading) -> list[tuple[int, int]]:
     """(width, height) of each image. Reads all of them and their masks: ValueError for what is
     broken, or a mask of another shape than its image; a warning for masks that are none."""
-    sizes = [load_image(given.file).size for given in inputs]
+    sizes = [load_image(given.file, how).size for given in inputs]
     looks = {}  # of each mask: its size, whether it is black, whether it is mostly grey
     for (file, _, path), size in zip(inputs, sizes):
         if path is None:
@@ -104,10 +104,9 @@ def read_sizes(inputs: Sequence[Input]) -> list[tuple[int, int]]:
     return sizes
 
 
-def open_input(given: Input, background: str, nodata: int | None) -> Opened:
-    """background, nodata: see `load_image` and `holes_of`."""
-    image, mask = load_image(given.file, background), None
-    hole = holes_of(given.file, nodata, image)
+def open_input(given: Input, how: Reading) -> Opened:
+    image, mask = load_image(given.file, how), None
+    hole = holes_of(given.file, how, image)
     if given.mask is not None and (mask := load_mask(given.mask)).size != image.size:
         mask = mask.resize(image.size, Image.Resampling.BOX)
     return Opened(image, image if hole is None else filled(image, hole), hole, mask)

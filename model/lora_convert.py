@@ -123,8 +123,8 @@ def run_concat(args: argparse.Namespace) -> None:
     own = OBJECTIVES[first["objective"]].reads if first.get("objective") in OBJECTIVES else ()
     needed = ("objective", "multiplier", "base_model", "revision", "variant", "vae_path",
               "tokenizer_name", "tokenizer_max_length", "text_encoder_use_attention_mask",
-              "prediction_type", "prompt", "base_lora", "background", "nodata", "states",
-              "resolution", "resized", *own)  # fmt: skip
+              "prediction_type", "prompt", "base_lora", "background", "nodata", "value_range",
+              "states", "resolution", "resized", *own)  # fmt: skip
     for key in needed:
         if key not in agreed and any(metadata.get(key) is not None for _, metadata in read):
             warnings.warn(f"the LoRAs differ in {key}: the new file omits it", stacklevel=2)

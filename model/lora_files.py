@@ -234,6 +234,10 @@ def check_metadata(metadata: dict, path: Path) -> None:
         value = metadata.get(key, Knobs._field_defaults[key])
         if value is not None and value not in range(1, 1000):
             wrong.append(key)
+    if (ends := metadata.get("value_range")) is not None:
+        two = isinstance(ends, list) and list(map(_is_number, ends)) == [True, True]
+        if not (two and ends[0] < ends[1]):
+            wrong.append("value_range")
     if (under := metadata.get("base_lora")) is not None:
         whole = isinstance(under, dict) and _is_number(under.get("strength"))
         if not (whole and all(isinstance(under.get(key), str) for key in ("path", "sha256"))):

@@ -11,12 +11,22 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from pairing.holes import MUCH, black_alone, filled, holes_of, union
-from pairing.images import Frame, by, further_pages, listed, load_image, load_mask, mostly_grey
+from pairing.images import (
+    USUAL,
+    Frame,
+    Reading,
+    by,
+    dark,
+    further_pages,
+    listed,
+    load_image,
+    load_mask,
+    mostly_grey,
+)
 from pairing.pairs import by_name, find_pairs, not_read, read_caption
 from pairing.registration import MAX_ASPECT, MIN_SHIFT, aspect_gap, find_shift, unchanged
 from pairing.sequences import clips_in, find_sequences
 
-DARK = 16  # of 255: white of 12-bit data in a 16-bit file
 TILE, SHEET_PLACES, SHEET_STATES = 192, 24, 5
 
 # ---- the report ----------------------------------------------------------------------------------
@@ -38,7 +48,7 @@ VERDICTS = {  # in the order of the report: whether it would stop the training, 
     "pairs with places without data": (False, "they will show the rest of the pair mirrored there"),
     "pairs of which one is black in places": (False, "no data there? --nodata 0 mirrors it"),
     "pairs without change": (False, "they teach that nothing happens"),
-    "nearly black images": (False, "12-bit data in 16-bit files? scale it to the full range"),
+    "nearly black images": (False, "few of 16 bits in use? --value_range says what is white"),
     "files with several pages": (False, "the first is used: save the others as files of their own"),
     "files with other suffixes, skipped": (False, "save them as PNG, JPEG, WebP, BMP or TIFF"),
     "empty masks": (False, "they teach that nothing happens"),
@@ -148,7 +158,7 @@ def check(
     masks: dict[str, list[Path]] | None,
     resolution: int,
     report: Report,
-    nodata: int | None = None,
+    how: Reading = USUAL,
 ) -> tuple[list[str], list[str], list[list[Image.Image]]]:
     """Fills the report. Returns a contact sheet's columns, names and rows: some states of up to 24
     places, first to last, small."""
@@ -167,7 +177,7 @@ def check(
     for name, files in states.items():
         mask = (masks or {}).get(name, [None])[0]
         shown = evenly(len(files), across) if name in picks else []
-        if row := look_at(name, files, mask, places, resolution, report, shown, nodata):
+        if row := look_at(name, files, mask, places, resolution, report, shown, how):
             rows[name] = row
     for (label, _), same in report.pixels.items():
         first, *twins = same
@@ -197,14 +207,14 @@ def look_at(
     resolution: int,
     report: Report,
     shown: Sequence[int],
-    nodata: int | None,
+    how: Reading,
 ) -> list[Image.Image]:
     """Notes what is found in the states of a place. Returns those `shown`, small, or [] if one of
     them is not usable."""
 
-    def load(file: Path | Frame, how: Callable = load_image) -> Image.Image | None:
+    def load(read: Callable, *given) -> Image.Image | None:
         try:
-            return how(file)
+            return read(*given)
         except (OSError, ValueError) as error:
             report.note("broken files", name, detail=str(error))
             return None
@@ -219,28 +229,28 @@ def look_at(
     if all(two) and two[0] != two[1]:
         detail = ", ".join(f"{text[:30]!r}" for text in two)
         report.note("pairs with two captions", name, detail=detail)
-    mask = mask_file and load(mask_file, load_mask)
+    mask = mask_file and load(load_mask, mask_file)
     before, hole, small = None, None, {}
     for i, file in enumerate(files):
         label, last = places.label(i), i == len(files) - 1
-        if (image := load(file)) is None:
+        if (image := load(load_image, file, how)) is None:
             continue
         if not isinstance(file, Frame) and further_pages(file):
             report.note("files with several pages", name, detail=label)
         if places.compared is None or label in places.compared:
             digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest()
             report.pixels.setdefault((label, digest), []).append(name)
-        # the 99th percentile, as a few bright roofs do not make an image bright
-        if (most := np.percentile(np.asarray(image).max(2), 99)) <= DARK:
-            detail = f"{label}, mostly at most {most:.0f} of 255"
+        if shade := load(dark, file, image):
+            values = ", values {:g} to {:g}".format(*shade.values) if shade.values else ""
+            detail = f"{label}, mostly at most {shade.most} of 255{values}"
             report.note("nearly black images", name, detail=detail)
         if i == 0:
-            before, hole = image, holes_of(file, nodata, image)
+            before, hole = image, holes_of(file, how, image)
         elif before is None or not note_pair(
             name,
             "" if len(files) == 2 else label,
             {places.label(0): before, label: image} | ({"mask": mask} if mask and last else {}),
-            [hole, holes_of(file, nodata, image)],
+            [hole, holes_of(file, how, image)],
             resolution,
             report,
             whole=last,

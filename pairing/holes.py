@@ -11,34 +11,35 @@ import numpy as np
 from PIL import Image, ImageChops, ImageFilter
 
 from pairing.images import (
-    NODATA,
+    USUAL,
+    Reading,
     header_of,
     load_image,
     lossy,
-    no_data,
     opened_upright,
-    stored_values,
+    stored_colours,
 )
+from pairing.values import NODATA, no_data, stored_values
 
 BLACK, MUCH = 4, 0.05  # of 255, in a JPEG too; of the pixels
 LOSSY = 16  # of 255, from the value that a JPEG had
 
 
 def holes_of(
-    path: Path | str, nodata: int | None = None, image: Image.Image | None = None
+    path: Path | str, how: Reading = USUAL, image: Image.Image | None = None
 ) -> np.ndarray | None:
     """Where a file has no data, (H, W) bool, upright; None if nowhere.
 
     That is where it says so: where it is fully transparent or, in a TIFF, where every band has
-    GDAL's nodata value. And, if `nodata` is given, where all bands, as 8 bits, have that value, in
-    pieces of at least 5 × 5 pixels (in a lossy file near it, and two pixels around them). `image`:
-    what `load_image` made of the file, if it has been read. ValueError as for that.
+    GDAL's nodata value. And, if there is a `how.nodata`, where all bands, as 8 bits, have that
+    value, in pieces of at least 5 × 5 pixels (in a lossy file near it, and two pixels around them).
+    `image`: what `load_image` made of the file, if it has been read. ValueError as for that.
     """
     holes = _declared(path)
-    if nodata is None:
+    if (nodata := how.nodata) is None:
         return holes
     near, size = (LOSSY, 9) if lossy(path) else (0, 5)
-    image = load_image(path) if image is None else image
+    image = load_image(path, how) if image is None else image
     bands = image.point([255 * (abs(v - nodata) <= near) for v in range(256)] * 3).split()
     same = reduce(ImageChops.darker, bands)  # 255 where all bands have it
     if same.getbbox() is None:
@@ -56,7 +57,8 @@ def _declared(path: Path | str) -> np.ndarray | None:
         if image.has_transparency_data and not deep:
             holes = np.asarray(image.convert("RGBA").getchannel("A")) == 0
         else:
-            values = stored_values(image, tags)
+            colours = stored_colours(path) if NODATA in tags else None
+            values = stored_values(image, tags) if colours is None else colours
             clear = image.info.get("transparency") if deep else None
             holes = no_data(values, tags) if clear is None else values == clear
     return holes if holes is not None and holes.any() else None

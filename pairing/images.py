@@ -6,11 +6,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageColor, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
+
+from pairing.values import (
+    Range,
+    deep_colours,
+    deep_grey,
+    is_deep,
+    no_data,
+    read_low_bytes,
+    stored_values,
+)
 
 
 @dataclass(frozen=True)
@@ -167,60 +178,6 @@ def further_pages(path: Path | str) -> int:
         return count
 
 
-NODATA = 42113  # GDAL's tag: the value that means it, as text
-
-
-def no_data(values: np.ndarray, tags: Mapping) -> np.ndarray | None:
-    """Where values as in the file, (H, W) or (H, W, bands), are all a TIFF's nodata value: (H, W)
-    bool, or None if it declares none."""
-    try:
-        value = float(str(tags.get(NODATA, "")).rstrip("\0 "))
-    except ValueError:
-        return None
-    same = np.isnan(values) if np.isnan(value) else values == value
-    return same.all(2) if same.ndim == 3 else same
-
-
-def stored_values(image: Image.Image, tags: Mapping) -> np.ndarray:
-    """A grey or palette image's values as in its file, (H, W): Pillow inverts up to 8 bits whose
-    white is zero."""
-    values = np.asarray(image)
-    return 255 - values if tags.get(262) == 0 and image.mode == "L" else values
-
-
-def _deep_grey(image: Image.Image, labels: bool, tags: Mapping) -> Image.Image:
-    """16 and 32-bit grey to 8 bits on fixed scales: per-image scaling would undo the change.
-
-    With `labels`, an image of 0 and 1 is black and white. `tags`: a TIFF's.
-    """
-    values = np.asarray(image)  # (H, W)
-    if (lacking := no_data(values, tags)) is not None and lacking.any():  # it may be out of range
-        least = 0 if labels or lacking.all() else values[~lacking].min()  # of a mask: no change
-        values = np.where(lacking, least, values)
-    low, high = values.min(), values.max()
-    packed = tags.get(258) == (12,)
-    if packed and image.mode[0] == "I":
-        top = 4095
-    elif high <= 1 and (labels or image.mode == "F"):
-        top = 1
-    else:
-        top = 255 if image.mode == "F" else 65535
-    if not (low >= 0 and high <= top):  # in this form NaN is refused too
-        raise ValueError(f"grey values range from {low:g} to {high:g}, expected 0 to {top}")
-    if image.mode == "F" and 1 < high < 16 and not labels:
-        # ambiguous, and the pair's other image may be on the other scale
-        raise ValueError(f"grey values range up to {high:g}, expected 0 to 1 or 0 to 255")
-    grey = np.empty(values.shape, np.uint8)
-    for row, into in zip(values, grey):  # row by row: a satellite's band has 10^8 pixels
-        into[:] = np.rint(row * np.float64(255 / top))
-    if tags.get(262) == 0:  # white is zero, which Pillow heeds up to 8 bits
-        np.subtract(255, grey, out=grey)
-    made = Image.fromarray(grey)
-    if isinstance(clear := image.info.get("transparency"), int):  # a grey value of a PNG
-        made.putalpha(Image.fromarray(np.uint8(255) * (values != clear)))
-    return made
-
-
 def _coloured_labels(image: Image.Image) -> bool:
     """Whether it holds 0 or 1 alone, in a palette other than black and white."""
     if image.mode != "P" or image.getextrema()[1] > 1 or image.has_transparency_data:
@@ -258,30 +215,90 @@ def opened_upright(path: Path | Frame | str) -> Iterator[tuple[Image.Image, Mapp
         yield ImageOps.exif_transpose(opened), getattr(opened, "tag_v2", {})
 
 
-def load_image(
-    path: Path | Frame | str, background: str = "white", *, labels: bool = False
-) -> Image.Image:
-    """The (first) image in a file: upright, RGB, alpha composited over the colour `background`.
+class Reading(NamedTuple):
+    """How the images of a data set are read."""
 
+    background: str = "white"  # the colour behind transparent pixels
+    nodata: int | None = None  # see `holes_of`
+    value_range: Range | None = None  # see `load_image`
+
+
+USUAL = Reading()
+
+
+def stored_colours(path: Path | Frame | str) -> np.ndarray | None:
+    """The values of an RGB or RGBA file of 16 bits a colour, (H, W, 3 or 4) uint16, upright; None
+    of any other. Errors as of `load_image`."""
+    with header_of(path) as image:
+        if isinstance(path, Frame):
+            image.seek(path.number)
+        if image.mode[0] in "IF" or not is_deep(image):
+            return None
+        read_low_bytes(image)
+        low = np.asarray(ImageOps.exif_transpose(image))
+    with opened_upright(path) as (image, _):
+        return np.asarray(image) * np.uint16(256) + low
+
+
+def load_image(
+    path: Path | Frame | str, how: Reading = USUAL, *, labels: bool = False
+) -> Image.Image:
+    """The (first) image in a file: upright, RGB, alpha composited over a background.
+
+    `how.value_range`: the values that become 0 and 255 in a file of more than 8 bits a value;
+    without, those of 16 bits are 0 and 65535, of floats 0 and 1, or 255 if one is above 1.
     `labels`: 0 and 1 become black and white, in 16 and 32-bit grey and in palettes of other
     colours; a grey or palette TIFF's nodata value becomes 0.
     ValueError names a file that is broken, truncated, empty or larger than Pillow's bomb limit.
     """
-    colour = ImageColor.getrgb(background)[:3]
+    colour, value_range = ImageColor.getrgb(how.background)[:3], how.value_range
     with opened_upright(path) as (image, tags):
         told = labels and image.mode in ("L", "P")
         if told and (lacking := no_data(stored_values(image, tags), tags)) is not None:
             image.paste(0, mask=Image.fromarray(lacking))
         if image.mode[0] in "IF":  # I;16, I;16B, I, F
-            image = _deep_grey(image, labels, tags)
+            image = deep_grey(image, tags, labels=labels, value_range=value_range)
         elif labels and _coloured_labels(image):
             image = image.point(lambda value: 255 * (value == 1), "L")
+        elif value_range and not labels and (values := stored_colours(path)) is not None:
+            image = deep_colours(values, value_range)
         if not image.has_transparency_data:
             return image.convert("RGB")
         image = image.convert("RGBA")
         flat = Image.new("RGB", image.size, colour)
         flat.paste(image, mask=image.getchannel("A"))
         return flat
+
+
+def is_deep_file(path: Path | Frame | str) -> bool:
+    """Whether a file has more than 8 bits a value, from its header."""
+    with header_of(path) as header:
+        return is_deep(header)
+
+
+DARK, DIM = 16, 40  # of 255: white of 12 bits in a file of 16, and of a satellite's 0..10000
+
+
+class Dark(NamedTuple):
+    most: int  # of 255
+    values: Range | None  # of a file of more than 8 bits a value, most of them
+
+
+def dark(path: Path | Frame | str, image: Image.Image) -> Dark | None:
+    """How dark an image is that `load_image` made of this file, if it is nearly black. The 1st and
+    99th percentiles count: a few bright roofs do not make an image bright."""
+    most, deep = round(np.percentile(np.asarray(image).max(2), 99)), is_deep_file(path)
+    if most > (DIM if deep else DARK):
+        return None
+    if not deep:
+        return Dark(most, None)
+    if (values := stored_colours(path)) is None:
+        with opened_upright(path) as (grey, tags):
+            values = np.asarray(grey)
+            if (lacking := no_data(values, tags)) is not None and not lacking.all():
+                values = values[~lacking]
+    low, high = np.percentile(values[..., :3] if values.ndim == 3 else values, (1, 99))
+    return Dark(most, (float(low), float(high)))
 
 
 # A TIFF's georeferencing tags and their types: GeoTIFF 1.1 (OGC 19-008), section 7
@@ -313,7 +330,7 @@ def load_mask(path: Path | str) -> Image.Image:
     """A mask as "L", 255 where the change is. Labels 0 and 1 are scaled to 0 and 255, also if a
     palette maps them to colours other than black and white.
     """
-    mask = load_image(path, background="black", labels=True).convert("L")
+    mask = load_image(path, Reading("black"), labels=True).convert("L")
     # a maximum of 1 of 255 can only be a label; unscaled, the mask would mask nothing
     return mask.point(lambda value: value * 255) if mask.getextrema()[1] == 1 else mask
 

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
@@ -485,6 +486,17 @@ def nodata(lab, patch):
     black = lab.images("strip", strip)
     changes(beside=black, nodata=0)[1](lab, patch)
     assert meta(lab.run(**black, nodata=0))["nodata"] == 0
+
+
+def value_range(lab, patch):
+    """Of files of 16 bits, and the LoRA's edits are told."""
+
+    def sixteen(image):
+        return Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 8)
+
+    deep = lab.images("deep", sixteen)
+    changes(beside=deep, value_range=(0.0, 3000.0))[1](lab, patch)
+    assert meta(lab.run(**deep, value_range=(0.0, 3000.0)))["value_range"] == [0, 3000]
 
 
 def cache_dir(lab, patch):
@@ -1283,6 +1295,7 @@ FLAGS = {
     "views": effect(views),
     "background": effect(background),
     "nodata": effect(nodata),
+    "value_range": effect(value_range),
     "cache_dir": effect(cache_dir),
     "latents_on": effect(latents_on),
     "dataloader_num_workers": effect(dataloader_num_workers),

@@ -11,8 +11,9 @@ from config import TrainConfig
 from data import PairDataset
 from editing import between, edits
 from pairing.holes import filled, holes_of, union
-from pairing.images import NODATA, further_pages, load_image, load_mask, to_image
+from pairing.images import Reading, further_pages, load_image, load_mask, to_image
 from pairing.pairs import Pair
+from pairing.values import NODATA
 from tests.test_sample import write_lora
 from training.inputs import make_dataset, make_gallery
 
@@ -170,10 +171,10 @@ def test_a_value_that_is_told_means_no_data(tmp_path, name, how):
     pixels[:, 40:] = 0
     pixels[3:5, 3:5] = 0
     Image.fromarray(pixels).save(path := tmp_path / name, quality=90, **how)
-    assert holes_of(path) is None and holes_of(path, 255) is None
+    assert holes_of(path) is None and holes_of(path, Reading(nodata=255)) is None
     first = 40 if name in EXACT else 38
     for image in (None, load_image(path)):
-        holes = holes_of(path, 0, image)
+        holes = holes_of(path, Reading(nodata=0), image)
         assert holes[:, 40:].all() and not holes[:, :first].any()
     assert further_pages(path) == 0
 
@@ -222,7 +223,7 @@ def test_a_value_that_is_told_goes_from_a_training_to_edits(pair, tmp_path, sd1)
         pixels = np.random.default_rng(0).integers(1, 255, (32, 32, 3), dtype=np.uint8)
         pixels[:, :empty] = 0
         Image.fromarray(pixels).save(getattr(pair, side))
-    item = PairDataset([pair], 32, nodata=0)[0]
+    item = PairDataset([pair], 32, reading=Reading(nodata=0))[0]
     for side in ("before", "after"):
         assert torch.equal(item[side][..., :9], item[side][..., 10:19].flip(-1))
     assert not torch.equal(PairDataset([pair], 32)[0]["before"], item["before"])

@@ -19,6 +19,7 @@ from data import PairDataset
 from model.draws import Pick, draw
 from model.memory import GIB
 from pairing.hashes import file_hash
+from pairing.images import Reading
 from pairing.pairs import Pair, find_pairs
 from tests.pairs import write_pairs
 from training import rows as row_tables
@@ -228,7 +229,8 @@ def test_what_changes_the_latents_changes_the_shard(five, tmp_path):
     first, _ = cached(five, tmp_path)
     assert cached(five, tmp_path, seed=9)[1] == 0  # square images, nothing random: no new work
     assert cached(five, tmp_path, key="vae bf16")[1] == 10
-    assert cached(five, tmp_path, background="black")[1] == 10
+    for how in (Reading("black"), Reading(nodata=0), Reading(value_range=(0, 9))):
+        assert cached(five, tmp_path, reading=how)[1] == 10
     assert cached(five, tmp_path, random_flip=True, seed=1)[1] > 0
     masks = [replace(pair, mask=five[0].after if i > 2 else None) for i, pair in enumerate(five)]
     with warnings.catch_warnings(action="error"):  # of others there is no word

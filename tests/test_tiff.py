@@ -10,12 +10,12 @@ from PIL import Image, TiffImagePlugin
 import sample
 from pairing.images import (
     GEO_TAGS,
-    _deep_grey,
     image_size,
     load_image,
     load_mask,
     place_on_map,
 )
+from pairing.values import deep_grey
 from tests.test_sample import write_lora
 
 DEFLATE, RAW = 8, 1
@@ -179,7 +179,7 @@ def test_greys_that_pillow_misreads(tmp_path):
     with pytest.raises(ValueError, match=r"signed\.tif .*: its values are signed"):
         load_image(tmp_path / "signed.tif")
     twelve = Image.fromarray(np.array([[0, 4095]], np.uint16))
-    assert _deep_grey(twelve, labels=False, tags={258: (12,)}).getextrema() == (0, 255)
+    assert deep_grey(twelve, {258: (12,)}).getextrema() == (0, 255)
 
 
 def test_a_clear_grey_of_16_bits_is_laid_over_the_background(tmp_path):

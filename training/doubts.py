@@ -11,7 +11,7 @@ from config import TrainConfig
 from data import PairDataset
 from model.unet import XL_SIDE
 from pairing.holes import MUCH, black_alone
-from pairing.images import listed, mostly_grey, to_image
+from pairing.images import Dark, dark, is_deep_file, listed, mostly_grey, to_image
 from pairing.pairs import SIDES, Pair, by_name, left_out, unmatched
 from pairing.registration import MIN_SHIFT, find_shift
 from pairing.sequences import is_clip
@@ -88,9 +88,13 @@ def doubts(
             f"{dataset.views} crops per image cover only {dataset.coverage:.0%} of the pixels; "
             f"--views {enough} would match the full area"
         )
-    items, looks = [], []
-    for i in spread(range(n), 8) if config.is_pairs(cfg) or cfg.mask_dir else ():
+    items, looks, shades, deep = [], [], [], False
+    for i in spread(range(n), 8):
         items.append(dataset[i])
+        files, images = dataset.pairs[i].files, dataset.images(i)
+        states = [side for side in files if side != "mask"]
+        shades += [dark(files[side], images[side]) for side in states]
+        deep |= any(is_deep_file(files[side]) for side in states)
         if dataset.pairs[i].mask:
             mask = dataset.images(i)["mask"]  # the whole, which is still there
             looks.append((mask.getextrema()[1] >= 128, mostly_grey(mask)))
@@ -105,6 +109,9 @@ def doubts(
     elif not cfg.instance_prompt and not all(pair.caption for pair in dataset.pairs):
         yield "no --instance_prompt: images without a caption are learnt for the empty prompt"
     yield from no_masks(looks)
+    yield from too_dark(shades)
+    if cfg.value_range and not deep:
+        yield "--value_range has no effect: the images looked at have 8 bits a colour"
     more = cfg.num_class_images if cfg.with_prior_preservation else 0
     if cfg.num_train_epochs and not cfg.max_train_steps and more > n:
         yield (
@@ -132,6 +139,17 @@ def no_masks(looks: list[tuple[bool, bool]]) -> Iterator[str]:
         yield (
             f"{grey} of {len(looks)} masks looked at are mostly neither black nor white; are there "
             "photographs in --mask_dir? a mask is white where the change is, black elsewhere"
+        )
+
+
+def too_dark(shades: list[Dark | None]) -> Iterator[str]:
+    """A warning if most of these images are nearly black although their files have more bits."""
+    told = [shade.values for shade in shades if shade and shade.values]
+    if 2 * len(told) > len(shades):
+        low, high = min(low for low, _ in told), max(high for _, high in told)
+        yield (
+            f"{len(told)} of {len(shades)} images looked at are nearly black, their values mostly "
+            f"{low:g} to {high:g}: say what is black and white with --value_range {low:g} {high:g}"
         )
 
 

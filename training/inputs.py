@@ -13,7 +13,7 @@ from config import TrainConfig
 from data import PairDataset
 from model.memory import unless_full
 from model.vae import VAE
-from pairing.images import load_image
+from pairing.images import Reading, load_image
 from pairing.pairs import Pair, by_name, find_pairs, find_singles, names_in, read_caption
 from pairing.sequences import clips_in, find_clips, find_sequences
 from training.latents import Latents, cache_latents
@@ -94,7 +94,7 @@ def find_data(cfg: TrainConfig) -> Data:
             raise FileNotFoundError(f"--validation_images {path} {fault}; expected images")
     paths = [Path(path) for path in cfg.validation_images][: cfg.num_validation_images]
     for path in paths:
-        load_image(path)  # fails on a broken image before the latents are encoded
+        load_image(path, reading_of(cfg))  # fails on a broken image before the latents are encoded
     given = [Pair(path.stem, None, path, caption=read_caption(path.with_suffix(".txt")))
              for path in paths]  # fmt: skip
     return Data(pairs, held_out, given)
@@ -129,6 +129,10 @@ def some_places(pairs: list[Pair], k: int) -> list[Pair]:
     return found
 
 
+def reading_of(cfg: TrainConfig) -> Reading:
+    return Reading(cfg.background, cfg.nodata, cfg.value_range)
+
+
 def make_dataset(cfg: TrainConfig, pairs: list[Pair]) -> PairDataset:
     """The dataset; with --views views per pair if a view is random, else one."""
     crop = {
@@ -137,8 +141,7 @@ def make_dataset(cfg: TrainConfig, pairs: list[Pair]) -> PairDataset:
         "random_scale": cfg.random_scale,
         "native_scale": cfg.native_scale,
         "seed": cfg.seed,
-        "background": cfg.background,
-        "nodata": cfg.nodata,
+        "reading": reading_of(cfg),
         "change_masks": cfg.mask_from_change and pairs[0].before is not None,
     }
     dataset = PairDataset(pairs, cfg.resolution, views=cfg.views, **crop)
@@ -154,8 +157,7 @@ def make_gallery(cfg: TrainConfig, pairs: list[Pair]) -> PairDataset:
         cfg.resolution,
         center_crop=True,
         native_scale=cfg.native_scale,
-        background=cfg.background,
-        nodata=cfg.nodata,
+        reading=reading_of(cfg),
         fill_singles=True,
     )
 

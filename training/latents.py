@@ -153,7 +153,7 @@ def cache_latents(
 
     `encode` takes pixels (b, 3, H, W) and returns mean and logvar (b, c, h, w), already scaled.
     `key` names the VAE and its precision. A shard's name is a hash of `key` and of all its items
-    depend on: file bytes, the geometry drawn, background, nodata. So changed files are encoded
+    depend on: file bytes, the geometry drawn, how they are read. So changed files are encoded
     again, an interrupted run resumes where it was, and a new seed costs nothing if nothing is
     random.
     `place`, `device` and `share`: see `make_rows`. `workers` processes read the images.
@@ -168,12 +168,13 @@ def cache_latents(
         recipe = [
             CACHE_FORMAT,
             key,
-            dataset.background,
-            dataset.nodata,
+            dataset.reading.background,
+            dataset.reading.nodata,
             masked,
             dataset.change_masks,
             rows,
             *(["filled"] if dataset.fill_singles else []),
+            *(dataset.reading.value_range or []),
         ]
         digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
         return f"latents-{items.start:07d}-{digest}.safetensors"
