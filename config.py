@@ -94,7 +94,7 @@ class TrainConfig:
     value_range: tuple[float, ...] | None = knob(
         None,
         "two values that become black and white in files of more than 8 bits a colour, such as 0 "
-        "3000; files of 8 bits are read as they are [0 65535, of floats 0 1 or 0 255]",
+        "3000; files of 8 bits are read as they are [0 65535; floats need it]",
         rising=2,
     )
     cache_dir: str | None = knob(None, "folder that keeps encoded latents for the next run")

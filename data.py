@@ -21,7 +21,8 @@ from torch import Tensor
 
 from pairing.hashes import file_hashes
 from pairing.holes import filled, holes_of, union
-from pairing.images import USUAL, Reading, by, image_size, listed, load_image, load_mask, to_tensor
+from pairing.images import USUAL, Reading, by, image_size, listed, load_image, to_tensor
+from pairing.masks import load_mask
 from pairing.pairs import Pair, find_pairs  # noqa: F401, a data set's two steps are at hand together
 from pairing.registration import MAX_ASPECT, aspect_gap
 

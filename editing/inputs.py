@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image
 
 from pairing.holes import cleared, filled, holes_of, kept
-from pairing.images import Reading, by, listed, load_image, load_mask, mostly_grey
+from pairing.images import Reading, by, listed, load_image
+from pairing.masks import load_mask, mostly_grey
 from pairing.pairs import find_images, find_masks, left_out, real_folders, refuse_among
 from pairing.registration import MAX_ASPECT, aspect_gap
 

@@ -11,18 +11,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from pairing.holes import MUCH, black_alone, filled, holes_of, union
-from pairing.images import (
-    USUAL,
-    Frame,
-    Reading,
-    by,
-    dark,
-    further_pages,
-    listed,
-    load_image,
-    load_mask,
-    mostly_grey,
-)
+from pairing.images import USUAL, Frame, Reading, by, dark, further_pages, listed, load_image
+from pairing.masks import load_mask, mostly_grey
 from pairing.pairs import by_name, find_pairs, not_read, read_caption
 from pairing.registration import MAX_ASPECT, MIN_SHIFT, aspect_gap, find_shift, unchanged
 from pairing.sequences import clips_in, find_sequences

@@ -50,7 +50,8 @@ def holes_of(
 
 def _declared(path: Path | str) -> np.ndarray | None:
     with header_of(path) as image:  # most files need not be read once more
-        if not image.has_transparency_data and NODATA not in getattr(image, "tag_v2", {}):
+        told = image.has_transparency_data or NODATA in getattr(image, "tag_v2", {})
+        if not told and image.mode != "F":  # of floats NaN says it
             return None
     with opened_upright(path) as (image, tags):
         deep = image.mode[0] in "IF"  # whose transparency is one grey value

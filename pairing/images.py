@@ -20,7 +20,6 @@ from pairing.values import (
     is_deep,
     no_data,
     read_low_bytes,
-    stored_values,
 )
 
 
@@ -178,14 +177,6 @@ def further_pages(path: Path | str) -> int:
         return count
 
 
-def _coloured_labels(image: Image.Image) -> bool:
-    """Whether it holds 0 or 1 alone, in a palette other than black and white."""
-    if image.mode != "P" or image.getextrema()[1] > 1 or image.has_transparency_data:
-        return False
-    colours = np.array(image.getpalette("RGB")[:6]).reshape(-1, 3)  # (label, channel)
-    return len(colours) == 2 and sorted(colours.sum(1)) != [0, 765]
-
-
 def _refuse_tiff(image: Image.Image) -> None:
     """ValueError for a TIFF that Pillow would silently misread."""
     if image.format != "TIFF":
@@ -204,6 +195,17 @@ def _refuse_tiff(image: Image.Image) -> None:
         )
     if image.mode == "RGBA" and extra is None:
         raise ValueError("it has 4 bands and does not say if the last is alpha (ExtraSamples)")
+
+
+def _refuse_infrared(alpha: Image.Image) -> None:
+    """ValueError for a band that is no transparency, although a TIFF says so: GDAL calls the fourth
+    of four bands alpha."""
+    levels = alpha.histogram()
+    if 2 * sum(levels[1:255]) > sum(levels):
+        raise ValueError(
+            "its fourth band, which it calls transparency, is mostly neither clear nor opaque: if "
+            "it is near infrared, leave it out, with gdal_translate -b 1 -b 2 -b 3"
+        )
 
 
 @contextmanager
@@ -240,28 +242,21 @@ def stored_colours(path: Path | Frame | str) -> np.ndarray | None:
         return np.asarray(image) * np.uint16(256) + low
 
 
-def load_image(
-    path: Path | Frame | str, how: Reading = USUAL, *, labels: bool = False
-) -> Image.Image:
+def load_image(path: Path | Frame | str, how: Reading = USUAL) -> Image.Image:
     """The (first) image in a file: upright, RGB, alpha composited over a background.
 
-    `how.value_range`: the values that become 0 and 255 in a file of more than 8 bits a value;
-    without, those of 16 bits are 0 and 65535, of floats 0 and 1, or 255 if one is above 1.
-    `labels`: 0 and 1 become black and white, in 16 and 32-bit grey and in palettes of other
-    colours; a grey or palette TIFF's nodata value becomes 0.
-    ValueError names a file that is broken, truncated, empty or larger than Pillow's bomb limit.
+    `how.value_range`: the values that become 0 and 255 in a file of more than 8 bits a value; 0 and
+    65535 of integers without it. ValueError names a file that is broken, truncated, empty, larger
+    than Pillow's bomb limit, or of floats without a range.
     """
     colour, value_range = ImageColor.getrgb(how.background)[:3], how.value_range
     with opened_upright(path) as (image, tags):
-        told = labels and image.mode in ("L", "P")
-        if told and (lacking := no_data(stored_values(image, tags), tags)) is not None:
-            image.paste(0, mask=Image.fromarray(lacking))
         if image.mode[0] in "IF":  # I;16, I;16B, I, F
-            image = deep_grey(image, tags, labels=labels, value_range=value_range)
-        elif labels and _coloured_labels(image):
-            image = image.point(lambda value: 255 * (value == 1), "L")
-        elif value_range and not labels and (values := stored_colours(path)) is not None:
+            image = deep_grey(image, tags, value_range)
+        elif value_range and (values := stored_colours(path)) is not None:
             image = deep_colours(values, value_range)
+        if tags and image.mode == "RGBA":
+            _refuse_infrared(image.getchannel("A"))
         if not image.has_transparency_data:
             return image.convert("RGB")
         image = image.convert("RGBA")
@@ -324,21 +319,6 @@ def colour_profile(path: Path | str) -> bytes | None:
     """The ICC profile of an RGB picture: what its numbers, which `load_image` keeps, mean."""
     with header_of(path) as image:
         return image.info.get("icc_profile") if image.mode in ("RGB", "RGBA", "P") else None
-
-
-def load_mask(path: Path | str) -> Image.Image:
-    """A mask as "L", 255 where the change is. Labels 0 and 1 are scaled to 0 and 255, also if a
-    palette maps them to colours other than black and white.
-    """
-    mask = load_image(path, Reading("black"), labels=True).convert("L")
-    # a maximum of 1 of 255 can only be a label; unscaled, the mask would mask nothing
-    return mask.point(lambda value: value * 255) if mask.getextrema()[1] == 1 else mask
-
-
-def mostly_grey(mask: Image.Image) -> bool:
-    """Whether most of an "L" image is clearly neither black nor white, as of a photograph."""
-    levels = mask.histogram()
-    return 2 * sum(levels[26:230]) > sum(levels)
 
 
 def to_tensor(image: Image.Image) -> Tensor:

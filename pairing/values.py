@@ -12,13 +12,18 @@ NODATA = 42113  # GDAL's tag: the value that means it, as text
 
 
 def no_data(values: np.ndarray, tags: Mapping) -> np.ndarray | None:
-    """Where values as in the file, (H, W) or (H, W, bands), are all a TIFF's nodata value: (H, W)
-    bool, or None if it declares none."""
+    """Where values as in the file, (H, W) or (H, W, bands), are all a TIFF's nodata value or NaN:
+    (H, W) bool, or None if it declares none and they cannot be."""
     try:
         value = float(str(tags.get(NODATA, "")).rstrip("\0 "))
     except ValueError:
+        value = None
+    floats = values.dtype.kind == "f"
+    if value is None and not floats:
         return None
-    same = np.isnan(values) if np.isnan(value) else values == value
+    same = values == value
+    if floats:
+        same |= np.isnan(values)
     return same.all(2) if same.ndim == 3 else same
 
 
@@ -65,39 +70,26 @@ def in_eight_bits(values: np.ndarray, low: float, high: float) -> np.ndarray:
     return levels
 
 
-def deep_grey(
-    image: Image.Image, tags: Mapping, *, labels: bool = False, value_range: Range | None = None
-) -> Image.Image:
-    """16 and 32-bit grey to 8 bits on fixed scales: per-image scaling would undo the change.
-
-    `labels`: an image of 0 and 1 is black and white, and no range counts. `tags`: a TIFF's.
-    """
+def deep_grey(image: Image.Image, tags: Mapping, value_range: Range | None = None) -> Image.Image:
+    """16 and 32-bit grey to 8 bits on fixed scales: per-image scaling would undo the change, so
+    that floats, which have none, need a range. `tags`: a TIFF's."""
     values = np.asarray(image)  # (H, W)
     if (lacking := no_data(values, tags)) is not None and lacking.any():  # it may be out of range
-        least = 0 if labels or lacking.all() else values[~lacking].min()  # of a mask: no change
-        values = np.where(lacking, least, values)
-    low, high = values.min(), values.max()
-    packed = tags.get(258) == (12,)
-    if value_range is not None and not labels:
-        if not low <= high:  # in this form NaN is refused
-            raise ValueError("some grey values are not numbers, and no nodata value says so")
-        grey = in_eight_bits(values, *value_range)
-    else:
-        if packed and image.mode[0] == "I":
-            top = 4095
-        elif high <= 1 and (labels or image.mode == "F"):
-            top = 1
-        else:
-            top = 255 if image.mode == "F" else 65535
-        told = "" if labels else "; --value_range says what is black and white"
-        if not (low >= 0 and high <= top):  # in this form NaN is refused too
+        values = np.where(lacking, 0 if lacking.all() else values[~lacking].min(), values)
+    if value_range is None:
+        low, high = values.min(), values.max()
+        if image.mode == "F":
             raise ValueError(
-                f"grey values range from {low:g} to {high:g}, expected 0 to {top}{told}"
+                f"its values are floats, {low:g} to {high:g}, and nothing says what is black and "
+                "white: give --value_range, such as 0 1"
             )
-        if image.mode == "F" and 1 < high < 16 and not labels:
-            # ambiguous, and the pair's other image may be on the other scale
-            raise ValueError(f"grey values range up to {high:g}, expected 0 to 1 or 0 to 255{told}")
-        grey = in_eight_bits(values, 0, top)
+        value_range = 0, 4095 if tags.get(258) == (12,) else 65535
+        if not (low >= 0 and high <= value_range[1]):
+            raise ValueError(
+                f"grey values range from {low:g} to {high:g}, expected 0 to {value_range[1]}; "
+                "--value_range says what is black and white"
+            )
+    grey = in_eight_bits(values, *value_range)
     if tags.get(262) == 0:  # white is zero, which Pillow heeds up to 8 bits
         np.subtract(255, grey, out=grey)
     made = Image.fromarray(grey)

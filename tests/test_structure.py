@@ -33,6 +33,7 @@ ARROWS = {
     "cli": ["config", "config_check", "durable", "knobs"],
     "pairing.values": [],
     "pairing.images": ["pairing.values"],
+    "pairing.masks": ["pairing.images", "pairing.values"],
     "pairing.sheet": [],
     "pairing.holes": ["pairing.images", "pairing.values"],
     "pairing.registration": [],
@@ -40,11 +41,11 @@ ARROWS = {
     "pairing.hashes": ["durable", "pairing.images", "pairing.pairs"],
     "pairing.sequences": ["pairing.images", "pairing.pairs"],
     "pairing.checking": [
-        "pairing.holes", "pairing.images", "pairing.pairs", "pairing.registration",
-        "pairing.sequences",
+        "pairing.holes", "pairing.images", "pairing.masks", "pairing.pairs",
+        "pairing.registration", "pairing.sequences",
     ],
     "data": [
-        "pairing.hashes", "pairing.holes", "pairing.images", "pairing.pairs",
+        "pairing.hashes", "pairing.holes", "pairing.images", "pairing.masks", "pairing.pairs",
         "pairing.registration",
     ],
     "reporting.md": [],
@@ -127,8 +128,8 @@ ARROWS = {
         "pairing.sequences", "training.latents", "training.rows",
     ],
     "training.doubts": [
-        "config", "data", "model.unet", "pairing.holes", "pairing.images", "pairing.pairs",
-        "pairing.registration", "pairing.sequences", "training.inputs",
+        "config", "data", "model.unet", "pairing.holes", "pairing.images", "pairing.masks",
+        "pairing.pairs", "pairing.registration", "pairing.sequences", "training.inputs",
     ],
     "training.class_images": [
         "config", "durable", "progress", "model.memory", "model.pipeline", "pairing.images",
@@ -144,7 +145,8 @@ ARROWS = {
         "model.tiles", "pairing.images",
     ],
     "editing.inputs": [
-        "pairing.holes", "pairing.images", "pairing.pairs", "pairing.registration",
+        "pairing.holes", "pairing.images", "pairing.masks", "pairing.pairs",
+        "pairing.registration",
     ],
     "editing.edits": [
         "editing.config", "editing.framing", "model.detail", "model.memory", "model.objectives",

@@ -8,13 +8,8 @@ import pytest
 from PIL import Image, TiffImagePlugin
 
 import sample
-from pairing.images import (
-    GEO_TAGS,
-    image_size,
-    load_image,
-    load_mask,
-    place_on_map,
-)
+from pairing.images import GEO_TAGS, Reading, image_size, load_image, place_on_map
+from pairing.masks import load_mask
 from pairing.values import deep_grey
 from tests.test_sample import write_lora
 
@@ -92,27 +87,67 @@ def test_near_infrared_is_no_alpha(tmp_path, picture):
     assert np.asarray(clear).min() == 255
 
 
-def test_floats_of_two_scales_are_refused(tmp_path):
-    """Reflectance of 1.04 on a roof: 0 to 255 it would be, and its partner 0 to 1."""
-    values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8, 1)
+def test_floats_have_no_scale_of_their_own(tmp_path):
+    """Tree cover of 30 to 90 before and 0.2 to 0.8 after, in percent: each scaled for itself, the
+    change would be the opposite."""
+    values = np.linspace(0.2, 0.8, 64, dtype=np.float32).reshape(8, 8, 1)
     path = write_tiff(tmp_path / "grey.tif", values, grey=True)
-    assert np.asarray(load_image(path)).max() == 255
-    write_tiff(path, values * np.float32(1.04), grey=True)
-    with pytest.raises(ValueError, match=r"range up to 1\.04, expected 0 to 1 or 0 to 255"):
+    with pytest.raises(
+        ValueError, match=r"are floats, 0\.2 to 0\.8, and nothing says what is black"
+    ):
         load_image(path)
-    write_tiff(path, values * np.float32(200), grey=True)
-    assert np.asarray(load_image(path)).max() == 200
+    assert np.asarray(load_image(path, Reading(value_range=(0, 1)))).max() == 204
+    assert np.asarray(load_image(path, Reading(value_range=(0, 100)))).max() == 2
+
+
+def test_near_infrared_is_no_transparency(tmp_path, picture):
+    """GDAL calls the fourth of four bands alpha."""
+    path = write_tiff(tmp_path / "a.tif", picture, extra=2)
+    with pytest.raises(ValueError, match="mostly neither clear nor opaque: if it is near infrared"):
+        load_image(path)
+    picture[:5, :, 3] = 255
+    assert load_image(write_tiff(path, picture, extra=2)).size == (8, 8)
 
 
 @pytest.mark.parametrize("colours", [[0, 0, 0, 128, 0, 0], [0, 0, 0, 255, 0, 0], [9] * 6])
 def test_labels_in_a_palette_are_a_mask(tmp_path, colours):
-    """Of 0 and 1, whatever their colours: by their luminance they mask almost nothing."""
+    """All but 0, whatever their colours: by their luminance they mask almost nothing."""
     labels = Image.new("P", (8, 8), 0)
     labels.paste(1, (2, 2, 6, 6))
     labels.putpalette(colours)
     labels.save(tmp_path / "mask.png")
     mask = np.asarray(load_mask(tmp_path / "mask.png"))
     assert mask.sum() == 255 * 16 and (mask[2:6, 2:6] == 255).all()
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.int32, np.float32])
+def test_labels_of_several_classes_are_white(tmp_path, kind):
+    """In every tile, whichever classes it shows."""
+    for classes in ([1, 2, 3], [2], [31, 7], *([] if kind == np.uint8 else [[1, 57, 300]])):
+        labels = np.zeros((8, 8), kind)
+        labels[2:6, 2:6] = np.resize(classes, (4, 4))
+        Image.fromarray(labels).save(tmp_path / "mask.tif")
+        assert np.array_equal(np.asarray(load_mask(tmp_path / "mask.tif")), 255 * (labels > 0))
+
+
+def test_a_soft_mask_keeps_its_greys(tmp_path):
+    """Of 8 bits, of more, and of floats; percentages are none."""
+    for kind, most in ((np.uint8, 255), (np.uint16, 255), (np.uint16, 65535), (np.float32, 1)):
+        soft = (np.linspace(0, 1, 64).reshape(8, 8) * most).astype(kind)
+        Image.fromarray(soft).save(tmp_path / "mask.tif")
+        levels = np.asarray(load_mask(tmp_path / "mask.tif"))
+        assert np.array_equal(levels, np.rint(soft * np.float64(255 / most)))
+    Image.fromarray(np.float32([[0.5, 87.3]])).save(tmp_path / "mask.tif")
+    with pytest.raises(ValueError, match=r"a mask's values, 0\.5 to 87\.3; expected 0 to 1"):
+        load_mask(tmp_path / "mask.tif")
+
+
+def test_a_coloured_overlay_is_white(tmp_path):
+    """By its luminance red would count 0.3."""
+    mask = Image.new("RGB", (8, 8))
+    mask.paste((255, 0, 0), (2, 2, 6, 6))
+    mask.save(tmp_path / "mask.png")
+    assert np.asarray(load_mask(tmp_path / "mask.png")).sum() == 255 * 16
 
 
 @pytest.mark.parametrize("white", [0, 1])

@@ -14,7 +14,8 @@ from check_data import main as check_data
 from config import TrainConfig
 from data import PairDataset
 from pairing.holes import holes_of
-from pairing.images import Reading, dark, is_deep_file, load_image, load_mask, stored_colours
+from pairing.images import Reading, dark, is_deep_file, load_image, stored_colours
+from pairing.masks import load_mask
 from pairing.pairs import find_pairs
 from pairing.values import NODATA
 from tests.test_holes import tiff
@@ -103,20 +104,18 @@ def mask(folder):
 
 
 def test_decibels(tmp_path):
-    """Negative floats, which have no scale of their own; NaN only where the file says so."""
+    """Negative floats, which have no scale of their own; NaN is no data, told or not."""
     radar = np.array([[-25, -12, 0, 4]], np.float32)
     Image.fromarray(radar).save(tmp_path / "a.tif")
-    with pytest.raises(ValueError, match="expected 0 to 255; --value_range says what is black"):
+    with pytest.raises(ValueError, match="are floats, -25 to 4, and nothing says what is black"):
         load_image(tmp_path / "a.tif")
     how = Reading(value_range=(-25.0, 0.0))
     assert np.asarray(load_image(tmp_path / "a.tif", how))[0, :, 0].tolist() == [0, 133, 255, 255]
     radar[0, 0] = np.nan
-    Image.fromarray(radar).save(tmp_path / "b.tif")
-    with pytest.raises(ValueError, match="some grey values are not numbers"):
-        load_image(tmp_path / "b.tif", how)
-    told = tiff(tmp_path / "c.tif", radar, **{f"_{NODATA}": "nan"})
-    assert np.asarray(load_image(told, how))[0, 1:, 0].tolist() == [133, 255, 255]
-    assert holes_of(told, how).tolist() == [[True, False, False, False]]
+    told = tiff(tmp_path / "b.tif", radar, **{f"_{NODATA}": "-12"})
+    for path, lacking in ((told, [0, 1]), (tiff(tmp_path / "c.tif", radar), [0])):
+        assert np.asarray(load_image(path, how))[0, 2:, 0].tolist() == [255, 255]
+        assert np.flatnonzero(holes_of(path, how)).tolist() == lacking
 
 
 def test_a_mask_has_no_range(tmp_path):

@@ -11,7 +11,8 @@ from config import TrainConfig
 from data import PairDataset
 from model.unet import XL_SIDE
 from pairing.holes import MUCH, black_alone
-from pairing.images import Dark, dark, is_deep_file, listed, mostly_grey, to_image
+from pairing.images import Dark, dark, is_deep_file, listed, to_image
+from pairing.masks import mostly_grey
 from pairing.pairs import SIDES, Pair, by_name, left_out, unmatched
 from pairing.registration import MIN_SHIFT, find_shift
 from pairing.sequences import is_clip
@@ -97,7 +98,7 @@ def doubts(
         deep |= any(is_deep_file(files[side]) for side in states)
         if dataset.pairs[i].mask:
             mask = dataset.images(i)["mask"]  # the whole, which is still there
-            looks.append((mask.getextrema()[1] >= 128, mostly_grey(mask)))
+            looks.append((mask.getextrema()[1], mostly_grey(mask)))
     if config.is_pairs(cfg):
         looked_at = [[to_image(item[side]) for side in ("before", "after")] for item in items]
         yield from unregistered([item["name"] for item in items], looked_at)
@@ -126,14 +127,20 @@ def doubts(
         )
 
 
-def no_masks(looks: list[tuple[bool, bool]]) -> Iterator[str]:
-    """A warning if none of the masks shows a change, or most are none. Of each: whether it is white
-    somewhere, and whether it is mostly grey."""
+def no_masks(looks: list[tuple[int, bool]]) -> Iterator[str]:
+    """A warning if none of the masks shows a change, some hardly do, or most are none. Of each: its
+    brightest place, of 255, and whether it is mostly grey."""
     grey = sum(grey for _, grey in looks)
-    if looks and not any(white for white, _ in looks):
+    faint = [most for most, _ in looks if 0 < most < 128]
+    if looks and not any(most >= 128 for most, _ in looks):
         yield (
             f"of {len(looks)} masks looked at none is white anywhere, so no place counts as the "
             "change: a mask is white, 255, where the change is"
+        )
+    elif faint:
+        yield (
+            f"{len(faint)} of {len(looks)} masks looked at are nowhere white, at most {max(faint)} "
+            "of 255: a mask is white, 255, where the change is"
         )
     elif 2 * grey > len(looks):
         yield (
