@@ -61,7 +61,7 @@ def find_inputs(sources: Sequence[str], mask: str | None, out: Path) -> list[Inp
                 raise ValueError(f"--input {source} holds no images")
             if others := left_out(source, "--input"):
                 print(
-                    f"--input: {len(others)} files that are not images are skipped: "
+                    f"--input: {len(others)} files of formats that are not read are skipped: "
                     f"{listed(others)}"
                 )
         else:

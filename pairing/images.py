@@ -1,12 +1,13 @@
 """Images: any file -> upright 8-bit RGB -> a tensor, and back."""
 
+import contextlib
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -53,6 +54,23 @@ def by(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
 
 
+def _unread_tiff(file: BinaryIO, head: bytes) -> str:
+    """Why Pillow may not read it, and what to do; `head`: its first 8 bytes."""
+    kind = "that is broken, or of bands or bits"
+    with contextlib.suppress(Exception):  # whatever a broken one makes Pillow raise
+        tags = TiffImagePlugin.ImageFileDirectory_v2(head)
+        file.seek(tags.next)
+        tags.load(file)
+        kind = f"of {tags.get(277, 1)} bands of {tags[258][0]} bits"
+    return (
+        f"a TIFF {kind} that Pillow does not read: export red, green and blue as 8 bits, on one "
+        "scale for all images, such as gdal_translate -b 4 -b 3 -b 2 -ot Byte -scale 0 3000 0 255"
+    )
+
+
+FORMATS = ("PNG", "JPEG", "JPEG2000", "AVIF", "TIFF", "WEBP", "BMP", "GIF")
+
+
 @contextmanager
 def _reading(path: Path | str) -> Iterator[None]:
     """Drops Pillow's warnings and turns whatever it raises into one sentence naming the file."""
@@ -67,13 +85,12 @@ def _reading(path: Path | str) -> Iterator[None]:
     except Exception as error:  # Pillow's readers raise nearly any type
         reason = f"{error}" or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
-            reason = "unknown format or broken header"
+            reason = f"its format is none of {', '.join(FORMATS)}, or its header is broken"
             with open(path, "rb") as file:
-                if file.read(4) in (b"II*\0", b"MM\0*"):
-                    reason = (
-                        "a TIFF that is broken, or of bands or bits that Pillow does not read: "
-                        "export red, green and blue as 8 bits"
-                    )
+                if (head := file.read(8))[:4] in (b"II*\0", b"MM\0*"):
+                    reason = _unread_tiff(file, head)
+        elif isinstance(error, Image.DecompressionBombError):
+            reason = f"it has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels; cut it into tiles"
         raise ValueError(
             f"{listed([path])} cannot be read as an image: {' '.join(reason.split())}"
         ) from error
@@ -82,7 +99,7 @@ def _reading(path: Path | str) -> Iterator[None]:
 def _open(path: Path | str) -> Image.Image:
     """Opens by content; other formats are excluded, as for some Pillow runs Ghostscript, whatever
     the file's name."""
-    image = Image.open(path, formats=("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF"))
+    image = Image.open(path, formats=FORMATS)
     if image.format == "TIFF":
         image.filename = ""  # Pillow would map a rotated file's pixels in the wrong shape
     return image
@@ -151,6 +168,8 @@ def image_size(path: Path | str) -> tuple[int, int]:
 def lossy(path: Path | str) -> bool:
     """Whether a file's pixels are near those that were saved, not equal."""
     with header_of(path) as image:
+        if image.format in ("JPEG2000", "AVIF"):  # or they do not say
+            return True
         if image.format == "WEBP":
             with open(path, "rb") as file:
                 return b"VP8L" not in file.read(4096)
@@ -172,7 +191,8 @@ def further_pages(path: Path | str) -> int:
             return getattr(image, "n_frames", 1) - 1
         count = 0
         for page in range(1, image.n_frames):
-            image.seek(page)
+            with contextlib.suppress(SyntaxError):  # a mask of GDAL's, which Pillow does not read
+                image.seek(page)
             count += not image.tag_v2.get(254, 0)  # 1: an overview, 4: a mask
         return count
 

@@ -13,9 +13,11 @@ from pathlib import Path
 
 from pairing.images import Frame, listed
 
-SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+SUFFIXES = {
+    ".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".jp2", ".j2k", ".avif",
+}  # fmt: skip
 NOT_READ = {  # images, too
-    ".gif", ".apng", ".avif", ".heic", ".heif", ".jp2", ".j2k", ".jxl", ".tga", ".ppm", ".pgm",
+    ".gif", ".apng", ".heic", ".heif", ".jxl", ".tga", ".ppm", ".pgm",
     ".psd", ".exr", ".svg", ".dng", ".cr2", ".nef", ".arw",
 }  # fmt: skip
 SIDES = ("--before_data_dir", "--after_data_dir")

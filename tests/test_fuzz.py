@@ -203,7 +203,7 @@ def image_bytes(kind: str) -> bytes:
     return out.getvalue()
 
 
-KINDS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF")
+KINDS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "JPEG2000", "AVIF")
 
 
 @pytest.mark.parametrize("kind", KINDS)

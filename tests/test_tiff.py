@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, TiffImagePlugin
 
 import sample
-from pairing.images import GEO_TAGS, Reading, image_size, load_image, place_on_map
+from pairing.images import GEO_TAGS, Reading, further_pages, image_size, load_image, place_on_map
 from pairing.masks import load_mask
 from pairing.values import deep_grey
 from tests.test_sample import write_lora
@@ -225,8 +225,36 @@ def test_a_clear_grey_of_16_bits_is_laid_over_the_background(tmp_path):
 
 def test_bands_that_pillow_does_not_read_are_told(tmp_path, picture):
     path = write_tiff(tmp_path / "a.tif", picture.astype(np.uint16), grey=True, extra=0)
-    with pytest.raises(ValueError, match="bits that Pillow does not read: export red, green"):
+    with pytest.raises(
+        ValueError, match="bits that Pillow does not read: export red, green and blue"
+    ):
         load_image(path)
+
+
+def test_what_a_tiff_is_that_pillow_does_not_read_is_told(tmp_path):
+    """As satellites' are: thirteen bands, or three without a word on their colours."""
+    values = np.zeros((8, 8, 13), np.uint16)
+    for bands in (13, 3):
+        path = write_tiff(tmp_path / "a.tif", values[..., :bands], grey=True, extra=0)
+        with pytest.raises(ValueError, match=f"a TIFF of {bands} bands of 16 bits that"):
+            load_image(path)
+    path.write_bytes(path.read_bytes()[:8] + bytes(9))
+    with pytest.raises(ValueError, match="a TIFF that is broken, or of bands or bits that Pillow"):
+        load_image(path)
+
+
+def test_a_mask_inside_a_geotiff_is_no_page(tmp_path, picture):
+    """GDAL's; Pillow does not read such a page."""
+    image, mask = Image.fromarray(picture[..., :3]), Image.new("1", (8, 8))
+    mask.encoderinfo = {"tiffinfo": {254: 4}}  # the kind of page
+    image.save(tmp_path / "a.tif", save_all=True, append_images=[mask])
+    data = (tmp_path / "a.tif").read_bytes()
+    at = data.rindex(struct.pack("<HHI", 262, 3, 1)) + 8
+    (tmp_path / "a.tif").write_bytes(data[:at] + struct.pack("<H", 4) + data[at + 2 :])
+    with Image.open(tmp_path / "a.tif") as opened, pytest.raises(SyntaxError, match="unknown"):
+        opened.seek(1)
+    assert further_pages(tmp_path / "a.tif") == 0
+    assert load_image(tmp_path / "a.tif").tobytes() == image.tobytes()
 
 
 GEO = {  # a Sentinel-2 tile's: 10 m a pixel, UTM 33 north

@@ -14,9 +14,17 @@ from check_data import main as check_data
 from config import TrainConfig
 from data import PairDataset
 from pairing.holes import holes_of
-from pairing.images import Reading, dark, is_deep_file, load_image, stored_colours
+from pairing.images import (
+    Reading,
+    dark,
+    image_size,
+    is_deep_file,
+    load_image,
+    lossy,
+    stored_colours,
+)
 from pairing.masks import load_mask
-from pairing.pairs import find_pairs
+from pairing.pairs import find_images, find_pairs
 from pairing.values import NODATA
 from tests.test_holes import tiff
 from tests.test_sample import write_lora
@@ -250,3 +258,19 @@ def test_a_header_s_range_is_checked(pairs, sd1, wrong, capsys):
     argv = ["edit", "--lora", lora, "--input", pairs / "before", "--out", pairs / "out"]
     assert sample.main([*map(str, argv)]) == 2
     assert "has the metadata value_range = " in capsys.readouterr().err
+
+
+def test_jpeg_2000_and_avif_are_read(tmp_path):
+    """Sentinel's own format, in 16 bits too, and a phone's, upright."""
+    values = np.random.default_rng(0).integers(0, 4000, (16, 24), dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.jp2")
+    assert np.array_equal(load_image(tmp_path / "a.jp2", RANGE).getchannel(0), scaled(values))
+    colours = Image.merge("RGB", [Image.linear_gradient("L").resize((24, 16))] * 3)
+    colours.save(tmp_path / "b.jp2")
+    assert load_image(tmp_path / "b.jp2").tobytes() == colours.tobytes()
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    colours.save(tmp_path / "c.avif", exif=turned)
+    assert image_size(tmp_path / "c.avif") == load_image(tmp_path / "c.avif").size == (16, 24)
+    names = [path.name for path in find_images(tmp_path)]
+    assert names == ["a.jp2", "b.jp2", "c.avif"] and all(lossy(tmp_path / name) for name in names)

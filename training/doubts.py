@@ -43,7 +43,8 @@ def passed_over(cfg: TrainConfig) -> Iterator[str]:
         if flag == "--frames_dir":
             others = [file for file in others if not is_clip(file, folder)]
         if others:
-            yield f"{flag}: skipping {len(others)} files that are not images: {listed(others)}"
+            what = f"{len(others)} files of formats that are not read"
+            yield f"{flag}: skipping {what}: {listed(others)}"
 
 
 def masks(cfg: TrainConfig, pairs: list[Pair]) -> str:
