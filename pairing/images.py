@@ -1,6 +1,7 @@
 """Images: any file -> upright 8-bit RGB -> a tensor, and back."""
 
 import contextlib
+import itertools
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,7 +58,8 @@ def by(size: tuple[int, int]) -> str:
 def _unread_tiff(file: BinaryIO, head: bytes) -> str:
     """Why Pillow may not read it, and what to do; `head`: its first 8 bytes."""
     kind = "that is broken, or of bands or bits"
-    with contextlib.suppress(Exception):  # whatever a broken one makes Pillow raise
+    # whatever a broken one makes Pillow raise or warn of
+    with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
         tags = TiffImagePlugin.ImageFileDirectory_v2(head)
         file.seek(tags.next)
         tags.load(file)
@@ -190,11 +192,14 @@ def further_pages(path: Path | str) -> int:
         if image.format != "TIFF":
             return getattr(image, "n_frames", 1) - 1
         count = 0
-        for page in range(1, image.n_frames):
-            with contextlib.suppress(SyntaxError):  # a mask of GDAL's, which Pillow does not read
+        for page in itertools.count(1):
+            try:
                 image.seek(page)
+            except EOFError:
+                return count
+            except SyntaxError:  # of a page that Pillow does not read, as GDAL's masks
+                pass
             count += not image.tag_v2.get(254, 0)  # 1: an overview, 4: a mask
-        return count
 
 
 def _refuse_tiff(image: Image.Image) -> None:
