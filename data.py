@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageColor
 from torch import Tensor
 
+from pairing.colours import colour_profile, in_srgb, is_grey
 from pairing.hashes import file_hashes
 from pairing.holes import filled, holes_of, union
 from pairing.images import USUAL, Reading, by, image_size, listed, load_image, to_tensor
@@ -211,6 +212,11 @@ class PairDataset(torch.utils.data.Dataset):
         return not self.native_scale and 2 * brought > len(self.sizes)
 
     @property
+    def grey(self) -> bool:
+        """Whether all after images are files of grey."""
+        return all(is_grey(pair.after) for pair in self.pairs)  # of colours the first decides
+
+    @property
     def coverage(self) -> float:
         """Pixels of all different crops over pixels of all images, not counting --random_scale."""
         crop = self.resolution**2
@@ -260,8 +266,10 @@ class PairDataset(torch.utils.data.Dataset):
         if self._opened[0] != k:
             pair, images = self.pairs[k], {}
             for side, path in pair.files.items():
-                mask = side == "mask"
-                images[side] = load_mask(path) if mask else load_image(path, self.reading)
+                if side == "mask":
+                    images[side] = load_mask(path)
+                else:
+                    images[side] = in_srgb(load_image(path, self.reading), colour_profile(path))
             fill = pair.before is not None or self.fill_singles
             holes = self.holes(k, images) if fill else []
             size = images["after"].size

@@ -45,8 +45,8 @@ from model.lora_files import read_lora
 from model.pipeline import Pipeline
 from model.samplers import SAMPLERS
 from model.unet import XL_SIDE
+from pairing.colours import colour_profile
 from pairing.images import (
-    colour_profile,
     further_pages,
     listed,
     place_on_map,
@@ -145,6 +145,13 @@ def edit(args: argparse.Namespace) -> None:
     cfg = edit_config(args)
     reading = reading_of(cfg, read_lora(args.lora)[1])
     sizes = read_sizes(inputs, reading)
+    on_map = [given.file for given in inputs if place_on_map(given.file)]
+    if on_map and args.format != "tif":
+        warnings.warn(
+            f"{len(on_map)} images have a place on the map, which a PNG loses and --format tif "
+            f"keeps: {listed(on_map)}",
+            stacklevel=2,
+        )
     if more := [given.file for given in inputs if further_pages(given.file)]:
         warnings.warn(
             f"of files with several pages or frames the first is edited: {listed(more)}",
@@ -172,11 +179,13 @@ def edit(args: argparse.Namespace) -> None:
             out.mkdir(parents=True, exist_ok=True)
             leave_mark(args, pipe)
         for k, ((file, stem, _), one) in enumerate(zip(inputs[part], opened)):
-            how = place_on_map(file) if args.format == "tif" else None, colour_profile(file)
+            grey = one.grey and pipe.vae.grey
+            place = place_on_map(file) if args.format == "tif" else None
+            how = place, colour_profile(file, grey=grey)
             each = [[one.limited(at[k]) for at in of_setting] for of_setting in edited]
             (out / stem).parent.mkdir(parents=True, exist_ok=True)
             for ending, result in zip(chain(*endings), chain(*each)):
-                save_image(one.as_saved(result), out / f"{stem}{ending}", *how)
+                save_image(one.as_saved(result, grey=grey), out / f"{stem}{ending}", *how)
             if len(strengths) > 1 and not settings[0][1]:  # a sweep has its grid
                 between.save_gif(each[0], out / f"{stem}{FILM[0]}")
                 strip = contact_sheet(each, columns[1:], [str(stem)])

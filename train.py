@@ -126,6 +126,7 @@ def run_phases(
     # ---- 3. latents: encode every image once; the VAE then waits in host memory for the samples
     with phase("latents", device, run.log):
         vae = load_autoencoder(base, cfg.vae_path, found.xl, **files)
+        vae.grey = found.meta.get("grey", False)
         print(f"autoencoder   {loaded(vae, cfg.vae_path or base)}")
         encode = partial(encode_all, cfg, vae, device)
         share = Share(ranks.rank, ranks.world, ranks.barrier)

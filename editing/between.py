@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from durable import read_or_empty, refuse_others, save_image, write_aside, write_json
@@ -29,11 +29,11 @@ from model.objectives import OBJECTIVES
 from model.pipeline import Pipeline, encode, padded
 from model.predict import predictor
 from model.samplers import left_out
+from pairing.colours import colour_profile
 from pairing.holes import cleared, filled, holes_of, kept, union
 from pairing.images import (
     Reading,
     by,
-    colour_profile,
     eight_bit,
     load_image,
     to_image,
@@ -341,7 +341,12 @@ def end_psnr(frames: Tensor, pixels: Tensor) -> dict[str, float]:
     return {name: psnr(mse(eight_bit(frame), eight_bit(given))) for name, frame, given in pairs}
 
 
+GIF_SIDE = 1024  # pixels: of a photo's size it would be tens of megabytes
+
+
 def save_gif(images: Sequence[Image.Image], file: Path) -> None:
-    """An endless loop at ten frames per second."""
+    """An endless loop at ten frames per second, at most GIF_SIDE pixels a side."""
+    if max(images[0].size) > GIF_SIDE:
+        images = [ImageOps.contain(image, (GIF_SIDE, GIF_SIDE)) for image in images]
     how = {"save_all": True, "append_images": images[1:], "duration": 100, "loop": 0}
     write_aside(file, lambda aside: images[0].save(aside, format="GIF", **how))

@@ -143,6 +143,11 @@ def without_effect(args: argparse.Namespace, pipe: Pipeline) -> Iterator[str]:
     """A sentence for each common flag that was given but is not read."""
     if args.revision is not None and is_local(pipe.base):
         yield f"--revision {args.revision} has no effect: {pipe.base} is a local directory"
+    if args.base_lora and pipe.lora and "base_lora" in pipe.meta and not pipe.meta["base_lora"]:
+        yield (
+            f"--lora {args.lora} was not trained on top of --base_lora {args.base_lora}: to have "
+            "both changes, sum the two with python -m model.weights concat"
+        )
     if args.base_lora_strength and not pipe.under:
         message = f"--base_lora_strength {args.base_lora_strength:g} has no effect"
         yield f"{message}: there is no LoRA under this one"

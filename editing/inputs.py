@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from pairing.colours import is_grey
 from pairing.holes import cleared, filled, holes_of, kept
 from pairing.images import Reading, by, listed, load_image
 from pairing.masks import load_mask, mostly_grey
@@ -33,6 +34,7 @@ class Opened(NamedTuple):
     seen: Image.Image  # the same, mirrored where it has no data
     hole: np.ndarray | None  # (H, W), where it has none
     mask: Image.Image | None  # "L", 255 where it may change; None: everywhere
+    grey: bool  # whether the file is of grey
 
     def limited(self, edited: Image.Image) -> Image.Image:
         """What was edited, where the image has data and may change; elsewhere the image. In grey
@@ -41,9 +43,9 @@ class Opened(NamedTuple):
             edited = Image.composite(edited, self.image, self.mask)
         return kept(self.image, self.hole, edited)
 
-    def as_saved(self, result: Image.Image) -> Image.Image:
-        """The result, transparent where there are no data."""
-        return cleared(result, self.hole)
+    def as_saved(self, result: Image.Image, *, grey: bool) -> Image.Image:
+        """The result, transparent where there are no data, in one channel if it is `grey`."""
+        return cleared(result.convert("L") if grey else result, self.hole)
 
 
 def find_inputs(sources: Sequence[str], mask: str | None, out: Path) -> list[Input]:
@@ -110,7 +112,8 @@ def open_input(given: Input, how: Reading) -> Opened:
     hole = holes_of(given.file, how, image)
     if given.mask is not None and (mask := load_mask(given.mask)).size != image.size:
         mask = mask.resize(image.size, Image.Resampling.BOX)
-    return Opened(image, image if hole is None else filled(image, hole), hole, mask)
+    seen = image if hole is None else filled(image, hole)
+    return Opened(image, seen, hole, mask, is_grey(given.file))
 
 
 def _refuse_out(out: Path, source: Path, flag: str) -> None:

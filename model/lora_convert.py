@@ -124,7 +124,7 @@ def run_concat(args: argparse.Namespace) -> None:
     needed = ("objective", "multiplier", "base_model", "revision", "variant", "vae_path",
               "tokenizer_name", "tokenizer_max_length", "text_encoder_use_attention_mask",
               "prediction_type", "prompt", "base_lora", "background", "nodata", "value_range",
-              "states", "resolution", "resized", *own)  # fmt: skip
+              "states", "resolution", "resized", "grey", *own)  # fmt: skip
     for key in needed:
         if key not in agreed and any(metadata.get(key) is not None for _, metadata in read):
             warnings.warn(f"the LoRAs differ in {key}: the new file omits it", stacklevel=2)

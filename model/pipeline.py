@@ -288,6 +288,7 @@ def load_pipeline(
     unet = load_unet(base, **files, dtype=dtype)
     with _named(vae_told and bool(vae_path), "--vae_path"):
         vae = load_autoencoder(base, vae_path, unet.is_xl, **files)
+    vae.grey = meta.get("grey", False)
     quick_convs(unet)
     device = torch.device(device)
     on_cuda = device.type == "cuda"

@@ -136,6 +136,7 @@ class VAE(nn.Module):
         super().__init__()
         cfg = read_config(config, KNOWN, NEUTRAL, "vae")
         self.config = dict(config)
+        self.grey = False  # pictures are grey: their channels are averaged
         self.scaling_factor = float(cfg["scaling_factor"])
         widths = list(cfg["block_out_channels"])
         layers, groups = cfg["layers_per_block"], cfg["norm_num_groups"]
@@ -153,4 +154,5 @@ class VAE(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """z (b, 4, h, w) unscaled -> pixels (b, 3, 8h, 8w), about [-1, 1]."""
-        return self.decoder(self.post_quant_conv(z))
+        pixels = self.decoder(self.post_quant_conv(z))
+        return pixels.mean(1, keepdim=True).expand_as(pixels) if self.grey else pixels

@@ -12,7 +12,13 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import (
+    Image,
+    ImageColor,
+    ImageOps,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+)
 from torch import Tensor
 
 from pairing.values import (
@@ -338,12 +344,6 @@ def place_on_map(path: Path | str) -> TiffImagePlugin.ImageFileDirectory_v2:
             if tag in tags and tags.tagtype[tag] == kind:
                 found.tagtype[tag], found[tag] = kind, tags[tag]
     return found
-
-
-def colour_profile(path: Path | str) -> bytes | None:
-    """The ICC profile of an RGB picture: what its numbers, which `load_image` keeps, mean."""
-    with header_of(path) as image:
-        return image.info.get("icc_profile") if image.mode in ("RGB", "RGBA", "P") else None
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -33,6 +33,7 @@ ARROWS = {
     "cli": ["config", "config_check", "durable", "knobs"],
     "pairing.values": [],
     "pairing.images": ["pairing.values"],
+    "pairing.colours": ["pairing.images"],
     "pairing.masks": ["pairing.images", "pairing.values"],
     "pairing.sheet": [],
     "pairing.holes": ["pairing.images", "pairing.values"],
@@ -45,8 +46,8 @@ ARROWS = {
         "pairing.registration", "pairing.sequences",
     ],
     "data": [
-        "pairing.hashes", "pairing.holes", "pairing.images", "pairing.masks", "pairing.pairs",
-        "pairing.registration",
+        "pairing.colours", "pairing.hashes", "pairing.holes", "pairing.images", "pairing.masks",
+        "pairing.pairs", "pairing.registration",
     ],
     "reporting.md": [],
     "reporting.evaluation": ["durable", "pairing.sheet", "reporting.md"],
@@ -145,7 +146,7 @@ ARROWS = {
         "model.tiles", "pairing.images",
     ],
     "editing.inputs": [
-        "pairing.holes", "pairing.images", "pairing.masks", "pairing.pairs",
+        "pairing.colours", "pairing.holes", "pairing.images", "pairing.masks", "pairing.pairs",
         "pairing.registration",
     ],
     "editing.edits": [
@@ -159,8 +160,8 @@ ARROWS = {
     "editing.between": [
         "durable", "editing.config", "editing.edits", "editing.flags", "editing.framing",
         "model.lora_files", "model.morph", "model.objectives", "model.pipeline", "model.predict",
-        "model.samplers", "pairing.holes", "pairing.images", "pairing.registration",
-        "pairing.sheet", "reporting.measures",
+        "model.samplers", "pairing.colours", "pairing.holes", "pairing.images",
+        "pairing.registration", "pairing.sheet", "reporting.measures",
     ],
     "training.checkpoint": [
         "config", "durable", "model.contents", "model.files", "model.lora", "model.lora_files",

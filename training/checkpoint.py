@@ -101,12 +101,13 @@ def lora_metadata(
     prompts: set[str],
     states: int,
     resized: bool,
+    grey: bool,
     xl: bool,
 ) -> dict:
     """The metadata needed to use the LoRA. ValueError for what could not be read back.
 
-    prompts: those of the training. resized: whether its images were resized to --resolution. xl:
-    whether the base is SDXL.
+    prompts: those of the training. resized: whether its images were resized to --resolution. grey:
+    whether its after images are. xl: whether the base is SDXL.
     """
     base = cfg.pretrained_model_name_or_path
     slope, offset = task.objective.multiplier
@@ -135,6 +136,7 @@ def lora_metadata(
         **task.knobs._asdict(),
         "states": states,  # 2: before and after only
         "resized": resized,
+        **({"grey": True} if grey else {}),
         **({"xl": True} if xl else {}),
     }
     check_metadata(json.loads(json.dumps(meta)), Path(cfg.output_dir, LORA_FILE))

@@ -11,7 +11,15 @@ from config import TrainConfig
 from data import PairDataset
 from model.unet import XL_SIDE
 from pairing.holes import MUCH, black_alone
-from pairing.images import Dark, dark, is_deep_file, listed, to_image
+from pairing.images import (
+    Dark,
+    Frame,
+    dark,
+    further_pages,
+    is_deep_file,
+    listed,
+    to_image,
+)
 from pairing.masks import mostly_grey
 from pairing.pairs import SIDES, Pair, by_name, left_out, unmatched
 from pairing.registration import MIN_SHIFT, find_shift
@@ -90,20 +98,24 @@ def doubts(
             f"{dataset.views} crops per image cover only {dataset.coverage:.0%} of the pixels; "
             f"--views {enough} would match the full area"
         )
-    items, looks, shades, deep = [], [], [], False
+    items, looks, shades, deep, pages = [], [], [], False, 0
     for i in spread(range(n), 8):
         items.append(dataset[i])
         files, images = dataset.pairs[i].files, dataset.images(i)
-        states = [side for side in files if side != "mask"]
-        shades += [dark(files[side], images[side]) for side in states]
-        deep |= any(is_deep_file(files[side]) for side in states)
+        states = {path: images[side] for side, path in files.items() if side != "mask"}
+        shades += [dark(path, image) for path, image in states.items()]
+        deep |= any(map(is_deep_file, states))
+        pages += sum(not isinstance(path, Frame) and further_pages(path) > 0 for path in states)
         if dataset.pairs[i].mask:
             mask = dataset.images(i)["mask"]  # the whole, which is still there
             looks.append((mask.getextrema()[1], mostly_grey(mask)))
+    dim = [*too_dark(shades)]
     if config.is_pairs(cfg):
         looked_at = [[to_image(item[side]) for side in ("before", "after")] for item in items]
         yield from unregistered([item["name"] for item in items], looked_at)
-        if black := sum(black_alone(*sides) >= MUCH for sides in looked_at):
+        # what is nearly black as a whole is black in places, too
+        black = 0 if dim else sum(black_alone(*sides) >= MUCH for sides in looked_at)
+        if black:
             yield (
                 f"{black} of {len(items)} pairs are black in places in one image alone: if there "
                 "are no data, say so with --nodata 0, or the LoRA learns to draw it"
@@ -111,7 +123,12 @@ def doubts(
     elif not cfg.instance_prompt and not all(pair.caption for pair in dataset.pairs):
         yield "no --instance_prompt: images without a caption are learnt for the empty prompt"
     yield from no_masks(looks)
-    yield from too_dark(shades)
+    yield from dim
+    if pages:
+        yield (
+            f"{pages} of {len(shades)} images looked at have several pages or frames: the first is "
+            "used"
+        )
     if cfg.value_range and not deep:
         yield "--value_range has no effect: the images looked at have 8 bits a colour"
     more = cfg.num_class_images if cfg.with_prior_preservation else 0

@@ -89,6 +89,7 @@ def gather(cfg: TrainConfig, run: Run | NullRun, ranks: Ranks, device: torch.dev
         prompts={*prompts_of(cfg, train)},
         states=1 + len({pair.strength for pair in pairs}),
         resized=train.resized,
+        grey=train.grey,
         xl=bare.is_xl,
     )
     return Gathered(task, given, size, train, *galleries, classes, bare.is_xl, meta)

@@ -28,7 +28,7 @@ from pairing.images import listed
 from progress import no_bars
 from training.rows import ALONE, Rows, Share, make_rows
 
-CACHE_FORMAT = 2  # part of every shard's name: increment it when the stored content changes
+CACHE_FORMAT = 3  # part of every shard's name: increment it when the stored content changes
 
 
 class Batch(NamedTuple):
