@@ -152,6 +152,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
         "base": pipe.base,
         "objective": objective,
         "resolution": resolution,
+        "coverage": dataset.coverage,
         "data": held_out.fingerprint(),
         "pairs": len(pairs),
         "seed": cfg.seed,

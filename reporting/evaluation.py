@@ -43,10 +43,12 @@ def metric_rows(result: dict) -> list[tuple[str, list[str]]]:
 
 def table(result: dict) -> str:
     """The main metrics as Markdown."""
+    seen = result["coverage"]
+    part = "" if seen > 0.99 else f", of the middle {seen:.0%} of the images"
     lines = [
         f"# {result['objective']}, {result['pairs']} held-out pairs",
         "",
-        f"LoRA {code(result['lora'])} on {code(result['base'])}, {result['resolution']} px. "
+        f"LoRA {code(result['lora'])} on {code(result['base'])}, {result['resolution']} px{part}. "
         "Means ± standard errors over the pairs.",
         "",
         "| | " + " | ".join(KINDS.values()) + " |",

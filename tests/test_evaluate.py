@@ -135,6 +135,18 @@ def test_a_truth_of_other_ground_is_refused(tmp_path, sd1, scenes, capsys, nativ
     assert f"is {2 * side}x{(1 + native) * side}, but " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("size", [16, 32])
+def test_an_evaluation_says_how_much_of_the_images_it_judges(tmp_path, sd1, scenes, size):
+    meta = {"objective": "delta", "resolution": size, "native_scale": True, "resized": False}
+    lora, solar = write_lora(tmp_path / "run", sd1, **meta), scenes / "solar"
+    argv = ["--lora", lora, "--before_data_dir", solar / "before", "--after_data_dir",
+            solar / "after", "--strengths", "0,1", "--out", tmp_path / "out"]  # fmt: skip
+    assert evaluate.main(list(map(str, argv))) == 0
+    said = (tmp_path / "out" / "evaluation.md").read_text(encoding="utf-8")
+    part = {16: "16 px, of the middle 25% of the images. ", 32: "32 px. "}[size]
+    assert f", {part}Means ± standard errors" in said
+
+
 def test_states_in_between_are_judged_beside_the_fade(monkeypatch, tmp_path, sd1, scenes):
     """The fade itself scores as the fade; the true states score higher."""
     folder = scenes / "solar"
