@@ -179,15 +179,16 @@ def run(args: argparse.Namespace) -> None:
     """`sample.py morph`: writes numbered frames, morph.gif, strip.png and morph.json."""
     cfg, out = config_of(MorphConfig, args), Path(args.out)
     check(cfg, args.lora, args.lora_after)
-    how = reading_of(cfg, read_lora(args.lora)[1] if args.lora else {})
-    size = size_of_frames(args, how)
+    meta = read_lora(args.lora)[1] if args.lora else {}
+    how, short = reading_of(cfg, meta), args.resolution or brought_to(meta)
+    size = size_of_frames(args, short, how)
     pipe = open_pipeline(args)
     ends = load_ends(args, size, how)
     objective = cfg.objective or pipe.meta.get("objective")
     method = method_of(cfg, objective, args.lora_after)
     for flag, needed in unread(cfg, objective, method):
         warnings.warn(f"{flag} has no effect without {needed}", stacklevel=2)
-    trained, side = brought_to(pipe), min(size)
+    trained, side = brought_to(meta), min(size)
     if method == "direct" and trained and not trained / 2 <= side <= 2 * trained:
         warnings.warn(
             f"frames have a short side of {side} px, but --lora {args.lora} was trained at "
@@ -247,12 +248,12 @@ def frame_names(n: int) -> list[str]:
     return [f"{i:03d}.png" for i in range(n)]
 
 
-def size_of_frames(args: argparse.Namespace, how: Reading) -> tuple[int, int]:
-    """(w, h): the after image's size, or with a short side of --resolution pixels.
+def size_of_frames(args: argparse.Namespace, short: int | None, how: Reading) -> tuple[int, int]:
+    """(w, h): the after image's size, or with a short side of so many pixels.
 
     ValueError or OSError for unusable images, or frames that would overwrite other files.
     """
-    out, resolution = Path(args.out), args.resolution
+    out = Path(args.out)
     for flag, file in (("--before", args.before), ("--after", args.after)):
         if not Path(file).is_file():
             raise FileNotFoundError(f"{flag} {file} is not a file")
@@ -266,11 +267,11 @@ def size_of_frames(args: argparse.Namespace, how: Reading) -> tuple[int, int]:
             f"{gap:.1%}, expected at most {MAX_ASPECT:.0%}"
         )
     size = b.size
-    if resolution is not None:
-        size = tuple(round(side * resolution / min(b.size)) for side in b.size)
+    if short is not None:
+        size = tuple(round(side * short / min(b.size)) for side in b.size)
     if math.prod(size) > (Image.MAX_IMAGE_PIXELS or math.inf):
         raise ValueError(
-            f"--after, {by(b.size)}, would be {by(size)} at --resolution {resolution}, which is "
+            f"--after, {by(b.size)}, would be {by(size)} at --resolution {short}, which is "
             "too large"
         )
     return size

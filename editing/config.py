@@ -122,7 +122,10 @@ class MorphConfig(ImageConfig):
 
     frames: int = knob(9, "number of frames, both ends included", least=2, most=1000)
     resolution: int | None = knob(
-        None, "short side of the frames in pixels [the after image's]", least=8
+        None,
+        "short side of the frames in pixels [the training's, if its images were resized to it, "
+        "else the after image's]",
+        least=8,
     )
     method: str | None = knob(
         None,

@@ -33,16 +33,16 @@ class Framing(NamedTuple):
     unit: int  # pixels per latent
 
 
-def brought_to(pipe: Pipeline) -> int | None:
+def brought_to(meta: dict) -> int | None:
     """The short side to which the training's images were resized; None if they were not, or if the
-    LoRA's header does not say."""
-    return pipe.meta.get("resolution") if pipe.meta.get("resized") else None
+    LoRA's header, `meta`, does not say."""
+    return meta.get("resolution") if meta.get("resized") else None
 
 
 def frame_of(cfg: EditConfig, pipe: Pipeline, size: Sequence[int]) -> Framing:
     """For an image of `size` (height, width): resized to the training's resolution if the
     training's images were. ValueError names the flag that makes it impossible."""
-    objective, short = objective_of(cfg, pipe), cfg.resolution or brought_to(pipe)
+    objective, short = objective_of(cfg, pipe), cfg.resolution or brought_to(pipe.meta)
     height, width = size
     if short is not None:
         width, height = with_short_side(short, width, height)

@@ -420,21 +420,23 @@ def test_the_ends_stand_before_the_background_of_the_training(place, tmp_path, s
 
 
 @pytest.mark.parametrize(
-    ("meta", "flags", "warned"),
+    ("meta", "flags", "side", "warned"),
     [
-        ({"resolution": 8}, [], True),
-        ({"resolution": 80}, [], True),
-        ({"resolution": 16}, [], False),  # twice as large: about what it knows
-        ({"resolution": 8}, ["--resolution", 8], False),
-        ({"resolution": 8}, ["--method", "blend"], False),
-        ({"resolution": 8, "resized": False}, [], False),
+        ({"resolution": 8}, [], 8, False),  # as an edit does
+        ({"resolution": 48}, [], 48, False),
+        ({"resolution": 8}, ["--resolution", 32], 32, True),
+        ({"resolution": 80}, ["--resolution", 32], 32, True),
+        ({"resolution": 16}, ["--resolution", 32], 32, False),  # about what it knows
+        ({"resolution": 8}, ["--method", "blend", "--resolution", 32], 32, False),
+        ({"resolution": 8, "resized": False}, [], 32, False),
     ],
 )
-def test_frames_of_a_scale_that_the_lora_does_not_know(
-    place, tmp_path, sd1, capsys, meta, flags, warned
+def test_frames_are_of_the_scale_that_the_lora_knows(
+    place, tmp_path, sd1, capsys, meta, flags, side, warned
 ):
     lora = write_lora(tmp_path / "run", sd1, **{"resized": True, **meta})
-    morph(place, tmp_path / "out", "--lora", lora, "--no-respace", *flags)
+    frames, _ = morph(place, tmp_path / "out", "--lora", lora, "--no-respace", *flags)
+    assert frames[0].shape[:2] == (side, side)
     said = f"was trained at {meta['resolution']} px, where objects have a different size"
     assert (said in capsys.readouterr().err) == warned
 
