@@ -356,3 +356,8 @@ def is_pairs(cfg: TrainConfig) -> bool:
 
 def objective_of(cfg: TrainConfig) -> str:
     return cfg.pair_objective or ("delta" if is_pairs(cfg) else "dreambooth")
+
+
+def alpha_of(cfg: TrainConfig) -> float:
+    """α of every layer of the LoRA that is trained, the text encoder's too."""
+    return cfg.lora_alpha or cfg.lora_rank
