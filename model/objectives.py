@@ -11,7 +11,7 @@ strength s.
 Neither sees the UNet, the LoRA, a file or a flag. `predict` repeats its context if a batch holds
 the pair twice, and takes more than four channels if the objective declares `extra`. A loss never
 synchronizes (`.item()`, `if` on a tensor) and has no data-dependent shapes, so that a step can be
-a CUDA graph; it asks at the timesteps of its `steps` alone. An edit draws noise with
+a CUDA graph; it asks at the timesteps of its `asks_at` alone. An edit draws noise with
 `noise_like(z, how.generator)`, one generator per image. A new objective is two functions here and a
 line in OBJECTIVES; what else names it: docs/hacking.md.
 """
@@ -403,7 +403,7 @@ class Objective(NamedTuple):
     needs: tuple[str, ...] = ()  # layers that are adapted besides --lora_targets
     by_t: bool = True  # whether the loss depends on the t that is drawn
     generates: bool = True  # whether its edit makes detail out of noise
-    steps: Callable = noise_steps  # drawn t -> the timesteps at which the loss evaluates the UNet
+    asks_at: Callable = noise_steps  # drawn t -> the timesteps at which the loss asks the UNet
     # the fields of `Knobs` that the loss or the edit reads (besides those of `penalty`), and the
     # flags of an edit that it uses; other flags that are given cause a warning
     reads: tuple[str, ...] = NOISE
@@ -415,16 +415,16 @@ class Objective(NamedTuple):
 
 OBJECTIVES = {
     "delta": Objective(
-        delta_loss, delta_edit, by_t=False, generates=False, steps=delta_steps,
+        delta_loss, delta_edit, by_t=False, generates=False, asks_at=delta_steps,
         reads=("delta_t", "delta_base"), uses=(), needs=(LAST,),
     ),
     "bridge": Objective(
-        bridge_loss, bridge_edit, extra=4, needs=("conv_in",), steps=bridge_steps,
+        bridge_loss, bridge_edit, extra=4, needs=("conv_in",), asks_at=bridge_steps,
         reads=("bridge_t",), uses=(*DENOISE, "eta"),
         change_guidance=1.1,  # LOG.md, "solved too coarsely"
     ),
     "img2img": Objective(
-        img2img_loss, img2img_edit, needs=(LAST,), steps=img2img_steps, reads=("img2img_t",),
+        img2img_loss, img2img_edit, needs=(LAST,), asks_at=img2img_steps, reads=("img2img_t",),
         uses=(*DENOISE, "eta"), portable=True,
     ),
     "concat": Objective(
@@ -434,7 +434,7 @@ OBJECTIVES = {
     "canvas": Objective(canvas_loss, canvas_edit, windows=False),
     "slider": Objective(slider_loss, slider_edit, (2.0, -1.0), portable=True),
     "anchored": Objective(
-        anchored_loss, after_edit, steps=anchored_steps, reads=("t_min",), portable=True
+        anchored_loss, after_edit, asks_at=anchored_steps, reads=("t_min",), portable=True
     ),
     "after": Objective(after_loss, after_edit, portable=True),
     "dreambooth": Objective(after_loss, after_edit, portable=True),

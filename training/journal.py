@@ -34,7 +34,8 @@ LISTED = ("loss", "inside", "outside", "covered", "good", "bad", "skipped")  # i
 
 
 class Journal:
-    """The loop's account of its steps. `state`: what `since` returned, on resuming."""
+    """The loop's account of its steps. `state`: of the checkpoint gone on from, which has what
+    `since` returned; {} in a new run."""
 
     def __init__(
         self,
@@ -58,10 +59,10 @@ class Journal:
         """Keep a step's draws, to name them if it goes wrong."""
         self.drawn[done] = pick.index, pick.t
 
-    def add(self, done: int, ok: Tensor, found: Tensor) -> None:
-        """Count a step, without waiting for the device. ok: (), whether it was taken; found: (4,),
+    def add(self, done: int, ok: Tensor, sums: Tensor) -> None:
+        """Count a step, without waiting for the device. ok: (), whether it was taken; sums: (4,),
         OF_A_STEP."""
-        self.tally.add(ok, found, done)
+        self.tally.add(ok, sums, done)
         self.pace.bar.update()
 
     def read(self, done: int, scaler: torch.amp.GradScaler) -> None:
@@ -117,9 +118,9 @@ class Tally:
         self.sums = torch.tensor([float(given.get(name, 0)) for name in SUMS], device=device)
         self.at = dict(zip(SUMS, self.sums.unbind()))  # {name: ()}, views
 
-    def add(self, ok: Tensor, found: Tensor, done: int) -> None:
+    def add(self, ok: Tensor, sums: Tensor, done: int) -> None:
         bad = self.at["bad"]
-        self.sums[: len(OF_A_STEP)] += torch.where(ok, found, 0.0)
+        self.sums[: len(OF_A_STEP)] += torch.where(ok, sums, 0.0)
         self.at["good"] += ok
         bad.copy_(torch.where(ok | (bad > 0), bad, float(done)))
         self.at["skipped"] += ~ok
@@ -149,7 +150,7 @@ class Tally:
 def not_finite(where: str, drawn: tuple[Tensor, Tensor], pairs: list[Pair], task: Task) -> str:
     """The message about a non-finite loss or gradient, with the step's first ten pairs and t."""
     index, t = drawn
-    steps = task.objective.steps(t, task.schedule, task.knobs).tolist()
+    steps = task.objective.asks_at(t, task.schedule, task.knobs).tolist()
     at = [
         f"{listed([pairs[i % len(pairs)].name])} at t {u}"
         for i, u in zip(index.tolist()[:10], steps)
