@@ -176,8 +176,9 @@ def path_loss(predict, schedule, a, b, s, eps, t, tau, knobs):
     b with a noise that contains, besides ε, the difference of a and b: at the start of the path x_t
     is a with noise ε, at its end it is b. x_t/√ā_t = b + σ_t ε̃ is a straight line in σ, as in
     img2img (SDEdit, then the ODE of DDIM: Song et al. 2021, arXiv 2010.02502, eq. 14), but bent to
-    end in b: a rectified flow (Liu et al. 2023, arXiv 2209.03003) with the base's own noise between
-    its ends, as in I²SB (Liu et al. 2023, arXiv 2302.05872).
+    end in b: a rectified flow (Liu et al. 2023, arXiv 2209.03003) with the base's own noise on its
+    way. I²SB (Liu et al. 2023, arXiv 2302.05872) goes from image to image too, but its noise is 0
+    at both ends; here it is largest at the start.
     """
     eps = eps + path_offset(a, b, schedule, t, tau)
     x_t = schedule.add_noise(b, eps, t)
@@ -188,9 +189,9 @@ def path_loss(predict, schedule, a, b, s, eps, t, tau, knobs):
 def walk(predict, schedule, z, s, how, ts, order=1):
     """From z, noised at the first of the timesteps `ts`, down the path to 0. Multiplier s.
 
-    Each step keeps b̂ and the noise ε̃ = (x_t/√ā_t − b̂)/σ_t: DDIM (eq. 12). Order 2 replaces b̂ by
-    its extrapolation to the middle of the step from its change over the previous one:
-    DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2).
+    Each step keeps b̂ and the noise ε̃ = (x_t/√ā_t − b̂)/σ_t: DDIM (Song et al. 2021, arXiv
+    2010.02502, eq. 12). Order 2 replaces b̂ by its extrapolation to the middle of the step from its
+    change over the previous one: DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2).
 
     With η, the noise ε = ε̃ − (z − b̂)/σ_τ becomes √(1−η²) ε + η ε′ with fresh ε′: of the same
     variance, it forgets earlier errors of the network.
@@ -264,7 +265,8 @@ def concat_edit(predict, schedule, z, s, how):
     """From the base (multiplier 0) to s with z beside x_t, at image guidance g:
     e([x, 0]) + g (e([x, z]) − e([x, 0])).
 
-    Guidance by the text is added to it, as in InstructPix2Pix, eq. 3, not scaled by it.
+    Guidance by the text is added to it, as in InstructPix2Pix, eq. 3, not scaled by it. But there
+    the image's difference is e(I, ∅) − e(∅, ∅), without the text T; here it is e(I, T) − e(∅, T).
     """
 
     plain, blind = beside(predict, z), beside(predict, torch.zeros_like(z))
