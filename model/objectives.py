@@ -85,7 +85,7 @@ def penalty(error: Tensor, knobs: Knobs) -> Tensor:
 
 def noise_steps(t: Tensor, schedule: Schedule, knobs: Knobs, t_min: int = 0) -> Tensor:
     """t over all timesteps -> over t_min and up, as evenly as integers allow; knobs.t_min takes
-    precedence."""
+    precedence. A map of what is drawn, so that runs that differ in it share their draws."""
     t_min = t_min if knobs.t_min is None else knobs.t_min
     return t_min + t * (schedule.num_steps - t_min) // schedule.num_steps
 
@@ -390,7 +390,8 @@ def restore(
     return ddim(lambda x_t, t: e(x_t, t, m), x, schedule, how.steps, start=start)
 
 
-NOISE = ("t_min", "snr_gamma")  # what `noise_loss` reads
+OF_T = ("t_min",)  # what `noise_steps` reads
+NOISE = (*OF_T, "snr_gamma")  # what `noise_loss` reads
 DENOISE = ("steps", "guidance", "change_guidance", "seed")
 RESTORE = (*DENOISE, "start", "noise_level")
 # where the prediction holds a change that may be larger than any noise: LOG.md, "Snow"
@@ -436,7 +437,7 @@ OBJECTIVES = {
     "canvas": Objective(canvas_loss, canvas_edit, windows=False),
     "slider": Objective(slider_loss, slider_edit, (2.0, -1.0), portable=True),
     "anchored": Objective(
-        anchored_loss, after_edit, asks_at=anchored_steps, reads=("t_min",), portable=True
+        anchored_loss, after_edit, asks_at=anchored_steps, reads=OF_T, portable=True
     ),
     "after": Objective(after_loss, after_edit, portable=True),
     "dreambooth": Objective(after_loss, after_edit, portable=True),
