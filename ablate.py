@@ -103,7 +103,9 @@ def run(job: Job, threads: int | None, held: int) -> dict:
         call("evaluate.py", [*job.arm.evaluate, *own], log, threads, held)
         write_json(judged / "flags.json", evaluation_key(job))
     values = comparison.figures(read_or_empty(judged / "evaluation.json"), job.run)
-    figures = ", ".join(f"{k} {v:.{comparison.COLUMNS[k][0]}f}" for k, (v, _) in values.items())
+    figures = ", ".join(
+        f"{k} {v:.{comparison.COLUMNS[k].decimals}f}" for k, (v, _) in values.items()
+    )
     print(f"{title(job)}: {'kept: ' if kept else ''}{figures}", flush=True)
     if stale:
         print(f"warning: {title(job)} was trained by other code: {listed(stale, 3)}; "

@@ -167,8 +167,8 @@ class TrainConfig:
     )
     lora_targets: str = knob(
         "attn",
-        "layers to adapt, comma-separated: attn, ff, proj, conv, or path patterns; `delta` "
-        "and `img2img` adapt the last layer too, `bridge` and `concat` the first",
+        "layers to adapt, comma-separated: attn, ff, proj, conv, or path patterns; some objectives "
+        "adapt the UNet's first or last layer too (`needs` in model/objectives.py)",
     )
     train_text_encoder: bool = knob(False, "also put a LoRA on the text encoder's attention")
     init_lora: str | None = knob(
@@ -356,3 +356,8 @@ def is_pairs(cfg: TrainConfig) -> bool:
 
 def objective_of(cfg: TrainConfig) -> str:
     return cfg.pair_objective or ("delta" if is_pairs(cfg) else "dreambooth")
+
+
+def alpha_of(cfg: TrainConfig) -> float:
+    """α of every layer of the LoRA that is trained, the text encoder's too."""
+    return cfg.lora_alpha or cfg.lora_rank

@@ -47,7 +47,7 @@ from training.doubts import masks
 from training.fitting import Fitted, plan_step
 from training.gather import fingerprints, gather
 from training.inputs import Items, Size, encode_all
-from training.journal import Journal
+from training.journal import OF_A_STEP, Journal
 from training.latents import Batch, one_ahead
 from training.prompts import Prompts, load_prompts, prompts_of
 from training.ranks import NullRun, Ranks, launch_id
@@ -240,8 +240,8 @@ def loop(
     strength_of = torch.tensor([pair.strength for pair in pairs], device=device)  # (n,)
     prompt_of = prompts.rows(items.prompts)  # (n,)
     class_context = prompts.of(cfg.class_prompt) if class_latents else None
-    since, how = trained.state, {"masked": latents.masked, "on_nan": cfg.on_nan}
-    journal = Journal(run, task, pairs, size, device, since, **how)
+    how = {"masked": latents.masked, "on_nan": cfg.on_nan}
+    journal = Journal(run, task, pairs, size, device, trained.state, **how)
 
     def fetch(step: int) -> tuple[int, Batch, Batch | None]:
         """The draws of a step and their latents, on the device."""
@@ -284,33 +284,34 @@ def loop(
     def add_gradient(micro: int, own: Batch, other: Batch | None) -> Tensor:
         """Accumulate the gradient of this rank's share of a step, in micro-batches.
 
-        Returns (4,): the loss, then the result of `in_and_out`. No host-device copy or
+        Returns (4,), OF_A_STEP: the loss, then the result of `in_and_out`. No host-device copy or
         synchronization, so it can be captured as a CUDA graph.
         """
-        found, cuts = torch.zeros(4, device=device), size.mine // micro
+        sums, cuts = torch.zeros(len(OF_A_STEP), device=device), size.mine // micro
         for k in range(cuts):
             with cast_together(layers, flat, unet.conv_in.weight.dtype):
                 loss, places = loss_of(own.part(k, micro), other and other.part(k, micro))
                 scaler.scale(loss / cuts).backward()
-            found += torch.cat([loss.detach()[None], places]) / cuts
-        return found
+            sums += torch.cat([loss.detach()[None], places]) / cuts
+        return sums
 
+    # compute(done, own, other): `add_gradient` at the largest `micro` that fits into the memory
     compute = Fitted(add_gradient, flat, size.mine, size.micro, graph=cfg.cuda_graph)
     stop.waits = True
     for step, own, other in one_ahead(fetch, range(first, steps), device):
         done = step + 1
-        found = compute(done, own, other)
-        ranks.all_reduce_mean(flat.grad, found)  # now all ranks compute and decide the same
+        sums = compute(done, own, other)
+        ranks.all_reduce_mean(flat.grad, sums)  # now all ranks compute and decide the same
         scaler.unscale_(opt)
         grad_norm = torch.nn.utils.clip_grad_norm_([flat], cfg.max_grad_norm)
         opt.param_groups[0]["lr"] = lr = rate(cfg, step, steps, ranks.world)
         # in fp16 the loss scaler handles an overflowing gradient; otherwise the step is bad
-        ok = found[0].isfinite() & (grad_norm.isfinite() | scaler.is_enabled())  # ()
+        ok = sums[0].isfinite() & (grad_norm.isfinite() | scaler.is_enabled())  # ()
         step_if(ok, opt, scaler)
         flat.grad.zero_()  # in place: the layers' gradients are views of this buffer
         if trained.mean is not None:
             average(trained.mean, flat, cfg.ema_decay, done)
-        journal.add(done, ok, found)
+        journal.add(done, ok, sums)
 
         # ---- the weights do not change below: logging, samples, checkpoints
         saving = due(done, cfg.checkpointing_steps, steps)

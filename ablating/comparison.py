@@ -6,6 +6,7 @@ Takes plain data: `evaluation.json` of each run, and which flags differ.
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
@@ -16,18 +17,29 @@ from reporting.md import figure, plain
 
 # ---- figures -------------------------------------------------------------------------------------
 
-COLUMNS = {  # decimals and meaning
-    "gap closed": (3, "(MSE of copying - MSE) / (MSE of copying - MSE of the ceiling)"),
-    "inside": (3, "the same inside the mask"),
-    "error removed": (3, "1 - MSE / MSE of copying"),
-    "outside / ceiling": (2, "squared error outside the mask over the autoencoder's own"),
-    "PSNR": (2, "at strength 1, dB"),
-    "Spearman": (3, "rank correlation of strength and progress"),
-    "between": (2, "PSNR of the states in between, mean over their times"),
-    "over fade": (2, "that, minus the PSNR of fading to the own prediction"),
-    "best sample": (2, "PSNR of the nearest pair of a sample and a truth"),
-    "statistics": (2, "mean distance of the statistics, in σ of the truth"),
-    "training s": (0, "steps only"),
+
+class Column(NamedTuple):
+    decimals: int
+    meaning: str
+    better: str | None = None  # "higher" or "lower" in the plot; None: no panel there
+
+
+COLUMNS = {
+    "gap closed": Column(
+        3, "(MSE of copying - MSE) / (MSE of copying - MSE of the ceiling)", "higher"
+    ),
+    "inside": Column(3, "the same inside the mask", "higher"),
+    "error removed": Column(3, "1 - MSE / MSE of copying"),
+    "outside / ceiling": Column(
+        2, "squared error outside the mask over the autoencoder's own", "lower"
+    ),
+    "PSNR": Column(2, "at strength 1, dB", "higher"),
+    "Spearman": Column(3, "rank correlation of strength and progress"),
+    "between": Column(2, "PSNR of the states in between, mean over their times"),
+    "over fade": Column(2, "that, minus the PSNR of fading to the own prediction", "higher"),
+    "best sample": Column(2, "PSNR of the nearest pair of a sample and a truth"),
+    "statistics": Column(2, "mean distance of the statistics, in σ of the truth", "lower"),
+    "training s": Column(0, "steps only"),
 }
 
 
@@ -97,9 +109,15 @@ def training_seconds(folder: Path) -> float:
     return total
 
 
+def known(some: Iterable[dict]) -> list[str]:
+    """The columns that any of them has, in order."""
+    names = set().union(*some)
+    return [name for name in COLUMNS if name in names]
+
+
 def over_seeds(runs: list[dict]) -> dict[str, dict]:
     """Mean and standard error over the seeds by column; with one seed, the error over its pairs."""
-    columns = [name for name in COLUMNS if any(name in run for run in runs)]
+    columns = known(runs)
     found = {
         name: measures.summary([run[name][0] for run in runs if name in run]) for name in columns
     }
@@ -127,25 +145,24 @@ def table(
     flags[arm]: the differing fields; summary[arm]: of `over_seeds`; runs[arm][seed]: of `figures`.
     """
     fields = list(next(iter(flags.values())))
-    columns = [name for name in COLUMNS if any(name in values for values in summary.values())]
+    columns = known(summary.values())
     head = ["arm", *fields, *columns, "seeds"]
     lines = [f"# {plain(title)}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for name, values in summary.items():
-        cells = [figure(values.get(column), COLUMNS[column][0]) for column in columns]
+        cells = [figure(values.get(column), COLUMNS[column].decimals) for column in columns]
         missing = f" of {len(seeds)}" if len(runs[name]) < len(seeds) else ""
         own = map(plain, flags[name].values())
         cells = [name, *own, *cells, f"{len(runs[name])}{missing}"]
         lines.append(f"| {' | '.join(cells)} |")
     seeded = "over the seeds; of an arm with one seed, " if len(seeds) > 1 else ""
-    meaning = [f"- {name}: {COLUMNS[name][1]}" for name in columns]
+    meaning = [f"- {name}: {COLUMNS[name].meaning}" for name in columns]
     lines += ["", f"± is the standard error {seeded}over the pairs.", "", *meaning]
     return "\n".join([*lines, *(line for note in notes for line in ("", plain(note))), ""])
 
 
 def plot(summary: dict, runs: dict) -> Image.Image:
     """A panel per metric, a line per arm: a dot per seed, the mean and its standard error."""
-    panels = ("gap closed", "inside", "outside / ceiling", "PSNR", "over fade", "statistics")
-    panels = [p for p in panels if any(p in values for values in summary.values())]
+    panels = [name for name in known(summary.values()) if COLUMNS[name].better]
     label, width, row, top = 8 + 6 * max(map(len, summary)), 230, 24, 26
     image = Image.new("RGB", (label + width * len(panels), top + row * len(summary) + 24), "white")
     pen = ImageDraw.Draw(image)
@@ -159,7 +176,7 @@ def plot(summary: dict, runs: dict) -> Image.Image:
         low, high = min(ends), max(ends)
         span = (high - low) or 1.0
         at = lambda x, low=low, span=span: left + (x - low) / span * (right - left)  # noqa: B023, E731
-        pen.text((left, 6), panel, fill="black")
+        pen.text((left, 6), f"{panel}, {COLUMNS[panel].better} is better", fill="black")
         for end, x in ((low, left), (high, right)):
             pen.line([(x, top), (x, top + row * len(summary))], fill="#dddddd")
             pen.text((x - 10, top + row * len(summary) + 6), f"{end:.3g}", fill="#444444")

@@ -19,7 +19,14 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from durable import read_or_empty, refuse_others, save_image, write_aside, write_json
-from editing.config import EditConfig, MorphConfig, config_of, prompt_of, reading_of
+from editing.config import (
+    INVERTS,
+    EditConfig,
+    MorphConfig,
+    config_of,
+    prompt_of,
+    reading_of,
+)
 from editing.edits import editor, finite
 from editing.flags import add_edit_flags, draws_anew, open_pipeline
 from editing.framing import brought_to
@@ -117,9 +124,7 @@ def method_of(cfg: MorphConfig, objective: str | None, lora_after: str | Path | 
         return cfg.method
     if lora_after or objective is None:  # no LoRA, or its header names no objective
         return "invert"
-    # an inversion like any client's; the others have paths of their own, known only to their edit
-    use = OBJECTIVES.get(objective)
-    return "invert" if use and use.portable and "start" in use.uses else "direct"
+    return "invert" if objective in INVERTS else "direct"
 
 
 def joined(pipe: Pipeline, lora_after: str | Path) -> Pipeline:

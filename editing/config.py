@@ -7,6 +7,7 @@
 """
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -21,6 +22,18 @@ EXAGGERATES = "".join(
     for name, use in OBJECTIVES.items()
     if use.change_guidance != 1
 )
+# whose edit is an inversion like any client's; the others have paths of their own, known only to it
+INVERTS = tuple(n for n, use in OBJECTIVES.items() if use.portable and "start" in use.uses)
+
+
+def in_a_row(names: Iterable[str]) -> str:
+    *rest, last = (f"`{name}`" for name in names)
+    return f"{', '.join(rest)} and {last}" if rest else last
+
+
+def users(flag: str) -> str:
+    """The objectives whose edit uses a flag, for its help."""
+    return in_a_row(name for name, use in OBJECTIVES.items() if flag in use.uses)
 
 
 @dataclass(frozen=True)
@@ -78,7 +91,7 @@ class EditConfig(ImageConfig):
     noise_level: float = knob(0.7, "how far --start goes towards pure noise, 0..1", above=0, most=1)
     image_guidance: float = knob(
         1.0,
-        "guidance scale of the before image, for `concat`; 1 = none",
+        f"guidance scale of the before image, for {users('image_guidance')}; 1 = none",
         least=-MOST,
         most=MOST,
     )
@@ -89,9 +102,7 @@ class EditConfig(ImageConfig):
         least=-MOST,
         most=MOST,
     )
-    eta: float = knob(
-        0.0, "fresh noise in each step of `bridge` and `img2img`, 0..1", least=0, most=1
-    )
+    eta: float = knob(0.0, f"fresh noise in each step of {users('eta')}, 0..1", least=0, most=1)
     between: str | None = knob(
         None,
         "how to edit at strengths other than 1: along the line from the image to its edit at 1 "
@@ -131,7 +142,7 @@ class MorphConfig(ImageConfig):
         None,
         "direct: the LoRA's edit of the before image; invert: DDIM inversion of both images and "
         "the arc between their noises; blend: latent interpolation [invert without a LoRA, with "
-        "two, and for slider, anchored, after and dreambooth; else direct]",
+        f"two, and for {in_a_row(INVERTS)}; else direct]",
         choices=("direct", "invert", "blend"),
     )
     objective: str | None = knob(

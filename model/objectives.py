@@ -11,7 +11,7 @@ strength s.
 Neither sees the UNet, the LoRA, a file or a flag. `predict` repeats its context if a batch holds
 the pair twice, and takes more than four channels if the objective declares `extra`. A loss never
 synchronizes (`.item()`, `if` on a tensor) and has no data-dependent shapes, so that a step can be
-a CUDA graph; it asks at the timesteps of its `steps` alone. An edit draws noise with
+a CUDA graph; it asks at the timesteps of its `asks_at` alone. An edit draws noise with
 `noise_like(z, how.generator)`, one generator per image. A new objective is two functions here and a
 line in OBJECTIVES; what else names it: docs/hacking.md.
 """
@@ -85,7 +85,7 @@ def penalty(error: Tensor, knobs: Knobs) -> Tensor:
 
 def noise_steps(t: Tensor, schedule: Schedule, knobs: Knobs, t_min: int = 0) -> Tensor:
     """t over all timesteps -> over t_min and up, as evenly as integers allow; knobs.t_min takes
-    precedence."""
+    precedence. A map of what is drawn, so that runs that differ in it share their draws."""
     t_min = t_min if knobs.t_min is None else knobs.t_min
     return t_min + t * (schedule.num_steps - t_min) // schedule.num_steps
 
@@ -176,8 +176,9 @@ def path_loss(predict, schedule, a, b, s, eps, t, tau, knobs):
     b with a noise that contains, besides ε, the difference of a and b: at the start of the path x_t
     is a with noise ε, at its end it is b. x_t/√ā_t = b + σ_t ε̃ is a straight line in σ, as in
     img2img (SDEdit, then the ODE of DDIM: Song et al. 2021, arXiv 2010.02502, eq. 14), but bent to
-    end in b: a rectified flow (Liu et al. 2023, arXiv 2209.03003) with the base's own noise between
-    its ends, as in I²SB (Liu et al. 2023, arXiv 2302.05872).
+    end in b: a rectified flow (Liu et al. 2023, arXiv 2209.03003) with the base's own noise on its
+    way. I²SB (Liu et al. 2023, arXiv 2302.05872) goes from image to image too, but its noise is 0
+    at both ends; here it is largest at the start.
     """
     eps = eps + path_offset(a, b, schedule, t, tau)
     x_t = schedule.add_noise(b, eps, t)
@@ -188,9 +189,9 @@ def path_loss(predict, schedule, a, b, s, eps, t, tau, knobs):
 def walk(predict, schedule, z, s, how, ts, order=1):
     """From z, noised at the first of the timesteps `ts`, down the path to 0. Multiplier s.
 
-    Each step keeps b̂ and the noise ε̃ = (x_t/√ā_t − b̂)/σ_t: DDIM (eq. 12). Order 2 replaces b̂ by
-    its extrapolation to the middle of the step from its change over the previous one:
-    DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2).
+    Each step keeps b̂ and the noise ε̃ = (x_t/√ā_t − b̂)/σ_t: DDIM (Song et al. 2021, arXiv
+    2010.02502, eq. 12). Order 2 replaces b̂ by its extrapolation to the middle of the step from its
+    change over the previous one: DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2).
 
     With η, the noise ε = ε̃ − (z − b̂)/σ_τ becomes √(1−η²) ε + η ε′ with fresh ε′: of the same
     variance, it forgets earlier errors of the network.
@@ -264,7 +265,8 @@ def concat_edit(predict, schedule, z, s, how):
     """From the base (multiplier 0) to s with z beside x_t, at image guidance g:
     e([x, 0]) + g (e([x, z]) − e([x, 0])).
 
-    Guidance by the text is added to it, as in InstructPix2Pix, eq. 3, not scaled by it.
+    Guidance by the text is added to it, as in InstructPix2Pix, eq. 3, not scaled by it. But there
+    the image's difference is e(I, ∅) − e(∅, ∅), without the text T; here it is e(I, T) − e(∅, T).
     """
 
     plain, blind = beside(predict, z), beside(predict, torch.zeros_like(z))
@@ -388,7 +390,8 @@ def restore(
     return ddim(lambda x_t, t: e(x_t, t, m), x, schedule, how.steps, start=start)
 
 
-NOISE = ("t_min", "snr_gamma")  # what `noise_loss` reads
+OF_T = ("t_min",)  # what `noise_steps` reads
+NOISE = (*OF_T, "snr_gamma")  # what `noise_loss` reads
 DENOISE = ("steps", "guidance", "change_guidance", "seed")
 RESTORE = (*DENOISE, "start", "noise_level")
 # where the prediction holds a change that may be larger than any noise: LOG.md, "Snow"
@@ -403,7 +406,7 @@ class Objective(NamedTuple):
     needs: tuple[str, ...] = ()  # layers that are adapted besides --lora_targets
     by_t: bool = True  # whether the loss depends on the t that is drawn
     generates: bool = True  # whether its edit makes detail out of noise
-    steps: Callable = noise_steps  # drawn t -> the timesteps at which the loss evaluates the UNet
+    asks_at: Callable = noise_steps  # drawn t -> the timesteps at which the loss asks the UNet
     # the fields of `Knobs` that the loss or the edit reads (besides those of `penalty`), and the
     # flags of an edit that it uses; other flags that are given cause a warning
     reads: tuple[str, ...] = NOISE
@@ -415,16 +418,16 @@ class Objective(NamedTuple):
 
 OBJECTIVES = {
     "delta": Objective(
-        delta_loss, delta_edit, by_t=False, generates=False, steps=delta_steps,
+        delta_loss, delta_edit, by_t=False, generates=False, asks_at=delta_steps,
         reads=("delta_t", "delta_base"), uses=(), needs=(LAST,),
     ),
     "bridge": Objective(
-        bridge_loss, bridge_edit, extra=4, needs=("conv_in",), steps=bridge_steps,
+        bridge_loss, bridge_edit, extra=4, needs=("conv_in",), asks_at=bridge_steps,
         reads=("bridge_t",), uses=(*DENOISE, "eta"),
         change_guidance=1.1,  # LOG.md, "solved too coarsely"
     ),
     "img2img": Objective(
-        img2img_loss, img2img_edit, needs=(LAST,), steps=img2img_steps, reads=("img2img_t",),
+        img2img_loss, img2img_edit, needs=(LAST,), asks_at=img2img_steps, reads=("img2img_t",),
         uses=(*DENOISE, "eta"), portable=True,
     ),
     "concat": Objective(
@@ -434,7 +437,7 @@ OBJECTIVES = {
     "canvas": Objective(canvas_loss, canvas_edit, windows=False),
     "slider": Objective(slider_loss, slider_edit, (2.0, -1.0), portable=True),
     "anchored": Objective(
-        anchored_loss, after_edit, steps=anchored_steps, reads=("t_min",), portable=True
+        anchored_loss, after_edit, asks_at=anchored_steps, reads=OF_T, portable=True
     ),
     "after": Objective(after_loss, after_edit, portable=True),
     "dreambooth": Objective(after_loss, after_edit, portable=True),

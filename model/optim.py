@@ -22,6 +22,11 @@ def adamw(
     return torch.optim.AdamW([flat], fused=flat.is_cuda, **settings)
 
 
+def state_bytes(eight_bit: bool) -> int:
+    """Per weight, of what `adamw` keeps: two moments, each in int8 or in fp32."""
+    return 2 if eight_bit else 8
+
+
 def eight_bit_adamw() -> type:
     """ValueError if bitsandbytes is missing."""
     try:

@@ -20,7 +20,7 @@ Context = Tensor | Callable[[Tensor | None], Tensor]  # (b, l, d), or a function
 
 
 def asking(unet: UNet) -> Callable[..., Tensor]:
-    """`ask(x_t, t, ctx, m)`: the UNet with its LoRA at multipliers m; see `Asked`."""
+    """`ask(x_t, t, ctx, m)`: the UNet with its LoRA at multipliers m; `Asked` in model/graph.py."""
 
     def ask(x_t: Tensor, t: Tensor, ctx: Tensor, m: Tensor | None) -> Tensor:
         if hasattr(unet, "lora_adapters"):

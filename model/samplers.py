@@ -1,10 +1,10 @@
 """The reverse process: one function per sampler, `(predict, x_T, schedule, steps, ...) -> x_0`.
 
 `predict(x_t, t)` is the network with everything else bound: x_t (b, c, h, w), t (b,). A sampler
-begins at step `start` (0: from pure noise, x_T ~ N(0, 1)); a later start takes an x_t from
-`schedule.add_noise` at `timesteps(...)[start]`, as in SDEdit (Meng et al. 2022). Samplers have no
-state: what a step needs from the previous one is a local variable. All take a `generator`, also
-those that draw nothing.
+begins at pure noise, x_T ~ N(0, 1). `ddim` alone may begin at a later step `start`, at an x_t from
+`ddim_invert`, or from `schedule.add_noise` at `timesteps(...)[start]` as in SDEdit (Meng et al.
+2022). Samplers have no state: what a step needs from the previous one is a local variable. All take
+a `generator`, also those that draw nothing.
 """
 
 import math
@@ -113,13 +113,12 @@ def ddpm(
     schedule: Schedule,
     steps: int,
     *,
-    start: int = 0,
     generator: Generators = None,
 ) -> Tensor:
     """Ancestral sampling, DDPM eq. 6-7, on a subsequence of the timesteps (β recomputed from ā)."""
     ts = timesteps(schedule, steps, schedule.timestep_spacing or "leading")
     x = x_T
-    for i in range(start, steps):
+    for i in range(steps):
         t, t_prev = ts[i], ts[i + 1] if i + 1 < steps else -1
         if t == t_prev:  # the offset of "leading" cut to the last timestep
             continue
@@ -145,22 +144,16 @@ def ddim(
     steps: int,
     *,
     start: int = 0,
-    eta: float = 0.0,
     generator: Generators = None,
 ) -> Tensor:
-    """Song et al. 2021 (arXiv 2010.02502), eq. 12; η = 0 is deterministic, η = 1 is ancestral."""
+    """Song et al. 2021 (arXiv 2010.02502), eq. 12 at σ = 0: deterministic."""
     ts = timesteps(schedule, steps, schedule.timestep_spacing or "leading")
     stride = schedule.num_steps // steps
     x = x_T
     for t in ts[start:]:
-        a_t, a_prev = _alpha(schedule, t), _alpha(schedule, t - stride)
-        tb = _batch(t, x)
+        a_prev, tb = _alpha(schedule, t - stride), _batch(t, x)
         x_0, eps = schedule.split(x, predict(x, tb), tb)
-        # σ = η √((1−ā_prev)/(1−ā_t)) √(1−ā_t/ā_prev)                                   eq. 16
-        sigma = eta * ((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)) ** 0.5
-        x = a_prev**0.5 * _clip(x_0, schedule) + max(1 - a_prev - sigma**2, 0.0) ** 0.5 * eps
-        if sigma > 0:
-            x = x + sigma * noise_like(x, generator)
+        x = a_prev**0.5 * _clip(x_0, schedule) + (1 - a_prev) ** 0.5 * eps
     return x
 
 
@@ -207,7 +200,6 @@ def dpm_solver(
     schedule: Schedule,
     steps: int,
     *,
-    start: int = 0,
     generator: Generators = None,
 ) -> Tensor:
     """DPM-Solver++(2M), Lu et al. 2022 (arXiv 2211.01095), algorithm 2 (midpoint form)."""
@@ -220,7 +212,7 @@ def dpm_solver(
     ts = timesteps(schedule, steps if spacing == "trailing" else steps + 1, spacing)[:steps]
     sigmas = [sigma(schedule, t) for t in ts]
     x, x_0_before, h_before = x_T, None, None
-    for i in range(start, steps):
+    for i in range(steps):
         alpha = 1 / (1 + sigmas[i] ** 2) ** 0.5  # x_t = α x_0 + ασ ε
         x_0, _ = _split(schedule, predict(x, _batch(ts[i], x)), x, alpha**2)
         if i == steps - 1:
@@ -242,7 +234,6 @@ def euler(
     schedule: Schedule,
     steps: int,
     *,
-    start: int = 0,
     generator: Generators = None,
 ) -> Tensor:
     """Euler's method on dx/dσ = ε in x = x_0 + σ ε (Karras et al. 2022, arXiv 2206.00364, eq. 1).
@@ -255,11 +246,9 @@ def euler(
     if spacing == "linspace":
         ts = torch.linspace(T - 1, 0, steps, dtype=torch.float64).tolist()
     sigmas = [sigma(schedule, t) for t in ts] + [0.0]
-    if start == 0 and spacing != "leading":
-        x = x_T * sigmas[0]  # σ, not √(1+σ²), as in the published pipelines
-    else:
-        x = x_T * (1 + sigmas[start] ** 2) ** 0.5
-    for i in range(start, steps):
+    # only the leading spacing begins at √(1+σ²), as in the published pipelines
+    x = x_T * ((1 + sigmas[0] ** 2) ** 0.5 if spacing == "leading" else sigmas[0])
+    for i in range(steps):
         a = 1 / (1 + sigmas[i] ** 2)
         x_t = a**0.5 * x
         _, eps = _split(schedule, predict(x_t, _batch(ts[i], x)), x_t, a)

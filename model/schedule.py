@@ -219,9 +219,10 @@ class Schedule:
         if snr_gamma is None:
             return torch.ones(t.shape, device=t.device)
         snr = self.snr(t)
-        weight = snr.clamp(max=snr_gamma)
         if self.prediction_type == "epsilon":
             weight = (snr_gamma / snr).clamp(max=1)  # 1 at SNR 0
         elif self.prediction_type == "v_prediction":
-            weight = weight / (snr + 1)
+            weight = snr.clamp(max=snr_gamma) / (snr + 1)
+        else:
+            weight = snr.clamp(max=snr_gamma)
         return weight.float()

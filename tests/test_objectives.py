@@ -392,7 +392,7 @@ def test_the_loss_of_a_path_is_in_v_whatever_the_network_says(name, kind):
 
     objective = OBJECTIVES[name]
     loss = objective.loss(off_by_one, sched, a, b, ONES, draws, Knobs())
-    _, level = sched.roots(objective.steps(draws.t, sched, Knobs()), b)
+    _, level = sched.roots(objective.asks_at(draws.t, sched, Knobs()), b)
     torch.testing.assert_close(loss, (1 / level**2).expand_as(loss))
 
 
@@ -568,9 +568,9 @@ def test_the_steps_an_objective_names_are_those_it_asks_at(name):
     for knobs in (Knobs(), Knobs(bridge_t=333, img2img_t=55, delta_t=77, t_min=200)):
         calls.clear()
         OBJECTIVES[name].loss(predict, sched, a, b, ONES, draws, knobs)
-        named = OBJECTIVES[name].steps(draws.t, sched, knobs)
+        named = OBJECTIVES[name].asks_at(draws.t, sched, knobs)
         for _, t, _ in calls:
-            assert torch.equal(t[: len(named)], named), "one call, at `steps` of the drawn t"
+            assert torch.equal(t[: len(named)], named), "one call, at `asks_at` of the drawn t"
 
 
 # ---- what is warned of ---------------------------------------------------------------------------

@@ -200,7 +200,7 @@ ARROWS = {
         "pairing.images", "pairing.pairs", "pairing.sheet", "training.latents",
     ],
     "training.fitting": [
-        "config", "model.graph", "model.memory", "model.objectives", "model.plan",
+        "config", "model.graph", "model.memory", "model.objectives", "model.optim", "model.plan",
         "model.predict", "model.vae", "training.adapting", "training.inputs",
         "training.prompts", "training.watching",
     ],

@@ -707,10 +707,11 @@ def test_errors_inside_and_outside_are_means_over_all_pixels():
         found = torch.stack([in_and_out(*part) for part in parts]).mean(0)
         tally.add(torch.tensor(True), torch.cat([torch.tensor([0.5]), found]), 1)
         means, _, _ = tally.read()
-        assert means == pytest.approx([0.5, 1.0, 0.1, mask.mean().item()])
+        places = {"loss_inside": 1.0, "loss_outside": 0.1, "mask_coverage": mask.mean().item()}
+        assert means == pytest.approx({"loss": 0.5, **places})
     tally = Tally(torch.device("cpu"))
     tally.add(torch.tensor(True), torch.cat([torch.ones(1), in_and_out(error, 0 * mask)]), 1)
-    assert math.isnan(tally.read()[0][1])
+    assert math.isnan(tally.read()[0]["loss_inside"])
 
 
 def test_a_skipped_step_is_no_part_of_a_mean_and_the_first_bad_one_is_named():
@@ -719,11 +720,26 @@ def test_a_skipped_step_is_no_part_of_a_mean_and_the_first_bad_one_is_named():
         found = torch.tensor([loss, 0.0, 0.0, 0.0])
         tally.add(found[0].isfinite(), found, done)
     means, skipped, bad = tally.read()
-    assert (means[0], skipped, bad) == (2.0, 2, 2)
+    assert (means["loss"], skipped, bad) == (2.0, 2, 2)
     tally.clear()
     tally.add(torch.tensor(True), torch.full((4,), 5.0), 5)
     means, skipped, bad = tally.read()
-    assert (means[0], skipped, bad) == (5.0, 2, 0)
+    assert (means["loss"], skipped, bad) == (5.0, 2, 0)
+
+
+def test_sums_go_on_from_a_checkpoint_of_any_age():
+    """By name, or as the list of seven they once were; one that is not there begins at 0."""
+    listed = [6.0, 1.0, 3.0, 0.5, 2.0, 0.0, 4.0]
+    named = Tally(torch.device("cpu"), listed).by_name()
+    assert named == {
+        "loss": 6, "inside": 1, "outside": 3, "covered": 0.5, "good": 2, "bad": 0, "skipped": 4
+    }  # fmt: skip
+    again = Tally(torch.device("cpu"), named)
+    assert again.by_name() == named
+    assert again.read()[0] == {
+        "loss": 3, "loss_inside": 2, "loss_outside": 2, "mask_coverage": 0.25
+    }  # fmt: skip
+    assert Tally(torch.device("cpu"), {"skipped": 4.0, "of another age": 1.0}).read()[1:] == (4, 0)
 
 
 def test_in_fp16_the_gradient_that_is_clipped_is_not_the_scaled_one(config):

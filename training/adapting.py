@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from config import TrainConfig
+from config import TrainConfig, alpha_of
 from durable import file_sha256
 from model.draws import seeded_for
 from model.lora import inject, lora_layers
@@ -135,7 +135,7 @@ def adapt(
     """
     prepare(cfg, unet, given, objective)
     how = {"needed": objective.needs, "generator": seeded_for(cfg.seed, "LoRA")}
-    inject(unet, cfg.lora_targets, cfg.lora_rank, cfg.lora_alpha, **how)
+    inject(unet, cfg.lora_targets, cfg.lora_rank, alpha_of(cfg), **how)
     unet.lora_adapters.fused = bool(cfg.fused_lora)
     adapted = {"unet": unet} | (text.parts if text else {})
     what = f"--init_lora {cfg.init_lora}"

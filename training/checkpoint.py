@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from config import TrainConfig
+from config import TrainConfig, alpha_of
 from durable import read_json, write_json
 from model.contents import read_tensors
 from model.files import is_local
@@ -128,7 +128,7 @@ def lora_metadata(
         "prompt": next(iter(prompts)) if len(prompts) == 1 else cfg.instance_prompt,
         "captions": len(prompts) > 1,  # one per image
         "rank": cfg.lora_rank,
-        "alpha": cfg.lora_alpha or cfg.lora_rank,
+        "alpha": alpha_of(cfg),
         "targets": cfg.lora_targets,
         "prediction_type": task.schedule.prediction_type,
         "base_lora": cfg.base_lora and companion_entry(cfg.base_lora, cfg.base_lora_strength),

@@ -9,6 +9,7 @@ from config import TrainConfig
 from model.graph import Replayed
 from model.memory import unless_full
 from model.objectives import Task
+from model.optim import state_bytes
 from model.plan import CUBLAS, Plan, frozen_bytes, plan_memory, trial
 from model.predict import predictor
 from model.vae import VAE
@@ -55,8 +56,8 @@ def plan_step(
         "contexts": prompts.contexts.tensors.values() if prompts.contexts else (),
     }
     held = {what: frozen_bytes(device, *some) for what, some in there.items()}
-    adam = 2 if cfg.use_8bit_adam else 8  # bytes per weight
-    held["LoRA, its gradient, AdamW's state"] = (8 + adam) * trained.flat.numel()
+    each = 4 + 4 + state_bytes(cfg.use_8bit_adam)
+    held["LoRA, its gradient, AdamW's state"] = each * trained.flat.numel()
     if trained.mean is not None:
         held["the LoRA's average"] = 4 * trained.flat.numel()
     # the step's workspaces move to the graph's stream; what ran before keeps one on its own

@@ -25,10 +25,17 @@ from training.inputs import Size
 from training.ranks import NullRun
 
 LEAST_SCALE = 2**-14  # of the loss in fp16: reached after thirty overflows in a row
+# the loss; the error's shares inside and outside the mask; the coverage
+OF_A_STEP = ("loss", "inside", "outside", "covered")
+# since the last log those, summed over the good steps, and how many these are; the first bad step;
+# over the whole run the steps skipped
+SUMS = (*OF_A_STEP, "good", "bad", "skipped")
+LISTED = ("loss", "inside", "outside", "covered", "good", "bad", "skipped")  # in old checkpoints
 
 
 class Journal:
-    """The loop's account of its steps. `state`: what `since` returned, on resuming."""
+    """The loop's account of its steps. `state`: of the checkpoint gone on from, which has what
+    `since` returned; {} in a new run."""
 
     def __init__(
         self,
@@ -52,10 +59,10 @@ class Journal:
         """Keep a step's draws, to name them if it goes wrong."""
         self.drawn[done] = pick.index, pick.t
 
-    def add(self, done: int, ok: Tensor, found: Tensor) -> None:
-        """Count a step, without waiting for the device. ok: (), whether it was taken; found: (4,),
-        as in `Tally`."""
-        self.tally.add(ok, found, done)
+    def add(self, done: int, ok: Tensor, sums: Tensor) -> None:
+        """Count a step, without waiting for the device. ok: (), whether it was taken; sums: (4,),
+        OF_A_STEP."""
+        self.tally.add(ok, sums, done)
         self.pace.bar.update()
 
     def read(self, done: int, scaler: torch.amp.GradScaler) -> None:
@@ -77,7 +84,7 @@ class Journal:
 
     def log(self, done: int, lr: float, grad_norm: Tensor) -> None:
         """Write what was read: since the last line the mean loss, the time per step."""
-        loss, *places = self.means
+        loss = self.means["loss"]
         step_ms = self.pace.step_ms(done - max(self.logged, self.first))
         if factor := self.trend.add(loss, (done - self.logged) * self.total):
             warnings.warn(
@@ -87,7 +94,7 @@ class Journal:
             )
         numbers = {"loss": loss, "lr": lr, "grad_norm": grad_norm.item()}
         if self.masked:
-            numbers |= zip(("loss_inside", "loss_outside", "mask_coverage"), places)
+            numbers |= self.means
         numbers |= {"skipped": self.skipped} if self.on_nan == "skip" else {}
         peak = round(peak_mib(grad_norm.device), 1)
         self.run.log("train", step=done, **numbers, step_ms=round(step_ms, 2), peak_mib=peak)
@@ -97,43 +104,53 @@ class Journal:
 
     def since(self) -> dict:
         """For a checkpoint: what has been counted since the last line."""
-        return {"logged": self.logged, "tally": self.tally.sums.tolist()}
+        return {"logged": self.logged, "tally": self.tally.by_name()}
 
 
 class Tally:
-    """Sums that the loop accumulates on the device and reads when it logs."""
+    """SUMS, which the loop accumulates on the device and reads when it logs.
 
-    def __init__(self, device: torch.device, sums: list[float] | None = None):
-        # since the last log: 4 sums (loss; the error's shares inside and outside the mask; the
-        # coverage), the number of good steps, the first bad step; over the whole run: steps skipped
-        self.sums = torch.tensor(sums or [0.0] * 7, device=device)
+    `state`: what `by_name` returned; a sum that it lacks is 0.
+    """
 
-    def add(self, ok: Tensor, found: Tensor, done: int) -> None:
-        self.sums[:4] += torch.where(ok, found, 0.0)
-        self.sums[4] += ok
-        self.sums[5] = torch.where(ok | (self.sums[5] > 0), self.sums[5], float(done))
-        self.sums[6] += ~ok
+    def __init__(self, device: torch.device, state: dict[str, float] | list[float] | None = None):
+        given = dict(zip(LISTED, state)) if isinstance(state, list) else state or {}
+        self.sums = torch.tensor([float(given.get(name, 0)) for name in SUMS], device=device)
+        self.at = dict(zip(SUMS, self.sums.unbind()))  # {name: ()}, views
 
-    def read(self) -> tuple[list[float], int, int]:
-        """Means (NaN if over nothing), steps skipped, first bad step or 0.
+    def add(self, ok: Tensor, sums: Tensor, done: int) -> None:
+        bad = self.at["bad"]
+        self.sums[: len(OF_A_STEP)] += torch.where(ok, sums, 0.0)
+        self.at["good"] += ok
+        bad.copy_(torch.where(ok | (bad > 0), bad, float(done)))
+        self.at["skipped"] += ~ok
 
-        The means: loss; error inside and outside the mask; coverage.
-        """
-        *found, count, bad, skipped = self.sums.tolist()
-        self.sums[5] = 0.0
+    def by_name(self) -> dict[str, float]:
+        return dict(zip(SUMS, self.sums.tolist()))
+
+    def read(self) -> tuple[dict[str, float], int, int]:
+        """Means (NaN if over nothing) as they are logged, steps skipped, first bad step or 0."""
+        found = self.by_name()
+        self.at["bad"].zero_()
         over = lambda x, y: x / y if y > 0 else math.nan  # noqa: E731
-        loss, inside, outside, covered = found
-        means = [over(loss, count), over(inside, covered), over(outside, count - covered)]
-        return [*means, over(covered, count)], int(skipped), int(bad)
+        good, covered = found["good"], found["covered"]
+        means = {
+            "loss": over(found["loss"], good),
+            "loss_inside": over(found["inside"], covered),
+            "loss_outside": over(found["outside"], good - covered),
+            "mask_coverage": over(covered, good),
+        }
+        return means, int(found["skipped"]), int(found["bad"])
 
     def clear(self) -> None:
-        self.sums[:5] = 0.0
+        for name in (*OF_A_STEP, "good"):
+            self.at[name].zero_()
 
 
 def not_finite(where: str, drawn: tuple[Tensor, Tensor], pairs: list[Pair], task: Task) -> str:
     """The message about a non-finite loss or gradient, with the step's first ten pairs and t."""
     index, t = drawn
-    steps = task.objective.steps(t, task.schedule, task.knobs).tolist()
+    steps = task.objective.asks_at(t, task.schedule, task.knobs).tolist()
     at = [
         f"{listed([pairs[i % len(pairs)].name])} at t {u}"
         for i, u in zip(index.tolist()[:10], steps)

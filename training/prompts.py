@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from config import TrainConfig
+from config import TrainConfig, alpha_of
 from data import PairDataset
 from model.draws import seeded_for
 from model.lora import inject
@@ -100,7 +100,7 @@ def load_prompts(
             there = {name for name, _ in model.named_modules()}
             more = factors_for(model, given.text.get(part, {}))
             how = {"needed": [name for name in more if name in there], "generator": generator}
-            inject(model, "attn", cfg.lora_rank, cfg.lora_alpha, **how)
+            inject(model, "attn", cfg.lora_rank, alpha_of(cfg), **how)
         mask = None if mask is None else mask.to(device)
         return Prompts(row, ids.to(device), mask, None, text, device, text.empty_is_zero)
     contexts = encode_prompts(text, ids, mask, device, cfg.latents_on, cfg.cache_dir)

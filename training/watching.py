@@ -162,7 +162,8 @@ class Watch:
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")
     def held_out_loss(self) -> dict:
-        """The loss on held-out pairs, with the same noise every time, in ten bins of timesteps."""
+        """The loss on held-out pairs, with the same noise every time; `loss_by_t`: in ten even bins
+        of the drawn t, which the objective maps to the timesteps it asks at."""
         _, objective, schedule, knobs = self.task
         held_out, num_steps, by_t = self.held_out, schedule.num_steps, []
         count = 10 if objective.by_t else 1

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from model import samplers
+from model.samplers import SAMPLERS
 from model.schedule import Schedule
 
 SD15 = {
@@ -49,7 +50,7 @@ def in_float64(scheduler, a_bar):
     return scheduler
 
 
-def run_oracle(scheduler, a_bar, x_T, steps, generator=None, eta=None):
+def run_oracle(scheduler, a_bar, x_T, steps, generator=None):
     in_float64(scheduler, a_bar)
     scheduler.set_timesteps(steps)
     if hasattr(scheduler, "sigmas"):  # these two round σ to fp32 as well
@@ -65,8 +66,6 @@ def run_oracle(scheduler, a_bar, x_T, steps, generator=None, eta=None):
     for t in scheduler.timesteps:
         x_in = scheduler.scale_model_input(x, t)
         keywords = {} if generator is None else {"generator": generator}
-        if eta is not None:
-            keywords["eta"] = eta
         pred = predict(x_in, t.expand(len(x)))
         with mock.patch.object(torch, "float32", torch.float64):  # some steps cast down inside
             x = scheduler.step(pred, t, x, **keywords).prev_sample
@@ -103,7 +102,7 @@ def test_alphas_equal_diffusers_to_its_own_precision():
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
 @pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("name", ["ddpm", "ddim", "ddim_eta", "ddim_clip", "dpm_solver", "euler"])
+@pytest.mark.parametrize("name", [*SAMPLERS, "ddim_clip"])
 @pytest.mark.parametrize("steps", [7, 20, 30])  # 30: halves to be rounded
 def test_trajectory_equals_diffusers(name, spacing, prediction_type, steps):
     config = {**SD15, "prediction_type": prediction_type, "timestep_spacing": spacing}
@@ -121,9 +120,6 @@ def test_trajectory_equals_diffusers(name, spacing, prediction_type, steps):
         "ddim": lambda: diffusers.DDIMScheduler(
             **common, clip_sample=False, set_alpha_to_one=False
         ),
-        "ddim_eta": lambda: diffusers.DDIMScheduler(
-            **common, clip_sample=False, set_alpha_to_one=False
-        ),
         "ddim_clip": lambda: diffusers.DDIMScheduler(
             **common, clip_sample=True, set_alpha_to_one=True
         ),
@@ -131,14 +127,11 @@ def test_trajectory_equals_diffusers(name, spacing, prediction_type, steps):
         "euler": lambda: diffusers.EulerDiscreteScheduler(**common),
     }
     x_T = noise(2)
-    seeded = {"generator": torch.Generator().manual_seed(9)} if name in ("ddpm", "ddim_eta") else {}
-    eta = {"eta": 0.7} if name == "ddim_eta" else {}
-    x_ours = getattr(samplers, name.split("_eta")[0].split("_clip")[0])(
-        predict, x_T, ours, steps, **seeded, **eta
-    )
+    seeded = {"generator": torch.Generator().manual_seed(9)} if name == "ddpm" else {}
+    x_ours = SAMPLERS[name.removesuffix("_clip")](predict, x_T, ours, steps, **seeded)
     if seeded:
         seeded["generator"].manual_seed(9)
-    x_theirs = run_oracle(classes[name](), ours.alphas_cumprod, x_T, steps, **seeded, **eta)
+    x_theirs = run_oracle(classes[name](), ours.alphas_cumprod, x_T, steps, **seeded)
     assert relative(x_ours, x_theirs) < 1e-9
 
 
@@ -179,8 +172,7 @@ def test_estimates_undo_the_forward_process(prediction_type):
         torch.testing.assert_close(found, true, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["ddim", "dpm_solver", "euler", "ddpm"])
-@pytest.mark.parametrize("start", [0, 6])
+@pytest.mark.parametrize(("name", "start"), [*((name, 0) for name in SAMPLERS), ("ddim", 6)])
 def test_a_network_that_knows_x_0_ends_there(name, start):
     """With the true ε at every x_t the path is a straight line back to x_0, wherever it starts."""
     schedule = Schedule.from_config({**SD15, "set_alpha_to_one": True})
@@ -194,15 +186,9 @@ def test_a_network_that_knows_x_0_ends_there(name, start):
         a_t = torch.where(t == lower, a[lower], a_t).view(-1, 1, 1, 1)
         return (x_t - a_t.sqrt() * x_0) / (1 - a_t).sqrt()
 
-    spacing = "linspace" if name in ("dpm_solver", "euler") else "leading"
-    ts = samplers.timesteps(schedule, 13 if name == "dpm_solver" else 12, spacing)
-    t = torch.full((2,), ts[start])
-    x = schedule.add_noise(x_0, noise(7), t) if start else noise(7)
-    if name == "euler":  # starts between two training steps
-        t_start = torch.linspace(999, 0, 12, dtype=torch.float64)[start].item()
-        a = 1 / (1 + samplers.sigma(schedule, t_start) ** 2)
-        x = a**0.5 * x_0 + (1 - a) ** 0.5 * noise(7) if start else noise(7)
-    x = getattr(samplers, name)(oracle, x, schedule, 12, start=start)
+    t = torch.full((2,), samplers.timesteps(schedule, 12)[start])
+    x, later = (schedule.add_noise(x_0, noise(7), t), {"start": start}) if start else (noise(7), {})
+    x = SAMPLERS[name](oracle, x, schedule, 12, **later)
     torch.testing.assert_close(x, x_0, rtol=1e-7, atol=1e-6)
 
 
@@ -227,13 +213,13 @@ def test_as_many_steps_as_there_are():
         samplers.dpm_solver(predict, noise(2), leading, 999)
 
 
-@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpm_solver", "euler"])
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_from_noise_in_which_nothing_of_the_image_is_left(name):
     """At zero terminal SNR ā is 0, and σ would be infinite."""
     config = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
     schedule = Schedule.from_config({**SD15, **config, "timestep_spacing": "trailing"})
     assert schedule.alphas_cumprod[-1] == 0
-    assert getattr(samplers, name)(predict, noise(2), schedule, 7).isfinite().all()
+    assert SAMPLERS[name](predict, noise(2), schedule, 7).isfinite().all()
 
 
 def test_each_image_has_a_generator_or_there_is_an_error():
