@@ -23,6 +23,7 @@ from pairing.images import (
     load_mask,
     mostly_grey,
 )
+from pairing.names import Compared, comparable
 from pairing.pairs import by_name, find_pairs, not_read, read_caption
 from pairing.registration import MAX_ASPECT, MIN_SHIFT, aspect_gap, find_shift, unchanged
 from pairing.sequences import clips_in, find_sequences
@@ -76,6 +77,11 @@ class Report:
             some = self.found.setdefault((what, str(word)), [])
             some.extend((name, detail) for name in names)
 
+    def note_names(self, found: Compared) -> None:
+        """How names were matched, if not as they are, or why they could not be."""
+        if said := f"matched without {found.without}" if found.without else found.doubt:
+            self.counts.append(("names", said))
+
     @property
     def problems(self) -> int:
         return sum(VERDICTS[what][0] for what, _ in self.found)
@@ -115,7 +121,8 @@ class Places(NamedTuple):
 
 def by_folder(folders: dict[str, tuple[str, Path]], report: Report) -> Places:
     """Places that are in all folders, each given by a label, its flag and its path."""
-    groups = {label: by_name(folder, flag) for label, (flag, folder) in folders.items()}
+    found = comparable({label: by_name(folder, flag) for label, (flag, folder) in folders.items()})
+    groups = dict(zip(folders, found.folders))
     first, *rest = groups.values()
     names = [name for name in first if all(name in other for other in rest)]
     if not names or len({folder.resolve() for _, folder in folders.values()}) < len(folders):
@@ -131,6 +138,7 @@ def by_folder(folders: dict[str, tuple[str, Path]], report: Report) -> Places:
             hints |= not_read([name for name in alone if name not in groups[other]], folder, flag)
         for name in alone:
             report.note("{} images without a partner", name, detail=hints.get(name, ""), word=label)
+    report.note_names(found)
     doubled = {name for group in groups.values() for name, files in group.items() if files[1:]}
     report.note("names with several files in one folder", *sorted(doubled))
     states = {
