@@ -9,6 +9,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Collection, Sequence
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 
@@ -31,6 +32,21 @@ MAX_FRAMES = 10_000  # of an animated file, whose header may claim any number
 def _shares(times: Sequence[float]) -> list[float]:
     """Times on any scale -> positions from 0 (the first) to 1 (the last)."""
     return [(time - times[0]) / (times[-1] - times[0]) for time in times]
+
+
+def _as_years(times: Sequence[float]) -> list[str]:
+    """Dates such as 20190601 as years with decimals, 2019.414; [] if the times are no dates."""
+    years = []
+    for time in times:
+        if not (19000101 <= time <= 21001231 and float(time).is_integer()):
+            return []
+        try:
+            day = datetime.strptime(f"{time:.0f}", "%Y%m%d")
+        except ValueError:
+            return []
+        start, end = (datetime(year, 1, 1) for year in (day.year, day.year + 1))
+        years.append(f"{day.year + (day - start) / (end - start):.3f}")
+    return years
 
 
 def _states(
@@ -71,6 +87,11 @@ def find_sequences(
     if len(times) != len(folders):
         raise ValueError(
             f"--sequence_times has {len(times)} times for {len(folders)} folders of --sequence_dirs"
+        )
+    if years := _as_years(times):
+        raise ValueError(
+            f"--sequence_times {times[0]:.0f} is a date, whose digits do not count days: "
+            f"pass years with decimals, --sequence_times {' '.join(years)}"
         )
     # in this form NaN does not ascend, nor do times too close together on the scale of the others
     rising = lambda some: all(a < b for a, b in pairwise(some))  # noqa: E731
