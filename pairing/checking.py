@@ -255,7 +255,8 @@ def look_at(
             detail = f"{label}, mostly at most {shade.most} of 255{values}"
             report.note("nearly black images", name, detail=detail)
         there = None if isinstance(file, Frame) else frame_on_map(file)
-        if before and image.size == before.size and (apart := elsewhere(spot, there, image.size)):
+        alike = before is not None and image.size == before.size
+        if alike and (apart := elsewhere(spot, there, image.size)):
             state = [label] if len(files) > 2 else []
             report.note(
                 "pairs that lie elsewhere on the map", name, detail=", ".join([*state, apart])
@@ -287,9 +288,11 @@ class OnMap(NamedTuple):
 def frame_on_map(file: Path) -> OnMap | None:
     """None if the file does not say it by a matrix, or by the size of a pixel and one point."""
     tags = place_on_map(file)
-    scale, point, whole = (tags.get(tag, ()) for tag in (33550, 33922, 34264))
+    scale, point, whole, entries = (
+        np.ravel(tags.get(tag, ())) for tag in (33550, 33922, 34264, 34735)
+    )
     if len(whole) == 16:
-        matrix = np.array(whole).reshape(4, 4)[:2, [0, 1, 3]]
+        matrix = whole.reshape(4, 4)[:2, [0, 1, 3]]
     elif len(scale) >= 2 and len(point) == 6:
         (x, y), (column, row, _, east, north, _) = scale[:2], point
         matrix = np.array([[x, 0, east - column * x], [0, -y, north + row * y]])
@@ -297,7 +300,6 @@ def frame_on_map(file: Path) -> OnMap | None:
         return None
     if not (np.isfinite(matrix).all() and np.linalg.det(matrix[:, :2])):
         return None
-    entries = np.array(tags.get(34735, ()))
     entries = entries[: len(entries) // 4 * 4].reshape(-1, 4)[1:].tolist()
     keys = {key: value for key, tag, _, value in entries if tag == 0}
     if keys.get(1025) == 2:  # its points are the pixels' centres

@@ -269,6 +269,7 @@ CENTRES = GEO[34735][:11] + (2,) + GEO[34735][12:]
           + (0.0,) * 7 + (1.0,)}, ""),
         ({33922: None}, ""),  # it does not say where
         ({33550: (0.0, 0.0, 0.0)}, ""),
+        ({33550: (10.0,), 34735: (1,)}, ""),
     ],
 )  # fmt: skip
 def test_pairs_that_lie_elsewhere_are_a_remark(tmp_path, picture, capsys, after, said):
