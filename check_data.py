@@ -31,6 +31,7 @@ from durable import (
 )
 from pairing.checking import TILE, Report, by_clip, by_folder, check
 from pairing.images import Reading, listed
+from pairing.names import masks_by_name
 from pairing.pairs import by_name, left_out, lonely_captions, refuse_among, refuse_missing
 from pairing.sequences import is_clip
 from pairing.sheet import contact_sheet
@@ -84,7 +85,9 @@ def run(args: argparse.Namespace) -> int:
     else:
         places = by_folder(folders, report)
     if masks is not None:
-        count = sum(map(len, masks.values()))
+        found = masks_by_name(places.states, masks)
+        report.note_names(found)
+        masks, count = found.folders[0], sum(map(len, masks.values()))
         report.counts.append(("mask", f"{count} images in {listed([args.mask_dir])}"))
     for flag, folder in given:
         others = [p for p in left_out(folder, flag) if not (args.frames_dir and is_clip(p, folder))]

@@ -49,7 +49,7 @@ from model.lora_files import lora_path
 from model.pipeline import Pipeline, decode, encode
 from pairing.hashes import image_hashes
 from pairing.images import eight_bit, to_image
-from pairing.pairs import SIDES, refuse_among
+from pairing.pairs import SIDES, refuse_among, told_of
 from progress import no_bars
 from report import write_report
 from reporting.evaluation import SHEET, table, write
@@ -87,6 +87,8 @@ def check_flags(args: argparse.Namespace) -> None:
 def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
     """The content of evaluation.json, and before, predicted, after and error of the first pairs."""
     pairs, between, outcomes = held_out = find_held_out(args)
+    for line in told_of([pair for some in (pairs, *between, *outcomes) for pair in some]):
+        print(line)
     strengths = args.strengths
     pipe = open_pipeline(args, captioned=all(pair.caption for pair in pairs))
     cfg, samples = edit_config(args), args.samples

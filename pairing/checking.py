@@ -11,8 +11,19 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from pairing.holes import MUCH, black_alone, filled, holes_of, union
-from pairing.images import USUAL, Frame, Reading, by, dark, further_pages, listed, load_image
+from pairing.images import (
+    USUAL,
+    Frame,
+    Reading,
+    by,
+    dark,
+    further_pages,
+    listed,
+    load_image,
+    place_on_map,
+)
 from pairing.masks import load_mask, mostly_grey
+from pairing.names import Compared, comparable
 from pairing.pairs import by_name, find_pairs, not_read, read_caption
 from pairing.registration import MAX_ASPECT, MIN_SHIFT, aspect_gap, find_shift, unchanged
 from pairing.sequences import clips_in, find_sequences
@@ -35,6 +46,7 @@ VERDICTS = {  # in the order of the report: whether it would stop the training, 
     "captions without an image": (False, "a caption is NAME.txt beside an image of that name"),
     "images of another size": (False, "they will be resized to the after image"),
     "pairs that look shifted": (False, "align them; (right, down) px of after over before"),
+    "pairs that lie elsewhere on the map": (False, "cut both to the same frame (gdalwarp -te)"),
     "pairs with places without data": (False, "they will show the rest of the pair mirrored there"),
     "pairs of which one is black in places": (False, "no data there? --nodata 0 mirrors it"),
     "pairs without change": (False, "they teach that nothing happens"),
@@ -65,6 +77,11 @@ class Report:
         if names:
             some = self.found.setdefault((what, str(word)), [])
             some.extend((name, detail) for name in names)
+
+    def note_names(self, found: Compared) -> None:
+        """How names were matched, if not as they are, or why they could not be."""
+        if said := f"matched without {found.without}" if found.without else found.doubt:
+            self.counts.append(("names", said))
 
     @property
     def problems(self) -> int:
@@ -105,7 +122,8 @@ class Places(NamedTuple):
 
 def by_folder(folders: dict[str, tuple[str, Path]], report: Report) -> Places:
     """Places that are in all folders, each given by a label, its flag and its path."""
-    groups = {label: by_name(folder, flag) for label, (flag, folder) in folders.items()}
+    found = comparable({label: by_name(folder, flag) for label, (flag, folder) in folders.items()})
+    groups = dict(zip(folders, found.folders))
     first, *rest = groups.values()
     names = [name for name in first if all(name in other for other in rest)]
     if not names or len({folder.resolve() for _, folder in folders.values()}) < len(folders):
@@ -121,6 +139,7 @@ def by_folder(folders: dict[str, tuple[str, Path]], report: Report) -> Places:
             hints |= not_read([name for name in alone if name not in groups[other]], folder, flag)
         for name in alone:
             report.note("{} images without a partner", name, detail=hints.get(name, ""), word=label)
+    report.note_names(found)
     doubled = {name for group in groups.values() for name, files in group.items() if files[1:]}
     report.note("names with several files in one folder", *sorted(doubled))
     states = {
@@ -220,7 +239,7 @@ def look_at(
         detail = ", ".join(f"{text[:30]!r}" for text in two)
         report.note("pairs with two captions", name, detail=detail)
     mask = mask_file and load(load_mask, mask_file)
-    before, hole, small = None, None, {}
+    before, hole, spot, small = None, None, None, {}
     for i, file in enumerate(files):
         label, last = places.label(i), i == len(files) - 1
         if (image := load(load_image, file, how)) is None:
@@ -234,8 +253,15 @@ def look_at(
             values = ", values {:g} to {:g}".format(*shade.values) if shade.values else ""
             detail = f"{label}, mostly at most {shade.most} of 255{values}"
             report.note("nearly black images", name, detail=detail)
+        there = None if isinstance(file, Frame) else frame_on_map(file)
+        alike = before is not None and image.size == before.size
+        if alike and (apart := elsewhere(spot, there, image.size)):
+            state = [label] if len(files) > 2 else []
+            report.note(
+                "pairs that lie elsewhere on the map", name, detail=", ".join([*state, apart])
+            )
         if i == 0:
-            before, hole = image, holes_of(file, how, image)
+            before, hole, spot = image, holes_of(file, how, image), there
         elif before is None or not note_pair(
             name,
             "" if len(files) == 2 else label,
@@ -249,6 +275,53 @@ def look_at(
         if i in shown:
             small[i] = ImageOps.contain(image, (TILE, TILE))
     return list(small.values()) if len(small) == len(shown) else []
+
+
+class OnMap(NamedTuple):
+    """Where a GeoTIFF lies: what a pixel's coordinates become, and in which system."""
+
+    matrix: np.ndarray  # (2, 3), of (column, row, 1) with (0, 0) at the first pixel's corner
+    system: int | None  # EPSG
+
+
+def frame_on_map(file: Path) -> OnMap | None:
+    """None if the file does not say it by a matrix, or by the size of a pixel and one point."""
+    tags = place_on_map(file)
+    scale, point, whole, entries = (
+        np.ravel(tags.get(tag, ())) for tag in (33550, 33922, 34264, 34735)
+    )
+    if len(whole) == 16:
+        matrix = whole.reshape(4, 4)[:2, [0, 1, 3]]
+    elif len(scale) >= 2 and len(point) == 6:
+        (x, y), (column, row, _, east, north, _) = scale[:2], point
+        matrix = np.array([[x, 0, east - column * x], [0, -y, north + row * y]])
+    else:
+        return None
+    if not (np.isfinite(matrix).all() and np.linalg.det(matrix[:, :2])):
+        return None
+    entries = entries[: len(entries) // 4 * 4].reshape(-1, 4)[1:].tolist()
+    keys = {key: value for key, tag, _, value in entries if tag == 0}
+    if keys.get(1025) == 2:  # its points are the pixels' centres
+        matrix[:, 2] -= matrix[:, :2] @ (0.5, 0.5)
+    system = keys.get(3072, keys.get(2048))  # projected, or geographic
+    return OnMap(matrix, system if system not in (0, 32767) else None)  # none, or its own
+
+
+def elsewhere(before: OnMap | None, after: OnMap | None, size: tuple[int, int]) -> str:
+    """How the places on the map of two images of a size differ by half a pixel or more; "" if they
+    do not, or one has none."""
+    if before is None or after is None:
+        return ""
+    if before.system and after.system and before.system != after.system:
+        return f"EPSG:{before.system}, then EPSG:{after.system}"
+    corners = np.array([[x, y, 1] for x in (0, size[0]) for y in (0, size[1])]).T  # (3, 4)
+    shift = (after.matrix - before.matrix) @ corners  # (2, 4), in units of the map
+    in_pixels = np.linalg.solve(before.matrix[:, :2], shift)
+    if np.abs(in_pixels).max() < 0.5:
+        return ""
+    east, north = shift[:, 0]
+    scales = ", of another scale or turned" if np.ptp(in_pixels, axis=1).max() >= 0.5 else ""
+    return f"{east:+g}, {north:+g} in its units{scales}"
 
 
 def note_pair(

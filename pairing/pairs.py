@@ -3,6 +3,7 @@
 find_pairs -> [Pair]    before and after, or one sentence on why they do not match
 find_singles            single images
 names_in                names of pairs to leave out, from text files
+files_alike             the files of several folders by names that can be compared
 """
 
 import os
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pairing.images import Frame, listed
+from pairing.names import Compared, comparable, masks_by_name
 
 SUFFIXES = {
     ".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".jp2", ".j2k", ".avif",
@@ -29,12 +31,13 @@ MAX_LINKS = 1000  # symlinked folders followed in one search: mutual links multi
 class Pair:
     """Files that show one place before and after. A DreamBooth image has `before=None`."""
 
-    name: str  # relative path without suffix, posix
+    name: str  # relative path without suffix, posix; see pairing.names
     before: Path | Frame | None
     after: Path | Frame
     mask: Path | None = None
     caption: str | None = None
     strength: float = 1.0  # share of the change visible in `after`, below 1 for a state in between
+    told: tuple[str, ...] = ()  # what its name lacks of its files' names, in words
 
     @property
     def files(self) -> dict[str, Path | Frame]:
@@ -167,15 +170,38 @@ def not_read(names: Collection[str], folder: Path | str, flag: str) -> dict[str,
     }
 
 
-def _one_each(folder: Path | str, flag: str, exclude: Collection[str] = ()) -> dict[str, Path]:
-    groups = by_name(folder, flag)
-    groups = {name: paths for name, paths in groups.items() if name not in exclude}
+def _without(groups: dict[str, list[Path]], exclude: Collection[str]) -> dict[str, list[Path]]:
+    return {name: paths for name, paths in groups.items() if name not in exclude}
+
+
+def _one_each(groups: dict[str, list[Path]], flag: str) -> dict[str, Path]:
     for name, paths in groups.items():
         if len(paths) > 1:
             raise ValueError(
                 f"{flag}: {len(paths)} files are named {listed([name])}, not one: {listed(paths)}"
             )
     return {name: paths[0] for name, paths in groups.items()}
+
+
+def files_alike(
+    folders: dict[str, tuple[str, Path | str]], exclude: Collection[str] = ()
+) -> Compared:
+    """Of folders given by label, flag and path: the files by names that can be compared, but those
+    to `exclude`. ValueError if two in a folder have one name."""
+    groups = {label: by_name(folder, flag) for label, (flag, folder) in folders.items()}
+    found = comparable(groups)
+    if exclude and not found.without:  # a name to exclude may be what stood in the way
+        found = comparable({label: _without(group, exclude) for label, group in groups.items()})
+    files = [
+        _one_each(_without(group, exclude), flag)
+        for group, (flag, _) in zip(found.folders, folders.values())
+    ]
+    return found._replace(folders=files)
+
+
+def told_of(pairs: Sequence[Pair]) -> list[str]:
+    """Lines of output: how the names of these pairs' files were matched, if not as they are."""
+    return list(dict.fromkeys(line for pair in pairs for line in pair.told))
 
 
 def names_in(files: Sequence[Path | str], known: Collection[str], flag: str) -> frozenset[str]:
@@ -249,19 +275,49 @@ def find_masks(
     exclude: Collection[str] = (),
     flag: str = "--mask_dir",
 ) -> dict[str, Path]:
-    """Name -> mask, of the masks in a folder. Arguments and errors as of `find_pairs`."""
-    masks = _one_each(mask_dir, flag, exclude)
+    """Name -> mask, of the masks in a folder. Arguments and errors as of `find_pairs`, but names
+    are compared as they are."""
+    masks = _one_each(_without(by_name(mask_dir, flag), exclude), flag)
+    _refuse_lack(names, masks, mask_dir, allow_unmatched, flag)
+    return masks
+
+
+def masks_of(
+    names: Sequence[str],
+    mask_dir: Path | str | None,
+    allow_unmatched: bool | None,
+    exclude: Collection[str] = (),
+) -> tuple[dict[str, Path], tuple[str, ...]]:
+    """Name -> mask, and lines about how names were matched. Errors as of `find_pairs`."""
+    if mask_dir is None:
+        return {}, ()
+    flag, groups = "--mask_dir", by_name(mask_dir, "--mask_dir")
+    found = masks_by_name(names, groups)
+    if exclude and not found.without:
+        found = masks_by_name(names, _without(groups, exclude))
+    masks = _one_each(_without(found.folders[0], exclude), flag)
+    _refuse_lack(names, masks, mask_dir, allow_unmatched, flag, found.hint)
+    return masks, found.lines
+
+
+def _refuse_lack(
+    names: Sequence[str],
+    masks: Collection[str],
+    mask_dir: Path | str,
+    allow_unmatched: bool | None,
+    flag: str,
+    told: str = "",
+) -> None:
     missing = [name for name in names if name not in masks]
     none = len(missing) == len(names)
     if none or (missing and not allow_unmatched):
-        hint = _case_hint(missing, list(masks)) + _format_hint(missing, mask_dir, flag)
+        hint = _case_hint(missing, list(masks)) + _format_hint(missing, mask_dir, flag) + told
         if not none and allow_unmatched is not None:
             hint += "; --allow_unmatched accepts them"
         raise ValueError(
             f"{len(missing)} of {len(names)} images have no mask in {flag} "
             f"{listed([mask_dir])}: {listed(missing)}{hint}"
         )
-    return masks
 
 
 def refuse_missing(before_dir: Path | str, after_dir: Path | str, flags: Sequence[str]) -> None:
@@ -278,23 +334,23 @@ def _both_sides(
     after_dir: Path | str,
     flags: Sequence[str] = SIDES,
     exclude: Collection[str] = (),
-) -> tuple[dict[str, Path], ...]:
+) -> Compared:
     refuse_missing(before_dir, after_dir, flags)
-    before = _one_each(before_dir, flags[0], exclude)
-    after = _one_each(after_dir, flags[1], exclude)
+    label = flags[1] if flags[0] in SIDES and flags[1] not in SIDES else "after"
+    sides = files_alike({"before": (flags[0], before_dir), label: (flags[1], after_dir)}, exclude)
     if os.path.samefile(before_dir, after_dir):
         two = " and ".join(flags) if flags[0] != flags[1] else f"two of {flags[0]}"
         raise ValueError(
             f"{two} are the same folder, so there is no change to learn: {listed([after_dir])}"
         )
-    return before, after
+    return sides
 
 
 def unmatched(
     before_dir: Path | str, after_dir: Path | str, exclude: Collection[str] = ()
 ) -> tuple[list[str], list[str]]:
     """Names found only in the before folder, and names found only in the after folder."""
-    before, after = _both_sides(before_dir, after_dir, exclude=exclude)
+    before, after = _both_sides(before_dir, after_dir, exclude=exclude).folders
     return [n for n in before if n not in after], [n for n in after if n not in before]
 
 
@@ -307,42 +363,60 @@ def find_pairs(
     exclude: Collection[str] = (),
     flags: Sequence[str] = SIDES,
 ) -> list[Pair]:
-    """Pairs with equal relative paths without suffix, sorted; a caption is NAME.txt beside either.
+    """Pairs with equal relative paths without suffix, or with names that are `comparable`, in the
+    order of the before images; a caption is NAME.txt beside either.
 
     Unmatched files are an error that names them. `allow_unmatched` skips them (`unmatched` lists
     them) and accepts pairs without a mask; None: no such flag, so that messages do not suggest it.
-    `exclude`: names to pass over, whatever is wrong with them. `flags`: where the folders came
-    from. FileNotFoundError or NotADirectoryError for the folders, ValueError for anything else.
+    `exclude`: names of pairs to pass over, whatever is wrong with them. `flags`: where the folders
+    came from. FileNotFoundError or NotADirectoryError for the folders, ValueError for anything
+    else.
     """
-    before, after = _both_sides(before_dir, after_dir, flags, exclude)
+    sides = _both_sides(before_dir, after_dir, flags, exclude)
+    before, after = sides.folders
+    names = matched(before, after, (before_dir, after_dir), flags, allow_unmatched, sides.hint)
+    masks, told = masks_of(names, mask_dir, allow_unmatched, exclude)
+    told = sides.lines + told
+    return [
+        Pair(n, before[n], after[n], masks.get(n), read_caption(after[n], before[n]), told=told)
+        for n in names
+    ]
+
+
+def matched(
+    before: dict[str, Path],
+    after: dict[str, Path],
+    dirs: Sequence[Path | str],
+    flags: Sequence[str],
+    allow_unmatched: bool | None,
+    told: str = "",
+) -> list[str]:
+    """The names on both sides. Errors as of `find_pairs`; they end with what is `told`."""
     names = [name for name in before if name in after]
     lonely = [n for n in before if n not in after], [n for n in after if n not in before]
     hint = _case_hint(*lonely)
     if any(lonely) and not (names and allow_unmatched):
-        hint += _format_hint(lonely[0], after_dir, flags[1])
-        hint += _format_hint(lonely[1], before_dir, flags[0])
+        hint += _format_hint(lonely[0], dirs[1], flags[1])
+        hint += _format_hint(lonely[1], dirs[0], flags[0])
     if not names:
         held = [
             f"{listed([folder])} holds {len(side)} images ({listed(list(side), 3) or 'none'})"
-            for folder, side in ((before_dir, before), (after_dir, after))
+            for folder, side in zip(dirs, (before, after))
         ]
-        raise ValueError(f"No matching image pairs found: {held[0]}, {held[1]}{hint}")
+        raise ValueError(f"No matching image pairs found: {held[0]}, {held[1]}{hint}{told}")
     if any(lonely) and not allow_unmatched:
         parts = [
             f"{len(only)} of {len(side)} images of {flag} {listed([own])} "
             f"{'has' if len(only) == 1 else 'have'} no partner in {listed([other])}: {listed(only)}"
             for only, side, flag, own, other in (
-                (lonely[0], before, flags[0], before_dir, after_dir),
-                (lonely[1], after, flags[1], after_dir, before_dir),
+                (lonely[0], before, flags[0], *dirs),
+                (lonely[1], after, flags[1], *dirs[::-1]),
             )
             if only
         ]
         skips = "" if allow_unmatched is None else "; --allow_unmatched skips them"
-        raise ValueError("; ".join(parts) + hint + skips)
-    masks = find_masks(names, mask_dir, allow_unmatched, exclude) if mask_dir is not None else {}
-    return [
-        Pair(n, before[n], after[n], masks.get(n), read_caption(after[n], before[n])) for n in names
-    ]
+        raise ValueError("; ".join(parts) + hint + told + skips)
+    return names
 
 
 def find_singles(
@@ -354,10 +428,11 @@ def find_singles(
     flag: str = "--instance_data_dir",
 ) -> list[Pair]:
     """Every image in a folder as a Pair without a before. Errors as in `find_pairs`."""
-    images = _one_each(folder, flag, exclude)
+    images = _one_each(_without(by_name(folder, flag), exclude), flag)
     if not images:
         raise ValueError(f"{flag} holds no images: {listed([folder])}")
-    masks = (
-        find_masks([*images], mask_dir, allow_unmatched, exclude) if mask_dir is not None else {}
-    )
-    return [Pair(n, None, path, masks.get(n), read_caption(path)) for n, path in images.items()]
+    masks, told = masks_of([*images], mask_dir, allow_unmatched, exclude)
+    return [
+        Pair(n, None, path, masks.get(n), read_caption(path), told=told)
+        for n, path in images.items()
+    ]

@@ -9,6 +9,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Collection, Sequence
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,10 +18,12 @@ from pairing.pairs import (
     SUFFIXES,
     Pair,
     existing,
+    files_alike,
     find_images,
-    find_masks,
-    find_pairs,
+    masks_of,
+    matched,
     read_caption,
+    refuse_missing,
 )
 
 MAX_FRAMES = 10_000  # of an animated file, whose header may claim any number
@@ -31,15 +34,35 @@ def _shares(times: Sequence[float]) -> list[float]:
     return [(time - times[0]) / (times[-1] - times[0]) for time in times]
 
 
+def _as_years(times: Sequence[float]) -> list[str]:
+    """Dates such as 20190601 as years with decimals, 2019.414; [] if the times are no dates."""
+    years = []
+    for time in times:
+        if not (19000101 <= time <= 21001231 and float(time).is_integer()):
+            return []
+        try:
+            day = datetime.strptime(f"{time:.0f}", "%Y%m%d")
+        except ValueError:
+            return []
+        start, end = (datetime(year, 1, 1) for year in (day.year, day.year + 1))
+        years.append(f"{day.year + (day - start) / (end - start):.3f}")
+    return years
+
+
 def _states(
-    name: str, frames: Sequence[Path | Frame], shares: Sequence[float], mask: Path | None
+    name: str,
+    frames: Sequence[Path | Frame],
+    shares: Sequence[float],
+    mask: Path | None,
+    told: tuple[str, ...],
 ) -> list[Pair]:
     """Pairs of the first frame with each of the others."""
     usual = read_caption(frames[-1], frames[0])
 
     def state(s: float, frame: Path | Frame) -> Pair:
         caption = read_caption(frame) or usual
-        return Pair(name if s == 1 else f"{name} at {s:g}", frames[0], frame, mask, caption, s)
+        named = name if s == 1 else f"{name} at {s:g}"
+        return Pair(named, frames[0], frame, mask, caption, s, told)
 
     return [state(s, frame) for s, frame in zip(shares[1:], frames[1:])]
 
@@ -65,24 +88,35 @@ def find_sequences(
         raise ValueError(
             f"--sequence_times has {len(times)} times for {len(folders)} folders of --sequence_dirs"
         )
+    if years := _as_years(times):
+        raise ValueError(
+            f"--sequence_times {times[0]:.0f} is a date, whose digits do not count days: "
+            f"pass years with decimals, --sequence_times {' '.join(years)}"
+        )
     # in this form NaN does not ascend, nor do times too close together on the scale of the others
     rising = lambda some: all(a < b for a, b in pairwise(some))  # noqa: E731
     if not (rising(times) and times[-1] - times[0] < math.inf and rising(_shares(times))):
         raise ValueError(f"--sequence_times must ascend, got {' '.join(f'{t:g}' for t in times)}")
     flags = ("--sequence_dirs",) * 2
-    how = {"allow_unmatched": allow_unmatched, "exclude": exclude, "flags": flags}
-    first = find_pairs(folders[0], folders[-1], mask_dir=mask_dir, **how)
-    between = [find_pairs(folders[0], f, **how) for f in folders[1:-1]]
-    files = [{pair.name: pair.after for pair in state} for state in between]
-    pairs = []
-    for pair in first:
-        if any(pair.name not in state for state in files):
-            continue  # with allow_unmatched: this place lacks a state
-        frames = [pair.before, *(state[pair.name] for state in files), pair.after]
-        pairs += _states(pair.name, frames, _shares(times), pair.mask)
-    if not pairs:
+    for folder in (folders[-1], *folders[1:-1]):
+        refuse_missing(folders[0], folder, flags)
+    labels = {f"state {i}": (flags[0], folder) for i, folder in enumerate(folders)}
+    found = files_alike(labels, exclude)
+    states = found.folders
+    for i in (len(folders) - 1, *range(1, len(folders) - 1)):
+        dirs = folders[0], folders[i]
+        matched(states[0], states[i], dirs, flags, allow_unmatched, found.hint)
+    # with allow_unmatched a place may lack a state
+    places = [name for name in states[0] if all(name in state for state in states[1:])]
+    if not places:
         raise ValueError("--sequence_dirs: no place is in all of the folders")
-    return pairs
+    masks, told = masks_of(places, mask_dir, allow_unmatched, exclude)
+    told, shares = found.lines + told, _shares(times)
+    return [
+        pair
+        for name in places
+        for pair in _states(name, [state[name] for state in states], shares, masks.get(name), told)
+    ]
 
 
 def counted(path: Path) -> list[tuple[int, str]]:
@@ -139,7 +173,7 @@ def find_clips(
     first is the before of all others, and strengths are positions, 0..1, from the first to the last
     used. Errors as in `clips_in`; ValueError names a clip with fewer than two frames used."""
     clips = {name: some for name, some in clips_in(folder).items() if name not in exclude}
-    masks = find_masks([*clips], mask_dir, allow_unmatched, exclude) if mask_dir is not None else {}
+    masks, told = masks_of([*clips], mask_dir, allow_unmatched, exclude)
     pairs = []
     for name, frames in clips.items():
         taken = frames[::stride]
@@ -153,5 +187,5 @@ def find_clips(
                 f"--frames_dir: {listed([name])} has {len(frames)} frames, "
                 f"expected at least {stride + 1} at --frame_stride {stride}"
             )
-        pairs += _states(name, taken, _shares(range(len(taken))), masks.get(name))
+        pairs += _states(name, taken, _shares(range(len(taken))), masks.get(name), told)
     return pairs

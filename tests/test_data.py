@@ -1089,6 +1089,21 @@ def test_a_sequence_is_a_pair_for_every_later_state(tmp_path):
     assert find_sequences(dirs[::2]) == find_pairs(dirs[0], dirs[2])
 
 
+def test_dates_are_refused_as_times(tmp_path):
+    """As numbers, the last of December and the first of January lie far apart."""
+    dirs = [state(tmp_path, t) for t in (0, 10, 40)]
+    with pytest.raises(ValueError) as error:
+        find_sequences(dirs, [20190601.0, 20190905.0, 20201231.0])
+    assert str(error.value) == (
+        "--sequence_times 20190601 is a date, whose digits do not count days: pass years with "
+        "decimals, --sequence_times 2019.414 2019.677 2020.997"
+    )
+    pairs = find_sequences(dirs, [2019.414, 2019.677, 2020.997])
+    assert pairs[0].strength == pytest.approx(0.166, abs=0.001)
+    for times in ([20190601, 20190605, 20191301], [20190601, 20190701.5, 20200101]):
+        assert len(find_sequences(dirs, times)) == 4
+
+
 def test_a_place_that_lacks_a_state_is_named(tmp_path):
     dirs = [state(tmp_path, 0), state(tmp_path, 10, ("a",)), state(tmp_path, 40)]
     with pytest.raises(ValueError, match=r"no partner in .*time10: b"):

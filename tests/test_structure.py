@@ -38,11 +38,12 @@ ARROWS = {
     "pairing.sheet": [],
     "pairing.holes": ["pairing.images", "pairing.values"],
     "pairing.registration": [],
-    "pairing.pairs": ["pairing.images"],
+    "pairing.names": ["pairing.images"],
+    "pairing.pairs": ["pairing.images", "pairing.names"],
     "pairing.hashes": ["durable", "pairing.images", "pairing.pairs"],
     "pairing.sequences": ["pairing.images", "pairing.pairs"],
     "pairing.checking": [
-        "pairing.holes", "pairing.images", "pairing.masks", "pairing.pairs",
+        "pairing.holes", "pairing.images", "pairing.masks", "pairing.names", "pairing.pairs",
         "pairing.registration", "pairing.sequences",
     ],
     "data": [
@@ -125,12 +126,13 @@ ARROWS = {
         "model.schedule",
     ],
     "training.inputs": [
-        "config", "data", "model.memory", "model.vae", "pairing.images", "pairing.pairs",
-        "pairing.sequences", "training.latents", "training.rows",
+        "config", "data", "model.memory", "model.vae", "pairing.images", "pairing.names",
+        "pairing.pairs", "pairing.sequences", "training.latents", "training.rows",
     ],
     "training.doubts": [
         "config", "data", "model.unet", "pairing.holes", "pairing.images", "pairing.masks",
-        "pairing.pairs", "pairing.registration", "pairing.sequences", "training.inputs",
+        "pairing.names", "pairing.pairs", "pairing.registration", "pairing.sequences",
+        "training.inputs",
     ],
     "training.class_images": [
         "config", "durable", "progress", "model.memory", "model.pipeline", "pairing.images",
@@ -183,9 +185,9 @@ ARROWS = {
     ],
     "training.gather": [
         "config", "data", "runs", "model.files", "model.objectives", "model.schedule",
-        "model.weights", "pairing.hashes", "training.adapting", "training.checkpoint",
-        "training.class_images", "training.doubts", "training.inputs", "training.prompts",
-        "training.ranks", "training.session",
+        "model.weights", "pairing.hashes", "pairing.pairs", "training.adapting",
+        "training.checkpoint", "training.class_images", "training.doubts", "training.inputs",
+        "training.prompts", "training.ranks", "training.session",
     ],
     "reporting.hub_card": [
         "model.contents", "model.files", "model.lora_files", "model.objectives", "reporting.md",
@@ -205,7 +207,7 @@ ARROWS = {
         "training.prompts", "training.watching",
     ],
     "check_data": [
-        "cli", "durable", "pairing.checking", "pairing.images", "pairing.pairs",
+        "cli", "durable", "pairing.checking", "pairing.images", "pairing.names", "pairing.pairs",
         "pairing.sequences", "pairing.sheet",
     ],
     "sample": ["*"],
@@ -234,6 +236,7 @@ LIBRARIES = {  # beyond the standard library
     "config_check": set(),
     "pairing.values": {"numpy", "PIL"},
     "pairing.images": {"torch", "numpy", "PIL"},
+    "pairing.names": set(),
     "pairing.pairs": set(),
     "data": {"torch", "numpy", "PIL"},
 }

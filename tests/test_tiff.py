@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, TiffImagePlugin
 
+import check_data
 import sample
 from pairing.images import GEO_TAGS, Reading, further_pages, image_size, load_image, place_on_map
 from pairing.masks import load_mask
@@ -310,3 +311,42 @@ def test_what_is_no_geotiff_or_turned_has_no_place(tmp_path, picture):
     (tmp_path / "broken.tif").write_bytes(b"II*\0")
     with pytest.raises(ValueError, match=r"broken\.tif"):
         place_on_map(tmp_path / "broken.tif")
+
+
+UTM32 = GEO[34735][:-1] + (32632,)
+CENTRES = GEO[34735][:11] + (2,) + GEO[34735][12:]
+
+
+@pytest.mark.parametrize(
+    "after, said",
+    [
+        ({}, ""),
+        ({33922: (0.0, 0.0, 0.0, 499984.0, 5500020.0, 0.0)}, ""),  # less than half a pixel
+        ({33922: (2.0, 1.0, 0.0, 500000.0, 5500010.0, 0.0)}, ""),  # another point of the same place
+        ({33922: (0.0, 0.0, 0.0, 500000.0, 5499990.0, 0.0)}, "+20, -30 in its units"),
+        ({33550: (20.0, 20.0, 0.0)}, "+0, +0 in its units, of another scale or turned"),
+        ({34735: UTM32}, "EPSG:32633, then EPSG:32632"),
+        ({34735: CENTRES}, "-5, +5 in its units"),
+        ({34735: CENTRES, 33922: (0.0, 0.0, 0.0, 499985.0, 5500015.0, 0.0)}, ""),
+        ({33550: None, 33922: None, 34264: (10.0, 0.0, 0.0, 499980.0, 0.0, -10.0, 0.0, 5500020.0)
+          + (0.0,) * 7 + (1.0,)}, ""),
+        ({33922: None}, ""),  # it does not say where
+        ({33550: (0.0, 0.0, 0.0)}, ""),
+        ({33550: (10.0,), 34735: (1,)}, ""),
+    ],
+)  # fmt: skip
+def test_pairs_that_lie_elsewhere_are_a_remark(tmp_path, picture, capsys, after, said):
+    """Only pairs of one size: others are resized, and told of."""
+    image = Image.fromarray(picture[..., :3])
+    changed = {tag: value for tag, value in (GEO | after).items() if value is not None}
+    for side, geo in (("before", GEO), ("after", changed)):
+        (tmp_path / side).mkdir()
+        write_geotiff(tmp_path / side / "a.tif", image, geo)
+    flags = ["--before", tmp_path / "before", "--after", tmp_path / "after", "--resolution", "8"]
+    assert check_data.main([*map(str, flags), "--out", str(tmp_path / "out")]) == 0
+    report = capsys.readouterr().out
+    found = f"remark       pairs that lie elsewhere on the map: 1\n{'':13}a ({said})\n"
+    assert (found in report) if said else ("on the map" not in report)
+    image.resize((5, 5)).save(tmp_path / "after" / "a.tif", tiffinfo=geo_tags(changed))
+    assert check_data.main([*map(str, flags), "--out", str(tmp_path / "out")]) in (1, 0)
+    assert "on the map" not in capsys.readouterr().out

@@ -21,6 +21,7 @@ from pairing.images import (
     to_image,
 )
 from pairing.masks import mostly_grey
+from pairing.names import comparable
 from pairing.pairs import SIDES, Pair, by_name, left_out, unmatched
 from pairing.registration import MIN_SHIFT, find_shift
 from pairing.sequences import is_clip
@@ -36,7 +37,8 @@ def passed_over(cfg: TrainConfig) -> Iterator[str]:
     if skipped := sum(map(len, lonely)):
         yield f"--allow_unmatched: skipping {skipped} images without a partner"
     if cfg.allow_unmatched and times:
-        states = Counter(name for folder in times for name in by_name(folder, "--sequence_dirs"))
+        found = comparable({folder: by_name(folder, "--sequence_dirs") for folder in times})
+        states = Counter(name for names in found.folders for name in names)
         alone = [name for name, n in states.items() if n < len(times) and name not in exclude]
         if skipped := len(alone):
             yield f"--allow_unmatched: skipping {skipped} places that lack a state"

@@ -18,6 +18,7 @@ from model.objectives import OBJECTIVES, Knobs, Task
 from model.schedule import Schedule
 from model.weights import bare_unet, load_scheduler_config
 from pairing.hashes import fingerprint, image_hashes
+from pairing.pairs import told_of
 from runs import Run
 from training.adapting import Given, prepare, read_given
 from training.checkpoint import lora_metadata
@@ -56,7 +57,7 @@ def gather(cfg: TrainConfig, run: Run | NullRun, ranks: Ranks, device: torch.dev
     held_out = some_places(held_out, 32)  # enough for a loss
     if not ranks.leads:  # rank 0 evaluates for all
         held_out, shown = [], []
-    for line in passed_over(cfg) if ranks.leads else ():
+    for line in (*told_of(pairs), *passed_over(cfg)) if ranks.leads else ():
         print(line)
     if captions := [pair.caption for pair in pairs if pair.caption]:
         print(f"captions      {len(captions)} of {len(pairs)} images, such as {captions[0][:60]!r}")

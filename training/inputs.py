@@ -14,6 +14,7 @@ from data import PairDataset
 from model.memory import unless_full
 from model.vae import VAE
 from pairing.images import Reading, load_image
+from pairing.names import comparable, masks_by_name
 from pairing.pairs import Pair, by_name, find_pairs, find_singles, names_in, read_caption
 from pairing.sequences import clips_in, find_clips, find_sequences
 from training.latents import Latents, cache_latents
@@ -101,15 +102,28 @@ def find_data(cfg: TrainConfig) -> Data:
 
 
 def excluded(cfg: TrainConfig) -> frozenset[str]:
-    """The names in --exclude_from. ValueError if there is no such image (or clip)."""
+    """The names in --exclude_from, of images, masks or pairs, as pairs have them. ValueError if
+    there is no such image (or clip)."""
     if cfg.exclude_from is None:
         return frozenset()
-    sides = ("before_data_dir", "after_data_dir", "mask_dir", "instance_data_dir")
-    folders = [(f"--{side}", getattr(cfg, side)) for side in sides]
-    folders += [("--sequence_dirs", folder) for folder in cfg.sequence_dirs or ()]
-    known = {*clips_in(cfg.frames_dir)} if cfg.frames_dir else set()
-    known.update(*(by_name(folder, flag) for flag, folder in folders if folder is not None))
-    return names_in(cfg.exclude_from, known, "--exclude_from")
+    themselves = lambda names: {name: name for name in names}  # noqa: E731
+    if cfg.frames_dir:
+        images = [themselves(clips_in(cfg.frames_dir))]
+    else:
+        sides = ("before_data_dir", "after_data_dir", "instance_data_dir")
+        given = [(f"--{side}", getattr(cfg, side)) for side in sides]
+        given += [("--sequence_dirs", folder) for folder in cfg.sequence_dirs or ()]
+        found = [by_name(folder, flag) for flag, folder in given if folder is not None]
+        images = comparable({f"{i}": themselves(some) for i, some in enumerate(found)}).folders
+    masks = {}
+    if cfg.mask_dir is not None:
+        places = set(images[0]).intersection(*images[1:])
+        masks = masks_by_name(places, themselves(by_name(cfg.mask_dir, "--mask_dir"))).folders[0]
+    # as in its file -> as in its pair
+    named = {own: name for some in (masks, *images) for name, own in some.items()}
+    names = {*named.values()}
+    found = names_in(cfg.exclude_from, {*named, *names}, "--exclude_from")
+    return frozenset(name if name in names else named[name] for name in found)
 
 
 def spread(items: Sequence, k: int) -> list:
