@@ -17,7 +17,7 @@ from PIL import Image
 
 from pairing.colours import is_grey
 from pairing.holes import cleared, filled, holes_of, kept
-from pairing.images import Reading, by, listed, load_image
+from pairing.images import Reading, by, dark, is_deep_file, listed, load_image, range_for
 from pairing.masks import load_mask, mostly_grey
 from pairing.pairs import find_images, find_masks, left_out, real_folders, refuse_among
 from pairing.registration import MAX_ASPECT, aspect_gap
@@ -80,7 +80,14 @@ def find_inputs(sources: Sequence[str], mask: str | None, out: Path) -> list[Inp
 def read_sizes(inputs: Sequence[Input], how: Reading) -> list[tuple[int, int]]:
     """(width, height) of each image. Reads all of them and their masks: ValueError for what is
     broken, or a mask of another shape than its image; a warning for masks that are none."""
-    sizes = [load_image(given.file, how).size for given in inputs]
+    sizes, shades = [], []
+    for given in inputs:
+        image = load_image(given.file, how)
+        sizes.append(image.size)
+        if not how.value_range and is_deep_file(given.file):
+            shades.append(dark(given.file, image))
+    if dim := shades and range_for(shades):
+        warnings.warn(dim, stacklevel=2)
     looks = {}  # of each mask: its size, whether it is black, whether it is mostly grey
     for (file, _, path), size in zip(inputs, sizes):
         if path is None:

@@ -34,7 +34,7 @@ TILE, SHEET_PLACES, SHEET_STATES = 192, 24, 5
 
 KEEP_ONE, ADD = "keep one of each", "add what is missing, or train with --allow_unmatched"
 VERDICTS = {  # in the order of the report: whether it would stop the training, and advice
-    "broken files": (True, "save them again or remove the pair"),
+    "broken files": (True, "do what each asks for, or remove the pair"),
     "names with several files in one folder": (True, KEEP_ONE),
     "{} images without a partner": (True, ADD),
     "clips without a change": (True, "two frames are needed, --frame_stride apart"),

@@ -307,7 +307,20 @@ DARK, DIM = 16, 40  # of 255: white of 12 bits in a file of 16, and of a satelli
 
 class Dark(NamedTuple):
     most: int  # of 255
-    values: Range | None  # of a file of more than 8 bits a value, most of them
+    values: Range | None  # most of those in the file, if they have more than 8 bits
+
+
+def range_for(shades: Sequence[Dark | None]) -> str | None:
+    """The --value_range that would show dark images, and why; None unless most of all are dark and
+    of more than 8 bits."""
+    told = [shade.values for shade in shades if shade and shade.values]
+    if 2 * len(told) <= len(shades):
+        return None
+    low, high = min(low for low, _ in told), max(high for _, high in told)
+    return (
+        f"{len(told)} of {len(shades)} images looked at are nearly black, their values mostly "
+        f"{low:g} to {high:g}: say what is black and white with --value_range {low:g} {high:g}"
+    )
 
 
 def dark(path: Path | Frame | str, image: Image.Image) -> Dark | None:
@@ -318,7 +331,11 @@ def dark(path: Path | Frame | str, image: Image.Image) -> Dark | None:
         return None
     if not deep:
         return Dark(most, None)
-    if (values := stored_colours(path)) is None:
+    try:
+        values = stored_colours(path)
+    except ValueError:  # of which Pillow reads the high bytes alone
+        return Dark(most, None)
+    if values is None:
         with opened_upright(path) as (grey, tags):
             values = np.asarray(grey)
             if (lacking := no_data(values, tags)) is not None and not lacking.all():

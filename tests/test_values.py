@@ -15,6 +15,7 @@ from config import TrainConfig
 from data import PairDataset
 from pairing.holes import holes_of
 from pairing.images import (
+    Dark,
     Reading,
     dark,
     image_size,
@@ -87,8 +88,10 @@ def test_colours_of_16_bits_are_read_whole(tmp_path, values, kind, bands):
 
 
 def test_what_pillow_cannot_be_asked_for_is_refused(tmp_path, values):
-    """But read as before where no range asks for all bits."""
+    """But read as before where no range asks for all bits; that it is dark can be seen."""
+    values[0, 0] = 0
     planar = write_tiff(tmp_path / "a.tif", values[..., :3], planar=True, compression=DEFLATE)
+    assert dark(planar, load_image(planar)) == Dark(15, None)
     clear = write_png(tmp_path / "a.png", values[..., 2:])
     for path in (planar, clear):
         load_image(path)
@@ -228,12 +231,17 @@ def test_both_sides_of_a_pair_are_read_alike(pairs):
         assert np.array_equal(np.rint((item[side][0].numpy() + 1) * 127.5), scaled(stored))
 
 
-def test_uses_read_images_as_the_training_did(pairs, sd1):
+def test_uses_read_images_as_the_training_did(pairs, sd1, capsys):
     """An edit, a morph and an evaluation: by the LoRA's header, unless a flag says otherwise."""
     lora = write_lora(pairs / "run", sd1, value_range=[LOW, HIGH], resolution=32)
     before = pairs / "before" / "a.tif"
     stored = np.asarray(Image.open(before))
     edit = ["edit", "--lora", str(lora), "--input", str(before), "--strengths", "0"]
+    assert sample.main([*edit, "--out", str(pairs / "plain")]) == 0
+    assert "nearly black" not in capsys.readouterr().err
+    bare = write_lora(pairs / "bare", sd1, resolution=32)
+    assert sample.main([*edit, "--out", str(pairs / "bare edit"), "--lora", str(bare)]) == 0
+    assert "1 of 1 images looked at are nearly black" in capsys.readouterr().err
     morph = ["morph", "--lora", str(lora), "--before", str(before), "--frames", "2",
              "--after", str(pairs / "after" / "a.tif")]  # fmt: skip
     asked = [], ["--value_range", "0", "65535"]

@@ -12,12 +12,12 @@ from data import PairDataset
 from model.unet import XL_SIDE
 from pairing.holes import MUCH, black_alone
 from pairing.images import (
-    Dark,
     Frame,
     dark,
     further_pages,
     is_deep_file,
     listed,
+    range_for,
     to_image,
 )
 from pairing.masks import mostly_grey
@@ -111,7 +111,7 @@ def doubts(
         if dataset.pairs[i].mask:
             mask = dataset.images(i)["mask"]  # the whole, which is still there
             looks.append((mask.getextrema()[1], mostly_grey(mask)))
-    dim = [*too_dark(shades)]
+    dim = range_for(shades)
     if config.is_pairs(cfg):
         looked_at = [[to_image(item[side]) for side in ("before", "after")] for item in items]
         yield from unregistered([item["name"] for item in items], looked_at)
@@ -125,7 +125,8 @@ def doubts(
     elif not cfg.instance_prompt and not all(pair.caption for pair in dataset.pairs):
         yield "no --instance_prompt: images without a caption are learnt for the empty prompt"
     yield from no_masks(looks)
-    yield from dim
+    if dim:
+        yield dim
     if pages:
         yield (
             f"{pages} of {len(shades)} images looked at have several pages or frames: the first is "
@@ -166,17 +167,6 @@ def no_masks(looks: list[tuple[int, bool]]) -> Iterator[str]:
         yield (
             f"{grey} of {len(looks)} masks looked at are mostly neither black nor white; are there "
             "photographs in --mask_dir? a mask is white where the change is, black elsewhere"
-        )
-
-
-def too_dark(shades: list[Dark | None]) -> Iterator[str]:
-    """A warning if most of these images are nearly black although their files have more bits."""
-    told = [shade.values for shade in shades if shade and shade.values]
-    if 2 * len(told) > len(shades):
-        low, high = min(low for low, _ in told), max(high for _, high in told)
-        yield (
-            f"{len(told)} of {len(shades)} images looked at are nearly black, their values mostly "
-            f"{low:g} to {high:g}: say what is black and white with --value_range {low:g} {high:g}"
         )
 
 
