@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 
 from pairing.holes import MUCH, black_alone, filled, holes_of, union
 from pairing.images import (
+    DIM,
     USUAL,
     Frame,
     Reading,
@@ -250,7 +251,7 @@ def look_at(
             digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest()
             report.pixels.setdefault((label, digest), []).append(name)
         if shade := load(dark, file, image):
-            values = ", values {:g} to {:g}".format(*shade.values) if shade.values else ""
+            values = ", values {:.4g} to {:.4g}".format(*shade.values) if shade.values else ""
             detail = f"{label}, mostly at most {shade.most} of 255{values}"
             report.note("nearly black images", name, detail=detail)
         there = None if isinstance(file, Frame) else frame_on_map(file)
@@ -369,7 +370,9 @@ def note_pair(
             note("faint masks", f"at most {most} of 255")
     elif mask and mostly_grey(mask):
         note("grey masks")
-    if (alone := black_alone(before, after)) >= MUCH:
+    # what is nearly black as a whole is black in places, too
+    bright = all(np.percentile(np.asarray(image), 99) > DIM for image in (before, after))
+    if bright and (alone := black_alone(before, after)) >= MUCH:
         note("pairs of which one is black in places", f"{alone:.0%}")
     if whole and unchanged(before, after):
         note("pairs without change")

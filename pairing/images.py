@@ -319,7 +319,8 @@ def range_for(shades: Sequence[Dark | None]) -> str | None:
     low, high = min(low for low, _ in told), max(high for _, high in told)
     return (
         f"{len(told)} of {len(shades)} images looked at are nearly black, their values mostly "
-        f"{low:g} to {high:g}: say what is black and white with --value_range {low:g} {high:g}"
+        f"{low:.4g} to {high:.4g}: say what is black and white with --value_range {low:.4g} "
+        f"{high:.4g}"
     )
 
 
