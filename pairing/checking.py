@@ -35,7 +35,7 @@ TILE, SHEET_PLACES, SHEET_STATES = 192, 24, 5
 
 KEEP_ONE, ADD = "keep one of each", "add what is missing, or train with --allow_unmatched"
 VERDICTS = {  # in the order of the report: whether it would stop the training, and advice
-    "broken files": (True, "do what each asks for, or remove the pair"),
+    "files that cannot be read": (True, "do what each asks for, or remove the pair"),
     "names with several files in one folder": (True, KEEP_ONE),
     "{} images without a partner": (True, ADD),
     "clips without a change": (True, "two frames are needed, --frame_stride apart"),
@@ -226,7 +226,7 @@ def look_at(
         try:
             return read(*given)
         except (OSError, ValueError) as error:
-            report.note("broken files", name, detail=str(error))
+            report.note("files that cannot be read", name, detail=str(error))
             return None
 
     captions = dict.fromkeys(file.with_suffix(".txt") for file in files)

@@ -63,16 +63,17 @@ def by(size: tuple[int, int]) -> str:
 
 def _unread_tiff(file: BinaryIO, head: bytes) -> str:
     """Why Pillow may not read it, and what to do; `head`: its first 8 bytes."""
-    kind = "that is broken, or of bands or bits"
+    kind, bands = "that is broken, or of bands or bits", "-b 4 -b 3 -b 2 "
     # whatever a broken one makes Pillow raise or warn of
     with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
         tags = TiffImagePlugin.ImageFileDirectory_v2(head)
         file.seek(tags.next)
         tags.load(file)
         kind = f"of {tags.get(277, 1)} bands of {tags[258][0]} bits"
+        bands = bands if tags.get(277, 1) > 3 else ""
     return (
         f"a TIFF {kind} that Pillow does not read: export red, green and blue as 8 bits, on one "
-        "scale for all images, such as gdal_translate -b 4 -b 3 -b 2 -ot Byte -scale 0 3000 0 255"
+        f"scale for all images, such as gdal_translate {bands}-ot Byte -scale 0 3000 0 255"
     )
 
 

@@ -806,7 +806,7 @@ def test_the_report_finds_what_was_planted(planted, capsys):
         title, which, _ = (line.strip() for line in block.strip().split("\n"))
         blocks[title] = which
     torn, lists = planted / "after" / "torn.png", planted / "out" / "found"
-    assert blocks.pop("PROBLEM      broken files: 1").startswith(
+    assert blocks.pop("PROBLEM      files that cannot be read: 1").startswith(
         f"torn ({torn} cannot be read as an image"
     )
     assert blocks.pop("PROBLEM      unusable captions: 1").endswith(
@@ -845,7 +845,7 @@ def test_what_a_check_found_is_left_out(planted):
     masks, lists = planted / "mask", planted / "out" / "found"
     run_check(planted, "--mask_dir", masks, "--resolution", "128")
     problems = (
-        "broken-files", "names-with-several-files-in-one-folder", "before-images-without-a-partner",
+        "files-that-cannot-be-read", "names-with-several-files-in-one-folder", "before-images-without-a-partner",
         "after-images-without-a-partner", "pairs-without-a-mask", "images-of-another-shape",
         "unusable-captions",
     )  # fmt: skip
@@ -956,7 +956,7 @@ def test_clips_are_checked_frame_by_frame(tmp_path, capsys):
     assert f"clips        4 with 8 frames in {clips}\n" in said
     assert "pairs        3 of 4 usable" in said
     assert f"PROBLEM      clips without a change: 2\n{'':13}film, still\n" in said
-    assert f"PROBLEM      broken files: 1\n{'':13}long ({clips}/long/4.png" in said
+    assert f"PROBLEM      files that cannot be read: 1\n{'':13}long ({clips}/long/4.png" in said
     assert f"identical frame 0 images: 1\n{'':13}short (= long)\n" in said  # of those with a change
     assert "skipped" not in said
     sheet = Image.open(tmp_path / "out" / "check-data.png")
@@ -1045,7 +1045,7 @@ def test_all_broken_is_reported_and_status_2(folders, tmp_path, capsys):
     Path(tmp_path / "after" / "a.png").write_bytes(b"")
     assert run_check(tmp_path) == 2
     captured = capsys.readouterr()
-    assert "broken files: 1" in captured.out
+    assert "files that cannot be read: 1" in captured.out
     assert captured.err == "check_data.py: no usable pairs, see the problems above\n"
 
 
