@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from tqdm import tqdm
 
 from durable import read_or_empty, refuse_others, save_image, write_aside, write_json
 from editing.config import (
@@ -48,6 +49,7 @@ from pairing.images import (
 )
 from pairing.registration import MAX_ASPECT, aspect_gap
 from pairing.sheet import contact_sheet
+from progress import no_bars
 from reporting.measures import mse, path, perceived, psnr, structure
 
 # ---- from Python ---------------------------------------------------------------------------------
@@ -94,7 +96,15 @@ def morph(
     render, own = renderer(pipe, states, z, pixels, cfg.correct)
     distance = lambda x, y: perceived(eight_bit(x), eight_bit(y))  # noqa: E731
     rounds = 5 if cfg.respace else 0
-    s, frames = respaced(lambda s: render(s.to(z.device)), cfg.frames, distance, rounds=rounds)
+    bar = tqdm(desc="morph", unit=" frames", disable=no_bars())  # as many as it takes
+
+    def rendered(s: Tensor) -> Tensor:
+        frames = render(s.to(z.device))
+        bar.update(len(s))
+        return frames
+
+    s, frames = respaced(rendered, cfg.frames, distance, rounds=rounds)
+    bar.close()
     plain, _ = renderer(pipe, blended(z), z, pixels, correct=False)
     blend = plain(torch.linspace(0, 1, cfg.frames, device=z.device))
     return Morph(method, s, frames, own, blend)

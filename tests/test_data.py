@@ -845,9 +845,9 @@ def test_what_a_check_found_is_left_out(planted):
     masks, lists = planted / "mask", planted / "out" / "found"
     run_check(planted, "--mask_dir", masks, "--resolution", "128")
     problems = (
-        "files-that-cannot-be-read", "names-with-several-files-in-one-folder", "before-images-without-a-partner",
-        "after-images-without-a-partner", "pairs-without-a-mask", "images-of-another-shape",
-        "unusable-captions",
+        "files-that-cannot-be-read", "names-with-several-files-in-one-folder",
+        "before-images-without-a-partner", "after-images-without-a-partner",
+        "pairs-without-a-mask", "images-of-another-shape", "unusable-captions",
     )  # fmt: skip
     cfg = TrainConfig(
         before_data_dir=f"{planted}/before", after_data_dir=f"{planted}/after", mask_dir=str(masks)

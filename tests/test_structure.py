@@ -163,7 +163,7 @@ ARROWS = {
         "durable", "editing.config", "editing.edits", "editing.flags", "editing.framing",
         "model.lora_files", "model.morph", "model.objectives", "model.pipeline", "model.predict",
         "model.samplers", "pairing.colours", "pairing.holes", "pairing.images",
-        "pairing.registration", "pairing.sheet", "reporting.measures",
+        "pairing.registration", "pairing.sheet", "progress", "reporting.measures",
     ],
     "training.checkpoint": [
         "config", "durable", "model.contents", "model.files", "model.lora", "model.lora_files",
