@@ -46,13 +46,8 @@ from model.pipeline import Pipeline
 from model.samplers import SAMPLERS
 from model.unet import XL_SIDE
 from pairing.colours import colour_profile
-from pairing.images import (
-    further_pages,
-    listed,
-    place_on_map,
-    to_image,
-    to_tensor,
-)
+from pairing.images import further_pages, listed, to_image, to_tensor
+from pairing.on_map import place_on_map
 from pairing.sheet import contact_sheet, thumbnail
 from progress import no_bars
 

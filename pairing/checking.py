@@ -11,20 +11,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from pairing.holes import MUCH, black_alone, filled, holes_of, union
-from pairing.images import (
-    DIM,
-    USUAL,
-    Frame,
-    Reading,
-    by,
-    dark,
-    further_pages,
-    listed,
-    load_image,
-    place_on_map,
-)
+from pairing.images import DIM, USUAL, Frame, Reading, by, dark, further_pages, listed, load_image
 from pairing.masks import load_mask, mostly_grey
 from pairing.names import Compared, comparable
+from pairing.on_map import elsewhere, frame_on_map
 from pairing.pairs import by_name, find_pairs, not_read, read_caption
 from pairing.registration import MAX_ASPECT, MIN_SHIFT, aspect_gap, find_shift, unchanged
 from pairing.sequences import clips_in, find_sequences
@@ -276,53 +266,6 @@ def look_at(
         if i in shown:
             small[i] = ImageOps.contain(image, (TILE, TILE))
     return list(small.values()) if len(small) == len(shown) else []
-
-
-class OnMap(NamedTuple):
-    """Where a GeoTIFF lies: what a pixel's coordinates become, and in which system."""
-
-    matrix: np.ndarray  # (2, 3), of (column, row, 1) with (0, 0) at the first pixel's corner
-    system: int | None  # EPSG
-
-
-def frame_on_map(file: Path) -> OnMap | None:
-    """None if the file does not say it by a matrix, or by the size of a pixel and one point."""
-    tags = place_on_map(file)
-    scale, point, whole, entries = (
-        np.ravel(tags.get(tag, ())) for tag in (33550, 33922, 34264, 34735)
-    )
-    if len(whole) == 16:
-        matrix = whole.reshape(4, 4)[:2, [0, 1, 3]]
-    elif len(scale) >= 2 and len(point) == 6:
-        (x, y), (column, row, _, east, north, _) = scale[:2], point
-        matrix = np.array([[x, 0, east - column * x], [0, -y, north + row * y]])
-    else:
-        return None
-    if not (np.isfinite(matrix).all() and np.linalg.det(matrix[:, :2])):
-        return None
-    entries = entries[: len(entries) // 4 * 4].reshape(-1, 4)[1:].tolist()
-    keys = {key: value for key, tag, _, value in entries if tag == 0}
-    if keys.get(1025) == 2:  # its points are the pixels' centres
-        matrix[:, 2] -= matrix[:, :2] @ (0.5, 0.5)
-    system = keys.get(3072, keys.get(2048))  # projected, or geographic
-    return OnMap(matrix, system if system not in (0, 32767) else None)  # none, or its own
-
-
-def elsewhere(before: OnMap | None, after: OnMap | None, size: tuple[int, int]) -> str:
-    """How the places on the map of two images of a size differ by half a pixel or more; "" if they
-    do not, or one has none."""
-    if before is None or after is None:
-        return ""
-    if before.system and after.system and before.system != after.system:
-        return f"EPSG:{before.system}, then EPSG:{after.system}"
-    corners = np.array([[x, y, 1] for x in (0, size[0]) for y in (0, size[1])]).T  # (3, 4)
-    shift = (after.matrix - before.matrix) @ corners  # (2, 4), in units of the map
-    in_pixels = np.linalg.solve(before.matrix[:, :2], shift)
-    if np.abs(in_pixels).max() < 0.5:
-        return ""
-    east, north = shift[:, 0]
-    scales = ", of another scale or turned" if np.ptp(in_pixels, axis=1).max() >= 0.5 else ""
-    return f"{east:+g}, {north:+g} in its units{scales}"
 
 
 def note_pair(

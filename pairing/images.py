@@ -346,25 +346,6 @@ def dark(path: Path | Frame | str, image: Image.Image) -> Dark | None:
     return Dark(most, (float(low), float(high)))
 
 
-# A TIFF's georeferencing tags and their types: GeoTIFF 1.1 (OGC 19-008), section 7
-GEO_TAGS = {33550: 12, 33922: 12, 34264: 12, 34735: 3, 34736: 12, 34737: 2}
-
-
-def place_on_map(path: Path | str) -> TiffImagePlugin.ImageFileDirectory_v2:
-    """The GeoTIFF tags of a file, valid for results of the same size; empty if it has none.
-
-    Empty too if `load_image` rotates its pixels, for which they would be wrong.
-    """
-    found = TiffImagePlugin.ImageFileDirectory_v2()
-    with header_of(path) as image:
-        upright = image.format == "TIFF" and image.getexif().get(274, 1) == 1  # XMP's too
-        tags = image.tag_v2 if upright else {}
-        for tag, kind in GEO_TAGS.items():
-            if tag in tags and tags.tagtype[tag] == kind:
-                found.tagtype[tag], found[tag] = kind, tags[tag]
-    return found
-
-
 def to_tensor(image: Image.Image) -> Tensor:
     """RGB -> (3, H, W) float32 in [-1, 1]."""
     pixels = torch.from_numpy(np.array(image))  # (H, W, 3)

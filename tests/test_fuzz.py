@@ -31,7 +31,8 @@ from model.lora_files import load_lora, save_lora
 from model.objectives import OBJECTIVES
 from model.schedule import Schedule
 from model.weights import load_text, load_tokenizer, load_unet, load_vae
-from pairing.images import image_size, listed, load_image, place_on_map
+from pairing.images import image_size, listed, load_image
+from pairing.on_map import place_on_map
 from pairing.pairs import find_singles
 from reporting.md import code
 from runs import Run

@@ -34,6 +34,7 @@ ARROWS = {
     "pairing.values": [],
     "pairing.images": ["pairing.values"],
     "pairing.colours": ["pairing.images"],
+    "pairing.on_map": ["pairing.images"],
     "pairing.masks": ["pairing.images", "pairing.values"],
     "pairing.sheet": [],
     "pairing.holes": ["pairing.images", "pairing.values"],
@@ -43,7 +44,8 @@ ARROWS = {
     "pairing.hashes": ["durable", "pairing.images", "pairing.pairs"],
     "pairing.sequences": ["pairing.images", "pairing.pairs"],
     "pairing.checking": [
-        "pairing.holes", "pairing.images", "pairing.masks", "pairing.names", "pairing.pairs",
+        "pairing.holes", "pairing.images", "pairing.masks", "pairing.names", "pairing.on_map",
+        "pairing.pairs",
         "pairing.registration", "pairing.sequences",
     ],
     "data": [

@@ -9,8 +9,9 @@ from PIL import Image, TiffImagePlugin
 
 import check_data
 import sample
-from pairing.images import GEO_TAGS, Reading, further_pages, image_size, load_image, place_on_map
+from pairing.images import Reading, further_pages, image_size, load_image
 from pairing.masks import load_mask
+from pairing.on_map import GEO_TAGS, place_on_map
 from pairing.values import deep_grey
 from tests.test_sample import write_lora
 
