@@ -182,11 +182,11 @@ def sign(file: io.FileIO) -> None:
 def save_image(
     image: Image.Image, path: Path, tags: object = None, profile: bytes | None = None
 ) -> None:
-    """Save as PNG or, if `path` ends in .tif, as TIFF with the additional `tags`.
-
-    profile: an ICC profile.
-    """
+    """Save as PNG or, by the end of `path`, as JPEG (.jpg), which knows no transparency, or as TIFF
+    (.tif) with the additional `tags`. profile: an ICC profile."""
     how = {"format": "PNG", "icc_profile": profile}
+    if path.suffix == ".jpg":
+        how |= {"format": "JPEG", "quality": 95, "subsampling": 0}
     if path.suffix == ".tif":
         how |= {"format": "TIFF", "compression": "tiff_deflate", "tiffinfo": tags or {}}
         image.save(file := io.BytesIO(), **how)  # Pillow's takes no name that is not UTF-8

@@ -143,8 +143,8 @@ def edit(args: argparse.Namespace) -> None:
     on_map = [given.file for given in inputs if place_on_map(given.file)]
     if on_map and args.format != "tif":
         warnings.warn(
-            f"{len(on_map)} images have a place on the map, which a PNG loses and --format tif "
-            f"keeps: {listed(on_map)}",
+            f"{len(on_map)} images have a place on the map, which --format tif keeps and "
+            f"{args.format} loses: {listed(on_map)}",
             stacklevel=2,
         )
     if more := [given.file for given in inputs if further_pages(given.file)]:
@@ -180,7 +180,8 @@ def edit(args: argparse.Namespace) -> None:
             each = [[one.limited(at[k]) for at in of_setting] for of_setting in edited]
             (out / stem).parent.mkdir(parents=True, exist_ok=True)
             for ending, result in zip(chain(*endings), chain(*each)):
-                save_image(one.as_saved(result, grey=grey), out / f"{stem}{ending}", *how)
+                made = one.as_saved(result, grey=grey, clear=args.format != "jpg")
+                save_image(made, out / f"{stem}{ending}", *how)
             if len(strengths) > 1 and not settings[0][1]:  # a sweep has its grid
                 between.save_gif(each[0], out / f"{stem}{FILM[0]}")
                 strip = contact_sheet(each, columns[1:], [str(stem)])
@@ -283,8 +284,9 @@ def make_parser() -> Parser:
     for sub in (change, grid):
         add_edit_flags(sub)
         sub.add_argument(
-            "--format", choices=["png", "tif"], default="png",
-            help="file format of the results; tif keeps a GeoTIFF's georeference [png]",
+            "--format", choices=["png", "jpg", "tif"], default="png",
+            help="file format of the results; tif keeps a GeoTIFF's georeference, jpg is small and "
+            "has no transparency [png]",
         )  # fmt: skip
         sub.add_argument(
             "--input", required=True, nargs="+", metavar="IMAGE_OR_DIR", help="before images"

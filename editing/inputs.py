@@ -43,9 +43,10 @@ class Opened(NamedTuple):
             edited = Image.composite(edited, self.image, self.mask)
         return kept(self.image, self.hole, edited)
 
-    def as_saved(self, result: Image.Image, *, grey: bool) -> Image.Image:
-        """The result, transparent where there are no data, in one channel if it is `grey`."""
-        return cleared(result.convert("L") if grey else result, self.hole)
+    def as_saved(self, result: Image.Image, *, grey: bool, clear: bool) -> Image.Image:
+        """The result, in one channel if it is `grey`, and with `clear` transparent where there are
+        no data."""
+        return cleared(result.convert("L") if grey else result, self.hole if clear else None)
 
 
 def find_inputs(sources: Sequence[str], mask: str | None, out: Path) -> list[Input]:

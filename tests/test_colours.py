@@ -1,6 +1,7 @@
 """Colour profiles and grey: what the numbers of a picture mean."""
 
 import json
+from functools import cache
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from data import PairDataset
 from model.lora_files import read_lora
 from model.pipeline import load_pipeline
 from pairing.colours import colour_profile, in_srgb, is_grey
-from pairing.images import to_image
+from pairing.images import load_image, to_image
 from pairing.pairs import Pair, find_pairs
 from tests.small import small
 from tests.test_sample import run, write_lora
@@ -22,6 +23,7 @@ from training.doubts import doubts
 from training.inputs import make_dataset, size_of
 
 
+@cache  # a profile holds the time at which it was made
 def profile_of(name):
     return ImageCms.ImageCmsProfile(ImageCms.createProfile(name)).tobytes()
 
@@ -130,11 +132,30 @@ def test_a_map_s_place_and_a_base_lora_are_told_of(tmp_path, sd1, capsys):
     edit = ["edit", "--lora", lora, "--input", source, "--base_lora", under]
     assert sample.main([*map(str, [*edit, "--out", tmp_path / "out"])]) == 0
     said = capsys.readouterr().err
-    assert "1 images have a place on the map, which a PNG loses and --format tif keeps" in said
+    assert "1 images have a place on the map, which --format tif keeps and png loses" in said
     assert "was not trained on top of --base_lora" in said and "model.weights concat" in said
     assert sample.main([*map(str, [*edit, "--out", tmp_path / "map", "--format", "tif"])]) == 0
     assert "place on the map" not in capsys.readouterr().err
     assert json.loads((tmp_path / "map" / "sample.json").read_text())["flags"]["format"] == "tif"
+
+
+def test_results_as_jpeg(tmp_path, sd1):
+    """Of a photo, of grey, and of an image with holes, which stay as they were."""
+    lora = write_lora(tmp_path / "run", sd1, grey=True)
+    ramp = Image.linear_gradient("L").resize((48, 32))
+    (tmp_path / "new").mkdir()
+    clear = Image.merge("RGBA", [ramp, ramp, ramp, ramp.point(lambda v: 255 * (v > 60))])
+    for name, image in (("l", ramp), ("rgb", ramp.convert("RGB")), ("rgba", clear)):
+        image.save(tmp_path / "new" / f"{name}.png", icc_profile=profile_of("sRGB"))
+    run("edit", "--lora", lora, "--input", tmp_path / "new", "--out", tmp_path / "out",
+        "--strengths", "0,1", "--format", "jpg")  # fmt: skip
+    for name, mode in (("l", "L"), ("rgb", "RGB"), ("rgba", "RGB")):
+        with Image.open(tmp_path / "out" / f"{name}_s0.jpg") as made:
+            assert (made.format, made.mode, made.size) == ("JPEG", mode, (48, 32))
+            assert made.info["icc_profile"] == profile_of("sRGB")
+            seen = np.asarray(load_image(tmp_path / "new" / f"{name}.png")).astype(int)
+            assert np.abs(np.asarray(made.convert("RGB")) - seen).max() <= 40
+        assert (tmp_path / "out" / f"{name}_s1.jpg").exists()
 
 
 def test_a_gif_is_no_larger_than_a_screen(tmp_path, sd1):
