@@ -19,7 +19,7 @@ from pairing.colours import is_grey
 from pairing.holes import cleared, filled, holes_of, kept
 from pairing.images import Reading, by, dark, is_deep_file, listed, load_image, range_for
 from pairing.masks import load_mask, mostly_grey
-from pairing.pairs import find_images, find_masks, left_out, real_folders, refuse_among
+from pairing.pairs import find_images, left_out, masks_of, real_folders, refuse_among
 from pairing.registration import MAX_ASPECT, aspect_gap
 
 
@@ -141,5 +141,7 @@ def _masks(stems: list[Path], mask: str | None, out: Path) -> list[Path | None]:
     if Path(mask).is_file():
         return [Path(mask)] * len(stems)
     names = [unicodedata.normalize("NFC", stem.as_posix()) for stem in stems]
-    found = find_masks(names, mask, None, flag="--mask")
+    found, lines = masks_of(names, mask, None, flag="--mask")
+    for line in lines:
+        print(line)
     return [found[name] for name in names]

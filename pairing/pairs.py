@@ -268,56 +268,33 @@ def read_caption(*images: Path | None) -> str | None:
     return None
 
 
-def find_masks(
-    names: Sequence[str],
-    mask_dir: Path | str,
-    allow_unmatched: bool | None,
-    exclude: Collection[str] = (),
-    flag: str = "--mask_dir",
-) -> dict[str, Path]:
-    """Name -> mask, of the masks in a folder. Arguments and errors as of `find_pairs`, but names
-    are compared as they are."""
-    masks = _one_each(_without(by_name(mask_dir, flag), exclude), flag)
-    _refuse_lack(names, masks, mask_dir, allow_unmatched, flag)
-    return masks
-
-
 def masks_of(
     names: Sequence[str],
     mask_dir: Path | str | None,
     allow_unmatched: bool | None,
     exclude: Collection[str] = (),
+    flag: str = "--mask_dir",
 ) -> tuple[dict[str, Path], tuple[str, ...]]:
     """Name -> mask, and lines about how names were matched. Errors as of `find_pairs`."""
     if mask_dir is None:
         return {}, ()
-    flag, groups = "--mask_dir", by_name(mask_dir, "--mask_dir")
+    groups = by_name(mask_dir, flag)
     found = masks_by_name(names, groups)
     if exclude and not found.without:
         found = masks_by_name(names, _without(groups, exclude))
     masks = _one_each(_without(found.folders[0], exclude), flag)
-    _refuse_lack(names, masks, mask_dir, allow_unmatched, flag, found.hint)
-    return masks, found.lines
-
-
-def _refuse_lack(
-    names: Sequence[str],
-    masks: Collection[str],
-    mask_dir: Path | str,
-    allow_unmatched: bool | None,
-    flag: str,
-    told: str = "",
-) -> None:
     missing = [name for name in names if name not in masks]
     none = len(missing) == len(names)
     if none or (missing and not allow_unmatched):
-        hint = _case_hint(missing, list(masks)) + _format_hint(missing, mask_dir, flag) + told
+        hint = _case_hint(missing, list(masks)) + _format_hint(missing, mask_dir, flag)
+        hint += found.hint
         if not none and allow_unmatched is not None:
             hint += "; --allow_unmatched accepts them"
         raise ValueError(
             f"{len(missing)} of {len(names)} images have no mask in {flag} "
             f"{listed([mask_dir])}: {listed(missing)}{hint}"
         )
+    return masks, found.lines
 
 
 def refuse_missing(before_dir: Path | str, after_dir: Path | str, flags: Sequence[str]) -> None:
