@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageColor
 from torch import Tensor
 
-from pairing.colours import colour_profile, in_srgb, is_grey
+from pairing.colours import colour_profile, in_srgb
 from pairing.hashes import file_hashes
 from pairing.holes import filled, holes_of, union
-from pairing.images import USUAL, Reading, by, image_size, listed, load_image, to_tensor
+from pairing.images import USUAL, Reading, by, listed, load_image, size_and_grey, to_tensor
 from pairing.masks import load_mask
 from pairing.pairs import Pair, find_pairs  # noqa: F401, a data set's two steps are at hand together
 from pairing.registration import MAX_ASPECT, aspect_gap
@@ -147,8 +147,11 @@ class PairDataset(torch.utils.data.Dataset):
         # before images alone, as an edit sees them; what DreamBooth learns is cut out on purpose
         self.fill_singles = fill_singles and pairs[0].before is None
         self.sizes, unequal = [], []
+        self.grey = True  # whether all after images are files of grey
         for pair in self.pairs:
-            sizes = {side: image_size(path) for side, path in pair.files.items()}
+            looks = {side: size_and_grey(path) for side, path in pair.files.items()}
+            sizes = {side: size for side, (size, _) in looks.items()}
+            self.grey &= looks["after"][1]
             self.sizes.append(sizes["after"])
             if native_scale and min(sizes["after"]) < resolution:
                 raise ValueError(
@@ -212,11 +215,6 @@ class PairDataset(torch.utils.data.Dataset):
         return not self.native_scale and 2 * brought > len(self.sizes)
 
     @property
-    def grey(self) -> bool:
-        """Whether all after images are files of grey."""
-        return all(is_grey(pair.after) for pair in self.pairs)  # of colours the first decides
-
-    @property
     def coverage(self) -> float:
         """Pixels of all different crops over pixels of all images, not counting --random_scale."""
         crop = self.resolution**2
@@ -266,14 +264,14 @@ class PairDataset(torch.utils.data.Dataset):
         if self._opened[0] != k:
             pair, images = self.pairs[k], {}
             for side, path in pair.files.items():
-                if side == "mask":
-                    images[side] = load_mask(path)
-                else:
-                    images[side] = in_srgb(load_image(path, self.reading), colour_profile(path))
+                mask = side == "mask"
+                images[side] = load_mask(path) if mask else load_image(path, self.reading)
             fill = pair.before is not None or self.fill_singles
             holes = self.holes(k, images) if fill else []
             size = images["after"].size
             for side, image in images.items():
+                if side != "mask":
+                    images[side] = image = in_srgb(image, colour_profile(pair.files[side]))
                 if image.size != size:
                     smooth = Image.Resampling.BOX if side == "mask" else Image.Resampling.BILINEAR
                     images[side] = image.resize(size, smooth)

@@ -37,7 +37,7 @@ from model.objectives import OBJECTIVES
 from model.pipeline import Pipeline, encode, padded
 from model.predict import predictor
 from model.samplers import left_out
-from pairing.colours import colour_profile
+from pairing.colours import colour_profile, in_srgb, is_srgb
 from pairing.holes import cleared, filled, holes_of, kept, union
 from pairing.images import (
     Reading,
@@ -306,6 +306,7 @@ def load_ends(args: argparse.Namespace, size: tuple[int, int], how: Reading) -> 
     files = args.before, args.after
     images = [load_image(file, how) for file in files]
     holes = [holes_of(file, how, image) for file, image in zip(files, images)]
+    images = [in_srgb(image, colour_profile(file)) for file, image in zip(files, images)]
     images = [x if x.size == size else x.resize(size, Image.Resampling.BILINEAR) for x in images]
     before, after = images
     bare = kept(before, union(holes[:1], size), after)
@@ -322,7 +323,8 @@ def save_frames(made: Morph, ends: Ends, args: argparse.Namespace) -> None:
     images = [kept(ends.bare, ends.hole, image) for image in shown]
     out.mkdir(parents=True, exist_ok=True)
     profiles = {colour_profile(args.before), colour_profile(args.after)}
-    profile = profiles.pop() if len(profiles) == 1 else None
+    one = len(profiles) == 1 and is_srgb(*profiles)  # the frames are in sRGB
+    profile = profiles.pop() if one else None
     earlier = read_or_empty(out / "morph.json").get("strengths")
     for name, image in zip(frame_names(len(images)), images):
         save_image(cleared(image, ends.hole), out / name, profile=profile)

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from pairing.colours import is_grey
+from pairing.colours import colour_profile, in_own, in_srgb
 from pairing.holes import cleared, filled, holes_of, kept
-from pairing.images import Reading, by, dark, is_deep_file, listed, load_image, range_for
+from pairing.images import Reading, by, dark, is_deep_file, is_grey, listed, load_image, range_for
 from pairing.masks import load_mask, mostly_grey
 from pairing.pairs import find_images, left_out, masks_of, real_folders, refuse_among
 from pairing.registration import MAX_ASPECT, aspect_gap
@@ -31,6 +31,8 @@ class Input(NamedTuple):
 
 class Opened(NamedTuple):
     image: Image.Image
+    profile: bytes | None  # its colours
+    srgb: Image.Image  # the same in sRGB
     seen: Image.Image  # the same, mirrored where it has no data
     hole: np.ndarray | None  # (H, W), where it has none
     mask: Image.Image | None  # "L", 255 where it may change; None: everywhere
@@ -39,6 +41,7 @@ class Opened(NamedTuple):
     def limited(self, edited: Image.Image) -> Image.Image:
         """What was edited, where the image has data and may change; elsewhere the image. In grey
         places of the mask something of both."""
+        edited = in_own(edited, self.image, self.srgb, self.profile)
         if self.mask is not None:
             edited = Image.composite(edited, self.image, self.mask)
         return kept(self.image, self.hole, edited)
@@ -120,8 +123,10 @@ def open_input(given: Input, how: Reading) -> Opened:
     hole = holes_of(given.file, how, image)
     if given.mask is not None and (mask := load_mask(given.mask)).size != image.size:
         mask = mask.resize(image.size, Image.Resampling.BOX)
-    seen = image if hole is None else filled(image, hole)
-    return Opened(image, seen, hole, mask, is_grey(given.file))
+    profile = colour_profile(given.file)
+    srgb = in_srgb(image, profile)
+    seen = srgb if hole is None else filled(srgb, hole)
+    return Opened(image, profile, srgb, seen, hole, mask, is_grey(given.file))
 
 
 def _refuse_out(out: Path, source: Path, flag: str) -> None:

@@ -252,12 +252,12 @@ def look_at(
                 "pairs that lie elsewhere on the map", name, detail=", ".join([*state, apart])
             )
         if i == 0:
-            before, hole, spot = image, holes_of(file, how, image), there
+            before, hole, spot = image, load(holes_of, file, how, image), there
         elif before is None or not note_pair(
             name,
             "" if len(files) == 2 else label,
             {places.label(0): before, label: image} | ({"mask": mask} if mask and last else {}),
-            [hole, holes_of(file, how, image)],
+            [hole, load(holes_of, file, how, image)],
             resolution,
             report,
             whole=last,

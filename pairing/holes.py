@@ -55,12 +55,14 @@ def _declared(path: Path | str) -> np.ndarray | None:
             return None
     with opened_upright(path) as (image, tags):
         deep = image.mode[0] in "IF"  # whose transparency is one grey value
-        if image.has_transparency_data and not deep:
+        clear = image.info.get("transparency")
+        colours = stored_colours(path) if NODATA in tags or isinstance(clear, tuple) else None
+        if colours is not None and isinstance(clear, tuple):
+            holes = (colours == clear).all(2)
+        elif image.has_transparency_data and not deep:
             holes = np.asarray(image.convert("RGBA").getchannel("A")) == 0
         else:
-            colours = stored_colours(path) if NODATA in tags else None
             values = stored_values(image, tags) if colours is None else colours
-            clear = image.info.get("transparency") if deep else None
             holes = no_data(values, tags) if clear is None else values == clear
     return holes if holes is not None and holes.any() else None
 

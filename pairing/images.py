@@ -80,6 +80,10 @@ def _unread_tiff(file: BinaryIO, head: bytes) -> str:
 FORMATS = ("PNG", "JPEG", "JPEG2000", "AVIF", "TIFF", "WEBP", "BMP", "GIF")
 
 
+class Unreadable(ValueError):
+    """The sentence that says why a file cannot be read as an image."""
+
+
 @contextmanager
 def _reading(path: Path | str) -> Iterator[None]:
     """Drops Pillow's warnings and turns whatever it raises into one sentence naming the file."""
@@ -89,6 +93,8 @@ def _reading(path: Path | str) -> Iterator[None]:
             if os.path.getsize(path) == 0:
                 raise ValueError("the file is empty")
             yield
+    except Unreadable:  # of a reading inside this one
+        raise
     except FileNotFoundError:
         raise FileNotFoundError(f"image file doesn't exist: {listed([path])}") from None
     except Exception as error:  # Pillow's readers raise nearly any type
@@ -100,7 +106,7 @@ def _reading(path: Path | str) -> Iterator[None]:
                     reason = _unread_tiff(file, head)
         elif isinstance(error, Image.DecompressionBombError):
             reason = f"it has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels; cut it into tiles"
-        raise ValueError(
+        raise Unreadable(
             f"{listed([path])} cannot be read as an image: {' '.join(reason.split())}"
         ) from error
 
@@ -163,15 +169,29 @@ def _png_with_exif(path: Path | str) -> bool:
     return False
 
 
+def is_grey(path: Path | Frame | str) -> bool:
+    """Whether a file is of grey, from its header."""
+    return size_and_grey(path)[1]
+
+
 def image_size(path: Path | str) -> tuple[int, int]:
     """(width, height) as `load_image` returns them, from the file's header alone."""
+    return size_and_grey(path)[0]
+
+
+def size_and_grey(path: Path | Frame | str) -> tuple[tuple[int, int], bool]:
+    """`image_size` and `is_grey`."""
     with header_of(path) as image:
-        if image.format == "PNG" and not _png_with_exif(path):  # Pillow's getexif would decode it
-            return image.size
-        # Pillow has rotated a TIFF already; exif_transpose ignores values above 8 too
-        done = image.format == "TIFF" and image.tag_v2.get(0x0112, 1) != 1
-        turned = not done and image.getexif().get(0x0112) in (5, 6, 7, 8)
-        return image.size[::-1] if turned else image.size
+        return _upright_size(image, path), image.mode in ("1", "L", "LA") or image.mode[0] in "IF"
+
+
+def _upright_size(image: Image.Image, path: Path | str) -> tuple[int, int]:
+    if image.format == "PNG" and not _png_with_exif(path):  # Pillow's getexif would decode it
+        return image.size
+    # Pillow has rotated a TIFF already; exif_transpose ignores values above 8 too
+    done = image.format == "TIFF" and image.tag_v2.get(0x0112, 1) != 1
+    turned = not done and image.getexif().get(0x0112) in (5, 6, 7, 8)
+    return image.size[::-1] if turned else image.size
 
 
 def lossy(path: Path | str) -> bool:
@@ -264,10 +284,10 @@ def stored_colours(path: Path | Frame | str) -> np.ndarray | None:
     """The values of an RGB or RGBA file of 16 bits a colour, (H, W, 3 or 4) uint16, upright; None
     of any other. Errors as of `load_image`."""
     with header_of(path) as image:
-        if isinstance(path, Frame):
-            image.seek(path.number)
         if image.mode[0] in "IF" or not is_deep(image):
             return None
+        if isinstance(path, Frame):
+            image.seek(path.number)
         read_low_bytes(image)
         low = np.asarray(ImageOps.exif_transpose(image))
     with opened_upright(path) as (image, _):
@@ -286,7 +306,7 @@ def load_image(path: Path | Frame | str, how: Reading = USUAL) -> Image.Image:
         if image.mode[0] in "IF":  # I;16, I;16B, I, F
             image = deep_grey(image, tags, value_range)
         elif value_range and (values := stored_colours(path)) is not None:
-            image = deep_colours(values, value_range)
+            image = deep_colours(values, value_range, image.info.get("transparency"))
         if tags and image.mode == "RGBA":
             _refuse_infrared(image.getchannel("A"))
         if not image.has_transparency_data:
@@ -318,6 +338,8 @@ def range_for(shades: Sequence[Dark | None]) -> str | None:
     if 2 * len(told) <= len(shades):
         return None
     low, high = min(low for low, _ in told), max(high for _, high in told)
+    if low == high:  # of nothing but black
+        return None
     return (
         f"{len(told)} of {len(shades)} images looked at are nearly black, their values mostly "
         f"{low:.4g} to {high:.4g}: say what is black and white with --value_range {low:.4g} "

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageChops
 
-from pairing.images import opened_upright
+from pairing.images import opened_upright, stored_colours
 from pairing.values import in_eight_bits, no_data, stored_values
 
 LABELS = 31  # of 255: a mask that is at most so bright is one of labels
@@ -21,8 +21,11 @@ def load_mask(path: Path | str) -> Image.Image:
     or a TIFF's nodata value is black.
     """
     with opened_upright(path) as (image, tags):
+        colours = stored_colours(path) if image.mode[0] not in "IF" else None
         if image.mode[0] in "IF":
             mask = _deep(image, tags)
+        elif colours is not None:
+            mask = _in_white(colours[..., :3].max(2), tags)
         elif image.mode == "P" and not _of_greys(image):
             mask = Image.fromarray(np.uint8(255) * (np.asarray(image) > 0))
         else:
@@ -39,12 +42,17 @@ def load_mask(path: Path | str) -> Image.Image:
 
 
 def _deep(image: Image.Image, tags: Mapping) -> Image.Image:
-    """Of more than 8 bits a value. ValueError for what is no mask."""
+    """Grey of more than 8 bits."""
     values = np.asarray(image)
     for nothing in (no_data(values, tags), values == image.info.get("transparency")):
         if nothing is not None:
             values = np.where(nothing, 0, values)
-    low, high, floats = values.min(), values.max(), image.mode == "F"
+    return _in_white(values, tags)
+
+
+def _in_white(values: np.ndarray, tags: Mapping) -> Image.Image:
+    """Values of more than 8 bits (H, W) as a mask. ValueError for what is none."""
+    low, high, floats = values.min(), values.max(), values.dtype.kind == "f"
     if low >= 0 and (0 < high <= 1 if floats else high in (255, 65535)):
         grey = in_eight_bits(values, 0, 1 if floats else high)
         return Image.fromarray(255 - grey if tags.get(262) == 0 else grey)  # white is zero

@@ -17,7 +17,7 @@ DAY, TIME = "(?:0[1-9]|[12][0-9]|3[01])", "T(?:[01][0-9]|2[0-3])[0-5][0-9][0-5][
 # what the beginning or end of one folder's names must say: IMG_ and DSC_ number any photographs
 MARK = re.compile(
     rf"(?<![a-z0-9])(?:{YEAR}|before|after|pre|post|old|new|early|late|prior|follow-?up|baseline|"
-    r"[ab]|[tx]?[0-9]|im(?:g|age)?[0-9]|time-?[0-9]|t[1-9][0-9]|mask|masks|seg|segmentation|"
+    r"[ab]|[tx][0-9]|im(?:g|age)?[0-9]|time-?[0-9]|t[1-9][0-9]|mask|masks|seg|segmentation|"
     r"labels?|gt|change|changes|cd|diff|jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec|spring|"
     r"summer|autumn|fall|winter|wet|dry|mid|during)(?![a-z0-9])|前|后|後"
 )

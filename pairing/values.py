@@ -36,16 +36,19 @@ def stored_values(image: Image.Image, tags: Mapping) -> np.ndarray:
 
 def is_deep(image: Image.Image) -> bool:
     """Whether a file that has been opened, but not loaded, has more than 8 bits a value."""
-    return image.mode[0] in "IF" or any(";16" in raw for raw in _raw_modes(image))
+    orders = {raw.partition(";")[2] for raw in _raw_modes(image)}
+    return image.mode[0] in "IF" or not orders.isdisjoint(("16B", "16L", "16N"))
 
 
 def read_low_bytes(image: Image.Image) -> None:
     """Loads a file of 16 bits a colour, of which Pillow keeps the high bytes alone, as if it had
     the other byte order: then it keeps the low ones. ValueError where Pillow cannot be told."""
-    if (image.format == "TIFF" and image.tag_v2.get(284) == 2) or "LA;16B" in _raw_modes(image):
+    planar = image.format == "TIFF" and image.tag_v2.get(284) == 2
+    kinds = {raw.partition(";")[0] for raw in _raw_modes(image)}
+    if planar or not kinds <= {"RGB", "RGBA", "RGBX"}:  # RGBa: Pillow divides by its alpha
         raise ValueError(
-            "its 16 bits a colour cannot be read whole, as they are planar or grey with "
-            "transparency; expected red, green and blue in turn"
+            "its 16 bits a colour cannot be read whole, as they are planar, not of red, green and "
+            "blue, grey with transparency, or multiplied by it"
         )
     swapped = []
     for tile in image.tile:
@@ -98,7 +101,13 @@ def deep_grey(image: Image.Image, tags: Mapping, value_range: Range | None = Non
     return made
 
 
-def deep_colours(values: np.ndarray, value_range: Range) -> Image.Image:
-    """RGB or RGBA of 16 bits (H, W, 3 or 4) to 8 bits. What is transparent stays so."""
+def deep_colours(
+    values: np.ndarray, value_range: Range, clear: tuple[int, ...] | None = None
+) -> Image.Image:
+    """RGB or RGBA of 16 bits (H, W, 3 or 4) to 8 bits. What is transparent stays so; `clear`: the
+    colour that is, in a PNG."""
     levels = in_eight_bits(values[..., :3], *value_range)
-    return Image.fromarray(np.dstack([levels, np.uint8(values[..., 3:] >> 8)]))
+    alpha = np.uint8(values[..., 3:] >> 8)
+    if isinstance(clear, tuple):
+        alpha = np.uint8(255) * (values != clear).any(2)
+    return Image.fromarray(np.dstack([levels, alpha]))

@@ -10,10 +10,11 @@ from PIL import Image, ImageCms
 import sample
 from config import TrainConfig
 from data import PairDataset
+from editing.inputs import find_inputs, open_input
 from model.lora_files import read_lora
 from model.pipeline import load_pipeline
-from pairing.colours import colour_profile, in_srgb, is_grey
-from pairing.images import load_image, to_image
+from pairing.colours import colour_profile, in_srgb
+from pairing.images import Reading, is_grey, load_image, to_image
 from pairing.pairs import Pair, find_pairs
 from tests.small import small
 from tests.test_sample import run, write_lora
@@ -63,6 +64,47 @@ def test_a_training_sees_the_colours_and_not_their_numbers(pair):
     item = PairDataset([pair], 32)[0]
     colours = [np.asarray(to_image(item[side]))[0, 0].astype(int) for side in ("before", "after")]
     assert np.abs(colours[0] - colours[1]).max() <= 3
+
+
+def test_an_edit_sees_what_a_training_sees(pair, tmp_path, sd1):
+    """And gives it back in the image's own colours, exactly where nothing changes."""
+    (given,) = find_inputs([str(pair.after)], None, tmp_path / "out")
+    opened = open_input(given, Reading())
+    seen = PairDataset([pair], 32)[0]["after"]
+    assert opened.seen.tobytes() == to_image(seen).tobytes() != opened.image.tobytes()
+    assert opened.limited(opened.seen).tobytes() == opened.image.tobytes()
+    darker = opened.limited(opened.seen.point(lambda v: v // 2)).getpixel((0, 0))
+    assert darker[0] < 120 and darker[1] <= 20 and darker[2] < 60  # red in this space is green
+    lora = write_lora(tmp_path / "run", sd1, objective="delta")
+    run("edit", "--lora", lora, "--input", pair.after, "--out", tmp_path / "out",
+        "--strengths", "0,1")  # fmt: skip
+    with Image.open(tmp_path / "out" / "a_s0.png") as made:
+        assert made.tobytes() == opened.image.tobytes()
+        assert made.info["icc_profile"] == swapped_primaries()
+
+
+def test_a_morph_between_two_profiles_is_in_srgb(pair, tmp_path, sd1):
+    run("morph", "--model", sd1, "--method", "blend", "--frames", 2, "--before", pair.before,
+        "--after", pair.after, "--out", tmp_path / "out")  # fmt: skip
+    ends = [Image.open(tmp_path / "out" / name) for name in ("000.png", "001.png")]
+    colours = [np.array(end.getpixel((5, 5))).astype(int) for end in ends]
+    assert np.abs(colours[0] - colours[1]).max() <= 3
+    assert all("icc_profile" not in end.info for end in ends)
+
+
+def test_no_data_is_a_value_of_the_file(tmp_path):
+    """Not of its colours in sRGB; in a training as in an edit."""
+    pixels = np.full((32, 32, 3), (120, 120, 120), np.uint8)
+    pixels[:, 16:] = (30, 90, 60)
+    image = Image.fromarray(pixels)
+    for side in ("before", "after"):
+        (tmp_path / side).mkdir()
+        image.save(tmp_path / side / "a.png", icc_profile=swapped_primaries())
+    path, how = tmp_path / "before" / "a.png", Reading(nodata=120)
+    (given,) = find_inputs([str(path)], None, tmp_path / "out")
+    item = PairDataset([Pair("a", path, tmp_path / "after" / "a.png")], 32, reading=how)[0]
+    assert open_input(given, how).seen.tobytes() == to_image(item["before"]).tobytes()
+    assert np.ptp(item["before"].numpy(), axis=(1, 2)).max() < 1e-6  # mirrored all over
 
 
 def test_srgb_and_a_broken_profile_change_nothing(pair):

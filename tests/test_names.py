@@ -69,7 +69,14 @@ def test_names_without_their_folders_marks(before, after, names, without):
     assert found.lines == (f"names are matched without {without}",)
 
 
-@pytest.mark.parametrize("before, after", [("IMG_1 IMG_2", "DSC_1 DSC_2"), ("1_x 2_x", "1_y 2_y")])
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ("IMG_1 IMG_2", "DSC_1 DSC_2"),
+        ("1_x 2_x", "1_y 2_y"),
+        ("tile_5_10 tile_5_11", "tile_6_10 tile_6_11"),  # rows of a grid
+    ],
+)
 def test_marks_that_say_nothing_are_kept(before, after):
     """Cameras number their photographs: those of two would be pairs of anything."""
     matched, found = compare(before, after)

@@ -22,6 +22,7 @@ from pairing.images import (
     is_deep_file,
     load_image,
     lossy,
+    range_for,
     stored_colours,
 )
 from pairing.masks import load_mask
@@ -164,6 +165,54 @@ def with_nodata(path, value):
     data += struct.pack("<H", count + 1) + entries + bytes(4)
     path.write_bytes(data[:4] + struct.pack("<I", start) + data[8:])
     return path
+
+
+def test_a_clear_colour_of_16_bits(tmp_path, values):
+    """As the file says it, whole: Pillow compares it with the high bytes."""
+    values = values[..., :3] | 1
+    values[2:4] = (5, 6, 1000)
+    path = write_png(tmp_path / "a.png", values)
+    data = path.read_bytes()
+    at = data.index(b"IDAT") - 4
+    told = b"tRNS" + struct.pack(">3H", 5, 6, 1000)
+    chunk = struct.pack(">I", 6) + told + struct.pack(">I", zlib.crc32(told))
+    path.write_bytes(data[:at] + chunk + data[at:])
+    clear = np.zeros((8, 6), bool)
+    clear[2:4] = True
+    assert np.array_equal(holes_of(path), clear)
+    seen = np.asarray(load_image(path, RANGE._replace(background="#123456")))
+    assert (seen[clear] == (0x12, 0x34, 0x56)).all()
+    assert np.array_equal(seen[~clear], scaled(values)[~clear])
+
+
+def test_what_is_no_file_of_16_bits_a_colour(tmp_path, values):
+    """Colours times alpha, which Pillow divides byte by byte; 16 bits for all three together."""
+    path = write_tiff(tmp_path / "a.tif", values, extra=1)
+    with pytest.raises(ValueError, match="its 16 bits a colour cannot be read whole") as told:
+        load_image(path, RANGE)
+    assert str(told.value).count("cannot be read as an image") == 1
+    pixels = struct.pack("<4H", 0xF800, 0x07E0, 0x001F, 0xFFFF)  # red, green, blue, white
+    head = struct.pack("<IiiHHIIiiII", 40, 4, 1, 1, 16, 3, 8, 0, 0, 0, 0)
+    masks = struct.pack("<3I", 0xF800, 0x07E0, 0x001F)
+    start = 14 + len(head + masks)
+    whole = b"BM" + struct.pack("<IHHI", start + 8, 0, 0, start) + head + masks + pixels
+    (tmp_path / "a.bmp").write_bytes(whole)
+    assert not is_deep_file(tmp_path / "a.bmp")
+    colours = np.asarray(load_image(tmp_path / "a.bmp", RANGE))[0].tolist()
+    assert colours == [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255] * 3]
+
+
+def test_labels_in_three_bands_of_16_bits(tmp_path):
+    labels = np.zeros((8, 8, 3), np.uint16)
+    labels[2:5] = 1
+    assert np.array_equal(load_mask(write_png(tmp_path / "a.png", labels)), 255 * labels[..., 0])
+
+
+def test_black_files_get_no_advice(tmp_path):
+    """A range from 0 to 0 would be refused."""
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(tmp_path / "a.png")
+    shade = dark(tmp_path / "a.png", load_image(tmp_path / "a.png"))
+    assert shade.values == (0, 0) and range_for([shade]) is None
 
 
 # ---- programs ------------------------------------------------------------------------------------
