@@ -105,8 +105,8 @@ def test_prompts_that_are_cut_are_one_warning(sd1):
 def test_every_file_is_opened_once_for_its_size_and_read_once(captioned, monkeypatch):
     pairs = find_pairs(captioned / "before", captioned / "after")
     sizes, hashed = [], []
-    known, digest = images.image_size, file_hash
-    monkeypatch.setattr("data.image_size", lambda path: sizes.append(path) or known(path))
+    known, digest = images.size_and_grey, file_hash
+    monkeypatch.setattr("data.size_and_grey", lambda path: sizes.append(path) or known(path))
     dirs = {f"{side}_data_dir": str(captioned / side) for side in ("before", "after")}
     dataset = make_dataset(TrainConfig(**dirs, resolution=16), pairs)
     assert dataset.views == 1 and len(dataset) == 5 and len(sizes) == len(set(sizes)) == 10
