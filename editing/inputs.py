@@ -16,8 +16,9 @@ import numpy as np
 from PIL import Image
 
 from pairing.colours import colour_profile, in_own, in_srgb
+from pairing.darkness import dark, range_for
 from pairing.holes import cleared, filled, holes_of, kept
-from pairing.images import Reading, by, dark, is_deep_file, is_grey, listed, load_image, range_for
+from pairing.images import Reading, by, is_deep_file, is_grey, listed, load_image
 from pairing.masks import load_mask, mostly_grey
 from pairing.pairs import find_images, left_out, masks_of, real_folders, refuse_among
 from pairing.registration import MAX_ASPECT, aspect_gap
@@ -90,7 +91,7 @@ def read_sizes(inputs: Sequence[Input], how: Reading) -> list[tuple[int, int]]:
         sizes.append(image.size)
         if not how.value_range and is_deep_file(given.file):
             shades.append(dark(given.file, image))
-    if dim := shades and range_for(shades):
+    if dim := range_for(shades):
         warnings.warn(dim, stacklevel=2)
     looks = {}  # of each mask: its size, whether it is black, whether it is mostly grey
     for (file, _, path), size in zip(inputs, sizes):
@@ -104,12 +105,12 @@ def read_sizes(inputs: Sequence[Input], how: Reading) -> list[tuple[int, int]]:
                 f"--mask {listed([path])} is {by(looks[path][0])}, {listed([file])} is {by(size)}; "
                 f"their aspect ratios differ by {gap:.1%}, expected at most {MAX_ASPECT:.0%}"
             )
-    if black := [path for path, (_, is_black, _) in looks.items() if is_black]:
+    if black := [path for path, (_, empty, _) in looks.items() if empty]:
         warnings.warn(
             f"--mask: {len(black)} masks are black, so that nothing changes: {listed(black)}",
             stacklevel=2,
         )
-    if grey := [path for path, (*_, is_grey) in looks.items() if is_grey]:
+    if grey := [path for path, (*_, flat) in looks.items() if flat]:
         warnings.warn(
             f"--mask: {len(grey)} masks are mostly neither black nor white; are they photographs? "
             f"a mask is white where an image may change, black elsewhere: {listed(grey)}",

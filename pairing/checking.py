@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+from pairing.darkness import DIM, dark
 from pairing.holes import MUCH, black_alone, filled, holes_of, union
-from pairing.images import DIM, USUAL, Frame, Reading, by, dark, further_pages, listed, load_image
+from pairing.images import USUAL, Frame, Reading, by, further_pages, listed, load_image
 from pairing.masks import load_mask, mostly_grey
 from pairing.names import Compared, comparable
 from pairing.on_map import elsewhere, frame_on_map

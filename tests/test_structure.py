@@ -34,6 +34,7 @@ ARROWS = {
     "pairing.values": [],
     "pairing.images": ["pairing.values"],
     "pairing.colours": ["pairing.images"],
+    "pairing.darkness": ["pairing.images", "pairing.values"],
     "pairing.on_map": ["pairing.images"],
     "pairing.masks": ["pairing.images", "pairing.values"],
     "pairing.sheet": [],
@@ -44,9 +45,8 @@ ARROWS = {
     "pairing.hashes": ["durable", "pairing.images", "pairing.pairs"],
     "pairing.sequences": ["pairing.images", "pairing.pairs"],
     "pairing.checking": [
-        "pairing.holes", "pairing.images", "pairing.masks", "pairing.names", "pairing.on_map",
-        "pairing.pairs",
-        "pairing.registration", "pairing.sequences",
+        "pairing.darkness", "pairing.holes", "pairing.images", "pairing.masks", "pairing.names",
+        "pairing.on_map", "pairing.pairs", "pairing.registration", "pairing.sequences",
     ],
     "data": [
         "pairing.colours", "pairing.hashes", "pairing.holes", "pairing.images", "pairing.masks",
@@ -132,9 +132,9 @@ ARROWS = {
         "pairing.pairs", "pairing.sequences", "training.latents", "training.rows",
     ],
     "training.doubts": [
-        "config", "data", "model.unet", "pairing.holes", "pairing.images", "pairing.masks",
-        "pairing.names", "pairing.pairs", "pairing.registration", "pairing.sequences",
-        "training.inputs",
+        "config", "data", "model.unet", "pairing.darkness", "pairing.holes", "pairing.images",
+        "pairing.masks", "pairing.names", "pairing.pairs", "pairing.registration",
+        "pairing.sequences", "training.inputs",
     ],
     "training.class_images": [
         "config", "durable", "progress", "model.memory", "model.pipeline", "pairing.images",
@@ -150,8 +150,8 @@ ARROWS = {
         "model.tiles", "pairing.images",
     ],
     "editing.inputs": [
-        "pairing.colours", "pairing.holes", "pairing.images", "pairing.masks", "pairing.pairs",
-        "pairing.registration",
+        "pairing.colours", "pairing.darkness", "pairing.holes", "pairing.images", "pairing.masks",
+        "pairing.pairs", "pairing.registration",
     ],
     "editing.edits": [
         "editing.config", "editing.framing", "model.detail", "model.memory", "model.objectives",

@@ -10,16 +10,9 @@ import config
 from config import TrainConfig
 from data import PairDataset
 from model.unet import XL_SIDE
+from pairing.darkness import dark, range_for
 from pairing.holes import MUCH, black_alone
-from pairing.images import (
-    Frame,
-    dark,
-    further_pages,
-    is_deep_file,
-    listed,
-    range_for,
-    to_image,
-)
+from pairing.images import Frame, further_pages, is_deep_file, listed, to_image
 from pairing.masks import mostly_grey
 from pairing.names import comparable
 from pairing.pairs import SIDES, Pair, by_name, left_out, unmatched
