@@ -79,12 +79,9 @@ def _correlated(before: Image.Image, after: Image.Image, side: int) -> tuple[int
     others[:13, :13] = -np.inf
     if peak <= MIN_PEAK * surface.std() or peak < MIN_RATIO * others.max():
         return None
+    height, width = surface.shape
+    x, y = (k - n if k > n // 2 else k for k, n in ((x, width), (y, height)))
     near_zero = np.roll(surface, (1, 1), (0, 1))[:3, :3].max()
     if max(abs(x), abs(y)) > 1 and peak < MIN_RATIO * near_zero:  # both fit: only a part moved
         return 0, 0
-    height, width = surface.shape
-    if x > width // 2:
-        x -= width
-    if y > height // 2:
-        y -= height
     return round(x * after.width / width), round(y * after.height / height)
