@@ -97,6 +97,11 @@ class TrainConfig:
         "3000; files of 8 bits are read as they are [0 65535; floats need it]",
         rising=2,
     )
+    align: bool = knob(
+        False,
+        "move the after image of a shifted pair, and its mask, onto the before image by whole "
+        "pixels; the states of a sequence likewise",
+    )
     cache_dir: str | None = knob(None, "folder that keeps encoded latents for the next run")
     latents_on: str = knob(
         "auto",

@@ -108,6 +108,7 @@ def without_effect(cfg: TrainConfig, objectives: Mapping) -> list[str]:
         ("sequence_times", cfg.sequence_dirs, "--sequence_dirs"),
         ("frame_stride", cfg.frames_dir, "--frames_dir"),
         ("nodata", is_pairs(cfg), "pairs"),
+        ("align", is_pairs(cfg), "pairs"),
         ("base_lora_strength", cfg.base_lora is not None, "--base_lora"),
         ("allow_unmatched", unmatchable, "folders of pairs, or --mask_dir"),
         ("huber_c", cfg.loss == "huber", "--loss huber"),

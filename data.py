@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,10 +23,20 @@ from torch import Tensor
 from pairing.colours import colour_profile, in_srgb
 from pairing.hashes import file_hashes
 from pairing.holes import filled, holes_of, union
-from pairing.images import USUAL, Reading, by, listed, load_image, size_and_grey, to_tensor
+from pairing.images import (
+    USUAL,
+    Frame,
+    Reading,
+    by,
+    image_size,
+    listed,
+    load_image,
+    size_and_grey,
+    to_tensor,
+)
 from pairing.masks import load_mask
 from pairing.pairs import Pair, find_pairs  # noqa: F401, a data set's two steps are at hand together
-from pairing.registration import MAX_ASPECT, aspect_gap
+from pairing.registration import MAX_ASPECT, aspect_gap, find_shift, moved
 
 
 @dataclass(frozen=True)
@@ -143,6 +154,7 @@ class PairDataset(torch.utils.data.Dataset):
         self.reading = reading
         self.beside = beside  # other states of the same places, which may lack data elsewhere
         self._opened: tuple[int, dict[str, Image.Image]] = -1, {}  # the last pair's images
+        self.shifts: dict[Path | Frame, tuple[int, int]] = {}  # of states, as far as looked at
         self.change_masks = change_masks  # for pairs without a mask file
         # before images alone, as an edit sees them; what DreamBooth learns is cut out on purpose
         self.fill_singles = fill_singles and pairs[0].before is None
@@ -258,9 +270,10 @@ class PairDataset(torch.utils.data.Dataset):
         return item
 
     def images(self, k: int) -> dict[str, Image.Image]:
-        """Those of pair k, resized to its after image; where a side of a pair has no data, all show
-        the rest mirrored. The last pair's are kept, so that successive views of a large pair read
-        it once."""
+        """Those of pair k, resized to its after image, which with `reading.align` is moved onto the
+        before image, as its mask is; where a side of a pair has no data, all show the rest
+        mirrored. The last pair's are kept, so that successive views of a large pair read it once.
+        """
         if self._opened[0] != k:
             pair, images = self.pairs[k], {}
             for side, path in pair.files.items():
@@ -274,7 +287,9 @@ class PairDataset(torch.utils.data.Dataset):
                     images[side] = image = in_srgb(image, colour_profile(pair.files[side]))
                 if image.size != size:
                     smooth = Image.Resampling.BOX if side == "mask" else Image.Resampling.BILINEAR
-                    images[side] = image.resize(size, smooth)
+                    images[side] = image = image.resize(size, smooth)
+                if side != "before":
+                    images[side] = moved(image, self.shift(pair, pair.after))
             if (hole := union(holes, size)) is not None:
                 if hole.all():
                     raise ValueError(
@@ -290,7 +305,29 @@ class PairDataset(torch.utils.data.Dataset):
         pair = self.pairs[k]
         states = {path: images[side] for side, path in pair.files.items() if side != "mask"}
         states = {some[k].after: None for some in self.beside} | states
-        return [holes_of(path, self.reading, image) for path, image in states.items()]
+        holes = []
+        for path, image in states.items():
+            hole = holes_of(path, self.reading, image)
+            if (shift := self.shift(pair, path)) != (0, 0):
+                there = np.ones(image_size(path)[::-1], bool) if hole is None else ~hole
+                hole = ~np.asarray(moved(Image.fromarray(there), shift))
+            holes.append(hole)
+        return holes
+
+    def shift(self, pair: Pair, path: Path | Frame) -> tuple[int, int]:
+        """What a state of the pair's place is moved by, against (x right, y down) in its pixels:
+        with `reading.align` its shift relative to the before image, if that can be told."""
+        if not self.reading.align or pair.before in (None, path):
+            return 0, 0
+        if path not in self.shifts:
+            files = pair.before, path
+            states = [load_image(file, self.reading) for file in files]
+            holes = [holes_of(file, self.reading, state) for file, state in zip(files, states)]
+            size = states[1].size
+            if (hole := union(holes, size)) is not None:  # or its border would be a landmark
+                states = [filled(state.resize(size), hole) for state in states]
+            self.shifts[path] = find_shift(*states) or (0, 0)
+        return self.shifts[path]
 
     def forget(self) -> None:
         """Frees the last pair's images: training needs only the latents."""

@@ -100,12 +100,14 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
     # without --tile, so that the ceiling does not depend on it
     whole = frame_of(cfg, pipe, (resolution, resolution))._replace(tiles=None)
     native, every = pipe.meta.get("native_scale", False), (pairs, *between, *outcomes)
+    align = pipe.meta.get("align", False) if args.align is None else args.align
+    reading = reading_of(cfg, pipe.meta)._replace(align=align)
     opened = partial(
         PairDataset,
         resolution=resolution,
         center_crop=True,
         native_scale=native,
-        reading=reading_of(cfg, pipe.meta),
+        reading=reading,
         beside=every,
     )
     for others in every[1:]:
@@ -155,6 +157,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
         "objective": objective,
         "resolution": resolution,
         "coverage": dataset.coverage,
+        "align": align,
         "data": held_out.fingerprint(),
         "pairs": len(pairs),
         "seed": cfg.seed,
@@ -260,6 +263,10 @@ def make_parser(prog: str = "evaluate.py") -> Parser:
         "--after_data_dir", required=True, metavar="DIR", help="folder of the true after images"
     )
     parser.add_argument("--mask_dir", metavar="DIR", help="folder of masks, white = change")
+    parser.add_argument(
+        "--align", action=argparse.BooleanOptionalAction,
+        help="move the true images of shifted pairs onto the before images [as the training]",
+    )  # fmt: skip
     parser.add_argument(
         "--strengths", type=numbers, default=[0.0, 0.25, 0.5, 0.75, 1.0], metavar="0,0.5,1",
         help="strengths to measure, including 0 and 1 [0,0.25,0.5,0.75,1]",

@@ -204,7 +204,7 @@ KINDS = {
     "revision": str, "variant": str, "resolution": int, "tokenizer_max_length": int,
     "text_encoder_use_attention_mask": bool, "prediction_type": str, "states": int,
     "captions": bool, "native_scale": bool, "resized": bool, "background": str, "nodata": int,
-    "grey": bool, "xl": bool,
+    "align": bool, "grey": bool, "xl": bool,
     **{knob: (get_args(kind) or (kind,))[0] for knob, kind in get_type_hints(Knobs).items()},
 }  # fmt: skip
 STEPS = tuple(knob for knob in Knobs._fields if knob.endswith("_t"))  # where sampling starts

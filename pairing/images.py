@@ -274,6 +274,7 @@ class Reading(NamedTuple):
     background: str = "white"  # the colour behind transparent pixels
     nodata: int | None = None  # see `holes_of`
     value_range: Range | None = None  # see `load_image`
+    align: bool = False  # whether the states of a place are moved onto the first, see data.py
 
 
 USUAL = Reading()

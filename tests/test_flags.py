@@ -19,7 +19,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageOps
 from safetensors.torch import load_file
 
 import cli
@@ -39,6 +39,7 @@ from tests.checkpoints import make_checkpoint, to_variant, weights_file
 from tests.hub_server import Hub
 from tests.pairs import write_pairs
 from tests.small import small
+from tests.test_data import picture
 from training import doubts, journal, latents
 
 ROOT = Path(__file__).parents[1]
@@ -486,6 +487,20 @@ def nodata(lab, patch):
     black = lab.images("strip", strip)
     changes(beside=black, nodata=0)[1](lab, patch)
     assert meta(lab.run(**black, nodata=0))["nodata"] == 0
+
+
+def align(lab, patch):
+    """A pair whose after image lies 4 px to the left; and evaluations are told."""
+
+    def there(image):  # with edges to register by
+        image.paste(picture(3, image.size))
+        return image
+
+    moved = lab.images("moved", there)
+    for file in Path(moved["after_data_dir"]).iterdir():
+        ImageChops.offset(Image.open(file), -4, 0).save(file)
+    changes(beside=moved, align=True)[1](lab, patch)
+    assert meta(lab.run(**moved, align=True))["align"] is True
 
 
 def value_range(lab, patch):
@@ -1296,6 +1311,7 @@ FLAGS = {
     "background": effect(background),
     "nodata": effect(nodata),
     "value_range": effect(value_range),
+    "align": effect(align),
     "cache_dir": effect(cache_dir),
     "latents_on": effect(latents_on),
     "dataloader_num_workers": effect(dataloader_num_workers),

@@ -113,7 +113,8 @@ def lora_metadata(
     slope, offset = task.objective.multiplier
     meaning = f"0 = before, 1 = after; LoRA multiplier = {slope:g} * strength + {offset:g}"
     kept = ("revision", "variant", "resolution", "native_scale", "background", "nodata",
-            "value_range", "tokenizer_max_length", "text_encoder_use_attention_mask")  # fmt: skip
+            "value_range", "align", "tokenizer_max_length",
+            "text_encoder_use_attention_mask")  # fmt: skip
 
     def found(path: str | None) -> str | None:  # valid from any working directory
         return str(Path(path).resolve()) if path and is_local(path) else path

@@ -172,5 +172,5 @@ def unregistered(names: list[str], pairs: list[list[Image.Image]]) -> Iterator[s
         name, (x, y) = moved[0]
         yield (
             f"{len(moved)} of {len(known)} pairs seem to be shifted, {name} by ({x:+d}, {y:+d}) "
-            "pixels: the LoRA learns the shift too; check_data.py lists such pairs"
+            "pixels: the LoRA learns the shift too; --align moves them, check_data.py lists them"
         )

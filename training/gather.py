@@ -84,6 +84,10 @@ def gather(cfg: TrainConfig, run: Run | NullRun, ranks: Ranks, device: torch.dev
     doubted = doubts(cfg, train, size, draws=draws, xl=bare.is_xl)
     for sentence in doubted if ranks.leads else ():
         warnings.warn(sentence, stacklevel=2)
+    if ranks.leads and (shifts := [*train.shifts.values()]):
+        x, y = max(shifts, key=lambda shift: max(map(abs, shift)))
+        some = f"{sum(shift != (0, 0) for shift in shifts)} of {len(shifts)} images looked at"
+        print(f"aligned       {some} are moved, one by ({-x:+d}, {-y:+d}) pixels")
     meta = lora_metadata(
         cfg,
         task,

@@ -144,7 +144,7 @@ def some_places(pairs: list[Pair], k: int) -> list[Pair]:
 
 
 def reading_of(cfg: TrainConfig) -> Reading:
-    return Reading(cfg.background, cfg.nodata, cfg.value_range)
+    return Reading(cfg.background, cfg.nodata, cfg.value_range, cfg.align)
 
 
 def make_dataset(cfg: TrainConfig, pairs: list[Pair]) -> PairDataset:
