@@ -61,8 +61,7 @@ MATRIX = re.compile(  # the end of a path whose layer is linear in every SD
     r"(^|\.)(to_[qkv]|to_out\.0|net\.0\.proj|net\.2|[qkv]_proj|out_proj|fc[12]"
     r"|time_emb_proj|linear_[12])$"
 )
-REPEATS = re.compile(r"[*+{]")
-PARTNERS = {"lora_A": "lora_B", "lora_down": "lora_up", ".down.": ".up."}
+LAYER = re.compile(r"\^?[\w.]+")  # in a pattern of peft
 
 # ---- out -----------------------------------------------------------------------------------------
 
@@ -244,9 +243,9 @@ def unpack(tensors: dict[str, Tensor], peft: dict, file) -> Parts:
 
     parts: Parts = {}
     for (part, path), roles in keys.items():
-        if missing := sorted({"A", "B"} - roles.keys()):
-            role, key = next(iter(roles.items()))
-            raise ValueError(f"{file} has {key} without {_partner(key, role, missing[0])}")
+        if not {"A", "B"} <= roles.keys():
+            lone = next(iter(roles.values()))
+            raise ValueError(f"{file} has {lone} without the other factors of its layer")
         A, B = tensors[roles["A"]], tensors[roles["B"]]
         if "mid" in roles:  # LoCon's three factors B · mid · A, where A is 1×1
             A = _with_mid(A, tensors[roles["mid"]], f"{file} has {roles['mid']}")
@@ -274,15 +273,6 @@ def unpack(tensors: dict[str, Tensor], peft: dict, file) -> Parts:
     return parts
 
 
-def _partner(key: str, role: str, wanted: str) -> str:
-    """The key of the missing role, in the layout of `key`."""
-    if role in ("alpha", "mid"):
-        return key.split(".")[0] + (".lora_down.weight" if wanted == "A" else ".lora_up.weight")
-    for a, b in PARTNERS.items():
-        key = key.replace(*((a, b) if wanted == "B" else (b, a)))
-    return key
-
-
 def _as_published(path: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """Factors as the path's layer has them: some tools store a matrix as a 1×1 convolution, or the
     reverse. proj_in and proj_out are either, by the model; see `factors_for`."""
@@ -301,15 +291,9 @@ def _with_mid(A: Tensor, mid: Tensor, what: str) -> Tensor:
     return torch.einsum("rqhw,qi->rihw", mid.to(dtype), A.flatten(1).to(dtype))
 
 
-def is_endless(pattern: str) -> bool:
-    """Whether a regular expression may take more than a moment: groups that are repeated, or many
-    repetitions."""
-    return bool(re.search(r"\)[*+?{]|\(\?|\\[1-9]", pattern)) or len(REPEATS.findall(pattern)) > 2
-
-
 def _peft_scale(peft: dict, part: str, path: str, r: int, file) -> float:
-    """α/r as peft reads its config: patterns are regular expressions for the end of a path. Those
-    that could keep a reader busy forever are refused: they may be a stranger's."""
+    """α/r as peft reads its config. Of its patterns, which may be regular expressions, only names
+    are read, of a layer or the end of one: an expression of a stranger's could take forever."""
 
     def setting(name: str, default):  # a single part is saved without its name
         return peft.get(f"{part}.{name}", peft.get(name, default))
@@ -318,16 +302,15 @@ def _peft_scale(peft: dict, part: str, path: str, r: int, file) -> float:
     names = {path, path.removeprefix("text_model.")}
     try:
         pattern = setting("alpha_pattern", None) or {}
-        repeats = [text for text in pattern if REPEATS.search(text)]
-        if len(repeats) > 16 or any(map(is_endless, repeats)) or (repeats and len(path) > 200):
+        if not all(LAYER.fullmatch(p) for p in pattern):
             raise ValueError("patterns")
+        # with ^ a whole path, as diffusers writes it
         hits = (v for p, v in pattern.items() for name in names
-                if p == name or re.match(rf"(.*\.)?({p})$", name))  # fmt: skip
+                if p.removeprefix("^") == name or name.endswith(f".{p}"))  # fmt: skip
         alpha = next(hits, setting("lora_alpha", r))
         if type(alpha) not in (int, float) or not 0 < alpha < 1e9:
             raise ValueError("lora_alpha")
-        scale = alpha / (math.sqrt(r) if setting("use_rslora", False) else r)
-    except (ArithmeticError, AttributeError, TypeError, ValueError, re.error) as e:
-        what = "lora_alpha and alpha_pattern"
+        return alpha / (math.sqrt(r) if setting("use_rslora", False) else r)
+    except (ArithmeticError, AttributeError, TypeError, ValueError) as e:
+        what = "lora_alpha and alpha_pattern (of names without wildcards)"
         raise ValueError(f"{file} has a header without a usable {what} for {path}") from e
-    return scale

@@ -558,9 +558,9 @@ BAD = {
     "sd3": (lambda t: {**t, "lora_te3_text_model_encoder_layers_0_mlp_fc1.alpha": torch.ones(1)},
             "lora_te3_text_model_encoder_layers_0_mlp_fc1.alpha, which is in no known layout"),
     "no up": (lambda t: {k: v for k, v in t.items() if k != f"{Q}.lora_up.weight"},
-              f"{Q}.lora_down.weight without {Q}.lora_up.weight"),
+              f"{Q}.lora_down.weight without the other factors"),
     "alpha alone": (lambda t: {**t, f"{Q.replace('to_q', 'to_v')}.alpha": torch.ones(())},
-                    "to_v.alpha without .*to_v.lora_down.weight"),
+                    "to_v.alpha without the other factors"),
     "twice": (lambda t: {**t, f"unet.{spelt(Q + '.alpha')[1]}.lora_A.weight": torch.ones(2, 2)},
               "which duplicates"),
     "shape of up": (lambda t: {**t, f"{Q}.lora_up.weight": torch.ones(32, 7)},
@@ -585,8 +585,7 @@ def test_bad_files_are_one_sentence_that_names_the_key(tmp_path, sd1, name):
 
 
 @pytest.mark.parametrize(
-    "pattern",
-    [".*attn1.*", "down_blocks.0.*to_q", "attn[12].to_q", "(to_q|to_k)", r"down_blocks\.\d+\..*"],
+    "pattern", ["to_q", "^mid_block.attentions.0.transformer_blocks.0.attn1.to_q"]
 )
 def test_patterns_of_peft_are_read(tmp_path, sd1, pattern):
     inject(unet := load_unet(sd1), "attn", 2)
@@ -599,7 +598,7 @@ def test_patterns_of_peft_are_read(tmp_path, sd1, pattern):
 
 
 HEADERS = ['{"unet.lora_alpha": "x"}', '{"unet.alpha_pattern": {"(": 1}}',
-           '{"unet.alpha_pattern": {"(.+)+!": 2}}',  # would never end
+           '{"unet.alpha_pattern": {"attn[12].to_q": 2}}', '{"unet.alpha_pattern": {"(.+)+!": 2}}',
            '{"unet.alpha_pattern": 3}', '{"unet.lora_alpha": NaN}']  # fmt: skip
 
 
