@@ -195,15 +195,14 @@ def run(args: argparse.Namespace) -> None:
     cfg, out = config_of(MorphConfig, args), Path(args.out)
     check(cfg, args.lora, args.lora_after)
     meta = read_lora(args.lora)[1] if args.lora else {}
-    how, short = reading_of(cfg, meta), args.resolution or brought_to(meta)
-    size = size_of_frames(args, short, how)
+    trained = brought_to(meta)
+    ends = load_ends(args, cfg.resolution or trained, reading_of(cfg, meta))
     pipe = open_pipeline(args)
-    ends = load_ends(args, size, how)
     objective = cfg.objective or pipe.meta.get("objective")
     method = method_of(cfg, objective, args.lora_after)
     for flag, needed in unread(cfg, objective, method):
         warnings.warn(f"{flag} has no effect without {needed}", stacklevel=2)
-    trained, side = brought_to(meta), min(size)
+    side = min(ends.pixels.shape[2:])
     if method == "direct" and trained and not trained / 2 <= side <= 2 * trained:
         warnings.warn(
             f"frames have a short side of {side} px, but --lora {args.lora} was trained at "
@@ -238,58 +237,28 @@ def unread(cfg: MorphConfig, objective: str | None, method: str) -> Iterator[tup
     """Each flag that was given but that this path does not read, and what would read it."""
     uses = OBJECTIVES[objective].uses if objective in OBJECTIVES else ()
     reads = {
-        "direct": {*uses, "prompt"},
-        "invert": {"steps", "noise_level", "prompt", "adain", "attention"},
+        "direct": {*uses} if draws_anew(objective, EditConfig.start) else {*uses} - {"seed"},
+        "invert": {"steps", "noise_level", "adain", "attention"},
         "blend": set(),
     }[method]
-    if not draws_anew(objective, EditConfig.start):
-        reads.discard("seed")
-    for name, used, needed in (
-        *((n, n in reads, "--method invert") for n in ("adain", "attention")),
-        *((n, n in reads, "--method invert") for n in ("noise_level", "steps")),
-        ("seed", cfg.fit_steps or "seed" in reads, "--fit_steps"),
-        ("prompt", "prompt" in reads, "a --method other than blend"),
-        ("learning_rate", cfg.fit_steps, "--fit_steps"),
-        ("lora_rank", cfg.fit_steps, "--fit_steps"),
-        ("fit_steps", method != "blend", "a --method other than blend"),
-        ("batch_size", False, "another command: morph makes frames one by one"),
-    ):
-        value, usual = getattr(cfg, name), getattr(MorphConfig, name)
-        if not used and value != usual:
-            yield f"--no-{name}" if usual is True else f"--{name} {value}", needed
+    if method != "blend":
+        reads |= {"prompt", "fit_steps"}
+    if cfg.fit_steps:
+        reads |= {"seed", "learning_rate", "lora_rank"}
+    for needed, names in {
+        "--method invert": ("adain", "attention", "noise_level", "steps"),
+        "--fit_steps": ("seed", "learning_rate", "lora_rank"),
+        "a --method other than blend": ("prompt", "fit_steps"),
+        "another command: morph makes frames one by one": ("batch_size",),
+    }.items():
+        for name in names:
+            value, usual = getattr(cfg, name), getattr(MorphConfig, name)
+            if name not in reads and value != usual:
+                yield f"--no-{name}" if usual is True else f"--{name} {value}", needed
 
 
 def frame_names(n: int) -> list[str]:
     return [f"{i:03d}.png" for i in range(n)]
-
-
-def size_of_frames(args: argparse.Namespace, short: int | None, how: Reading) -> tuple[int, int]:
-    """(w, h): the after image's size, or with a short side of so many pixels.
-
-    ValueError or OSError for unusable images, or frames that would overwrite other files.
-    """
-    out = Path(args.out)
-    for flag, file in (("--before", args.before), ("--after", args.after)):
-        if not Path(file).is_file():
-            raise FileNotFoundError(f"{flag} {file} is not a file")
-        if Path(file).resolve().parent == out.resolve():
-            raise ValueError(f"--out {out} is the folder of {flag}; frames could overwrite it")
-    refuse_others(out, [*frame_names(args.frames), "morph.gif", "strip.png"], "morph.json")
-    a, b = load_image(args.before, how), load_image(args.after, how)
-    if (gap := aspect_gap(a.size, b.size)) > MAX_ASPECT:
-        raise ValueError(
-            f"--before is {by(a.size)}, --after is {by(b.size)}; their aspect ratios differ by "
-            f"{gap:.1%}, expected at most {MAX_ASPECT:.0%}"
-        )
-    size = b.size
-    if short is not None:
-        size = tuple(round(side * short / min(b.size)) for side in b.size)
-    if math.prod(size) > (Image.MAX_IMAGE_PIXELS or math.inf):
-        raise ValueError(
-            f"--after, {by(b.size)}, would be {by(size)} at --resolution {short}, which is "
-            "too large"
-        )
-    return size
 
 
 class Ends(NamedTuple):
@@ -301,15 +270,34 @@ class Ends(NamedTuple):
     bare: Image.Image  # there as the image that has no data was
 
 
-def load_ends(args: argparse.Namespace, size: tuple[int, int], how: Reading) -> Ends:
-    """At that size. ValueError if no place has data in both."""
-    files = args.before, args.after
+def load_ends(args: argparse.Namespace, short: int | None, how: Reading) -> Ends:
+    """Both at the after image's size, or with a short side of so many pixels.
+
+    ValueError or OSError for unusable images, or frames that would overwrite other files.
+    """
+    files, out = (args.before, args.after), Path(args.out)
+    for flag, file in zip(("--before", "--after"), files):
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"{flag} {file} is not a file")
+        if Path(file).resolve().parent == out.resolve():
+            raise ValueError(f"--out {out} is the folder of {flag}; frames could overwrite it")
+    refuse_others(out, [*frame_names(args.frames), "morph.gif", "strip.png"], "morph.json")
     images = [load_image(file, how) for file in files]
+    a, b = (image.size for image in images)
+    if (gap := aspect_gap(a, b)) > MAX_ASPECT:
+        raise ValueError(
+            f"--before is {by(a)}, --after is {by(b)}; their aspect ratios differ by "
+            f"{gap:.1%}, expected at most {MAX_ASPECT:.0%}"
+        )
+    size = b if short is None else tuple(round(side * short / min(b)) for side in b)
+    if math.prod(size) > (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise ValueError(
+            f"--after, {by(b)}, would be {by(size)} at --resolution {short}, which is too large"
+        )
     holes = [holes_of(file, how, image) for file, image in zip(files, images)]
     images = [in_srgb(image, colour_profile(file)) for file, image in zip(files, images)]
     images = [x if x.size == size else x.resize(size, Image.Resampling.BILINEAR) for x in images]
-    before, after = images
-    bare = kept(before, union(holes[:1], size), after)
+    bare = kept(images[0], union(holes[:1], size), images[1])
     if (hole := union(holes, size)) is not None:
         if hole.all():
             raise ValueError("no place has data in both --before and --after")
