@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from cli import Parser, floats, report, run_program
 from durable import read_json, refuse_file, write_aside, write_json
-from model.files import is_local, lacks, locate, moved_note, single_file
+from model.files import COMPONENTS, is_local, lacks, locate, moved_note, single_file, weight_files
 from model.lora import Factors, detach, merge
 from model.lora_algebra import concat, truncate
 from model.lora_files import apply_lora, contradiction, multiplier, read_lora, write_lora
@@ -30,19 +30,10 @@ from model.objectives import OBJECTIVES, PORTABLE
 from model.weights import load_text, load_unet
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-HUB_FILES = (  # the required files of a model on the hub
-    "scheduler/scheduler_config.json",
-    "vae/config.json", "vae/diffusion_pytorch_model{}.safetensors",
-    "unet/config.json", "unet/diffusion_pytorch_model{}.safetensors",
-    "text_encoder/config.json", "text_encoder/model{}.safetensors",
-)  # fmt: skip
-XL_FILES = "text_encoder_2/config.json", "text_encoder_2/model{}.safetensors"
-MAYBE = ("tokenizer/tokenizer_config.json", "tokenizer/special_tokens_map.json",
-         "tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/tokenizer.json",
-         "feature_extractor/preprocessor_config.json",
-         "tokenizer_2/tokenizer_config.json", "tokenizer_2/special_tokens_map.json",
-         "tokenizer_2/vocab.json", "tokenizer_2/merges.txt",
-         "tokenizer_2/tokenizer.json")  # fmt: skip
+TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
+             "special_tokens_map.json")  # fmt: skip
+# what a model's folders on the hub hold, but those of its networks
+SMALL = {"scheduler": ("scheduler_config.json",), "tokenizer": TOKENIZER, "tokenizer_2": TOKENIZER}
 
 # ---- files to files ------------------------------------------------------------------------------
 
@@ -142,8 +133,8 @@ def run_concat(args: argparse.Namespace) -> None:
 def merge_into(args: argparse.Namespace, folder: Path) -> str:
     """Fill `folder` with the base merged with the LoRA, in the diffusers layout; returns a summary.
 
-    Other components are copied unchanged: all of a directory's, or HUB_FILES and MAYBE of a hub
-    repository. Weight files keep the variant in their names.
+    Other components are copied unchanged: all of a directory's, or of a hub repository the networks
+    and SMALL. Weight files keep the variant in their names.
     """
     base, files = args.model, {"variant": args.variant, "revision": args.revision}
     if args.revision is not None and is_local(base):
@@ -229,21 +220,19 @@ def merge_into(args: argparse.Namespace, folder: Path) -> str:
             if part.name not in parts:
                 shutil.copytree(part, folder / part.name)
     else:
-        xl = XL_FILES if "text_encoder_2" in about else ()
-        for name in HUB_FILES + xl + MAYBE:
-            if name.split("/")[0] in parts:
-                continue
-            file = name.format(dot)
-            path = locate(base, file, args.revision)
-            if path is None and file != name.format(""):  # a variant that other components have
-                path = locate(base, file := name.format(""), args.revision)
-            if path is not None:
-                (folder / file).parent.mkdir(exist_ok=True)
-                shutil.copy(path, folder / file)
-            elif file not in MAYBE:
-                raise FileNotFoundError(lacks(base, file, args.revision))
-        if not (folder / "tokenizer").is_dir():
-            raise FileNotFoundError(lacks(base, "tokenizer/vocab.json", args.revision))
+        for part in about.keys() - parts.keys():
+            stem = COMPONENTS.get(f"{part}/")
+            names = ("config.json",) if stem else SMALL.get(part, ())
+            paths = [locate(base, f"{part}/{name}", args.revision) for name in names]
+            if names and not any(paths):
+                raise FileNotFoundError(lacks(base, f"{part}/{names[0]}", args.revision))
+            if stem:
+                weights = weight_files(base, f"{part}/", stem, args.variant, args.revision)
+                shards = weights[0].parent.glob("*.index*.json") if weights[1:] else ()
+                paths += [*weights, *shards]
+            for path in filter(None, paths):
+                (folder / part).mkdir(exist_ok=True)
+                shutil.copy(path, folder / part)
     absent = {part: [None, None] for part, value in about.items()
               if isinstance(value, list) and not (folder / part).is_dir()}  # fmt: skip
     write_json(folder / "model_index.json", about | absent)

@@ -36,7 +36,7 @@ from model.pipeline import load_pipeline
 from model.text import TextEncoder
 from model.unet import UNet
 from model.weights import load_text, load_unet, load_vae
-from tests.checkpoints import make_checkpoint, text_config, unet_config
+from tests.checkpoints import make_checkpoint, text_config, to_shards, unet_config
 from tests.hub_server import Hub
 from tests.pairs import write_pairs
 from train import train
@@ -865,9 +865,10 @@ def test_a_base_that_predicts_otherwise_is_told(tmp_path, sd1, capsys):
 
 
 def test_merge_into_a_repository_of_the_hub(tmp_path, sd1, capsys, monkeypatch):
-    """File by file; the same bytes as from a directory."""
+    """File by file, shards too; the same bytes as from a directory."""
     from huggingface_hub import constants
 
+    to_shards(root := Path(shutil.copytree(sd1, tmp_path / "root")), "vae")
     unet, _ = adapted(sd1, "attention")
     save_lora(lora := tmp_path / "x.safetensors", unet=unet)
     argv = ["--lora", lora, "--dtype", "fp16"]
@@ -875,16 +876,16 @@ def test_merge_into_a_repository_of_the_hub(tmp_path, sd1, capsys, monkeypatch):
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False), monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    with Hub({"someone/model": sd1}) as hub:
+    with Hub({"someone/model": root}) as hub:
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + template)
         code, text_said = said(capsys, "merge", *argv, "--model", "someone/model", tmp_path / "a")
     assert code == 0, text_said
-    assert said(capsys, "merge", *argv, "--model", sd1, tmp_path / "b")[0] == 0
+    assert said(capsys, "merge", *argv, "--model", root, tmp_path / "b")[0] == 0
     files = [{p.relative_to(tmp_path / x): p.read_bytes() for p in (tmp_path / x).rglob("*")
               if p.is_file()} for x in "ab"]  # fmt: skip
-    assert files[0] == files[1] and len(files[0]) == 12
+    assert files[0] == files[1] and len(files[0]) == 15
 
 
 def test_the_command_line_says_what_is_wrong(tmp_path, sd1, capsys):
