@@ -4,7 +4,6 @@ One CLIP in Stable Diffusion 1.x and 2.x (text_encoder/, tokenizer/), two in SDX
 tokenizer_2/ as well), whose second has a projection of its pooled state.
 """
 
-import warnings
 from pathlib import Path
 
 import torch
@@ -65,25 +64,13 @@ def load_tokenizer(
         raise ValueError(f"{vocab.parent} is not a CLIP tokenizer: {first_line(error)}") from error
 
 
-def _tokenizer_for(single: Path, tokenizer: str | Path | None, open_clip: bool, xl: bool):
-    """The given tokenizer, or the one that SD's single files were trained with.
-
-    One given for both of SDXL's encoders pads as each wants it.
-    """
-    if tokenizer is not None and xl:
-        return load_tokenizer(tokenizer, padding=PADDING[open_clip])
-    if tokenizer is not None:
-        words = load_tokenizer(tokenizer)
-        if open_clip and words.pad_token_id != 0:
-            warnings.warn(
-                f"--tokenizer_name {tokenizer} pads with {words.pad_token!r}; "
-                f"{single} is Stable Diffusion 2.x, which was trained with '!'",
-                stacklevel=3,
-            )
-        return words
+def _tokenizer_for(single: Path, tokenizer: str | Path | None, open_clip: bool):
+    """The given tokenizer or CLIP's, which pads as the file's encoder was trained to."""
     try:
-        return load_tokenizer(CLIP_TOKENIZER, padding=PADDING[open_clip])
+        return load_tokenizer(tokenizer or CLIP_TOKENIZER, padding=PADDING[open_clip])
     except FileNotFoundError as error:
+        if tokenizer is not None:
+            raise
         raise FileNotFoundError(
             f"{single} contains no tokenizer: give --tokenizer_name, a directory with vocab.json "
             "and merges.txt, or with tokenizer.json, or a hub id; the default is not available: "
@@ -176,7 +163,7 @@ def load_text(
         parts = text_parts(single, variant)
         found = [(_of_single_file(single, part, how), single) for part in parts]
         gelu = [part.config["hidden_act"] == "gelu" for part in parts]  # OpenCLIP
-        tokenizers = [_tokenizer_for(single, tokenizer, one, len(parts) == 2) for one in gelu]
+        tokenizers = [_tokenizer_for(single, tokenizer, one) for one in gelu]
         empty_is_zero = len(parts) == 2
     else:
         kinds, own = {"text_encoder": "CLIPTextModel"}, {"revision": revision}
