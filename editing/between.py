@@ -31,6 +31,7 @@ from editing.config import (
 from editing.edits import editor, finite
 from editing.flags import add_edit_flags, draws_anew, open_pipeline
 from editing.framing import brought_to
+from editing.inputs import refuse_out
 from model.lora_files import load_lora, lora_path, read_lora
 from model.morph import States, blended, fit, inverted, renderer, respaced, steps_between
 from model.objectives import OBJECTIVES
@@ -277,10 +278,7 @@ def load_ends(args: argparse.Namespace, short: int | None, how: Reading) -> Ends
     """
     files, out = (args.before, args.after), Path(args.out)
     for flag, file in zip(("--before", "--after"), files):
-        if not Path(file).is_file():
-            raise FileNotFoundError(f"{flag} {file} is not a file")
-        if Path(file).resolve().parent == out.resolve():
-            raise ValueError(f"--out {out} is the folder of {flag}; frames could overwrite it")
+        refuse_out(out, Path(file), flag)
     refuse_others(out, [*frame_names(args.frames), "morph.gif", "strip.png"], "morph.json")
     images = [load_image(file, how) for file in files]
     a, b = (image.size for image in images)

@@ -73,7 +73,7 @@ def find_inputs(sources: Sequence[str], mask: str | None, out: Path) -> list[Inp
                 )
         else:
             some, root = [source], source.parent
-        _refuse_out(out, source, "--input")
+        refuse_out(out, source, "--input")
         files += some
         stems += [file.relative_to(root).with_suffix("") for file in some]
     if len(set(stems)) < len(stems):
@@ -130,7 +130,7 @@ def open_input(given: Input, how: Reading) -> Opened:
     return Opened(image, profile, srgb, seen, hole, mask, is_grey(given.file))
 
 
-def _refuse_out(out: Path, source: Path, flag: str) -> None:
+def refuse_out(out: Path, source: Path, flag: str) -> None:
     """ValueError if results would be written among the files of a flag; OSError if it has none."""
     if source.is_dir():
         refuse_among([("--out", out)], [(flag, source)])
@@ -143,7 +143,7 @@ def _refuse_out(out: Path, source: Path, flag: str) -> None:
 def _masks(stems: list[Path], mask: str | None, out: Path) -> list[Path | None]:
     if mask is None:
         return [None] * len(stems)
-    _refuse_out(out, Path(mask), "--mask")
+    refuse_out(out, Path(mask), "--mask")
     if Path(mask).is_file():
         return [Path(mask)] * len(stems)
     names = [unicodedata.normalize("NFC", stem.as_posix()) for stem in stems]

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from cli import Parser, floats, report, run_program
 from durable import read_json, refuse_file, write_aside, write_json
 from model.files import COMPONENTS, is_local, lacks, locate, moved_note, single_file, weight_files
-from model.lora import Factors, detach, merge
+from model.lora import detach, merge
 from model.lora_algebra import concat, truncate
 from model.lora_files import apply_lora, contradiction, multiplier, read_lora, write_lora
 from model.lora_layouts import LAYOUTS, XL, Parts, family, in_text
@@ -63,20 +63,12 @@ def truncate_parts(parts: Parts, rank: int) -> tuple[Parts, float, tuple[float, 
     return small, math.sqrt(cut / whole) if whole else 0.0, worst
 
 
-def folded(f: Factors) -> Factors:
-    """The same with scale 1."""
-    if f.scale == 1:
-        return f
-    return Factors(f.A, f.B.to(torch.promote_types(f.B.dtype, torch.float32)) * f.scale, 1.0)
-
-
 def _save(args: argparse.Namespace, parts: Parts, metadata: dict) -> None:
     count = sum(map(len, parts.values()))
     ranks = sorted({len(f.A) for factors in parts.values() for f in factors.values()})
     dtype = DTYPES[args.dtype]
     if args.format == "diffusers":  # whose α is in the header alone, which not every client reads
-        parts = {part: {path: folded(f) for path, f in factors.items()}
-                 for part, factors in parts.items()}  # fmt: skip
+        parts = concat_parts([(parts, 1.0)])
     write_aside(
         args.out, lambda aside: write_lora(aside, parts, metadata, dtype=dtype, layout=args.format)
     )

@@ -50,15 +50,8 @@ def pick_device(name: str | None, cuda_graph: bool | None = None) -> torch.devic
     ValueError if it is not available, has no float64, or has no CUDA graphs where they are asked
     for.
     """
-    device = _device(name)
-    if cuda_graph and device.type != "cuda":
-        raise ValueError(f"--cuda_graph requires CUDA, but the device is {device}")
-    return device
-
-
-def _device(name: str | None) -> torch.device:
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.split(":")[0] == "mps":
         raise ValueError(f"--device {name} has no float64, which the schedule needs: cuda or cpu")
     try:
@@ -69,6 +62,8 @@ def _device(name: str | None) -> torch.device:
         raise ValueError(f"--device {name} is not available: {reason}") from error
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # streams and graphs belong to the current device
+    if cuda_graph and device.type != "cuda":
+        raise ValueError(f"--cuda_graph requires CUDA, but the device is {device}")
     return device
 
 

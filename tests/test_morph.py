@@ -469,7 +469,7 @@ def test_equal_ends_stand_still(place, tmp_path):
 
 MISTAKES = {
     "--frames 1": "--frames must be in 2..1000, got 1",
-    "--before nowhere.png": "--before nowhere.png is not a file",
+    "--before nowhere.png": "--before nowhere.png does not exist",
     "--after {root}/notes.txt": "notes.txt cannot be read as an image",
     "--after {root}/odd_after.png": "their aspect ratios differ by",
     "--out {root}/after": "is the folder of --after",

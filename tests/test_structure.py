@@ -163,8 +163,8 @@ ARROWS = {
     ],
     "editing.between": [
         "durable", "editing.config", "editing.edits", "editing.flags", "editing.framing",
-        "model.lora_files", "model.morph", "model.objectives", "model.pipeline", "model.predict",
-        "model.samplers", "pairing.colours", "pairing.holes", "pairing.images",
+        "editing.inputs", "model.lora_files", "model.morph", "model.objectives", "model.pipeline",
+        "model.predict", "model.samplers", "pairing.colours", "pairing.holes", "pairing.images",
         "pairing.registration", "pairing.sheet", "progress", "reporting.measures",
     ],
     "training.checkpoint": [
