@@ -240,11 +240,10 @@ def run_merge(args: argparse.Namespace) -> None:
         aside.mkdir()
         try:
             done.append(merge_into(args, aside))
-        except BaseException as error:
-            shutil.rmtree(aside)
-            if isinstance(error, FileNotFoundError) and error.errno is None:
-                raise ValueError(error) from error  # write_aside would make an OSError name OUT
-            raise
+        except FileNotFoundError as error:
+            if error.errno is not None:
+                raise
+            raise ValueError(error) from error  # write_aside would make an OSError name OUT
 
     write_aside(args.out, fill)
     print(f"{args.out}: {done[0]}, {args.dtype}")

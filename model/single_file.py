@@ -79,13 +79,9 @@ def _read(path: Path, variant: str | None = None) -> Contents:
         raise ValueError(
             f"--variant {variant} is for directories and the hub; for {path} it can only be `ema`"
         )
-    if file.has(XL_TEXT) and not file.has(XL_TEXT_2):
-        refiner = file.has(f"{XL_TEXT}model.") and not file.has(f"{XL_TEXT}model.visual.")
-        what = "SDXL's refiner" if refiner else f"no base model of SDXL, which has {XL_TEXT_2}*"
-        raise ValueError(f"{path} is {what}; expected a base model")
-    if edm := [key for key in file.shapes if key.startswith("edm_")]:
-        raise ValueError(f"{path} has {edm[0]}: it is of EDM's noise; expected a DDPM's")
-    strange = [f"{UNET}joint_blocks.", f"{UNET}double_blocks.", *[LABEL] * file.has(TEXT)]
+    if file.has(XL_TEXT) and not file.has(XL_TEXT_2):  # of the refiner too
+        raise ValueError(f"{path} is no base model of SDXL, which has {XL_TEXT_2}*")
+    strange = [f"{UNET}joint_blocks.", f"{UNET}double_blocks.", "edm_", *[LABEL] * file.has(TEXT)]
     for prefix in strange:
         if file.has(prefix):
             raise ValueError(

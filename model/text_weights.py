@@ -168,11 +168,6 @@ def load_text(
     else:
         kinds, own = {"text_encoder": "CLIPTextModel"}, {"revision": revision}
         if xl := _is_xl(name_or_path, revision):
-            if locate(name_or_path, "text_encoder/config.json", revision) is None:
-                raise ValueError(
-                    f"{name_or_path} has no text_encoder/config.json, as SDXL's refiner has none; "
-                    "expected a base model"
-                )
             kinds["text_encoder_2"] = "CLIPTextModelWithProjection"
             about = locate(name_or_path, "model_index.json", revision)
             about = {} if about is None else read_json(about)
