@@ -2,8 +2,8 @@
 
     python -m bench.scale --pairs 100 10000 100000 [--captions] [--args "--latents_on disk"]
 
-Each set is trained on twice, each time in a new process: cold, then with the latent cache. The
-networks are tiny and random, the images 16 px: this measures everything but the arithmetic.
+Each set is trained on twice: cold, then with the latent cache. The networks are tiny and random,
+the images 16 px: this measures everything but the arithmetic.
 """
 
 import argparse
@@ -13,9 +13,6 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from importlib import import_module
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -27,19 +24,13 @@ from durable import refuse_file, remove, write_aside, write_json
 
 ROOT = Path(__file__).parents[1]
 SIZE = 16  # px
-STAGES = {  # timed functions, and the modules that call them
-    "find_data": "training.gather",
-    "make_dataset": "training.gather",
-    "encode_prompts": "training.prompts",
-    "encode_all": "train",
-    "fingerprint": "training.gather",
-}
 COLUMNS = {
-    "first_s": "s to first step",
+    "before_s": "s before the steps",
+    "text_s": "of it text",
+    "latents_s": "latents",
+    "rows_s": "cache rows/s",
     "step_ms": "ms/step",
     "peak_mib": "peak MiB",
-    "rows_s": "cache rows/s",
-    **{f"{name}_s": f"{name} s" for name in STAGES},
 }
 
 
@@ -59,78 +50,44 @@ def write_set(root: Path, pairs: int, captions: bool) -> None:
             (root / "after" / f"{i:06d}.txt").write_text(f"field {i} turned red", encoding="utf-8")
 
 
-def one(argv: list[str], processor_time: bool) -> dict:
-    """Run train.py in this process: seconds of its stages and until its first step."""
-    clock = time.process_time if processor_time else time.perf_counter
-    began = 0.0 if processor_time else clock()
-    import runs
-    import train
-
-    spent, rows = dict.fromkeys(STAGES, 0.0), []
-    log = runs.Run.log
-
-    def timed(stage: Callable, name: str):
-
-        def run(*args, **more):
-            start = clock()
-            try:
-                return stage(*args, **more)
-            finally:
-                spent[name] += clock() - start
-
-        return run
-
-    def noted(self, kind: str, **numbers):
-        rows.append({"kind": kind, "at": clock() - began, **numbers})
-        log(self, kind, **numbers)
-
-    runs.Run.log = noted
-    for name, caller in STAGES.items():
-        module = import_module(caller)
-        setattr(module, name, timed(getattr(module, name), name))
-    if status := train.main(argv):
-        raise SystemExit(status)
-    steps = [row for row in rows if row["kind"] == "train"]
-    each = [1e3 * (b["at"] - a["at"]) for a, b in pairwise(steps)]
-    return {
-        "first_s": round(steps[0]["at"], 2),
-        "step_ms": round(median(each), 2) if each else None,
-        "peak_mib": steps[-1]["peak_mib"],
-        **{f"{name}_s": round(seconds, 3) for name, seconds in spent.items()},
-    }
-
-
 def measure(data: Path, pairs: int, args: argparse.Namespace) -> dict:
-    """{"cold": ..., "warm": ...} of one set."""
+    """{"cold": ..., "warm": ...} of one set, by what each run has recorded."""
     kind = "captions" if args.captions else "plain"
     images, cache = data / f"{kind}-{pairs}", data / f"cache-{kind}-{pairs}"
     if not images.exists():
         write_aside(images, lambda folder: write_set(folder, pairs, args.captions))
     remove(cache)
-    found = {}
+    found, run = {}, data / "run"
     for when, steps in (("cold", 2), ("warm", args.steps)):
         argv = [
             f"--pretrained_model_name_or_path={data / 'tiny'}",
             f"--before_data_dir={images / 'before'}", f"--after_data_dir={images / 'after'}",
-            f"--output_dir={data / 'run'}", "--overwrite", f"--cache_dir={cache}",
+            f"--output_dir={run}", "--overwrite", f"--cache_dir={cache}",
             "--instance_prompt=a field", f"--resolution={SIZE}", "--lora_rank=4",
             "--train_batch_size=4", f"--max_train_steps={steps}", "--log_every=1",
             "--num_validation_images=0", *shlex.split(args.args),
         ]  # fmt: skip
-        command = [sys.executable, "-m", "bench.scale", "--one", json.dumps(argv)]
-        command += ["--processor_time"] if args.processor_time else []
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        began = time.time()
+        command = [sys.executable, "train.py", *argv]
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL)
         if done.returncode:  # train.py has reported why
             raise SystemExit(done.returncode)
-        result = json.loads(done.stdout.splitlines()[-1])
-        result["rows_s"] = round(pairs / max(result["encode_all_s"], 1e-3))
-        found[when] = result
-        print(line(pairs, when, result), flush=True)
+        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        seconds = {row["name"]: row["seconds"] for row in rows if row["kind"] == "phase"}
+        each = [row for row in rows if row["kind"] == "train"]
+        found[when] = {
+            # the last that is written before the steps
+            "before_s": round((run / "config.json").stat().st_mtime - began, 2),
+            "text_s": seconds["text"],
+            "latents_s": seconds["latents"],
+            "rows_s": round(pairs / max(seconds["latents"], 1e-3)),
+            "step_ms": round(median(row["step_ms"] for row in each), 2),
+            "peak_mib": each[-1]["peak_mib"],
+        }
+        cells = " | ".join(str(found[when][key]) for key in COLUMNS)
+        print(f"| {pairs} | {when} | {cells} |", flush=True)
     return found
-
-
-def line(pairs: int, when: str, result: dict) -> str:
-    return f"| {pairs} | {when} | " + " | ".join(str(result[key]) for key in COLUMNS) + " |"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -143,13 +100,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--steps", type=int, default=100, help="of the run with the cache [100]")
     add("--captions", action="store_true", help="a separate prompt for every pair")
     add("--args", default="", help="more flags of train.py")
-    add("--processor_time", action="store_true", help="instead of wall time: on a shared CPU")
     add("--data", type=Path, default=ROOT / "data" / "bench" / "scale", help="[data/bench/scale]")
-    add("--one", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.one:
-        print(json.dumps(one(json.loads(args.one), args.processor_time)))
-        return 0
     for name, least in (("pairs", min(args.pairs)), ("steps", args.steps)):
         if least < 1:
             parser.error(f"--{name} must be at least 1, got {least}")
@@ -172,8 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     print("|" + "---|" * (2 + len(COLUMNS)))
     results = {str(pairs): measure(data, pairs, args) for pairs in args.pairs}
     load = [round(x, 1) for x in os.getloadavg()]
-    said = {"load": load, "args": args.args, "processor_time": args.processor_time}
-    write_json(data / "results.json", {**said, "results": results})
+    write_json(data / "results.json", {"load": load, "args": args.args, "results": results})
     return 0
 
 
