@@ -19,6 +19,7 @@ from cli import Parser, run_program
 from durable import read_json, refuse_file, write_aside
 from model.unet import UNet
 
+BASE = Path(__file__).parent / "base"
 WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
 
 
@@ -32,16 +33,16 @@ def refuse_other(out: Path) -> None:
         )
 
 
-def write_random_base(base: Path, out: Path, seed: int = 0) -> Path:
-    """A copy of `base` with fresh UNet weights from this seed, in fp16 like the base's."""
-    config = read_json(base / "unet" / "config.json")
+def write_random_base(out: Path, seed: int = 0) -> Path:
+    """A copy of the base with fresh UNet weights from this seed, in fp16 like the base's."""
+    config = read_json(BASE / "unet" / "config.json")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         state = {key: tensor.half() for key, tensor in UNet(config).state_dict().items()}
 
     def write(folder: Path) -> None:
         other = shutil.ignore_patterns("README.md", "samples.png")  # of the trained model
-        shutil.copytree(base, folder, ignore=other)
+        shutil.copytree(BASE, folder, ignore=other)
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
 
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -54,23 +55,14 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m scenes.random_base", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--base", type=Path, default=Path(__file__).parent / "base")
     parser.add_argument("--out", type=Path, required=True, help="the model's folder, replaced")
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
 
     def work() -> None:
-        if not 0 <= args.seed < 2**31:
-            raise ValueError(f"--seed must be in 0..2147483647, got {args.seed}")
-        for name in ("model_index.json", "unet/config.json"):
-            if not (args.base / name).is_file():
-                raise FileNotFoundError(
-                    f"--base {args.base} has no {name}; expected a directory in diffusers layout"
-                )
-        if args.base.resolve() in (args.out.resolve(), *args.out.resolve().parents):
-            raise FileExistsError(f"--out {args.out} is in --base {args.base}, which is copied")
+        if args.out.resolve().is_relative_to(BASE.resolve()):
+            raise FileExistsError(f"--out {args.out} is in {BASE}, which is copied")
         refuse_other(args.out)
-        print(write_random_base(args.base, args.out, args.seed))
+        print(write_random_base(args.out))
 
     return run_program(parser.prog, work)
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from PIL import Image
 
 from cli import Parser, floats, run_program
-from durable import read_or_empty, refuse_file, refuse_others, write_json
+from durable import refuse_file, refuse_others, write_json
 from scenes.paint import change_mask, render
-from scenes.world import CHANGES, caption, make_scene, surroundings
+from scenes.world import CHANGES, make_scene, surroundings
 
 FOLDERS = ("before", "after", "mask", "time-*", "outcome-*")
 MARK = "scenes.json"  # what was drawn in a folder
@@ -35,9 +35,8 @@ def write_pairs(
     extent: int = 1,
     times: tuple[float, ...] = (),
     outcomes: int = 1,
-    captions: bool = False,
 ) -> None:
-    """Write before/ after/ mask/ of `pairs` scenes; with `captions`, NAME.txt beside after images.
+    """Write before/ after/ mask/ of `pairs` scenes.
 
     `times` adds a folder per time (the true intermediate states), `outcomes` > 1 adds folders
     outcome-1, outcome-2, ... with other truths of the same scenes.
@@ -61,9 +60,6 @@ def write_pairs(
             Image.fromarray(image).convert("L" if folder == "mask" else "RGB").save(
                 out / folder / name
             )
-        if captions:
-            text = caption(scene, around | {change: 1.0})
-            (out / "after" / name).with_suffix(".txt").write_text(text + "\n")
 
 
 def time_list(text: str) -> tuple[float, ...]:
@@ -98,12 +94,10 @@ def check(args: argparse.Namespace) -> None:
 
 
 def clear(out: Path) -> None:
-    """Remove the scenes that were drawn in this folder before, with captions if they had them."""
-    kinds = ("png", "txt") if read_or_empty(out / MARK).get("captions") else ("png",)
+    """Remove the scenes that were drawn in this folder before."""
     for folder in (path for pattern in FOLDERS for path in out.glob(pattern)):
-        for kind in kinds:
-            for old in folder.glob(f"{5 * '[0-9]'}.{kind}"):
-                old.unlink()
+        for old in folder.glob(f"{5 * '[0-9]'}.png"):
+            old.unlink()
         if not any(folder.iterdir()):
             folder.rmdir()
 
@@ -130,7 +124,6 @@ def main(argv: list[str] | None = None) -> int:
         "--times", type=time_list, default=(), metavar="0,0.5,1", help="intermediate states"
     )
     parser.add_argument("--outcomes", type=int, default=1, help="truths per scene, if random")
-    parser.add_argument("--captions", action="store_true", help="NAME.txt beside each after image")
     args = parser.parse_args(argv)
 
     def work() -> None:
@@ -141,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
         write_pairs(
             args.out, args.change, args.pairs,
             seed=args.seed, size=args.size, extent=args.extent, times=args.times,
-            outcomes=args.outcomes, captions=args.captions,
+            outcomes=args.outcomes,
         )  # fmt: skip
         print(f"{args.pairs} pairs in {args.out}", file=sys.stderr)
 

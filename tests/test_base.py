@@ -108,7 +108,7 @@ def test_the_control_has_learnt_nothing(tmp_path):
     near = {k: torch.corrcoef(torch.stack([fresh[k].flatten(), trained[k].flatten()]))[0, 1].abs()
             for k in moved if trained[k].numel() > 4000}  # fmt: skip
     assert max(near.values()) < 0.2
-    files = [random_base.write_random_base(base, tmp_path / f"{s}", s) for s in (0, 1)]
+    files = [random_base.write_random_base(tmp_path / f"{s}", s) for s in (0, 1)]
     weights = [weights_file(root, "unet").read_bytes() for root in (out, *files)]
     assert weights[0] == weights[1] != weights[2]
 
