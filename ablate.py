@@ -214,7 +214,7 @@ def ablate(
     out.mkdir(parents=True, exist_ok=True)
     with lock(out, "--out") as held:  # not signed: a child process may outlive us and hold it
         for job in jobs:
-            if matches(job, again) and matches(job, only or ["*"]):
+            if matches(job, again) and matches(job, only):
                 remove(job.run)
         others = [seed for seed in seeds_in(out, arms) if seed not in seeds]
         kept = [job for job in make_jobs(path, arms, others, out) if is_done(job)]
@@ -240,7 +240,7 @@ def run_jobs(
     done, failed, stop = [], [], threading.Event()
 
     def work(job: Job) -> dict | str | None:
-        asked = job not in kept and matches(job, only or ["*"])
+        asked = job not in kept and matches(job, only)
         if stop.is_set() or not (asked or is_done(job)):
             return None
         try:
@@ -286,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time [1]")
     parser.add_argument(
-        "--only", nargs="+", default=[], metavar="ARM",
+        "--only", nargs="+", default=["*"], metavar="ARM",
         help="run these arms (* is a wildcard); the table has finished runs of the others too",
     )  # fmt: skip
     parser.add_argument(

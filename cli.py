@@ -129,7 +129,7 @@ def add_fields(
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is tuple:
             each = typing.get_args(kind)[0]
-            options |= {"nargs": f.metadata["rising"] or "+", "type": each}
+            options |= {"nargs": 2 if f.metadata["rising"] else "+", "type": each}
             options["metavar"] = {str: "PATH", float: "X"}[each]
         else:
             options |= {"type": kind, "choices": f.metadata["choices"] or None}

@@ -95,7 +95,7 @@ class TrainConfig:
         None,
         "two values that become black and white in files of more than 8 bits a colour, such as 0 "
         "3000; files of 8 bits are read as they are [0 65535; floats need it]",
-        rising=2,
+        rising=True,
     )
     align: bool = knob(
         False,

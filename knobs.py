@@ -4,9 +4,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Sequence
 from dataclasses import field
-from itertools import pairwise
 
 
 def knob(
@@ -19,10 +17,10 @@ def knob(
     most: float | None = None,
     above: float | None = None,
     below: float | None = None,
-    rising: int | None = None,
+    rising: bool = False,
 ):
-    """A field with its help text and bounds: least ≤ x ≤ most, above < x < below. `rising`: it is a
-    list of so many numbers, each above the one before."""
+    """A field with its help text and bounds: least ≤ x ≤ most, above < x < below. `rising`: it is
+    two numbers, the second above the first."""
     about = {"help": help, "group": group, "choices": choices, "rising": rising}
     return field(
         default=default,
@@ -94,13 +92,10 @@ def check_fields(cfg) -> None:
             raise ValueError(f"--{f.name} must be {' or '.join(choices)}, got {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{f.name} must be a finite number, got {value}")
-        if (count := f.metadata["rising"]) and not _rise(value, count):
+        if f.metadata["rising"] and not (
+            len(value) == 2 and -math.inf < value[0] < value[1] < math.inf
+        ):
             got = " ".join(f"{one:g}" for one in value)
-            raise ValueError(f"--{f.name} must be {count} rising, finite numbers, got {got}")
+            raise ValueError(f"--{f.name} must be 2 rising, finite numbers, got {got}")
         if limits(f) and not within(value, f):
             raise ValueError(f"--{f.name} must be {limits(f)}, got {value}")
-
-
-def _rise(values: Sequence[float], count: int) -> bool:
-    finite = all(map(math.isfinite, values))
-    return finite and len(values) == count and all(a < b for a, b in pairwise(values))

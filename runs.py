@@ -253,9 +253,9 @@ class Run:
             return {}
         then = self._read("revision.json")
         if other := other_code(then):
+            files = listed(other, 3)
             warnings.warn(
-                f"the run in {self.folder} was trained by other code until here: "
-                f"{', '.join(other[:3])}{f' and {len(other) - 3} more' if other[3:] else ''}",
+                f"the run in {self.folder} was trained by other code until here: {files}",
                 stacklevel=4,
             )
         if (was := then.get("precision")) not in (None, now := fingerprints.get("precision")):

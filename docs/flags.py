@@ -2,14 +2,13 @@
 
 import dataclasses
 import re
-import types
 import typing
 from collections.abc import Container
 
 from cli import in_words
 from config import TrainConfig
 from editing.config import EditConfig, MorphConfig, UseConfig, names_of
-from knobs import limits
+from knobs import kind_of, limits
 
 HEAD = """# The flags of a training, an edit and a morph
 
@@ -48,8 +47,8 @@ def rows(config: type, without: Container[str] = ()) -> list[str]:
             lines += COLUMNS
         taken = takes(hints[f.name], f.metadata["choices"])
         taken += f" {limits(f)}" if limits(f) else ""
-        if count := f.metadata["rising"]:
-            taken = f"{count} rising {taken}"
+        if f.metadata["rising"]:
+            taken = f"2 rising {taken}"
         cells = (f"`--{f.name}`", default(f.default), taken)
         meaning = re.sub(r"([|*_<])(?=\S)", r"\\\1", f.metadata["help"])
         meaning = re.sub(r"--[a-z]\S*\w", lambda flag: f"`{flag[0]}`".replace("\\", ""), meaning)
@@ -63,11 +62,10 @@ def default(value: object) -> str:
     return in_words(value) if isinstance(value, bool) else f"`{in_words(value)}`"
 
 
-def takes(kind: type, choices: tuple) -> str:
+def takes(hint, choices: tuple) -> str:
     if choices:
         return ", ".join(f"`{choice}`" for choice in choices)
-    if isinstance(kind, types.UnionType):
-        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    kind = kind_of(hint)
     if typing.get_origin(kind) is tuple:
         return {str: "paths", float: "numbers"}[typing.get_args(kind)[0]]
     return {int: "integer", float: "number", str: "text", bool: "switch"}[kind]

@@ -65,7 +65,7 @@ class ImageConfig(UseConfig):
         None,
         "two values that become black and white in files of more than 8 bits a colour [the "
         "training's]",
-        rising=2,
+        rising=True,
     )
 
 

@@ -40,6 +40,8 @@ from scenes.random_base import refuse_other
 from scenes.tokenizer import write_tokenizer
 from scenes.world import CHANGES
 
+LR = 1e-3
+
 
 def compiled(loss: Callable, device: torch.device) -> Callable:
     """torch.compile on a GPU only: on a CPU compiling would take longer than training."""
@@ -56,9 +58,7 @@ def fit(
     *,
     work: Path,
     steps: int,
-    lr: float,
     precision: torch.dtype,
-    ema_decay: float = 0.999,
     save_every: int = 500,
 ) -> float:
     """Train `network` on loss(step) with AdamW, cosine schedule and EMA; it ends with EMA weights.
@@ -69,7 +69,7 @@ def fit(
     weights = [p for p in network.parameters() if p.requires_grad]
     device = weights[0].device
     optimizer = torch.optim.AdamW(
-        weights, lr, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda"
+        weights, LR, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda"
     )
     average = [p.detach().clone() for p in weights]
     start, seconds = 0, 0.0
@@ -84,7 +84,7 @@ def fit(
     bar = tqdm(range(start, steps), name, initial=start, total=steps, smoothing=0.02)
     began, mean = time.monotonic() - seconds, None
     for step in bar:
-        rate = learning_rate("cosine", step + 1, steps + 1, peak=lr, warmup=200)
+        rate = learning_rate("cosine", step + 1, steps + 1, peak=LR, warmup=200)
         for group in optimizer.param_groups:
             group["lr"] = rate
         with cast:
@@ -93,7 +93,7 @@ def fit(
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        torch._foreach_lerp_(average, weights, 1 - min(ema_decay, (1 + step) / (10 + step)))
+        torch._foreach_lerp_(average, weights, 1 - min(0.999, (1 + step) / (10 + step)))
         if step % 20 == 0:
             value = value.item()
             if not math.isfinite(value):
@@ -252,7 +252,7 @@ def train_base(args: argparse.Namespace) -> Path:
         vae, torch.cat([images, others]), seed=args.seed, size=args.vae_batch, device=device
     )
     how = {"work": args.work, "precision": precision}
-    vae_seconds = fit("vae", vae, loss, steps=args.vae_steps, lr=1e-3, **how)
+    vae_seconds = fit("vae", vae, loss, steps=args.vae_steps, **how)
     whiten(vae, *posterior(vae, images, device))
     psnr = psnr_table(vae, args.held_out, device)
     print("VAE, held-out PSNR in dB:", {k: round(m, 1) for k, (m, _) in psnr.items()}, flush=True)
@@ -268,7 +268,7 @@ def train_base(args: argparse.Namespace) -> Path:
         seed=args.seed, size=args.unet_batch, device=device,
     )  # fmt: skip
     both = nn.ModuleDict({"unet": unet, "text": clip})
-    unet_seconds = fit("unet", both, loss, steps=args.unet_steps, lr=1e-3, **how)
+    unet_seconds = fit("unet", both, loss, steps=args.unet_steps, **how)
 
     unseen, their_captions = pictures(args.held_out, HELD_OUT_SCENES, known)
     held_out = unet_loss(

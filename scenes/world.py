@@ -19,7 +19,6 @@ CHANGES = {  # name: its phrase in captions
     "solar": "with solar farms",
     "craters": "with craters",
 }
-RANDOM_CHANGES = ("urban", "clearing", "craters")
 
 BARE = np.array([191, 161, 118])
 GREENS = {

@@ -718,7 +718,7 @@ def test_going_on_with_other_code_is_told_of(config):
         train.train(again)
     names = sorted(fields["code"])[:5]
     record.write_text(json.dumps(fields | {"code": fields["code"] | dict.fromkeys(names, "0")}))
-    said = f"was trained by other code until here: {', '.join(names[:3])} and 2 more"
+    said = f"was trained by other code until here: {', '.join(names[:3])}, and 2 more"
     with pytest.warns(UserWarning, match=said):
         train.train(again)
     assert json.loads(record.read_text())["other_code"] == names  # said by every later resume, too
