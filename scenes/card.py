@@ -1,7 +1,5 @@
 """The embedded base model's card: its command, its metrics and a sheet of samples."""
 
-import argparse
-
 import numpy as np
 import torch
 from PIL import Image
@@ -58,20 +56,13 @@ def sample_sheet(
     return contact_sheet(rows, [""] * 8, names)
 
 
-def command(args: argparse.Namespace) -> str:
-    """The command that trains the same model again."""
-    places = ("out", "work")
-    given = [f"--{k} {v}" for k, v in vars(args).items() if k not in places]
-    return " ".join(["python -m scenes.train_base --out scenes/base", *given])
-
-
-def card(args: argparse.Namespace, facts: dict) -> str:
+def card(facts: dict) -> str:
     psnr = "\n".join(f"| {k} | {m:.1f} ± {e:.1f} |" for k, (m, e) in facts["psnr"].items())
     minutes = facts["minutes"]
     return f"""# The embedded base model
 
 Stable Diffusion's architecture, small: {facts["parameters"]} parameters. Trained from scratch by
-`scenes/train_base.py` on {args.images} scenes of `scenes/render.py` at 64 px (seeds from
+`scenes/train_base.py` on {facts["images"]} scenes of `scenes/render.py` at 64 px (seeds from
 {FIRST_SCENE}); nothing else went in. The UNet and the text encoder never saw
 {" or ".join(HELD_OUT)}; the autoencoder saw the looks of every change. It knows these scenes and
 nothing of the world.
@@ -81,16 +72,16 @@ nothing of the world.
 | | |
 |---|---|
 | revision, machine | {facts["revision"]}, {facts["machine"]} |
-| seed | {args.seed} |
-| autoencoder | {args.vae_steps} steps of {args.vae_batch}, {minutes[0]:.0f} min |
-| UNet, text encoder | {args.unet_steps} steps of {args.unet_batch}, {minutes[1]:.0f} min |
+| seed | {facts["seed"]} |
+| autoencoder | {facts["vae_steps"]} steps of {facts["vae_batch"]}, {minutes[0]:.0f} min |
+| UNet, text encoder | {facts["unet_steps"]} steps of {facts["unet_batch"]}, {minutes[1]:.0f} min |
 | averaging | EMA, 0.999 |
-| held-out loss | {facts["held_out_loss"]:.4f} (ε, min-SNR-5 weights, {args.held_out} scenes) |
+| held-out loss | {facts["held_out_loss"]:.4f} (ε, min-SNR-5 weights, {facts["held_out"]} scenes) |
 
 The files are fp16. Latents are whitened inside quant_conv, so scaling_factor is 1.
 
-Reconstruction by the autoencoder, {args.held_out} held-out scenes in each state, PSNR ± standard
-error:
+Reconstruction by the autoencoder, {facts["held_out"]} held-out scenes in each state, PSNR ±
+standard error:
 
 | state | dB |
 |---|---|

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,14 +34,29 @@ from model.text import TextEncoder
 from model.unet import UNet
 from model.vae import VAE
 from revision import revision
-from scenes.card import card, command, psnr_table, sample_sheet
+from scenes.card import card, psnr_table, sample_sheet
 from scenes.examples import FIRST_SCENE, HELD_OUT, HELD_OUT_SCENES, pictures, pixels
 from scenes.layout import SCHEDULER_CONFIG, TEXT_CONFIG, UNET_CONFIG, VAE_CONFIG, save
 from scenes.random_base import refuse_other
 from scenes.tokenizer import write_tokenizer
 from scenes.world import CHANGES
 
-LR = 1e-3
+
+class Recipe(NamedTuple):
+    """What is trained, besides the configs of scenes/layout.py."""
+
+    seed: int = 0
+    images: int = 12_000  # scenes that the UNet sees
+    vae_steps: int = 4000
+    vae_batch: int = 16
+    unet_steps: int = 3600
+    unet_batch: int = 32
+    lr: float = 1e-3
+    held_out: int = 128  # scenes of the card's figures
+    sheet_steps: int = 30  # DDIM steps of samples.png
+
+
+RECIPE = Recipe()
 
 
 def compiled(loss: Callable, device: torch.device) -> Callable:
@@ -69,7 +85,7 @@ def fit(
     weights = [p for p in network.parameters() if p.requires_grad]
     device = weights[0].device
     optimizer = torch.optim.AdamW(
-        weights, LR, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda"
+        weights, RECIPE.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda"
     )
     average = [p.detach().clone() for p in weights]
     start, seconds = 0, 0.0
@@ -84,7 +100,7 @@ def fit(
     bar = tqdm(range(start, steps), name, initial=start, total=steps, smoothing=0.02)
     began, mean = time.monotonic() - seconds, None
     for step in bar:
-        rate = learning_rate("cosine", step + 1, steps + 1, peak=LR, warmup=200)
+        rate = learning_rate("cosine", step + 1, steps + 1, peak=RECIPE.lr, warmup=200)
         for group in optimizer.param_groups:
             group["lr"] = rate
         with cast:
@@ -209,52 +225,34 @@ def unet_loss(
 # ---- all of it -----------------------------------------------------------------------------------
 
 
-def check(args: argparse.Namespace) -> None:
-    """ValueError names an invalid flag: before hours of training rather than after."""
-    for name in ("images", "held_out"):  # a half of the images, and a standard error
-        if getattr(args, name) < 2:
-            raise ValueError(f"--{name} must be at least 2, got {getattr(args, name)}")
-    for name in ("vae_steps", "vae_batch", "unet_steps", "unet_batch"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    for name, most in (("sheet_steps", 1000), ("seed", 2**31 - 1)):
-        least = int(name == "sheet_steps")
-        if not least <= (value := getattr(args, name)) <= most:
-            raise ValueError(f"--{name} must be in {least}..{most}, got {value}")
-
-
 def begin(args: argparse.Namespace) -> None:
-    """Make --work, or see that its training is this one. ValueError names what differs."""
-    fixed = ("seed", "images", "vae_steps", "vae_batch", "unet_steps", "unet_batch",
-             "mixed_precision")  # fmt: skip
-    flags, file = {name: getattr(args, name) for name in fixed}, args.work / "flags.json"
-    if any(args.work.glob("*.pt")):
-        had = read_or_empty(file)
-        if other := [name for name in fixed if had.get(name) != flags[name]]:
-            told = ", ".join(f"--{name} {had.get(name)}" for name in other)
-            raise ValueError(f"--work {args.work} holds a training with {told}: choose another")
+    """Make --work. ValueError if it holds another training."""
+    how = RECIPE._asdict() | {"mixed_precision": args.mixed_precision}
+    file = args.work / "recipe.json"
+    if any(args.work.glob("*.pt")) and read_or_empty(file) != how:
+        raise ValueError(f"--work {args.work} holds a training of another recipe: choose another")
     args.work.mkdir(parents=True, exist_ok=True)
-    write_json(file, flags)
+    write_json(file, how)
 
 
 def train_base(args: argparse.Namespace) -> Path:
     device = pick_device(None)
     precision = {"no": torch.float32, "bf16": torch.bfloat16}[args.mixed_precision]
     begin(args)
-    torch.manual_seed(args.seed)  # initial weights
+    seed, count = RECIPE.seed, RECIPE.images
+    torch.manual_seed(seed)  # initial weights
     vae = VAE(VAE_CONFIG).to(device, memory_format=torch.channels_last)
     unet = UNet(UNET_CONFIG).to(device, memory_format=torch.channels_last)
 
     known = tuple(change for change in CHANGES if change not in HELD_OUT)
-    images, captions = pictures(args.images, FIRST_SCENE, known)
-    others, _ = pictures(args.images // 2, FIRST_SCENE + args.images, HELD_OUT)
-    loss = vae_loss(
-        vae, torch.cat([images, others]), seed=args.seed, size=args.vae_batch, device=device
-    )
+    images, captions = pictures(count, FIRST_SCENE, known)
+    others, _ = pictures(count // 2, FIRST_SCENE + count, HELD_OUT)
+    looks = torch.cat([images, others])
+    loss = vae_loss(vae, looks, seed=seed, size=RECIPE.vae_batch, device=device)
     how = {"work": args.work, "precision": precision}
-    vae_seconds = fit("vae", vae, loss, steps=args.vae_steps, **how)
+    vae_seconds = fit("vae", vae, loss, steps=RECIPE.vae_steps, **how)
     whiten(vae, *posterior(vae, images, device))
-    psnr = psnr_table(vae, args.held_out, device)
+    psnr = psnr_table(vae, RECIPE.held_out, device)
     print("VAE, held-out PSNR in dB:", {k: round(m, 1) for k, (m, _) in psnr.items()}, flush=True)
 
     vocab_size = write_tokenizer(args.work / "tokenizer", captions)
@@ -265,25 +263,26 @@ def train_base(args: argparse.Namespace) -> Path:
     schedule = Schedule.from_config(SCHEDULER_CONFIG).to(device)
     loss = unet_loss(
         unet, text, schedule, posterior(vae, images, device), captions,
-        seed=args.seed, size=args.unet_batch, device=device,
+        seed=seed, size=RECIPE.unet_batch, device=device,
     )  # fmt: skip
     both = nn.ModuleDict({"unet": unet, "text": clip})
-    unet_seconds = fit("unet", both, loss, steps=args.unet_steps, **how)
+    unet_seconds = fit("unet", both, loss, steps=RECIPE.unet_steps, **how)
 
-    unseen, their_captions = pictures(args.held_out, HELD_OUT_SCENES, known)
-    held_out = unet_loss(
+    unseen, their_captions = pictures(RECIPE.held_out, HELD_OUT_SCENES, known)
+    loss = unet_loss(
         unet, text, schedule, posterior(vae, unseen, device), their_captions,
         seed=1, size=64, device=device,
     )  # fmt: skip
     with torch.no_grad():
-        held_out_loss = sum(held_out(step).item() for step in range(32)) / 32
+        held_out_loss = sum(loss(step).item() for step in range(32)) / 32
     ran = revision()
     networks = {"vae": vae, "unet": unet, "text_encoder": clip}
-    facts = {
+    facts = RECIPE._asdict() | {
         "parameters": ", ".join(
             f"{k} {sum(p.numel() for p in n.parameters()) / 1e6:.1f} M" for k, n in networks.items()
         ),
-        "command": command(args),
+        "command": "python -m scenes.train_base --out scenes/base"
+        + f" --mixed_precision {args.mixed_precision}",
         "revision": str(ran.get("git"))[:12],
         "machine": f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads"
         if device.type == "cpu"
@@ -298,8 +297,8 @@ def train_base(args: argparse.Namespace) -> Path:
         configs = {"vae": VAE_CONFIG, "unet": UNET_CONFIG, "text_encoder": text_config}
         save(folder, {name: (networks[name], config) for name, config in configs.items()})
         shutil.copytree(args.work / "tokenizer", folder / "tokenizer")
-        sample_sheet(unet, text, vae, schedule, args.sheet_steps).save(folder / "samples.png")
-        (folder / "README.md").write_text(card(args, facts), encoding="utf-8")
+        sample_sheet(unet, text, vae, schedule, RECIPE.sheet_steps).save(folder / "samples.png")
+        (folder / "README.md").write_text(card(facts), encoding="utf-8")
 
     write_aside(args.out, write)
     return args.out
@@ -313,22 +312,13 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="the model's folder, replaced")
     add("--work", type=Path, default=Path("runs/base"), metavar="DIR", help="training state")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--images", type=int, default=12000, help="training scenes of the UNet")
-    parser.add_argument("--vae_steps", type=int, default=4000)
-    parser.add_argument("--vae_batch", type=int, default=16)
-    parser.add_argument("--unet_steps", type=int, default=3600)
-    parser.add_argument("--unet_batch", type=int, default=32)
-    parser.add_argument("--sheet_steps", type=int, default=30, help="DDIM steps of samples.png")
-    parser.add_argument("--held_out", type=int, default=128, help="scenes of the card's figures")
-    parser.add_argument(
+    add(
         "--mixed_precision", choices=("no", "bf16"), default="no",
         help="bf16 autocast: for a GPU, or a CPU with AMX (many times slower on other CPUs)",
     )  # fmt: skip
     args = parser.parse_args(argv)
 
     def work() -> None:
-        check(args)
         refuse_other(args.out)  # fail before hours of training rather than after
         refuse_file(args.work, "--work")
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -12,11 +12,11 @@ from model.weights import load_scheduler_config, load_text, load_unet, load_vae
 from scenes import random_base, train_base
 from scenes.examples import HELD_OUT, draw_state, pixels
 from scenes.layout import UNET_CONFIG, VAE_CONFIG
-from scenes.train_base import posterior, whiten
+from scenes.train_base import Recipe, posterior, whiten
 from scenes.world import CHANGES
 from tests.checkpoints import read_state, weights_file
 
-SMALL = "--images 24 --vae_batch 2 --unet_batch 2 --held_out 2 --sheet_steps 2"
+SMALL = Recipe(images=24, vae_batch=2, unet_batch=2, held_out=2, sheet_steps=2)
 
 
 @pytest.fixture(autouse=True)
@@ -28,16 +28,20 @@ def narrow(monkeypatch):
     monkeypatch.setattr(train_base, "UNET_CONFIG", unet)
 
 
-def run(tmp_path, vae_steps, unet_steps, status=0):
-    flags = ["--out", tmp_path / "base", "--work", tmp_path / "work"]
-    flags += ["--vae_steps", vae_steps, "--unet_steps", unet_steps, *SMALL.split()]
-    assert train_base.main(list(map(str, flags))) == status
-    return tmp_path / "base"
+@pytest.fixture
+def run(monkeypatch):
+    def run(tmp_path, status=0, **steps):
+        monkeypatch.setattr(train_base, "RECIPE", SMALL._replace(**steps))
+        flags = ["--out", tmp_path / "base", "--work", tmp_path / "work"]
+        assert train_base.main(list(map(str, flags))) == status
+        return tmp_path / "base"
+
+    return run
 
 
-def test_what_is_written_is_a_checkpoint(tmp_path):
+def test_what_is_written_is_a_checkpoint(run, tmp_path):
     """Our loader takes it, and so does diffusers; the figures of the card are there."""
-    base = run(tmp_path, 3, 2)
+    base = run(tmp_path, vae_steps=3, unet_steps=2)
     unet, vae, text = load_unet(base), load_vae(base), load_text(base)
     assert vae.downscale == 4 and vae.scaling_factor == 1.0
     assert load_scheduler_config(base)["prediction_type"] == "epsilon"
@@ -51,17 +55,18 @@ def test_what_is_written_is_a_checkpoint(tmp_path):
         theirs = pipe.unet(x_t, t, pipe.text_encoder(text.tokenize(["a", "b"]))[0]).sample
         assert torch.allclose(unet(x_t, t, text.context(["a", "b"])), theirs, atol=1e-4)
     card = (base / "README.md").read_text()
-    assert all(word in card for word in ("solar or snow", "| flood |", "--vae_steps 3", "seed"))
+    assert all(word in card for word in ("solar or snow", "| flood |", "3 steps of 2,", "seed"))
     assert (base / "samples.png").stat().st_size > 10_000
     assert not list(base.rglob("*.bin"))
 
 
-def test_a_stopped_training_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_stopped_training_goes_on(run, tmp_path, monkeypatch, capsys):
     """Killed in the UNet's phase and started again: the same weights as without the interruption.
 
     The learning rate's schedule and the draws are functions of the step.
     """
-    whole = run(tmp_path / "a", 2, 4)
+    steps = {"vae_steps": 2, "unet_steps": 4}
+    whole = run(tmp_path / "a", **steps)
     real, calls = train_base.unet_loss, []
 
     def dies(*args, **kwargs):
@@ -78,20 +83,18 @@ def test_a_stopped_training_goes_on(tmp_path, monkeypatch, capsys):
     fit = train_base.fit
     monkeypatch.setattr(train_base, "fit", lambda *a, **k: fit(*a, **k, save_every=2))
     monkeypatch.setattr(train_base, "unet_loss", dies)
-    run(tmp_path / "b", 2, 4, status=130)
+    run(tmp_path / "b", status=130, **steps)
     assert not (tmp_path / "b" / "base").exists()
     monkeypatch.setattr(train_base, "unet_loss", real)
-    again = run(tmp_path / "b", 2, 4)
+    again = run(tmp_path / "b", **steps)
     for part in ("unet", "vae", "text_encoder"):
         one, two = (read_state(weights_file(root, part)) for root in (whole, again))
         assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
     shutil.rmtree(tmp_path / "b" / "base")
 
-    more = ["--out", tmp_path / "c", "--work", tmp_path / "b" / "work", "--seed", 1]
-    more += ["--vae_steps", 2, "--unet_steps", 5, *SMALL.split()]
-    assert train_base.main(list(map(str, more))) == 2 and not (tmp_path / "c").exists()
-    said = capsys.readouterr().err
-    assert "work holds a training with --seed 0, --unet_steps 4: choose another" in said
+    base = run(tmp_path / "b", status=2, vae_steps=2, unet_steps=5)
+    assert "work holds a training of another recipe: choose another" in capsys.readouterr().err
+    assert not base.exists()
 
 
 def test_the_control_has_learnt_nothing(tmp_path):

@@ -227,23 +227,6 @@ def test_a_file_is_no_folder(tmp_path, capsys, monkeypatch, program, argv):
     assert file.read_text() == "mine"
 
 
-@pytest.mark.parametrize(
-    "flag, said",
-    [
-        *((f"--{name}=1", f"--{name} must be at least 2, got 1")
-          for name in ("images", "held_out")),
-        *((f"--{name}=0", f"--{name} must be at least 1, got 0")
-          for name in ("vae_steps", "vae_batch", "unet_steps", "unet_batch")),
-        ("--sheet_steps=0", "--sheet_steps must be in 1..1000, got 0"),
-        ("--seed=-1", "--seed must be in 0..2147483647, got -1"),
-        ("--work=", "--work: expected a path"),
-    ],
-)  # fmt: skip
-def test_bases_that_cannot_be_trained(tmp_path, capsys, flag, said):
-    assert said in refused(train_base.main, ["--out", tmp_path / "base", flag], capsys)
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize("program", [random_base.main, train_base.main])
 def test_a_folder_of_other_things_is_not_replaced(tmp_path, capsys, monkeypatch, program):
     monkeypatch.setattr(train_base, "train_base", None)
