@@ -34,42 +34,31 @@ from revision import revision
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
+OURS, PEER, TUNED = {"system": "ours"}, {"system": "peer"}, {"system": "peer", "setting": "tuned"}
+COMPILED, CAPTURED = {"compile": True}, {"cuda_graph": True}
+INT8, UNFUSED, DELTA = {"base_storage": "int8"}, {"fused_lora": False}, {"objective": "delta"}
 ARMS = {  # {task: {arm: settings of its process, besides the case}}
     "train": {
-        "ours": {"system": "ours"},
-        "ours captured": {"system": "ours", "cuda_graph": True},
-        "ours compiled": {"system": "ours", "compile": True},
-        "ours compiled captured": {"system": "ours", "compile": True, "cuda_graph": True},
-        "ours captured int8": {"system": "ours", "cuda_graph": True, "base_storage": "int8"},
-        "ours captured unfused": {"system": "ours", "cuda_graph": True, "fused_lora": False},
-        "ours compiled captured unfused": {
-            "system": "ours",
-            "compile": True,
-            "cuda_graph": True,
-            "fused_lora": False,
-        },
-        "ours delta": {"system": "ours", "objective": "delta"},
-        "peer script": {"system": "peer", "setting": "script"},
-        "peer tuned eager": {"system": "peer", "setting": "tuned"},
-        "peer tuned": {"system": "peer", "setting": "tuned", "compile": True},
-        "peer tuned captured": {
-            "system": "peer",
-            "setting": "tuned",
-            "compile": True,
-            "cuda_graph": True,
-        },
+        "ours": OURS,
+        "ours captured": OURS | CAPTURED,
+        "ours compiled": OURS | COMPILED,
+        "ours compiled captured": OURS | COMPILED | CAPTURED,
+        "ours captured int8": OURS | CAPTURED | INT8,
+        "ours captured unfused": OURS | CAPTURED | UNFUSED,
+        "ours compiled captured unfused": OURS | COMPILED | CAPTURED | UNFUSED,
+        "ours delta": OURS | DELTA,
+        "peer script": PEER | {"setting": "script"},
+        "peer tuned eager": TUNED,
+        "peer tuned": TUNED | COMPILED,
+        "peer tuned captured": TUNED | COMPILED | CAPTURED,
     },
-    "encode": {"ours": {"system": "ours"}, "peer": {"system": "peer"}},
-    "sample": {
-        "ours": {"system": "ours"},
-        "ours captured": {"system": "ours", "cuda_graph": True},
-        "peer": {"system": "peer"},
-    },
+    "encode": {"ours": OURS, "peer": PEER},
+    "sample": {"ours": OURS, "ours captured": OURS | CAPTURED, "peer": PEER},
     "edit": {
-        "ours": {"system": "ours"},
-        "ours captured": {"system": "ours", "cuda_graph": True},
-        "ours delta": {"system": "ours", "objective": "delta"},
-        "peer": {"system": "peer"},
+        "ours": OURS,
+        "ours captured": OURS | CAPTURED,
+        "ours delta": OURS | DELTA,
+        "peer": PEER,
     },
 }
 

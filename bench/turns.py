@@ -8,7 +8,7 @@ line to standard input and reads a line of JSON from standard output:
     profile K   K units, profiled: {"kernels": [[name, count, ms], ...]} per unit, longest first;
             on a CPU, torch's operators instead of kernels
 
-End of input ends the work by `Enough`.
+End of input ends the process.
 """
 
 import json
@@ -60,10 +60,6 @@ def kernels(watch: profile, units: int) -> list[tuple[str, float, float]]:
     took = lambda e: (e.self_device_time_total if cuda else e.self_cpu_time_total) / 1e3  # noqa: E731
     longest = sorted(ours, key=took, reverse=True)
     return [(e.key, e.count / units, took(e) / units) for e in longest if took(e)]
-
-
-class Enough(Exception):
-    """No more work for this process."""
 
 
 class Turns:
@@ -120,7 +116,7 @@ class Turns:
             if self.left < self.of:  # otherwise the warm-up comes first
                 self.begin()
         else:
-            raise Enough
+            sys.exit()
 
     def begin(self) -> None:
         self.wait()
