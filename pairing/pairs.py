@@ -37,7 +37,7 @@ class Pair:
     mask: Path | None = None
     caption: str | None = None
     strength: float = 1.0  # share of the change visible in `after`, below 1 for a state in between
-    told: tuple[str, ...] = ()  # what its name lacks of its files' names, in words
+    told: tuple[str, ...] = ()  # lines of output on how it was found
 
     @property
     def files(self) -> dict[str, Path | Frame]:
@@ -188,10 +188,11 @@ def files_alike(
 ) -> Compared:
     """Of folders given by label, flag and path: the files by names that can be compared, but those
     to `exclude`. ValueError if two in a folder have one name."""
-    groups = {label: by_name(folder, flag) for label, (flag, folder) in folders.items()}
+    # without those to exclude before too, as they may be what stands in the way
+    groups = {
+        label: _without(by_name(folder, flag), exclude) for label, (flag, folder) in folders.items()
+    }
     found = comparable(groups)
-    if exclude and not found.without:  # a name to exclude may be what stood in the way
-        found = comparable({label: _without(group, exclude) for label, group in groups.items()})
     files = [
         _one_each(_without(group, exclude), flag)
         for group, (flag, _) in zip(found.folders, folders.values())
@@ -200,7 +201,7 @@ def files_alike(
 
 
 def told_of(pairs: Sequence[Pair]) -> list[str]:
-    """Lines of output: how the names of these pairs' files were matched, if not as they are."""
+    """Lines of output: what is unusual in how these pairs were found."""
     return list(dict.fromkeys(line for pair in pairs for line in pair.told))
 
 
@@ -278,10 +279,7 @@ def masks_of(
     """Name -> mask, and lines about how names were matched. Errors as of `find_pairs`."""
     if mask_dir is None:
         return {}, ()
-    groups = by_name(mask_dir, flag)
-    found = masks_by_name(names, groups)
-    if exclude and not found.without:
-        found = masks_by_name(names, _without(groups, exclude))
+    found = masks_by_name(names, _without(by_name(mask_dir, flag), exclude))
     masks = _one_each(_without(found.folders[0], exclude), flag)
     missing = [name for name in names if name not in masks]
     none = len(missing) == len(names)
@@ -306,31 +304,6 @@ def refuse_missing(before_dir: Path | str, after_dir: Path | str, flags: Sequenc
             )
 
 
-def _both_sides(
-    before_dir: Path | str,
-    after_dir: Path | str,
-    flags: Sequence[str] = SIDES,
-    exclude: Collection[str] = (),
-) -> Compared:
-    refuse_missing(before_dir, after_dir, flags)
-    label = flags[1] if flags[0] in SIDES and flags[1] not in SIDES else "after"
-    sides = files_alike({"before": (flags[0], before_dir), label: (flags[1], after_dir)}, exclude)
-    if os.path.samefile(before_dir, after_dir):
-        two = " and ".join(flags) if flags[0] != flags[1] else f"two of {flags[0]}"
-        raise ValueError(
-            f"{two} are the same folder, so there is no change to learn: {listed([after_dir])}"
-        )
-    return sides
-
-
-def unmatched(
-    before_dir: Path | str, after_dir: Path | str, exclude: Collection[str] = ()
-) -> tuple[list[str], list[str]]:
-    """Names found only in the before folder, and names found only in the after folder."""
-    before, after = _both_sides(before_dir, after_dir, exclude=exclude).folders
-    return [n for n in before if n not in after], [n for n in after if n not in before]
-
-
 def find_pairs(
     before_dir: Path | str,
     after_dir: Path | str,
@@ -343,17 +316,25 @@ def find_pairs(
     """Pairs with equal relative paths without suffix, or with names that are `comparable`, in the
     order of the before images; a caption is NAME.txt beside either.
 
-    Unmatched files are an error that names them. `allow_unmatched` skips them (`unmatched` lists
-    them) and accepts pairs without a mask; None: no such flag, so that messages do not suggest it.
-    `exclude`: names of pairs to pass over, whatever is wrong with them. `flags`: where the folders
-    came from. FileNotFoundError or NotADirectoryError for the folders, ValueError for anything
-    else.
+    Unmatched files are an error that names them. `allow_unmatched` skips them and accepts pairs
+    without a mask; None: no such flag, so that messages do not suggest it. `exclude`: names of
+    pairs to pass over, whatever is wrong with them. `flags`: where the folders came from.
+    FileNotFoundError or NotADirectoryError for the folders, ValueError for anything else.
     """
-    sides = _both_sides(before_dir, after_dir, flags, exclude)
+    refuse_missing(before_dir, after_dir, flags)
+    label = flags[1] if flags[0] in SIDES and flags[1] not in SIDES else "after"
+    sides = files_alike({"before": (flags[0], before_dir), label: (flags[1], after_dir)}, exclude)
+    if os.path.samefile(before_dir, after_dir):
+        two = " and ".join(flags) if flags[0] != flags[1] else f"two of {flags[0]}"
+        raise ValueError(
+            f"{two} are the same folder, so there is no change to learn: {listed([after_dir])}"
+        )
     before, after = sides.folders
     names = matched(before, after, (before_dir, after_dir), flags, allow_unmatched, sides.hint)
     masks, told = masks_of(names, mask_dir, allow_unmatched, exclude)
     told = sides.lines + told
+    if skipped := len(before) + len(after) - 2 * len(names):
+        told += (f"--allow_unmatched: skipping {skipped} images without a partner",)
     return [
         Pair(n, before[n], after[n], masks.get(n), read_caption(after[n], before[n]), told=told)
         for n in names

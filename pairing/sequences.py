@@ -112,6 +112,8 @@ def find_sequences(
         raise ValueError("--sequence_dirs: no place is in all of the folders")
     masks, told = masks_of(places, mask_dir, allow_unmatched, exclude)
     told, shares = found.lines + told, _shares(times)
+    if skipped := len(set().union(*states)) - len(places):
+        told += (f"--allow_unmatched: skipping {skipped} places that lack a state",)
     return [
         pair
         for name in places

@@ -39,7 +39,7 @@ from pairing.pairs import (
     find_singles,
     names_in,
     refuse_among,
-    unmatched,
+    told_of,
 )
 from pairing.registration import find_shift
 from pairing.sequences import find_clips, find_sequences
@@ -90,7 +90,7 @@ def test_pairs_match_by_relative_stem_at_any_depth_and_suffix(folders):
     pairs = find_pairs(before, after)
     assert [p.name for p in pairs] == ["a", "b/1", "b/2"]
     assert pairs[1] == Pair("b/1", before / "b/1.bmp", after / "b/1.TIFF")
-    assert unmatched(before, after) == ([], [])
+    assert not told_of(pairs)
 
 
 def test_find_images_survives_links_in_a_circle(folders, tmp_path):
@@ -175,8 +175,9 @@ def test_unmatched_images_are_named_and_can_be_skipped(folders):
         f"1 of 2 images of --after_data_dir {after} has no partner in {before}: d; "
         "--allow_unmatched skips them"
     )
-    assert [p.name for p in find_pairs(before, after, allow_unmatched=True)] == ["c"]
-    assert unmatched(before, after) == (["a", "b"], ["d"])
+    pairs = find_pairs(before, after, allow_unmatched=True)
+    assert [p.name for p in pairs] == ["c"]
+    assert told_of(pairs) == ["--allow_unmatched: skipping 3 images without a partner"]
 
 
 def test_an_image_in_a_format_that_is_not_read_is_no_partner(folders, tmp_path, capsys):
@@ -1201,9 +1202,11 @@ def test_what_is_not_trained_on_is_told(tmp_path):
             save(picture(0), folder / f"{name}.png")
     (times[1] / "b.jxl").write_bytes(b"no image")
     cfg = TrainConfig(sequence_dirs=[str(folder) for folder in times], allow_unmatched=True)
+    assert told_of(find_data(cfg).train) == [
+        "--allow_unmatched: skipping 3 places that lack a state"
+    ]
     assert [*passed_over(cfg)] == [
-        "--allow_unmatched: skipping 3 places that lack a state",
-        f"--sequence_dirs: skipping 1 files of formats that are not read: {times[1] / 'b.jxl'}",
+        f"--sequence_dirs: skipping 1 files of formats that are not read: {times[1] / 'b.jxl'}"
     ]
 
 

@@ -11,7 +11,7 @@ import check_data
 import evaluate
 from config import TrainConfig
 from pairing.names import Compared, comparable, masks_by_name
-from pairing.pairs import find_pairs, find_singles, told_of, unmatched
+from pairing.pairs import find_pairs, find_singles, told_of
 from pairing.sequences import find_clips, find_sequences
 from reporting.held_out import find_held_out
 from tests.small import small
@@ -177,8 +177,9 @@ def test_what_lacks_a_partner_is_named_and_can_be_skipped(tmp_path):
         f"1 of 3 images of --before_data_dir {before} has no partner in {after}: P3; "
         f"{LINES[0]}; --allow_unmatched skips them"
     )
-    assert len(find_pairs(before, after, allow_unmatched=True)) == 2
-    assert unmatched(before, after) == (["P3"], [])
+    pairs = find_pairs(before, after, allow_unmatched=True)
+    skipped = "--allow_unmatched: skipping 1 images without a partner"
+    assert len(pairs) == 2 and told_of(pairs) == [LINES[0], skipped]
     fill(tmp_path, mask="P1_seg P2_seg", other="T1_20190601 T1_20190602", later="T1_20200601")
     with pytest.raises(ValueError, match=r"1 of 3 .* no mask .*: P3_pre; names are matched with"):
         find_singles(before, mask_dir=tmp_path / "mask")
@@ -195,7 +196,10 @@ def test_states_are_matched_all_at_once(tmp_path):
     pairs = find_sequences(dirs, allow_unmatched=True)
     assert [pair.name for pair in pairs] == ["A_x at 0.5", "A_x", "B_x at 0.5", "B_x"]
     assert [pair.after.name for pair in pairs[:2]] == ["A_x_2020.png", "A_x.png"]
-    assert told_of(pairs) == ["names are matched without 2018 (state 0) and 2020 (state 1)"]
+    assert told_of(pairs) == [
+        "names are matched without 2018 (state 0) and 2020 (state 1)",
+        "--allow_unmatched: skipping 1 places that lack a state",
+    ]
     for i in range(2):
         fill(tmp_path / "clips", a=f"{i}_0 {i}_1", b=f"{i}_0 {i}_1")
     (mask,) = fill(tmp_path, mask="mask_a mask_b")

@@ -133,8 +133,8 @@ ARROWS = {
     ],
     "training.doubts": [
         "config", "data", "model.unet", "pairing.darkness", "pairing.holes", "pairing.images",
-        "pairing.masks", "pairing.names", "pairing.pairs", "pairing.registration",
-        "pairing.sequences", "training.inputs",
+        "pairing.masks", "pairing.pairs", "pairing.registration", "pairing.sequences",
+        "training.inputs",
     ],
     "training.class_images": [
         "config", "durable", "progress", "model.memory", "model.pipeline", "pairing.images",

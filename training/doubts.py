@@ -1,7 +1,6 @@
 """What a run says of its data and its settings before it trains: lines of output, warnings."""
 
 import math
-from collections import Counter
 from collections.abc import Iterator
 
 from PIL import Image
@@ -14,8 +13,7 @@ from pairing.darkness import dark, range_for
 from pairing.holes import MUCH, black_alone
 from pairing.images import Frame, further_pages, is_deep_file, listed, to_image
 from pairing.masks import mostly_grey
-from pairing.names import comparable
-from pairing.pairs import SIDES, Pair, by_name, left_out, unmatched
+from pairing.pairs import SIDES, Pair, left_out
 from pairing.registration import MIN_SHIFT, find_shift
 from pairing.sequences import is_clip
 from training.inputs import Size, excluded, spread
@@ -23,23 +21,13 @@ from training.inputs import Size, excluded, spread
 
 def passed_over(cfg: TrainConfig) -> Iterator[str]:
     """A line for each kind of file in the data folders that is not used."""
-    sides, times = (cfg.before_data_dir, cfg.after_data_dir), cfg.sequence_dirs or []
     if exclude := excluded(cfg):
         yield f"--exclude_from: leaving out {len(exclude)} names"
-    lonely = unmatched(*sides, exclude) if cfg.allow_unmatched and all(sides) else ()
-    if skipped := sum(map(len, lonely)):
-        yield f"--allow_unmatched: skipping {skipped} images without a partner"
-    if cfg.allow_unmatched and times:
-        found = comparable({folder: by_name(folder, "--sequence_dirs") for folder in times})
-        states = Counter(name for names in found.folders for name in names)
-        alone = [name for name, n in states.items() if n < len(times) and name not in exclude]
-        if skipped := len(alone):
-            yield f"--allow_unmatched: skipping {skipped} places that lack a state"
     given, most = len(cfg.validation_images or ()), cfg.num_validation_images
     if given > most > 0:
         yield f"--num_validation_images {most}: of {given} --validation_images the first are shown"
-    folders = [*zip(SIDES, sides), ("--mask_dir", cfg.mask_dir)]
-    folders += [("--sequence_dirs", folder) for folder in times]
+    folders = [*zip(SIDES, (cfg.before_data_dir, cfg.after_data_dir)), ("--mask_dir", cfg.mask_dir)]
+    folders += [("--sequence_dirs", folder) for folder in cfg.sequence_dirs or ()]
     folders += [("--frames_dir", cfg.frames_dir), ("--instance_data_dir", cfg.instance_data_dir)]
     for flag, folder in folders:
         others = left_out(folder, flag) if folder is not None else []
