@@ -1,6 +1,5 @@
 """Images: any file -> upright 8-bit RGB -> a tensor, and back."""
 
-import contextlib
 import itertools
 import os
 import warnings
@@ -8,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +15,6 @@ from PIL import (
     Image,
     ImageColor,
     ImageOps,
-    TiffImagePlugin,
     UnidentifiedImageError,
 )
 from torch import Tensor
@@ -60,23 +58,12 @@ def by(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-def _unread_tiff(file: BinaryIO, head: bytes) -> str:
-    """Why Pillow may not read it, and what to do; `head`: its first 8 bytes."""
-    kind, bands = "that is broken, or of bands or bits", "-b 4 -b 3 -b 2 "
-    # whatever a broken one makes Pillow raise or warn of
-    with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
-        tags = TiffImagePlugin.ImageFileDirectory_v2(head)
-        file.seek(tags.next)
-        tags.load(file)
-        kind = f"of {tags.get(277, 1)} bands of {tags[258][0]} bits"
-        bands = bands if tags.get(277, 1) > 3 else ""
-    return (
-        f"a TIFF {kind} that Pillow does not read: export red, green and blue as 8 bits, on one "
-        f"scale for all images, such as gdal_translate {bands}-ot Byte -scale 0 3000 0 255"
-    )
-
-
 FORMATS = ("PNG", "JPEG", "JPEG2000", "AVIF", "TIFF", "WEBP", "BMP", "GIF")
+UNREAD_TIFF = (
+    "a TIFF that is broken, or of bands or bits that Pillow does not read: export red, green and "
+    "blue as 8 bits, on one scale for all images, such as gdal_translate -ot Byte -scale 0 3000 0 "
+    "255, and of many bands with -b 4 -b 3 -b 2"
+)
 
 
 class Unreadable(ValueError):
@@ -101,8 +88,8 @@ def _reading(path: Path | str) -> Iterator[None]:
         if isinstance(error, UnidentifiedImageError):
             reason = f"its format is none of {', '.join(FORMATS)}, or its header is broken"
             with open(path, "rb") as file:
-                if (head := file.read(8))[:4] in (b"II*\0", b"MM\0*"):
-                    reason = _unread_tiff(file, head)
+                if file.read(4) in (b"II*\0", b"MM\0*"):
+                    reason = UNREAD_TIFF
         elif isinstance(error, Image.DecompressionBombError):
             reason = f"it has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels; cut it into tiles"
         raise Unreadable(
