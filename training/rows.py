@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import groupby, product
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -59,13 +60,14 @@ class Rows:
             return {name: tensor[index] for name, tensor in self.tensors.items()}
         found = {name: torch.empty(len(index), *shape) for name, shape in self.shapes.items()}
         into = {name: memoryview(rows.numpy()).cast("B") for name, rows in found.items()}
-        for k, i in enumerate(index.tolist()):
-            shard, row = self.shards[i // self.shard_size], i % self.shard_size
-            # opened for every row: there may be more shards than allowed open files
+        rows = enumerate(index.tolist())
+        # not all kept open: there may be more shards than allowed open files
+        for number, some in groupby(rows, lambda row: row[1] // self.shard_size):
+            shard = self.shards[number]
             with open(shard.path, "rb", buffering=0) as file:
-                for name, view in into.items():
+                for (k, i), (name, view) in product(some, into.items()):
                     size = len(view) // len(index)
-                    part = view[k * size : (k + 1) * size]
+                    part, row = view[k * size : (k + 1) * size], i % self.shard_size
                     if os.preadv(file.fileno(), [part], shard.begin[name] + row * size) < size:
                         raise OSError(f"{listed([shard.path])} is truncated: delete it")
         for name, rows in found.items():
@@ -105,16 +107,6 @@ def open_shard(path: Path, n: int, fits: Callable[[dict], bool]) -> Shard | None
         reason = "has other shapes"
     except Exception as error:  # safetensors has its own types, and a bad file raises others too
         reason = f"cannot be read ({error})"
-    warnings.warn(f"cache file {listed([path])} {reason}: rebuilding it", stacklevel=3)
-    return None
-
-
-def load_shard(path: Path) -> dict[str, Tensor] | None:
-    """The tensors; None, with a warning, if they are not all finite."""
-    tensors = safetensors.torch.load_file(path)
-    if all(tensor.isfinite().all() for tensor in tensors.values()):
-        return tensors
-    reason = "has values that are not finite"
     warnings.warn(f"cache file {listed([path])} {reason}: rebuilding it", stacklevel=3)
     return None
 
@@ -259,15 +251,10 @@ def make_rows(
         wait()
     shapes = shards[0].shapes
     place = choose(place, n * row_bytes(shapes), device, True, what)
+    table = Rows(n, shapes, "disk", {}, shards, shard_size)
     if place == "disk":
-        return Rows(n, shapes, place, {}, shards, shard_size)
-
-    def again(i: int) -> dict[str, Tensor]:
-        (tensors,) = make([parts[i]])
-        save_shard(paths[i], tensors)
-        return tensors
-
-    loaded = (load_shard(path) or again(i) for i, path in enumerate(paths))
+        return table
+    loaded = (table.take(torch.tensor(part)) for part in parts)
     return _gathered(n, parts, loaded, place, device, what, True)
 
 
