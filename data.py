@@ -10,7 +10,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -107,6 +107,7 @@ def change_mask(before: Tensor, after: Tensor) -> Tensor:
     return ((smooth - 0.1) / (0.3 - 0.1)).clamp(0, 1)
 
 
+@dataclass(eq=False)
 class PairDataset(torch.utils.data.Dataset):
     """Item i is view i // len(pairs) of pair i % len(pairs); its crop depends on (seed, i) alone.
 
@@ -116,62 +117,50 @@ class PairDataset(torch.utils.data.Dataset):
     ValueError before the first step, sides of unequal size give one warning.
     """
 
-    def __init__(
-        self,
-        pairs: Sequence[Pair],
-        resolution: int,
-        *,
-        center_crop: bool = False,
-        random_flip: bool = False,
-        random_scale: float = 1.0,
-        native_scale: bool = False,
-        views: int = 1,
-        seed: int = 0,
-        reading: Reading = USUAL,
-        beside: Sequence[Sequence[Pair]] = (),
-        change_masks: bool = False,
-        fill_singles: bool = False,
-    ) -> None:
-        if not pairs:
+    pairs: Sequence[Pair]
+    resolution: int
+    _: KW_ONLY
+    center_crop: bool = False
+    random_flip: bool = False
+    random_scale: float = 1.0
+    native_scale: bool = False
+    views: int = 1
+    seed: int = 0
+    reading: Reading = USUAL
+    beside: Sequence[Sequence[Pair]] = ()  # other states of its places, which may lack data too
+    change_masks: bool = False  # for pairs without a mask file
+    # before images alone, as an edit sees them; what DreamBooth learns is cut out on purpose
+    fill_singles: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.pairs:
             raise ValueError("PairDataset got no pairs, expected at least one")
-        if len({pair.before is None for pair in pairs}) == 2:
-            raise ValueError("PairDataset got items with and without a before, expected one kind")
-        for flag, value in zip(("resolution", "views"), (resolution, views)):
-            if value < 1:
-                raise ValueError(f"--{flag} is {value}, expected at least 1")
-        if not 1 <= random_scale < float("inf"):
-            raise ValueError(f"--random_scale is {random_scale}, expected 1 (off) or more")
+        if self.resolution < 1:
+            raise ValueError(f"--resolution is {self.resolution}, expected at least 1")
         try:
-            ImageColor.getrgb(reading.background)
+            ImageColor.getrgb(self.reading.background)
         except ValueError:
             raise ValueError(
-                f"--background is {reading.background!r}, expected a colour such as white or "
+                f"--background is {self.reading.background!r}, expected a colour such as white or "
                 "#808080"
             ) from None
-        self.pairs, self.resolution, self.views, self.seed = list(pairs), resolution, views, seed
-        self.center_crop, self.random_flip = center_crop, random_flip
-        self.random_scale, self.native_scale = random_scale, native_scale
-        self.reading = reading
-        self.beside = beside  # other states of the same places, which may lack data elsewhere
-        self._opened: tuple[int, dict[str, Image.Image]] = -1, {}  # the last pair's images
+        self.fill_singles &= self.pairs[0].before is None
         self.shifts: dict[Path | Frame, tuple[int, int]] = {}  # of states, as far as looked at
-        self.change_masks = change_masks  # for pairs without a mask file
-        # before images alone, as an edit sees them; what DreamBooth learns is cut out on purpose
-        self.fill_singles = fill_singles and pairs[0].before is None
         self.sizes, unequal = [], []
         self.grey = True  # whether all after images are files of grey
+        self._opened: tuple[int, dict[str, Image.Image]] = -1, {}  # the last pair's images
         for pair in self.pairs:
             looks = {side: size_and_grey(path) for side, path in pair.files.items()}
             sizes = {side: size for side, (size, _) in looks.items()}
             self.grey &= looks["after"][1]
             self.sizes.append(sizes["after"])
-            if native_scale and min(sizes["after"]) < resolution:
+            if self.native_scale and min(sizes["after"]) < self.resolution:
                 raise ValueError(
                     f"{listed([pair.name])} is {by(sizes['after'])}, too small for crops of "
-                    f"--resolution {resolution} at its native scale"
+                    f"--resolution {self.resolution} at its native scale"
                 )
-            base = min(sizes["after"]) if native_scale else resolution
-            width, height = with_short_side(round(base * random_scale), *sizes["after"])
+            base = min(sizes["after"]) if self.native_scale else self.resolution
+            width, height = with_short_side(round(base * self.random_scale), *sizes["after"])
             # against upscaling a strip 1 px wide; at its own size only Pillow limits an image
             most = max(math.prod(sizes["after"]), Image.MAX_IMAGE_PIXELS or math.inf)
             if width * height > most:

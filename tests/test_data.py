@@ -706,20 +706,12 @@ def test_deterministic_tells_whether_views_can_differ(tmp_path):
     assert not PairDataset(square, 16, random_scale=1.2).deterministic
 
 
-@pytest.mark.parametrize(
-    "resolution, settings, message",
-    [
-        (0, {}, "--resolution is 0, expected at least 1"),
-        (8, {"views": 0}, "--views is 0, expected at least 1"),
-        (8, {"random_scale": 0.5}, r"--random_scale is 0.5, expected 1 \(off\) or more"),
-    ],
-)
-def test_impossible_settings_are_named(tmp_path, resolution, settings, message):
+def test_impossible_settings_are_named(tmp_path):
     pair = Pair("x", None, save(picture(), tmp_path / "x.png"))
-    with pytest.raises(ValueError, match=message):
-        PairDataset([pair], resolution, **settings)
-    with pytest.raises(ValueError, match="items with and without a before"):
-        PairDataset([pair, Pair("y", pair.after, pair.after)], 8)
+    with pytest.raises(ValueError, match="--resolution is 0, expected at least 1"):
+        PairDataset([pair], 0)
+    with pytest.raises(ValueError, match="got no pairs, expected at least one"):
+        PairDataset([], 8)
 
 
 # ------------------------------------------------------------------------------- check_data.py
