@@ -55,35 +55,6 @@ def with_short_side(short: int, width: int, height: int) -> tuple[int, int]:
     return max(short, round(width * short / height)), short
 
 
-def draw_geometry(
-    width: int,
-    height: int,
-    resolution: int,
-    *,
-    center_crop: bool = False,
-    random_flip: bool = False,
-    random_scale: float = 1.0,
-    native_scale: bool = False,
-    generator: torch.Generator,
-) -> Geometry:
-    """Resizes the short side to resolution × U[1, random_scale], crops resolution², flips half.
-
-    native_scale: the short side becomes its own length × U[1, random_scale] instead.
-    """
-    # always four numbers, so that enabling one augmentation does not change the others' draws
-    u_scale, u_left, u_top, u_flip = torch.rand(4, generator=generator).tolist()
-    base = min(width, height) if native_scale else resolution
-    short = round(base * (1 + (random_scale - 1) * u_scale))
-    resize = with_short_side(short, width, height)
-    spare_x, spare_y = resize[0] - resolution, resize[1] - resolution
-    if center_crop:
-        left, top = spare_x // 2, spare_y // 2
-    else:
-        left, top = int(u_left * (spare_x + 1)), int(u_top * (spare_y + 1))
-    crop = (left, top, left + resolution, top + resolution)
-    return Geometry(resize, crop, random_flip and u_flip < 0.5)
-
-
 def apply(
     image: Image.Image,
     geometry: Geometry,
@@ -231,17 +202,22 @@ class PairDataset(torch.utils.data.Dataset):
         return list(map(file_hashes, self.pairs))
 
     def geometry(self, index: int) -> Geometry:
-        """The draw for item `index`."""
+        """The draw for item `index`: the short side becomes --resolution, or with native_scale its
+        own length, × U[1, random_scale]; a crop of resolution²; half are flipped."""
         digest = hashlib.sha256(f"geometry {self.seed} {index}".encode()).digest()
-        return draw_geometry(
-            *self.sizes[index % len(self.pairs)],
-            self.resolution,
-            center_crop=self.center_crop,
-            random_flip=self.random_flip,
-            random_scale=self.random_scale,
-            native_scale=self.native_scale,
-            generator=torch.Generator().manual_seed(int.from_bytes(digest[:4])),
-        )
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:4]))
+        # always four numbers, so that enabling one augmentation does not change the others' draws
+        u_scale, u_left, u_top, u_flip = torch.rand(4, generator=generator).tolist()
+        size = self.sizes[index % len(self.pairs)]
+        base = min(size) if self.native_scale else self.resolution
+        resize = with_short_side(round(base * (1 + (self.random_scale - 1) * u_scale)), *size)
+        spare_x, spare_y = (length - self.resolution for length in resize)
+        if self.center_crop:
+            left, top = spare_x // 2, spare_y // 2
+        else:
+            left, top = int(u_left * (spare_x + 1)), int(u_top * (spare_y + 1))
+        crop = (left, top, left + self.resolution, top + self.resolution)
+        return Geometry(resize, crop, self.random_flip and u_flip < 0.5)
 
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
         if not 0 <= index < len(self):

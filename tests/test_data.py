@@ -8,6 +8,7 @@ import unicodedata
 import warnings
 import zlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from PIL import Image
 import check_data
 import data
 from config import TrainConfig
-from data import Geometry, PairDataset, apply, change_mask, draw_geometry
+from data import Geometry, PairDataset, apply, change_mask
 from pairing import images, sheet
 from pairing.hashes import file_hash, fingerprint
 from pairing.images import (
@@ -538,11 +539,15 @@ def test_items_depend_on_seed_and_index_only(coordinates):
     assert torch.equal(again[4]["before"], one[4]["before"])
 
 
-def test_one_augmentation_leaves_the_draws_of_the_others_alone():
-    def draw(**settings):
-        generator = torch.Generator().manual_seed(5)
-        return [draw_geometry(90, 64, 64, generator=generator, **settings) for _ in range(8)]
+def drawn(folder, size, resolution, views, **settings):
+    """The geometry of so many views of an image of this size."""
+    pair = Pair("x", None, save(picture(0, size), folder / "x.png"))
+    dataset = PairDataset([pair], resolution, views=views, **settings)
+    return [dataset.geometry(i) for i in range(views)]
 
+
+def test_one_augmentation_leaves_the_draws_of_the_others_alone(tmp_path):
+    draw = partial(drawn, tmp_path, (90, 64), 64, 8)
     plain, flipped = draw(), draw(random_flip=True)
     assert [g.crop for g in plain] == [g.crop for g in flipped]
     assert not any(g.flip for g in plain) and any(g.flip for g in flipped)
@@ -598,12 +603,11 @@ def test_views_of_one_pair_read_its_files_once(coordinates, monkeypatch):
     assert len(read) == 3 + 4 * 3  # of several by turns none is kept: memory is for one
 
 
-def test_crops_reach_both_ends_and_never_beyond():
-    generator = torch.Generator().manual_seed(0)
-    draws = [draw_geometry(10, 8, 8, generator=generator) for _ in range(100)]
+def test_crops_reach_both_ends_and_never_beyond(tmp_path):
+    draws = drawn(tmp_path, (10, 8), 8, 100)
     assert {g.crop for g in draws} == {(k, 0, k + 8, 8) for k in range(3)}
     assert {g.resize for g in draws} == {(10, 8)}
-    draws = [draw_geometry(8, 8, 8, random_scale=1.5, generator=generator) for _ in range(100)]
+    draws = drawn(tmp_path, (8, 8), 8, 100, random_scale=1.5)
     assert len({g.crop[:2] for g in draws}) > 15  # each of the two by itself
 
 
