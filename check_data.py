@@ -12,7 +12,6 @@ one sentence on stderr.
 """
 
 import argparse
-import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from pathlib import Path
 from PIL import ImageChops
 
 import cli
+from config import TrainConfig
 from durable import (
     refuse_file,
     refuse_others,
@@ -29,6 +29,7 @@ from durable import (
     write_aside,
     write_text,
 )
+from knobs import check_fields
 from pairing.checking import TILE, Report, by_clip, by_folder, check
 from pairing.images import Reading, listed
 from pairing.names import masks_by_name
@@ -36,6 +37,7 @@ from pairing.pairs import by_name, left_out, lonely_captions, refuse_among, refu
 from pairing.sequences import is_clip
 from pairing.sheet import contact_sheet
 
+SHARED = ("frame_stride", "nodata", "value_range", "resolution")  # flags of a training, too
 TEXT, LISTS, SHEET = "check-data.txt", "found", "check-data.png"  # written into --out
 
 
@@ -65,13 +67,7 @@ def run(args: argparse.Namespace) -> int:
     if args.resolution < 8 or args.resolution % 8:
         wanted = "a positive multiple of 8"
         raise ValueError(f"--resolution must be {wanted}, got {args.resolution}")
-    if args.nodata not in (None, *range(256)):
-        raise ValueError(f"--nodata must be in 0..255, got {args.nodata}")
-    if args.value_range and not args.value_range[0] < args.value_range[1] < math.inf:
-        got = " ".join(f"{value:g}" for value in args.value_range)
-        raise ValueError(f"--value_range must be 2 rising, finite numbers, got {got}")
-    if args.frame_stride < 1:
-        raise ValueError(f"--frame_stride must be at least 1, got {args.frame_stride}")
+    check_fields(TrainConfig(**{name: getattr(args, name) for name in SHARED}))
     refuse_file(args.out, "--out")
     refuse_read_only(args.out, "--out")
     folders = folders_of(args)
@@ -134,17 +130,8 @@ def main(argv: list[str] | None = None) -> int:
         "--frames_dir", type=Path, metavar="DIR",
         help="folder of clips, each a folder of frames or an animated file, instead",
     )  # fmt: skip
-    add("--frame_stride", type=int, default=1, help="use every N-th frame of a clip [1]")
     add("--mask_dir", type=Path, metavar="DIR", help="folder of masks, white = change")
-    add(
-        "--nodata", type=int, metavar="N",
-        help="value, 0..255, that means no data, besides what a file declares",
-    )  # fmt: skip
-    add(
-        "--value_range", type=float, nargs=2, metavar="X",
-        help="values that become black and white in files of more than 8 bits a colour",
-    )  # fmt: skip
-    add("--resolution", type=int, default=512, help="training size [%(default)s]")
+    cli.add_fields(parser, TrainConfig, SHARED)
     add(
         "--out", type=Path, default=Path("runs/check-data"), metavar="DIR",
         help="folder of the contact sheet [%(default)s]",

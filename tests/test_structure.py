@@ -209,8 +209,8 @@ ARROWS = {
         "training.prompts", "training.watching",
     ],
     "check_data": [
-        "cli", "durable", "pairing.checking", "pairing.images", "pairing.names", "pairing.pairs",
-        "pairing.sequences", "pairing.sheet",
+        "cli", "config", "durable", "knobs", "pairing.checking", "pairing.images", "pairing.names",
+        "pairing.pairs", "pairing.sequences", "pairing.sheet",
     ],
     "sample": ["*"],
     "train": ["*"],
