@@ -11,21 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import (
-    Image,
-    ImageColor,
-    ImageOps,
-    UnidentifiedImageError,
-)
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from pairing.values import (
-    Range,
-    deep_colours,
-    deep_grey,
-    is_deep,
-    read_low_bytes,
-)
+from pairing.values import Range, deep_colours, deep_grey, is_deep, read_low_bytes
 
 
 @dataclass(frozen=True)
@@ -189,12 +178,6 @@ def lossy(path: Path | str) -> bool:
             with open(path, "rb") as file:
                 return b"VP8L" not in file.read(4096)
         return image.format in ("JPEG", "MPO") or image.info.get("compression") == "jpeg"
-
-
-def frame_count(path: Path | str) -> int:
-    """Number of frames in a file, from its header alone."""
-    with header_of(path) as image:
-        return getattr(image, "n_frames", 1)
 
 
 def further_pages(path: Path | str) -> int:

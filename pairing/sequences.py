@@ -13,7 +13,7 @@ from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 
-from pairing.images import Frame, frame_count, listed
+from pairing.images import Frame, further_pages, listed
 from pairing.pairs import (
     SUFFIXES,
     Pair,
@@ -144,7 +144,7 @@ def clips_in(folder: Path | str) -> dict[str, list[Path | Frame]]:
         if entry.is_dir():
             name, frames = entry.name, sorted(find_images(entry, "--frames_dir"), key=counted)
         elif is_clip(entry, root):
-            if (count := frame_count(entry)) > MAX_FRAMES:
+            if (count := 1 + further_pages(entry)) > MAX_FRAMES:
                 raise ValueError(
                     f"--frames_dir: {listed([entry])} has {count} frames, expected at most "
                     f"{MAX_FRAMES} in one file: use a folder of frames for more"

@@ -1140,6 +1140,10 @@ def test_clips_are_folders_and_animations_alike(tmp_path, suffix):
         find_clips(root)
     with pytest.raises(ValueError, match="holds images, such as 0: expected a folder of frames"):
         find_clips(root / "one")
+    photo, how = tmp_path / "photos" / "a.jpg", {"format": "MPO", "save_all": True}
+    save(frames[0], photo, append_images=frames[1:2], **how)  # a phone's, with a second view
+    with pytest.raises(ValueError, match="holds images, such as a: expected a folder of frames"):
+        find_clips(tmp_path / "photos")
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
