@@ -108,7 +108,6 @@ class Report:
 class Places(NamedTuple):
     states: dict[str, Sequence[Path | Frame]]  # of each place, by its name, the first one first
     label: Callable[[int], str]  # what the i-th state is called
-    compared: list[str] | None  # labels of states that no two places share; None: of all
     pairs: int  # of a first state with a later one, usable or not
 
 
@@ -137,7 +136,7 @@ def by_folder(folders: dict[str, tuple[str, Path]], report: Report) -> Places:
     states = {
         name: [group[name][0] for group in groups.values()] for name in names if name not in doubled
     }
-    return Places(states, list(groups).__getitem__, None, len(names) * len(rest))
+    return Places(states, list(groups).__getitem__, len(names) * len(rest))
 
 
 def by_clip(folder: Path, stride: int, report: Report) -> Places:
@@ -147,8 +146,7 @@ def by_clip(folder: Path, stride: int, report: Report) -> Places:
     report.note("clips without a change", *(n for n, frames in clips.items() if len(frames) < 2))
     clips = {name: frames for name, frames in clips.items() if len(frames) > 1}
     pairs = sum(len(frames) - 1 for frames in clips.values())
-    label = lambda i: f"frame {i * stride}"  # noqa: E731
-    return Places(clips, label, [label(0)], pairs)
+    return Places(clips, lambda i: f"frame {i * stride}", pairs)
 
 
 # ---- looking at it -------------------------------------------------------------------------------
@@ -213,19 +211,15 @@ def look_at(
     """Notes what is found in the states of a place. Returns those `shown`, small, or [] if one of
     them is not usable."""
 
-    def load(read: Callable, *given) -> Image.Image | None:
+    def load(read: Callable, *given, what: str = "files that cannot be read"):
         try:
             return read(*given)
         except (OSError, ValueError) as error:
-            report.note("files that cannot be read", name, detail=str(error))
+            report.note(what, name, detail=str(error))
             return None
 
-    captions = dict.fromkeys(file.with_suffix(".txt") for file in files)
-    for text in captions:
-        try:
-            captions[text] = read_caption(text)
-        except (OSError, ValueError) as error:
-            report.note("unusable captions", name, detail=str(error))
+    texts = dict.fromkeys(file.with_suffix(".txt") for file in files)
+    captions = {text: load(read_caption, text, what="unusable captions") for text in texts}
     two = [captions[file.with_suffix(".txt")] for file in (files[0], files[-1])]
     if all(two) and two[0] != two[1]:
         detail = ", ".join(f"{text[:30]!r}" for text in two)
@@ -234,13 +228,13 @@ def look_at(
     before, hole, spot, small = None, None, None, {}
     for i, file in enumerate(files):
         label, last = places.label(i), i == len(files) - 1
+        state = "" if len(files) == 2 else label
         if (image := load(load_image, file, how)) is None:
             continue
         if not isinstance(file, Frame) and further_pages(file):
             report.note("files with several pages", name, detail=label)
-        if places.compared is None or label in places.compared:
-            digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest()
-            report.pixels.setdefault((label, digest), []).append(name)
+        digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest()
+        report.pixels.setdefault((label, digest), []).append(name)
         if shade := load(dark, file, image):
             values = ", values {:.4g} to {:.4g}".format(*shade.values) if shade.values else ""
             detail = f"{label}, mostly at most {shade.most} of 255{values}"
@@ -248,15 +242,13 @@ def look_at(
         there = None if isinstance(file, Frame) else frame_on_map(file)
         alike = before is not None and image.size == before.size
         if alike and (apart := elsewhere(spot, there, image.size)):
-            state = [label] if len(files) > 2 else []
-            report.note(
-                "pairs that lie elsewhere on the map", name, detail=", ".join([*state, apart])
-            )
+            detail = ", ".join(filter(None, (state, apart)))
+            report.note("pairs that lie elsewhere on the map", name, detail=detail)
         if i == 0:
             before, hole, spot = image, load(holes_of, file, how, image), there
         elif before is None or not note_pair(
             name,
-            "" if len(files) == 2 else label,
+            state,
             {places.label(0): before, label: image} | ({"mask": mask} if mask and last else {}),
             [hole, load(holes_of, file, how, image)],
             resolution,
