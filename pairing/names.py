@@ -25,8 +25,8 @@ def _word(words: str) -> re.Pattern:
 MARK = _word(
     rf"(?i:{YEAR}|before|after|pre|post|old|new|early|late|prior|follow-?up|baseline|[ab]|"
     r"[tx][0-9]|t[1-9][0-9]|im(?:g|age)?[0-9]?|time-?[0-9]|masks?|seg|segmentation|labels?|gt|"
-    r"changes?|cd|diff|jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec|spring|summer|autumn|fall|"
-    rf"winter|wet|dry|mid|during|[^{GAP}]*[前后後])"
+    r"targets?|changes?|cd|diff|jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec|spring|summer|"
+    rf"autumn|fall|winter|wet|dry|mid|during|[^{GAP}]*[前后後])"
 )
 # other numbers of 8 digits may be the ids of places
 DATE = _word(f"{YEAR}(?:{MONTH}{DAY}(?:{TIME})?|-{MONTH}-{DAY})")

@@ -126,6 +126,9 @@ def test_masks_go_by_the_names_of_their_images():
     assert found.without == "img (images) and mask (masks)"
     found = masks_by_name(["1_A", "2_A"], {"1_A_seg": 1, "2_A_seg": 2, "3_B_seg": 3})
     assert found.folders == [{"1_A": 1, "2_A": 2, "3_B_seg": 3}] and found.without == "seg (masks)"
+    xbd = masks_by_name(["a_disaster", "b_disaster"], {"a_post_disaster_target": 1,
+                                                       "b_post_disaster_target": 2})  # fmt: skip
+    assert xbd.folders == [{"a_disaster": 1, "b_disaster": 2}]
     assert masks_by_name(["1", "2"], {"1": 1, "2_seg": 2}) == Compared([{"1": 1, "2_seg": 2}])
 
 
