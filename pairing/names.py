@@ -17,8 +17,9 @@ DAY, TIME = "(?:0[1-9]|[12][0-9]|3[01])", "T(?:[01][0-9]|2[0-3])[0-5][0-9][0-5][
 
 
 def _word(words: str) -> re.Pattern:
-    """Matches any of them, each an expression, with what separates it from what is before it."""
-    return re.compile(rf"(?:^|[{GAP}]+)({words})(?![^{GAP}])")
+    """Matches any of them, each an expression, with what separates it from what is before it, and
+    with its brackets."""
+    return re.compile(rf"(?:^|[{GAP}]+)[(\[]?({words})[)\]]?(?![^{GAP}])")
 
 
 # what may say what all images of a folder show: not DSC, which numbers any photographs
@@ -29,7 +30,7 @@ MARK = _word(
     rf"autumn|fall|winter|wet|dry|mid|during|[^{GAP}]*[前后後])"
 )
 # other numbers of 8 digits may be the ids of places
-DATE = _word(f"{YEAR}(?:{MONTH}{DAY}(?:{TIME})?|-{MONTH}-{DAY})")
+DATE = _word(f"{YEAR}(?:{MONTH}{DAY}(?:{TIME})?|[-_]{MONTH}(?:[-_]{DAY})?)")
 
 
 class Compared(NamedTuple):

@@ -33,6 +33,7 @@ def compare(before, after):
         ("P1_pre P2_pre", "P1_post P2_post", "P1 P2", "pre (before) and post (after)"),
         ("pre-1 pre-2", "post-1 post-2", "1 2", "pre (before) and post (after)"),
         ("P1 P2", "P1.after P2.after", "P1 P2", "after (after)"),
+        ("P1-(pre) P2-(pre)", "P1-[post] P2-[post]", "P1 P2", "pre (before) and post (after)"),
         ("s_pre_1 s_pre_2", "s_1_post s_2_post", "s_1 s_2", "pre (before) and post (after)"),
         # "a" is a place, as it is on both sides
         ("a_1_pre a_2_pre", "a_1_post a_2_post b_1_post", "a_1 a_2",
@@ -55,6 +56,12 @@ def compare(before, after):
             "dates such as 20190601T101031 (before) and dates such as 20200910 (after)",
         ),
         ("A_20190601", "A", "A", "dates such as 20190601 (before)"),
+        (
+            "A_2018_01_x B_2018_01_x", "A_2019_07_x B_2019_07_x", "A_x B_x",
+            "dates such as 2018_01 (before) and dates such as 2019_07 (after)",
+        ),
+        ("A_2018_01 A_2018_02", "A_2020_01 A_2020_02", "A_01 A_02",  # places, not months
+         "2018 (before) and 2020 (after)"),
         (
             "A_20190601_a B_20190602_a", "A_20200601_b B_20200602_b", "A B",
             "a, dates such as 20190601 (before) and b, dates such as 20200601 (after)",
