@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageColor
 from torch import Tensor
 
+from pairing.aligning import moved, moved_hole, shift_between
 from pairing.colours import colour_profile, in_srgb
 from pairing.hashes import file_hashes
 from pairing.holes import filled, holes_of, union
@@ -36,7 +37,7 @@ from pairing.images import (
 )
 from pairing.masks import load_mask
 from pairing.pairs import Pair, find_pairs  # noqa: F401, a data set's two steps are at hand together
-from pairing.registration import MAX_ASPECT, aspect_gap, find_shift, moved
+from pairing.registration import MAX_ASPECT, aspect_gap
 
 
 @dataclass(frozen=True)
@@ -270,14 +271,12 @@ class PairDataset(torch.utils.data.Dataset):
         pair = self.pairs[k]
         states = {path: images[side] for side, path in pair.files.items() if side != "mask"}
         states = {some[k].after: None for some in self.beside} | states
-        holes = []
-        for path, image in states.items():
-            hole = holes_of(path, self.reading, image)
-            if (shift := self.shift(pair, path)) != (0, 0):
-                there = np.ones(image_size(path)[::-1], bool) if hole is None else ~hole
-                hole = ~np.asarray(moved(Image.fromarray(there), shift))
-            holes.append(hole)
-        return holes
+        return [
+            moved_hole(
+                holes_of(path, self.reading, image), image_size(path), self.shift(pair, path)
+            )
+            for path, image in states.items()
+        ]
 
     def shift(self, pair: Pair, path: Path | Frame) -> tuple[int, int]:
         """What a state of the pair's place is moved by, against (x right, y down) in its pixels:
@@ -288,10 +287,7 @@ class PairDataset(torch.utils.data.Dataset):
             files = pair.before, path
             states = [load_image(file, self.reading) for file in files]
             holes = [holes_of(file, self.reading, state) for file, state in zip(files, states)]
-            size = states[1].size
-            if (hole := union(holes, size)) is not None:  # or its border would be a landmark
-                states = [filled(state.resize(size), hole) for state in states]
-            self.shifts[path] = find_shift(*states) or (0, 0)
+            self.shifts[path] = shift_between(states, holes)
         return self.shifts[path]
 
     def forget(self) -> None:

@@ -38,6 +38,7 @@ from model.objectives import OBJECTIVES
 from model.pipeline import Pipeline, encode, padded
 from model.predict import predictor
 from model.samplers import left_out
+from pairing.aligning import how_moved, moved, moved_hole, shift_between
 from pairing.colours import colour_profile, in_srgb, is_srgb
 from pairing.holes import cleared, filled, holes_of, kept, union
 from pairing.images import (
@@ -293,7 +294,12 @@ def load_ends(args: argparse.Namespace, short: int | None, how: Reading) -> Ends
             f"--after, {by(b)}, would be {by(size)} at --resolution {short}, which is too large"
         )
     holes = [holes_of(file, how, image) for file, image in zip(files, images)]
+    shift = shift_between(images, holes) if args.align else (0, 0)
+    if args.align:
+        print(f"aligned   --after is {how_moved(shift)}")
+    holes = [holes[0], moved_hole(holes[1], b, shift)]
     images = [in_srgb(image, colour_profile(file)) for file, image in zip(files, images)]
+    images = [images[0], moved(images[1], shift)]
     images = [x if x.size == size else x.resize(size, Image.Resampling.BILINEAR) for x in images]
     bare = kept(images[0], union(holes[:1], size), images[1])
     if (hole := union(holes, size)) is not None:

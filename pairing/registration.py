@@ -36,12 +36,6 @@ def _edges(image: Image.Image) -> np.ndarray:
     return (length - (length * window).sum() / window.sum()) * window
 
 
-def moved(image: Image.Image, shift: tuple[int, int]) -> Image.Image:
-    """The image without a shift (x right, y down); black where it has no pixels then."""
-    x, y = shift
-    return image.crop((x, y, x + image.width, y + image.height)) if x or y else image
-
-
 def find_shift(before: Image.Image, after: Image.Image) -> tuple[int, int] | None:
     """Shift of the after image relative to the before, (x right, y down) in pixels; None: unknown.
 

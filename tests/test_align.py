@@ -1,5 +1,6 @@
 """--align: the states of a place are moved onto the first one."""
 
+import contextlib
 import json
 
 import numpy as np
@@ -13,6 +14,7 @@ from evaluate import main as evaluate
 from pairing.images import Reading
 from pairing.pairs import Pair, find_pairs
 from pairing.sequences import find_sequences
+from sample import main as sample
 from tests.test_data import picture, repaint, save, shifted
 from tests.test_sample import write_lora
 
@@ -131,6 +133,19 @@ def test_an_evaluation_moves_the_truth_as_the_training_did(places, sd1, tmp_path
         assert found["align"] is (name in ("moved", "asked"))
     assert copies["moved"] == copies["asked"] == pytest.approx(copies["straight"], rel=0.1)
     assert copies["loose"] == copies["told not to"] > 2 * copies["moved"]
+
+
+def test_a_morph_of_shifted_images_ends_where_it_began(places, sd1, tmp_path, capsys):
+    """Transparent where the after image has no pixels then."""
+    argv = ["morph", "--model", str(sd1), "--method", "blend", "--frames", "2", "--no-respace"]
+    argv += ["--before", str(places / "before" / "a.png"), "--resolution", "256", "--out"]
+    with contextlib.chdir(tmp_path):
+        assert sample([*argv, "m", "--after", str(places / "after" / "a.png"), "--align"]) == 0
+        assert "aligned   --after is moved by (-7, +5) pixels" in capsys.readouterr().out
+        last = np.asarray(Image.open("m/001.png"))
+    true = np.asarray(Image.open(places / "straight" / "a.png"))
+    assert not last[:5, :, 3].any() and not last[:, 249:, 3].any() and last[5:, :249, 3].all()
+    assert np.array_equal(last[5:, :249, :3], true[5:, :249])
 
 
 def test_a_check_says_how(places, capsys):

@@ -40,6 +40,7 @@ ARROWS = {
     "pairing.sheet": [],
     "pairing.holes": ["pairing.images", "pairing.values"],
     "pairing.registration": [],
+    "pairing.aligning": ["pairing.holes", "pairing.registration"],
     "pairing.names": ["pairing.images"],
     "pairing.pairs": ["pairing.images", "pairing.names"],
     "pairing.hashes": ["durable", "pairing.images", "pairing.pairs"],
@@ -49,8 +50,8 @@ ARROWS = {
         "pairing.on_map", "pairing.pairs", "pairing.registration", "pairing.sequences",
     ],
     "data": [
-        "pairing.colours", "pairing.hashes", "pairing.holes", "pairing.images", "pairing.masks",
-        "pairing.pairs", "pairing.registration",
+        "pairing.aligning", "pairing.colours", "pairing.hashes", "pairing.holes",
+        "pairing.images", "pairing.masks", "pairing.pairs", "pairing.registration",
     ],
     "reporting.md": [],
     "reporting.evaluation": ["durable", "pairing.sheet", "reporting.md"],
@@ -164,8 +165,8 @@ ARROWS = {
     "editing.between": [
         "durable", "editing.config", "editing.edits", "editing.flags", "editing.framing",
         "editing.inputs", "model.lora_files", "model.morph", "model.objectives", "model.pipeline",
-        "model.predict", "model.samplers", "pairing.colours", "pairing.holes", "pairing.images",
-        "pairing.registration", "pairing.sheet", "progress", "reporting.measures",
+        "model.predict", "model.samplers", "pairing.aligning", "pairing.colours", "pairing.holes",
+        "pairing.images", "pairing.registration", "pairing.sheet", "progress", "reporting.measures",
     ],
     "training.checkpoint": [
         "config", "durable", "model.contents", "model.files", "model.lora", "model.lora_files",
@@ -187,7 +188,7 @@ ARROWS = {
     ],
     "training.gather": [
         "config", "data", "runs", "model.files", "model.objectives", "model.schedule",
-        "model.weights", "pairing.hashes", "pairing.pairs", "training.adapting",
+        "model.weights", "pairing.aligning", "pairing.hashes", "pairing.pairs", "training.adapting",
         "training.checkpoint", "training.class_images", "training.doubts", "training.inputs",
         "training.prompts", "training.ranks", "training.session",
     ],

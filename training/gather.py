@@ -17,6 +17,7 @@ from model.files import is_local, moved_note
 from model.objectives import OBJECTIVES, Knobs, Task
 from model.schedule import Schedule
 from model.weights import bare_unet, load_scheduler_config
+from pairing.aligning import how_moved
 from pairing.hashes import fingerprint, image_hashes
 from pairing.pairs import told_of
 from runs import Run
@@ -85,9 +86,9 @@ def gather(cfg: TrainConfig, run: Run | NullRun, ranks: Ranks, device: torch.dev
     for sentence in doubted if ranks.leads else ():
         warnings.warn(sentence, stacklevel=2)
     if ranks.leads and (shifts := [*train.shifts.values()]):
-        x, y = max(shifts, key=lambda shift: max(map(abs, shift)))
-        some = f"{sum(shift != (0, 0) for shift in shifts)} of {len(shifts)} images looked at"
-        print(f"aligned       {some} are moved, one by ({-x:+d}, {-y:+d}) pixels")
+        some = f"{sum(map(any, shifts))} of {len(shifts)} images looked at"
+        most = max(shifts, key=lambda shift: max(map(abs, shift)))
+        print(f"aligned       {some} are moved; the one furthest off is {how_moved(most)}")
     meta = lora_metadata(
         cfg,
         task,
