@@ -1,11 +1,12 @@
 """Whether the two images of a pair lie exactly on each other, the same frame and no shift, and
 whether they differ."""
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 from PIL import Image, ImageChops
 
 MAX_ASPECT = 0.02  # 768x383 is 768x384 with a row lost; beyond 2 % the framing differs
-MIN_SHIFT = 2  # pixels
 MIN_PEAK = 15.0  # standard deviations; 618 unrelated pairs of photographs reached 12.2
 MIN_RATIO = 2.0  # over the second peak; the same unrelated pairs reached 1.62
 # absolute difference, of 255, of the image and of its blocks of 16 pixels: saving as JPEG twice
@@ -56,6 +57,19 @@ def find_shift(before: Image.Image, after: Image.Image) -> tuple[int, int] | Non
         return found
     x, y = (c - t + r for c, t, r in zip(corner, there, rest))
     return x, y
+
+
+def most_shifted(pairs: Mapping[str, Sequence[Image.Image]]) -> str | None:
+    """Of pairs by name, in words: how many are shifted, if most of those are of which it can be
+    told."""
+    told = {name: find_shift(*pair) for name, pair in pairs.items()}
+    known = {name: shift for name, shift in told.items() if shift is not None}
+    moved = {name: shift for name, shift in known.items() if any(shift)}
+    if len(moved) < 2 or 2 * len(moved) <= len(known):
+        return None
+    name, (x, y) = next(iter(moved.items()))
+    count = f"{len(moved)} of {len(known)} pairs"
+    return f"{count} seem to be shifted, {name} by ({x:+d}, {y:+d}) pixels"
 
 
 def _correlated(before: Image.Image, after: Image.Image, side: int) -> tuple[int, int] | None:

@@ -105,7 +105,7 @@ def test_all_states_of_a_sequence_lie_on_the_first(places):
     assert np.array_equal(first.images(0)["before"], last.images(0)["before"])
 
 
-def test_an_evaluation_moves_the_truth_as_the_training_did(places, sd1, tmp_path):
+def test_an_evaluation_moves_the_truth_as_the_training_did(places, sd1, tmp_path, capsys):
     """--no-align judges by the images as they lie."""
     for i, (name, shift) in enumerate(SHIFTS.items()):  # a faint change; 64 px are enough
         scene = picture(i, (320, 320))
@@ -128,6 +128,9 @@ def test_an_evaluation_moves_the_truth_as_the_training_did(places, sd1, tmp_path
         out = tmp_path / f"judged {name}"
         flags = ["--lora", str(lora), "--out", str(out), "--after_data_dir", str(places / after)]
         assert evaluate([*argv, *flags, *more]) == 0
+        assert ("is judged by the shift too" in capsys.readouterr().err) is (
+            name in ("loose", "told not to")
+        )
         found = json.loads((out / "evaluation.json").read_text())
         copies[name] = found["copy"]["mse"]["mean"]
         assert found["align"] is (name in ("moved", "asked"))
@@ -152,4 +155,4 @@ def test_a_check_says_how(places, capsys):
     check_data(["--before", str(places / "before"), "--after",
                 str(places / "after"), "--out", str(places / "out")])  # fmt: skip
     said = capsys.readouterr().out
-    assert "pairs that look shifted: 2" in said and "--align moves them" in said
+    assert "pairs that look shifted: 3" in said and "--align moves them" in said

@@ -3,8 +3,6 @@
 import math
 from collections.abc import Iterator
 
-from PIL import Image
-
 import config
 from config import TrainConfig
 from data import PairDataset
@@ -14,7 +12,7 @@ from pairing.holes import MUCH, black_alone
 from pairing.images import Frame, further_pages, is_deep_file, listed, to_image
 from pairing.masks import mostly_grey
 from pairing.pairs import SIDES, Pair, left_out
-from pairing.registration import MIN_SHIFT, find_shift
+from pairing.registration import most_shifted
 from pairing.sequences import is_clip
 from training.inputs import Size, excluded, spread
 
@@ -95,7 +93,11 @@ def doubts(
     dim = range_for(shades)
     if config.is_pairs(cfg):
         looked_at = [[to_image(item[side]) for side in ("before", "after")] for item in items]
-        yield from unregistered([item["name"] for item in items], looked_at)
+        if shifted := most_shifted({item["name"]: pair for item, pair in zip(items, looked_at)}):
+            yield (
+                f"{shifted}: the LoRA learns the shift too; --align moves them, check_data.py "
+                "lists them"
+            )
         # what is nearly black as a whole is black in places, too
         black = 0 if dim else sum(black_alone(*sides) >= MUCH for sides in looked_at)
         if black:
@@ -148,17 +150,4 @@ def no_masks(looks: list[tuple[int, bool]]) -> Iterator[str]:
         yield (
             f"{grey} of {len(looks)} masks looked at are mostly neither black nor white; are there "
             "photographs in --mask_dir? a mask is white where the change is, black elsewhere"
-        )
-
-
-def unregistered(names: list[str], pairs: list[list[Image.Image]]) -> Iterator[str]:
-    """A warning if most of those pairs whose shift can be told are shifted."""
-    told = [(name, find_shift(*pair)) for name, pair in zip(names, pairs)]
-    known = [(name, shift) for name, shift in told if shift is not None]
-    moved = [(name, shift) for name, shift in known if max(map(abs, shift)) >= MIN_SHIFT]
-    if len(moved) >= 2 and 2 * len(moved) > len(known):
-        name, (x, y) = moved[0]
-        yield (
-            f"{len(moved)} of {len(known)} pairs seem to be shifted, {name} by ({x:+d}, {y:+d}) "
-            "pixels: the LoRA learns the shift too; --align moves them, check_data.py lists them"
         )
