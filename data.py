@@ -271,12 +271,11 @@ class PairDataset(torch.utils.data.Dataset):
         pair = self.pairs[k]
         states = {path: images[side] for side, path in pair.files.items() if side != "mask"}
         states = {some[k].after: None for some in self.beside} | states
-        return [
-            moved_hole(
-                holes_of(path, self.reading, image), image_size(path), self.shift(pair, path)
-            )
-            for path, image in states.items()
-        ]
+        holes = {path: holes_of(path, self.reading, image) for path, image in states.items()}
+        for path, hole in holes.items():
+            if any(shift := self.shift(pair, path)):
+                holes[path] = moved_hole(hole, image_size(path), shift)
+        return [*holes.values()]
 
     def shift(self, pair: Pair, path: Path | Frame) -> tuple[int, int]:
         """What a state of the pair's place is moved by, against (x right, y down) in its pixels:
