@@ -99,8 +99,8 @@ class TrainConfig:
     )
     align: bool = knob(
         False,
-        "move the after image of a shifted pair, and its mask, onto the before image by whole "
-        "pixels; the states of a sequence likewise",
+        "move the after image of a shifted pair, and its mask, onto the before image, to half "
+        "a pixel; the states of a sequence likewise",
     )
     cache_dir: str | None = knob(None, "folder that keeps encoded latents for the next run")
     latents_on: str = knob(

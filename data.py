@@ -37,7 +37,7 @@ from pairing.images import (
 )
 from pairing.masks import load_mask
 from pairing.pairs import Pair, find_pairs  # noqa: F401, a data set's two steps are at hand together
-from pairing.registration import MAX_ASPECT, aspect_gap
+from pairing.registration import MAX_ASPECT, Shift, aspect_gap
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class PairDataset(torch.utils.data.Dataset):
                 "#808080"
             ) from None
         self.fill_singles &= self.pairs[0].before is None
-        self.shifts: dict[Path | Frame, tuple[int, int]] = {}  # of states, as far as looked at
+        self.shifts: dict[Path | Frame, Shift] = {}  # of states, as far as looked at
         self.sizes, unequal = [], []
         self.grey = True  # whether all after images are files of grey
         self._opened: tuple[int, dict[str, Image.Image]] = -1, {}  # the last pair's images
@@ -277,9 +277,9 @@ class PairDataset(torch.utils.data.Dataset):
                 holes[path] = moved_hole(hole, image_size(path), shift)
         return [*holes.values()]
 
-    def shift(self, pair: Pair, path: Path | Frame) -> tuple[int, int]:
-        """What a state of the pair's place is moved by, against (x right, y down) in its pixels:
-        with `reading.align` its shift relative to the before image, if that can be told."""
+    def shift(self, pair: Pair, path: Path | Frame) -> Shift:
+        """With `reading.align` the shift of a state relative to the pair's before image, in its
+        pixels, if that can be told."""
         if not self.reading.align or pair.before in (None, path):
             return 0, 0
         if path not in self.shifts:

@@ -17,7 +17,7 @@ from pairing.masks import load_mask, mostly_grey
 from pairing.names import Compared, comparable
 from pairing.on_map import elsewhere, frame_on_map
 from pairing.pairs import by_name, find_pairs, not_read, read_caption
-from pairing.registration import MAX_ASPECT, aspect_gap, find_shift, unchanged
+from pairing.registration import MAX_ASPECT, MIN_SHIFT, aspect_gap, find_shift, unchanged
 from pairing.sequences import clips_in, find_sequences
 
 TILE, SHEET_PLACES, SHEET_STATES = 192, 24, 5
@@ -314,6 +314,6 @@ def note_pair(
         note("pairs without change")
     if (shift := find_shift(before, after)) is not None:
         report.measured += 1
-        if any(shift):
-            note("pairs that look shifted", f"{shift[0]:+d}, {shift[1]:+d}")
+        if max(map(abs, shift)) >= MIN_SHIFT:
+            note("pairs that look shifted", f"{shift[0]:+g}, {shift[1]:+g}")
     return True

@@ -11,6 +11,7 @@ MAX_ASPECT = 0.02  # 768x383 is 768x384 with a row lost; beyond 2 % the framing 
 # up to 1.76. True pairs of other seasons have from 6 and 1.04 to 47 and 4.3.
 MIN_PEAK = 12.5  # standard deviations
 MIN_RATIO = 2.0  # over the second peak
+MIN_SHIFT = 1  # pixel, of what is told to be shifted: half of one may be an error of measurement
 # absolute difference, of 255, of the image and of its blocks of 16 pixels: saving as JPEG twice
 NO_CHANGE, NO_BLOCK = 0.5, 4
 
@@ -39,8 +40,11 @@ def _edges(image: Image.Image) -> np.ndarray:
     return (length - (length * window).sum() / window.sum()) * window
 
 
-def find_shift(before: Image.Image, after: Image.Image) -> tuple[int, int] | None:
-    """Shift of the after image relative to the before, (x right, y down) in pixels; None: unknown.
+Shift = tuple[float, float]  # x right, y down, in pixels
+
+
+def find_shift(before: Image.Image, after: Image.Image) -> Shift | None:
+    """Shift of the after image relative to the before, to half a pixel; None: unknown.
 
     Phase correlation (Kuglin & Hines 1975) at 256 px or less; of a larger image, whose pixels that
     does not resolve, once more between its centre at full scale and the place found for it.
@@ -51,7 +55,7 @@ def find_shift(before: Image.Image, after: Image.Image) -> tuple[int, int] | Non
         return found
     side = min(512, *after.size)
     corner = [(n - side) // 2 for n in after.size]
-    there = [min(max(c - shift, 0), n - side) for c, shift, n in zip(corner, found, after.size)]
+    there = [min(max(c - round(d), 0), n - side) for c, d, n in zip(corner, found, after.size)]
     parts = [image.crop((x, y, x + side, y + side))
              for image, (x, y) in ((before, there), (after, corner))]  # fmt: skip
     rest = _correlated(*parts, side)
@@ -66,15 +70,15 @@ def most_shifted(pairs: Mapping[str, Sequence[Image.Image]]) -> str | None:
     told."""
     told = {name: find_shift(*pair) for name, pair in pairs.items()}
     known = {name: shift for name, shift in told.items() if shift is not None}
-    moved = {name: shift for name, shift in known.items() if any(shift)}
+    moved = {name: shift for name, shift in known.items() if max(map(abs, shift)) >= MIN_SHIFT}
     if len(moved) < 2 or 2 * len(moved) <= len(known):
         return None
     name, (x, y) = next(iter(moved.items()))
     count = f"{len(moved)} of {len(known)} pairs"
-    return f"{count} seem to be shifted, {name} by ({x:+d}, {y:+d}) pixels"
+    return f"{count} seem to be shifted, {name} by ({x:+g}, {y:+g}) pixels"
 
 
-def _correlated(before: Image.Image, after: Image.Image, side: int) -> tuple[int, int] | None:
+def _correlated(before: Image.Image, after: Image.Image, side: int) -> Shift | None:
     """The shift of two images of one size, measured at `side` pixels or less.
 
     A result needs a peak more than MIN_PEAK standard deviations high and at least MIN_RATIO times
@@ -95,9 +99,15 @@ def _correlated(before: Image.Image, after: Image.Image, side: int) -> tuple[int
     others[:13, :13] = -np.inf
     if peak <= MIN_PEAK * surface.std() or peak < MIN_RATIO * others.max():
         return None
-    height, width = surface.shape
-    x, y = (k - n if k > n // 2 else k for k, n in ((x, width), (y, height)))
+    lines = surface[y], surface[:, x]
+    whole = [k - len(line) if k > len(line) // 2 else k for k, line in zip((x, y), lines)]
     near_zero = np.roll(surface, (1, 1), (0, 1))[:3, :3].max()
-    if max(abs(x), abs(y)) > 1 and peak < MIN_RATIO * near_zero:  # both fit: only a part moved
+    if max(map(abs, whole)) > 1 and peak < MIN_RATIO * near_zero:  # both fit: only a part moved
         return 0, 0
-    return round(x * after.width / width), round(y * after.height / height)
+    found = []
+    for line, k, length in zip(lines, whole, after.size):
+        n, left, right = len(line), line[k - 1], line[(k + 1) % len(line)]
+        bend = 2 * peak - left - right
+        vertex = (right - left) / (2 * bend) if bend else 0.0  # of a parabola through the three
+        found.append(round(2 * (k + vertex) * length / n) / 2)
+    return found[0], found[1]

@@ -11,8 +11,9 @@ from PIL import Image
 from check_data import main as check_data
 from data import PairDataset
 from evaluate import main as evaluate
-from pairing.images import Reading
+from pairing.images import Reading, to_tensor
 from pairing.pairs import Pair, find_pairs
+from pairing.registration import find_shift
 from pairing.sequences import find_sequences
 from sample import main as sample
 from tests.test_data import picture, repaint, save, shifted
@@ -57,6 +58,23 @@ def test_pairs_are_moved_onto_each_other_and_what_is_missing_is_mirrored_in_both
     assert dict(zip(SHIFTS, moved.shifts.values())) == SHIFTS
     loose = PairDataset(pairs_of(places), 256)
     assert not torch.equal(loose[0]["after"], moved[0]["after"]) and not loose.shifts
+
+
+def test_half_a_pixel_is_moved_too(tmp_path):
+    """Windows of a scene of twice the size, an odd number of its pixels apart."""
+    scene = picture(5, (560, 560))
+    before, after, true = (
+        repaint(scene, 60 * (i > 0)).crop((32 - x, 32 - y, 544 - x, 544 - y)).reduce(2)
+        for i, (x, y) in enumerate([(0, 0), (5, -3), (0, 0)])
+    )
+    assert find_shift(before, after) == (2.5, -1.5)
+    pair = Pair("x", save(before, tmp_path / "a.png"), save(after, tmp_path / "b.png"))
+    assert find_shift(before, true) == (0, 0)
+    item = PairDataset([pair], 256, reading=ALIGN)[0]
+    off = (item["after"] - to_tensor(true)).abs()[:, 6:-6, 6:-6].mean()
+    assert off < 0.35 * (to_tensor(after) - to_tensor(true)).abs().mean()
+    hole = PairDataset([pair], 256, reading=ALIGN).holes(0, {"before": before, "after": after})[-1]
+    assert not hole[3:, :252].any() and hole[:1].all() and hole[:, 254:].all()
 
 
 def test_what_cannot_be_registered_stays(places, tmp_path):
