@@ -30,7 +30,7 @@ def moved(image: Image.Image, shift: Shift) -> Image.Image:
 def how_moved(shift: Shift) -> str:
     """What is done about a shift, in words."""
     x, y = shift
-    return f"moved by ({-x:+g}, {-y:+g}) pixels" if x or y else "not moved"
+    return f"moved by ({0 - x:+g}, {0 - y:+g}) pixels" if x or y else "not moved"
 
 
 def moved_hole(hole: np.ndarray | None, size: tuple[int, int], shift: Shift) -> np.ndarray | None:
