@@ -59,10 +59,10 @@ def find_shift(before: Image.Image, after: Image.Image) -> Shift | None:
     parts = [image.crop((x, y, x + side, y + side))
              for image, (x, y) in ((before, there), (after, corner))]  # fmt: skip
     rest = _correlated(*parts, side)
-    if rest is None or max(map(abs, rest)) > 2 * unit:
+    if rest is None:
         return found
     x, y = (c - t + r for c, t, r in zip(corner, there, rest))
-    return x, y
+    return (x, y) if max(abs(x - found[0]), abs(y - found[1])) <= 2 * unit else found
 
 
 def most_shifted(pairs: Mapping[str, Sequence[Image.Image]]) -> str | None:

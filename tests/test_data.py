@@ -760,6 +760,17 @@ def test_a_shift_of_a_large_image_is_measured_at_its_own_scale(shift):
     assert find_shift(before, repaint(after, 50)) == shift
 
 
+@pytest.mark.parametrize("size", [(320, 240), (500, 333), (640, 480)])
+@pytest.mark.parametrize("shift", [(7, -5), (12, 13), (-9, 16)])
+def test_a_shift_of_an_image_no_larger_than_the_second_look_is_exact(size, shift):
+    """There is nowhere else to look along its short side: the second look finds the whole shift."""
+    scene = picture(0, tuple(n + 40 for n in size))
+    before, after = (
+        scene.crop((20 - x, 20 - y, 20 - x + size[0], 20 - y + size[1])) for x, y in ((0, 0), shift)
+    )
+    assert find_shift(before, repaint(after, 50)) == shift
+
+
 @pytest.fixture
 def planted(tmp_path):
     """A data set with one of each fault."""
