@@ -50,7 +50,7 @@ from model.pipeline import Pipeline, decode, encode
 from pairing.hashes import image_hashes
 from pairing.images import eight_bit, to_image
 from pairing.pairs import SIDES, refuse_among, told_of
-from pairing.registration import most_shifted
+from pairing.registration import STILL_SHIFTED, most_shifted
 from progress import no_bars
 from report import write_report
 from reporting.evaluation import SHEET, table, write
@@ -147,10 +147,8 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
 
     looked_at = zip((row["name"] for row in rows), pictures)
     if shifted := most_shifted({name: (shown[0], shown[2]) for name, shown in looked_at}):
-        warnings.warn(
-            f"{shifted}: the LoRA is judged by the shift too; --align moves the true images",
-            stacklevel=2,
-        )
+        remedy = STILL_SHIFTED if align else "--align moves the true images"
+        warnings.warn(f"{shifted}: the LoRA is judged by the shift too; {remedy}", stacklevel=2)
     trained = training_images(args.lora)
     if trained and (known := sum(one in trained for one in image_hashes(pairs))):
         warnings.warn(

@@ -12,6 +12,8 @@ MAX_ASPECT = 0.02  # 768x383 is 768x384 with a row lost; beyond 2 % the framing 
 MIN_PEAK = 12.5  # standard deviations
 MIN_RATIO = 2.0  # over the second peak
 MIN_SHIFT = 1  # pixel, of what is told to be shifted: half of one may be an error of measurement
+# what is said of parts of images that have been moved as a whole
+STILL_SHIFTED = "--align has not undone it: are they turned, scaled or warped?"
 # absolute difference, of 255, of the image and of its blocks of 16 pixels: saving as JPEG twice
 NO_CHANGE, NO_BLOCK = 0.5, 4
 

@@ -1356,12 +1356,15 @@ def test_shifted_pairs_are_doubted(config, tmp_path):
         at = (5, 3) if i < 3 else (0, 0)
         scene.crop((*at, at[0] + 64, at[1] + 64)).save(tmp_path / "after" / f"{i}.png")
 
-    def said():
+    def said(**how):
         dataset = PairDataset(find_pairs(tmp_path / "before", tmp_path / "after"), 64)
-        return [*doubts(config, dataset, size_of(config, 4, 1), draws=None)]
+        return [*doubts(replace(config, **how), dataset, size_of(config, 4, 1), draws=None)]
 
     (sentence,) = said()
     assert sentence.startswith("3 of 4 pairs seem to be shifted, 0 by (-5, -3) pixels: ")
+    assert "--align moves them" in sentence
+    (sentence,) = said(align=True)  # as crops of pairs that are turned still are
+    assert "--align moves them" not in sentence and "--align has not undone it" in sentence
     for name in ("0.png", "1.png"):
         shutil.copy(tmp_path / "before" / name, tmp_path / "after" / name)
     assert not said()
