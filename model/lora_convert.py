@@ -220,8 +220,10 @@ def merge_into(args: argparse.Namespace, folder: Path) -> str:
                 raise FileNotFoundError(lacks(base, f"{part}/{names[0]}", args.revision))
             if stem:
                 weights = weight_files(base, f"{part}/", stem, args.variant, args.revision)
-                shards = weights[0].parent.glob("*.index*.json") if weights[1:] else ()
-                paths += [*weights, *shards]
+                # of a single shard too
+                whole = weights[0].name in (f"{stem}{dot}.safetensors", f"{stem}.safetensors")
+                indices = () if whole else weights[0].parent.glob("*.index*.json")
+                paths += [*weights, *indices]
             for path in filter(None, paths):
                 (folder / part).mkdir(exist_ok=True)
                 shutil.copy(path, folder / part)

@@ -338,8 +338,10 @@ def to_variant(root: Path, variant: str, dtype: torch.dtype) -> None:
         path.rename(weights_file(root, folder, variant))
 
 
-def to_shards(root: Path, folder: str, *, variant: str | None = None, late: bool = False) -> Path:
-    """Three shards and their index, whose path comes back.
+def to_shards(
+    root: Path, folder: str, *, variant: str | None = None, late: bool = False, count: int = 3
+) -> Path:
+    """So many shards and their index, whose path comes back.
 
     A variant stands in the index's name either before `.json` (the published way) or, `late` false,
     before `.safetensors`: both are in use.
@@ -348,9 +350,9 @@ def to_shards(root: Path, folder: str, *, variant: str | None = None, late: bool
     state, stem = read_state(path), STEMS[folder]
     dot = f".{variant}" if variant else ""
     keys, weight_map = list(state), {}
-    for i in range(3):
-        shard = f"{stem}{dot}-{i + 1:05}-of-00003.safetensors"
-        part = {key: state[key] for key in keys[i::3]}
+    for i in range(count):
+        shard = f"{stem}{dot}-{i + 1:05}-of-{count:05}.safetensors"
+        part = {key: state[key] for key in keys[i::count]}
         save_file(part, path.with_name(shard), metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, shard)
     path.unlink()

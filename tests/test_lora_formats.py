@@ -865,10 +865,11 @@ def test_a_base_that_predicts_otherwise_is_told(tmp_path, sd1, capsys):
 
 
 def test_merge_into_a_repository_of_the_hub(tmp_path, sd1, capsys, monkeypatch):
-    """File by file, shards too; the same bytes as from a directory."""
+    """File by file, shards too, be it a single one; the same bytes as from a directory."""
     from huggingface_hub import constants
 
     to_shards(root := Path(shutil.copytree(sd1, tmp_path / "root")), "vae")
+    to_shards(root, "text_encoder", count=1)
     unet, _ = adapted(sd1, "attention")
     save_lora(lora := tmp_path / "x.safetensors", unet=unet)
     argv = ["--lora", lora, "--dtype", "fp16"]
@@ -885,7 +886,7 @@ def test_merge_into_a_repository_of_the_hub(tmp_path, sd1, capsys, monkeypatch):
     assert said(capsys, "merge", *argv, "--model", root, tmp_path / "b")[0] == 0
     files = [{p.relative_to(tmp_path / x): p.read_bytes() for p in (tmp_path / x).rglob("*")
               if p.is_file()} for x in "ab"]  # fmt: skip
-    assert files[0] == files[1] and len(files[0]) == 15
+    assert files[0] == files[1] and len(files[0]) == 16
 
 
 def test_the_command_line_says_what_is_wrong(tmp_path, sd1, capsys):
