@@ -165,6 +165,7 @@ def write_results(path: Path, jobs: list[Job], done: list, failed: list, out: Pa
     if done:
         counts = " ".join(map(str, sorted(set(pairs.values()))))
         about = [*comparison.least_distance(results.values()), *comparison.unequal_samples(results)]
+        about += comparison.unequal_truths(results)
         notes = [f"Held-out pairs: {counts}. Revision: {', '.join(revisions)}.", *about, *notes]
     text = comparison.table(path.stem, flags, summary, runs, seeds, notes)
     arms = {

@@ -95,6 +95,17 @@ def unequal_samples(results: dict[str, dict]) -> list[str]:
     return [f"Best sample and statistics can be compared between equal numbers of samples: {each}."]
 
 
+def unequal_truths(results: dict[str, dict]) -> list[str]:
+    """A sentence if some arms alone were judged by true images that were moved, or nothing."""
+    moved = [name for name, result in results.items() if result.get("align")]
+    if len(moved) in (0, len(results)):
+        return []
+    return [
+        f"Judged by true images moved onto the before images: {', '.join(moved)} alone. --align or "
+        "--no-align in the line `evaluate:` judges all arms alike."
+    ]
+
+
 def training_seconds(folder: Path) -> float:
     """Seconds of all steps, including those before an interruption; without saving and sampling."""
     total, done = 0.0, 0

@@ -591,6 +591,14 @@ def test_arms_of_other_numbers_of_samples_are_told_of():
     ]
 
 
+def test_arms_judged_by_other_truths_are_told_of():
+    moved, loose = {"align": True}, {"align": False}
+    assert comparison.unequal_truths({"a": moved, "b": moved}) == []
+    assert comparison.unequal_truths({"a": loose, "b": {}}) == []
+    (sentence,) = comparison.unequal_truths({"a": moved, "b": loose, "c": {}})
+    assert "onto the before images: a alone" in sentence
+
+
 def test_one_seed_has_the_error_of_its_pairs():
     one, two = {"PSNR": (20.0, 0.3)}, {"PSNR": (22.0, 0.3)}
     assert comparison.over_seeds([one])["PSNR"] == {"mean": 20.0, "se": 0.3, "n": 1}
