@@ -728,8 +728,10 @@ def test_a_skipped_step_is_no_part_of_a_mean_and_the_first_bad_one_is_named():
 
 
 def test_sums_go_on_from_a_checkpoint_of_any_age():
-    """By name; one that is not there begins at 0."""
-    named = {
+    """By name, or as the list of seven they once were; one that is not there begins at 0."""
+    listed = [6.0, 1.0, 3.0, 0.5, 2.0, 0.0, 4.0]
+    named = Tally(torch.device("cpu"), listed).by_name()
+    assert named == {
         "loss": 6, "inside": 1, "outside": 3, "covered": 0.5, "good": 2, "bad": 0, "skipped": 4
     }  # fmt: skip
     again = Tally(torch.device("cpu"), named)

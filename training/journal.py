@@ -30,6 +30,7 @@ OF_A_STEP = ("loss", "inside", "outside", "covered")
 # since the last log those, summed over the good steps, and how many these are; the first bad step;
 # over the whole run the steps skipped
 SUMS = (*OF_A_STEP, "good", "bad", "skipped")
+LISTED = ("loss", "inside", "outside", "covered", "good", "bad", "skipped")  # in old checkpoints
 
 
 class Journal:
@@ -112,8 +113,8 @@ class Tally:
     `state`: what `by_name` returned; a sum that it lacks is 0.
     """
 
-    def __init__(self, device: torch.device, state: dict[str, float] | None = None):
-        given = state or {}
+    def __init__(self, device: torch.device, state: dict[str, float] | list[float] | None = None):
+        given = dict(zip(LISTED, state)) if isinstance(state, list) else state or {}
         self.sums = torch.tensor([float(given.get(name, 0)) for name in SUMS], device=device)
         self.at = dict(zip(SUMS, self.sums.unbind()))  # {name: ()}, views
 
