@@ -62,6 +62,12 @@ def check(cfg: TrainConfig) -> TrainConfig:
         cfg.latents_on != "disk" or cfg.cache_dir is not None,
         "--latents_on disk needs --cache_dir",
     )
+    several = cfg.sequence_dirs or cfg.frames_dir
+    need(
+        not (cfg.align and several and cfg.mask_dir),
+        "--align and --mask_dir are for pairs: one mask does not lie on several shifted states; "
+        "--mask_from_change makes one for each",
+    )
     masked = cfg.mask_dir is not None or cfg.mask_from_change
     need(
         masked or cfg.preserve_weight == 0,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import cli
+import data
 import evaluate
 from ablating import comparison
 from ablating.arms import NEEDED, Arm
@@ -163,10 +164,11 @@ def evaluation_key(job: Job) -> dict:
 
 @cache
 def measuring_code() -> list[str]:
-    """Of the measures, and of all that an edit may go through."""
-    edits = [*(ROOT / "editing").glob("*.py"), *(ROOT / "model").glob("*.py")]
-    measured = [Path(module.__file__) for module in (evaluate, judging, measures)]
-    return [file_sha256(path) for path in [*measured, *sorted(edits)]]
+    """Of the measures, and of all that an image may go through."""
+    folders = (ROOT / name for name in ("editing", "model", "pairing"))
+    files = sorted(file for folder in folders for file in folder.glob("*.py"))
+    measured = [Path(module.__file__) for module in (evaluate, data, judging, measures)]
+    return [file_sha256(path) for path in [*measured, *files]]
 
 
 def is_done(job: Job) -> bool:

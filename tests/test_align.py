@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ import torch
 from PIL import Image
 
 from check_data import main as check_data
+from config import TrainConfig
+from config_check import check
 from data import PairDataset
 from evaluate import main as evaluate
 from pairing.images import Reading, to_tensor
@@ -121,6 +124,13 @@ def test_all_states_of_a_sequence_lie_on_the_first(places):
     assert first.images(0) and last.images(0)
     assert first.shifts == last.shifts and {*first.shifts.values()} == {(7, -5), (0, 12)}
     assert np.array_equal(first.images(0)["before"], last.images(0)["before"])
+
+
+def test_one_mask_is_not_moved_with_several_states():
+    several = TrainConfig(frames_dir="clips", align=True)
+    assert check(several) == several
+    with pytest.raises(ValueError, match="--align and --mask_dir are for pairs: one mask does not"):
+        check(replace(several, mask_dir="masks"))
 
 
 def test_an_evaluation_moves_the_truth_as_the_training_did(places, sd1, tmp_path, capsys):

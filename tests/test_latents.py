@@ -229,7 +229,8 @@ def test_what_changes_the_latents_changes_the_shard(five, tmp_path):
     first, _ = cached(five, tmp_path)
     assert cached(five, tmp_path, seed=9)[1] == 0  # square images, nothing random: no new work
     assert cached(five, tmp_path, key="vae bf16")[1] == 10
-    for how in (Reading("black"), Reading(nodata=0), Reading(value_range=(0, 9))):
+    hows = Reading("black"), Reading(nodata=0), Reading(value_range=(0, 9)), Reading(align=True)
+    for how in hows:
         assert cached(five, tmp_path, reading=how)[1] == 10
     assert cached(five, tmp_path, random_flip=True, seed=1)[1] > 0
     masks = [replace(pair, mask=five[0].after if i > 2 else None) for i, pair in enumerate(five)]

@@ -221,7 +221,7 @@ ARROWS = {
     ],
     "ablating.arms": ["cli", "evaluate"],
     "ablating.jobs": [
-        "cli", "config", "durable", "evaluate", "ablating.arms", "ablating.comparison",
+        "cli", "config", "data", "durable", "evaluate", "ablating.arms", "ablating.comparison",
         "model.files", "model.lora_files", "model.schedule", "model.weights", "pairing.hashes",
         "pairing.pairs", "reporting.held_out", "reporting.judging", "reporting.measures",
         "revision", "training.inputs", "training.session",
