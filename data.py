@@ -29,7 +29,6 @@ from pairing.images import (
     Frame,
     Reading,
     by,
-    image_size,
     listed,
     load_image,
     size_and_grey,
@@ -117,7 +116,7 @@ class PairDataset(torch.utils.data.Dataset):
                 "#808080"
             ) from None
         self.fill_singles &= self.pairs[0].before is None
-        self.shifts: dict[Path | Frame, Shift] = {}  # of states, as far as looked at
+        self.shifts: dict[Path | Frame, Shift] = {}  # of states relative to the first, so far
         self.sizes, unequal = [], []
         self.grey = True  # whether all after images are files of grey
         self._opened: tuple[int, dict[str, Image.Image]] = -1, {}  # the last pair's images
@@ -255,7 +254,7 @@ class PairDataset(torch.utils.data.Dataset):
                     smooth = Image.Resampling.BOX if side == "mask" else Image.Resampling.BILINEAR
                     images[side] = image = image.resize(size, smooth)
                 if side != "before":
-                    images[side] = moved(image, self.shift(pair, pair.after))
+                    images[side] = moved(image, self.shifts.get(pair.after, (0, 0)))
             if (hole := union(holes, size)) is not None:
                 if hole.all():
                     raise ValueError(
@@ -267,27 +266,19 @@ class PairDataset(torch.utils.data.Dataset):
         return self._opened[1]
 
     def holes(self, k: int, images: dict[str, Image.Image]) -> list[np.ndarray | None]:
-        """Where each state of pair k has no data; `images`: those that have been read."""
+        """Where each state of pair k has no data, once it is moved; `images`: those that have been
+        read. Adds to `shifts`, with `reading.align`."""
         pair = self.pairs[k]
         states = {path: images[side] for side, path in pair.files.items() if side != "mask"}
         states = {some[k].after: None for some in self.beside} | states
         holes = {path: holes_of(path, self.reading, image) for path, image in states.items()}
-        for path, hole in holes.items():
-            if any(shift := self.shift(pair, path)):
-                holes[path] = moved_hole(hole, image_size(path), shift)
+        if self.reading.align and pair.before is not None:
+            first = states.pop(pair.before), holes[pair.before]
+            for path, image in states.items():
+                image, hole = image or load_image(path, self.reading), holes[path]
+                self.shifts[path] = shift_between(*zip(first, (image, hole)))
+                holes[path] = moved_hole(hole, image.size, self.shifts[path])
         return [*holes.values()]
-
-    def shift(self, pair: Pair, path: Path | Frame) -> Shift:
-        """With `reading.align` the shift of a state relative to the pair's before image, in its
-        pixels, if that can be told."""
-        if not self.reading.align or pair.before in (None, path):
-            return 0, 0
-        if path not in self.shifts:
-            files = pair.before, path
-            states = [load_image(file, self.reading) for file in files]
-            holes = [holes_of(file, self.reading, state) for file, state in zip(files, states)]
-            self.shifts[path] = shift_between(states, holes)
-        return self.shifts[path]
 
     def forget(self) -> None:
         """Frees the last pair's images: training needs only the latents."""

@@ -145,7 +145,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
             bar.update()
     bar.close()
 
-    looked_at = zip((row["name"] for row in rows), pictures)
+    looked_at = zip((row["name"] for row in rows), pictures[:SHEET])
     if shifted := most_shifted({name: (shown[0], shown[2]) for name, shown in looked_at}):
         remedy = STILL_SHIFTED if align else "--align moves the true images"
         warnings.warn(f"{shifted}: the LoRA is judged by the shift too; {remedy}", stacklevel=2)

@@ -14,7 +14,7 @@ from config import TrainConfig
 from config_check import check
 from data import PairDataset
 from evaluate import main as evaluate
-from pairing.images import Reading, to_tensor
+from pairing.images import Reading, load_image, to_tensor
 from pairing.pairs import Pair, find_pairs
 from pairing.registration import find_shift
 from pairing.sequences import find_sequences
@@ -94,9 +94,9 @@ def test_a_border_without_data_is_moved_too(places):
     image.paste((0, 0, 0, 0), (0, 0, 40, 256))
     image.save(path)
     dataset = PairDataset(pairs_of(places), 256, reading=ALIGN)
-    dataset.images(0)
+    read = {side: load_image(file) for side, file in dataset.pairs[0].files.items()}
+    hole = dataset.holes(0, read)[-1]
     assert dataset.shifts[path] == SHIFTS["a"]
-    hole = dataset.holes(0, dataset.images(0))[-1]
     assert hole[5:, :33].all() and hole[:5].all() and not hole[5:, 33:249].any()
     assert hole[:, 249:].all()
 
