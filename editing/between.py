@@ -6,14 +6,12 @@ run         the command: the two images are checked before any model is loaded, 
 """
 
 import argparse
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -29,6 +27,7 @@ from editing.config import (
     reading_of,
 )
 from editing.edits import editor, finite
+from editing.ends import Ends, load_ends
 from editing.flags import add_edit_flags, draws_anew, open_pipeline
 from editing.framing import brought_to
 from editing.inputs import refuse_out
@@ -38,18 +37,9 @@ from model.objectives import OBJECTIVES
 from model.pipeline import Pipeline, encode, padded
 from model.predict import predictor
 from model.samplers import left_out
-from pairing.aligning import how_moved, moved, moved_hole, shift_between
-from pairing.colours import colour_profile, in_srgb, is_srgb
-from pairing.holes import cleared, filled, holes_of, kept, union
-from pairing.images import (
-    Reading,
-    by,
-    eight_bit,
-    load_image,
-    to_image,
-    to_tensor,
-)
-from pairing.registration import MAX_ASPECT, aspect_gap
+from pairing.colours import colour_profile, is_srgb
+from pairing.holes import cleared, kept
+from pairing.images import eight_bit, to_image
 from pairing.sheet import contact_sheet
 from progress import no_bars
 from reporting.measures import mse, path, perceived, psnr, structure
@@ -197,8 +187,12 @@ def run(args: argparse.Namespace) -> None:
     cfg, out = config_of(MorphConfig, args), Path(args.out)
     check(cfg, args.lora, args.lora_after)
     meta = read_lora(args.lora)[1] if args.lora else {}
-    trained = brought_to(meta)
-    ends = load_ends(args, cfg.resolution or trained, reading_of(cfg, meta))
+    files, trained = (args.before, args.after), brought_to(meta)
+    for flag, file in zip(("--before", "--after"), files):
+        refuse_out(out, Path(file), flag)
+    refuse_others(out, [*frame_names(cfg.frames), "morph.gif", "strip.png"], "morph.json")
+    short = cfg.resolution or trained
+    ends = load_ends(files, short, reading_of(cfg, meta), align=cfg.align)
     pipe = open_pipeline(args)
     objective = cfg.objective or pipe.meta.get("objective")
     method = method_of(cfg, objective, args.lora_after)
@@ -261,52 +255,6 @@ def unread(cfg: MorphConfig, objective: str | None, method: str) -> Iterator[tup
 
 def frame_names(n: int) -> list[str]:
     return [f"{i:03d}.png" for i in range(n)]
-
-
-class Ends(NamedTuple):
-    """--before and --after. Where either has no data, both show the rest mirrored, as a pair does
-    to a training."""
-
-    pixels: Tensor  # (2, 3, H, W) in [-1, 1]
-    hole: np.ndarray | None  # where that is, (H, W)
-    bare: Image.Image  # there as the image that has no data was
-
-
-def load_ends(args: argparse.Namespace, short: int | None, how: Reading) -> Ends:
-    """Both at the after image's size, or with a short side of so many pixels.
-
-    ValueError or OSError for unusable images, or frames that would overwrite other files.
-    """
-    files, out = (args.before, args.after), Path(args.out)
-    for flag, file in zip(("--before", "--after"), files):
-        refuse_out(out, Path(file), flag)
-    refuse_others(out, [*frame_names(args.frames), "morph.gif", "strip.png"], "morph.json")
-    images = [load_image(file, how) for file in files]
-    a, b = (image.size for image in images)
-    if (gap := aspect_gap(a, b)) > MAX_ASPECT:
-        raise ValueError(
-            f"--before is {by(a)}, --after is {by(b)}; their aspect ratios differ by "
-            f"{gap:.1%}, expected at most {MAX_ASPECT:.0%}"
-        )
-    size = b if short is None else tuple(round(side * short / min(b)) for side in b)
-    if math.prod(size) > (Image.MAX_IMAGE_PIXELS or math.inf):
-        raise ValueError(
-            f"--after, {by(b)}, would be {by(size)} at --resolution {short}, which is too large"
-        )
-    holes = [holes_of(file, how, image) for file, image in zip(files, images)]
-    shift = shift_between(images, holes) if args.align else (0, 0)
-    if args.align:
-        print(f"aligned   --after is {how_moved(shift)}")
-    holes = [holes[0], moved_hole(holes[1], b, shift)]
-    images = [in_srgb(image, colour_profile(file)) for file, image in zip(files, images)]
-    images = [images[0], moved(images[1], shift)]
-    images = [x if x.size == size else x.resize(size, Image.Resampling.BILINEAR) for x in images]
-    bare = kept(images[0], union(holes[:1], size), images[1])
-    if (hole := union(holes, size)) is not None:
-        if hole.all():
-            raise ValueError("no place has data in both --before and --after")
-        images = [filled(image, hole) for image in images]
-    return Ends(torch.stack([to_tensor(image) for image in images]), hole, bare)
 
 
 def save_frames(made: Morph, ends: Ends, args: argparse.Namespace) -> None:

@@ -162,11 +162,15 @@ ARROWS = {
         "cli", "durable", "editing.config", "model.contents", "model.files", "model.memory",
         "model.objectives", "model.pipeline",
     ],
+    "editing.ends": [
+        "pairing.aligning", "pairing.colours", "pairing.holes", "pairing.images",
+        "pairing.registration",
+    ],
     "editing.between": [
-        "durable", "editing.config", "editing.edits", "editing.flags", "editing.framing",
-        "editing.inputs", "model.lora_files", "model.morph", "model.objectives", "model.pipeline",
-        "model.predict", "model.samplers", "pairing.aligning", "pairing.colours", "pairing.holes",
-        "pairing.images", "pairing.registration", "pairing.sheet", "progress", "reporting.measures",
+        "durable", "editing.config", "editing.edits", "editing.ends", "editing.flags",
+        "editing.framing", "editing.inputs", "model.lora_files", "model.morph",
+        "model.objectives", "model.pipeline", "model.predict", "model.samplers", "pairing.colours",
+        "pairing.holes", "pairing.images", "pairing.sheet", "progress", "reporting.measures",
     ],
     "training.checkpoint": [
         "config", "durable", "model.contents", "model.files", "model.lora", "model.lora_files",
