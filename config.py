@@ -99,8 +99,8 @@ class TrainConfig:
     )
     align: bool = knob(
         False,
-        "move the after image of a shifted pair, and its mask, onto the before image, to half "
-        "a pixel; the states of a sequence likewise",
+        "where a pair is shifted, turned, scaled or seen from another angle, move the after image "
+        "and its mask onto the before image; the states of a sequence likewise",
     )
     cache_dir: str | None = knob(None, "folder that keeps encoded latents for the next run")
     latents_on: str = knob(

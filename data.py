@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageColor
 from torch import Tensor
 
-from pairing.aligning import moved, moved_hole, shift_between
+from pairing.aligning import moved_hole, warp_between
 from pairing.colours import colour_profile, in_srgb
 from pairing.hashes import file_hashes
 from pairing.holes import filled, holes_of, union
@@ -36,7 +36,8 @@ from pairing.images import (
 )
 from pairing.masks import load_mask
 from pairing.pairs import Pair, find_pairs  # noqa: F401, a data set's two steps are at hand together
-from pairing.registration import MAX_ASPECT, Shift, aspect_gap
+from pairing.registration import MAX_ASPECT, aspect_gap
+from pairing.warping import Warp, moved
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class PairDataset(torch.utils.data.Dataset):
                 "#808080"
             ) from None
         self.fill_singles &= self.pairs[0].before is None
-        self.shifts: dict[Path | Frame, Shift] = {}  # of states relative to the first, so far
+        self.warps: dict[Path | Frame, Warp] = {}  # of states relative to the first, so far
         self.sizes, unequal = [], []
         self.grey = True  # whether all after images are files of grey
         self._opened: tuple[int, dict[str, Image.Image]] = -1, {}  # the last pair's images
@@ -253,8 +254,8 @@ class PairDataset(torch.utils.data.Dataset):
                 if image.size != size:
                     smooth = Image.Resampling.BOX if side == "mask" else Image.Resampling.BILINEAR
                     images[side] = image = image.resize(size, smooth)
-                if side != "before":
-                    images[side] = moved(image, self.shifts.get(pair.after, (0, 0)))
+                if side != "before" and pair.after in self.warps:
+                    images[side] = moved(image, self.warps[pair.after])
             if (hole := union(holes, size)) is not None:
                 if hole.all():
                     raise ValueError(
@@ -267,7 +268,7 @@ class PairDataset(torch.utils.data.Dataset):
 
     def holes(self, k: int, images: dict[str, Image.Image]) -> list[np.ndarray | None]:
         """Where each state of pair k has no data, once it is moved; `images`: those that have been
-        read. Adds to `shifts`, with `reading.align`."""
+        read. Adds to `warps`, with `reading.align`."""
         pair = self.pairs[k]
         states = {path: images[side] for side, path in pair.files.items() if side != "mask"}
         states = {some[k].after: None for some in self.beside} | states
@@ -276,8 +277,8 @@ class PairDataset(torch.utils.data.Dataset):
             first = states.pop(pair.before), holes[pair.before]
             for path, image in states.items():
                 image, hole = image or load_image(path, self.reading), holes[path]
-                self.shifts[path] = shift_between(*zip(first, (image, hole)))
-                holes[path] = moved_hole(hole, image.size, self.shifts[path])
+                self.warps[path] = warp_between(*zip(first, (image, hole)))
+                holes[path] = moved_hole(hole, self.warps[path])
         return [*holes.values()]
 
     def forget(self) -> None:

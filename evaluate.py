@@ -50,7 +50,7 @@ from model.pipeline import Pipeline, decode, encode
 from pairing.hashes import image_hashes
 from pairing.images import eight_bit, to_image
 from pairing.pairs import SIDES, refuse_among, told_of
-from pairing.registration import STILL_SHIFTED, most_shifted
+from pairing.registration import STILL_MOVED, most_moved
 from progress import no_bars
 from report import write_report
 from reporting.evaluation import SHEET, table, write
@@ -146,9 +146,9 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
     bar.close()
 
     looked_at = zip((row["name"] for row in rows), pictures[:SHEET])
-    if shifted := most_shifted({name: (shown[0], shown[2]) for name, shown in looked_at}):
-        remedy = STILL_SHIFTED if align else "--align moves the true images"
-        warnings.warn(f"{shifted}: the LoRA is judged by the shift too; {remedy}", stacklevel=2)
+    if off := most_moved({name: (shown[0], shown[2]) for name, shown in looked_at}):
+        remedy = STILL_MOVED if align else "--align moves the true images"
+        warnings.warn(f"{off}: the LoRA is judged by that too; {remedy}", stacklevel=2)
     trained = training_images(args.lora)
     if trained and (known := sum(one in trained for one in image_hashes(pairs))):
         warnings.warn(
@@ -270,7 +270,7 @@ def make_parser(prog: str = "evaluate.py") -> Parser:
     parser.add_argument("--mask_dir", metavar="DIR", help="folder of masks, white = change")
     parser.add_argument(
         "--align", action=argparse.BooleanOptionalAction,
-        help="move the true images of shifted pairs onto the before images [as the training]",
+        help="move true images that do not lie on the before images onto them [as the training]",
     )  # fmt: skip
     parser.add_argument(
         "--strengths", type=numbers, default=[0.0, 0.25, 0.5, 0.75, 1.0], metavar="0,0.5,1",

@@ -157,7 +157,7 @@ class MorphConfig(ImageConfig):
     adain: bool = knob(True, "invert: interpolate the ends' channel statistics")
     attention: bool = knob(True, "invert: attend to keys and values of both ends")
     align: bool = knob(
-        False, "move the after image onto the before image, to half a pixel, if it is shifted"
+        False, "move the after image onto the before image, if it does not lie on it"
     )
     respace: bool = knob(True, "space frames evenly in perceived distance")
     correct: bool = knob(True, "make the end frames equal the given images, where both have data")

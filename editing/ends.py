@@ -9,11 +9,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pairing.aligning import how_moved, moved, moved_hole, shift_between
+from pairing.aligning import moved_hole, warp_between
 from pairing.colours import colour_profile, in_srgb
 from pairing.holes import filled, holes_of, kept, union
 from pairing.images import Reading, by, load_image, to_tensor
 from pairing.registration import MAX_ASPECT, aspect_gap
+from pairing.warping import Warp, moved
 
 
 class Ends(NamedTuple):
@@ -43,12 +44,12 @@ def load_ends(
             f"--after, {by(b)}, would be {by(size)} at --resolution {short}, which is too large"
         )
     holes = [holes_of(file, how, image) for file, image in zip(files, images)]
-    shift = shift_between(images, holes) if align else (0, 0)
+    warp = warp_between(images, holes) if align else Warp(b)
     if align:
-        print(f"aligned   --after is {how_moved(shift)}")
-    holes = [holes[0], moved_hole(holes[1], b, shift)]
+        print(f"aligned   --after {'is not moved' if warp.still else f'was off by {warp}'}")
+    holes = [holes[0], moved_hole(holes[1], warp)]
     images = [in_srgb(image, colour_profile(file)) for file, image in zip(files, images)]
-    images = [images[0], moved(images[1], shift)]
+    images = [images[0], moved(images[1], warp)]
     images = [x if x.size == size else x.resize(size, Image.Resampling.BILINEAR) for x in images]
     bare = kept(images[0], union(holes[:1], size), images[1])
     if (hole := union(holes, size)) is not None:

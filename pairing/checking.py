@@ -17,7 +17,7 @@ from pairing.masks import load_mask, mostly_grey
 from pairing.names import Compared, comparable
 from pairing.on_map import elsewhere, frame_on_map
 from pairing.pairs import by_name, find_pairs, not_read, read_caption
-from pairing.registration import MAX_ASPECT, MIN_SHIFT, aspect_gap, find_shift, unchanged
+from pairing.registration import MAX_ASPECT, MIN_MOVE, aspect_gap, find_warp, unchanged
 from pairing.sequences import clips_in, find_sequences
 
 TILE, SHEET_PLACES, SHEET_STATES = 192, 24, 5
@@ -37,7 +37,7 @@ VERDICTS = {  # in the order of the report: whether it would stop the training, 
     "pairs with two captions": (False, "the one beside the after image, the last state, counts"),
     "captions without an image": (False, "a caption is NAME.txt beside an image of that name"),
     "images of another size": (False, "they will be resized to the after image"),
-    "pairs that look shifted": (False, "--align moves them; (right, down) px of after over before"),
+    "pairs that do not lie on each other": (False, "--align moves them; (right, down)"),
     "pairs that lie elsewhere on the map": (False, "cut both to the same frame (gdalwarp -te)"),
     "pairs with places without data": (False, "they will show the rest of the pair mirrored there"),
     "pairs of which one is black in places": (False, "no data there? --nodata 0 mirrors it"),
@@ -312,8 +312,8 @@ def note_pair(
         note("pairs of which one is black in places", f"{alone:.0%}")
     if whole and unchanged(before, after):
         note("pairs without change")
-    if (shift := find_shift(before, after)) is not None:
+    if (warp := find_warp(before, after)) is not None:
         report.measured += 1
-        if max(map(abs, shift)) >= MIN_SHIFT:
-            note("pairs that look shifted", f"{shift[0]:+g}, {shift[1]:+g}")
+        if warp.most >= MIN_MOVE:
+            note("pairs that do not lie on each other", str(warp))
     return True

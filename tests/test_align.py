@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -16,8 +17,10 @@ from data import PairDataset
 from evaluate import main as evaluate
 from pairing.images import Reading, load_image, to_tensor
 from pairing.pairs import Pair, find_pairs
-from pairing.registration import find_shift
+from pairing.registration import find_shift, find_warp
 from pairing.sequences import find_sequences
+from pairing.warping import Warp, moved
+from pairing.warping import shifted as shifted_by
 from sample import main as sample
 from tests.test_data import picture, repaint, save, shifted
 from tests.test_sample import write_lora
@@ -46,21 +49,22 @@ def pairs_of(places, after="after", mask="mask"):
 
 
 def test_pairs_are_moved_onto_each_other_and_what_is_missing_is_mirrored_in_both(places):
-    moved = PairDataset(pairs_of(places), 256, reading=ALIGN)
+    aligned = PairDataset(pairs_of(places), 256, reading=ALIGN)
     straight = PairDataset(pairs_of(places, "straight", "straight_mask"), 256)
     for k, (x, y) in enumerate(SHIFTS.values()):
         left, top, right, bottom = max(0, -x), max(0, -y), 256 - max(0, x), 256 - max(0, y)
         both = np.zeros((256, 256), bool)
         both[top:bottom, left:right] = True  # where the after image has the place
         for side in ("before", "after", "mask"):
-            mine, true = (torch.as_tensor(some[k][side]) for some in (moved, straight))
+            mine, true = (torch.as_tensor(some[k][side]) for some in (aligned, straight))
             assert torch.equal(mine[:, both], true[:, both]), (k, side)
             if (x, y) != (0, 0):  # mirrored there, not black
                 strip = mine[:, ~both]
                 assert strip.std() > 0.05 and not torch.equal(strip, true[:, ~both])
-    assert dict(zip(SHIFTS, moved.shifts.values())) == SHIFTS
+    size = 256, 256
+    assert [*aligned.warps.values()] == [shifted_by(size, *shift) for shift in SHIFTS.values()]
     loose = PairDataset(pairs_of(places), 256)
-    assert not torch.equal(loose[0]["after"], moved[0]["after"]) and not loose.shifts
+    assert not torch.equal(loose[0]["after"], aligned[0]["after"]) and not loose.warps
 
 
 def test_half_a_pixel_is_moved_too(tmp_path):
@@ -96,7 +100,7 @@ def test_a_border_without_data_is_moved_too(places):
     dataset = PairDataset(pairs_of(places), 256, reading=ALIGN)
     read = {side: load_image(file) for side, file in dataset.pairs[0].files.items()}
     hole = dataset.holes(0, read)[-1]
-    assert dataset.shifts[path] == SHIFTS["a"]
+    assert dataset.warps[path] == shifted_by((256, 256), *SHIFTS["a"])
     assert hole[5:, :33].all() and hole[:5].all() and not hole[5:, 33:249].any()
     assert hole[:, 249:].all()
 
@@ -107,7 +111,7 @@ def test_sides_of_two_sizes_are_moved_by_pixels_of_the_after_image(places):
     with pytest.warns(UserWarning, match="resized to match"):
         dataset = PairDataset(pairs_of(places), 256, reading=ALIGN)
     dataset.images(0)
-    x, y = dataset.shifts[places / "after" / "a.png"]
+    x, y = dataset.warps[places / "after" / "a.png"].place(0, 0)
     assert abs(x - 7) <= 1 and abs(y + 5) <= 1
 
 
@@ -122,7 +126,9 @@ def test_all_states_of_a_sequence_lie_on_the_first(places):
     ]
     first, last = (PairDataset(some, 256, reading=ALIGN, beside=states) for some in states)
     assert first.images(0) and last.images(0)
-    assert first.shifts == last.shifts and {*first.shifts.values()} == {(7, -5), (0, 12)}
+    size = 256, 256
+    assert {*first.warps.values()} == {shifted_by(size, 7, -5), shifted_by(size, 0, 12)}
+    assert first.warps == last.warps
     assert np.array_equal(first.images(0)["before"], last.images(0)["before"])
 
 
@@ -156,7 +162,7 @@ def test_an_evaluation_moves_the_truth_as_the_training_did(places, sd1, tmp_path
         out = tmp_path / f"judged {name}"
         flags = ["--lora", str(lora), "--out", str(out), "--after_data_dir", str(places / after)]
         assert evaluate([*argv, *flags, *more]) == 0
-        assert ("is judged by the shift too" in capsys.readouterr().err) is (
+        assert ("is judged by that too" in capsys.readouterr().err) is (
             name in ("loose", "told not to")
         )
         found = json.loads((out / "evaluation.json").read_text())
@@ -172,7 +178,7 @@ def test_a_morph_of_shifted_images_ends_where_it_began(places, sd1, tmp_path, ca
     argv += ["--before", str(places / "before" / "a.png"), "--resolution", "256", "--out"]
     with contextlib.chdir(tmp_path):
         assert sample([*argv, "m", "--after", str(places / "after" / "a.png"), "--align"]) == 0
-        assert "aligned   --after is moved by (-7, +5) pixels" in capsys.readouterr().out
+        assert "aligned   --after was off by (+7, -5) pixels\n" in capsys.readouterr().out
         last = np.asarray(Image.open("m/001.png"))
     true = np.asarray(Image.open(places / "straight" / "a.png"))
     assert not last[:5, :, 3].any() and not last[:, 249:, 3].any() and last[5:, :249, 3].all()
@@ -183,4 +189,114 @@ def test_a_check_says_how(places, capsys):
     check_data(["--before", str(places / "before"), "--after",
                 str(places / "after"), "--out", str(places / "out")])  # fmt: skip
     said = capsys.readouterr().out
-    assert "pairs that look shifted: 3" in said and "--align moves them" in said
+    assert "pairs that do not lie on each other: 3" in said and "--align moves them" in said
+
+
+# ---- turned, scaled, seen from another angle -----------------------------------------------------
+
+WAYS = {  # turn in degrees, scale, shift right and down, slant of the view
+    "turned": (4, 1, 0, 0, 0, 0),
+    "scaled": (0, 1.05, 3, -2, 0, 0),
+    "from the hand": (-6, 0.95, -5, 8, 2e-4, -1e-4),
+}
+
+
+def later(image):
+    """Darker, with other contrasts, and a tenth built over."""
+    changed = image.point([255 * (value / 255) ** 1.7 for value in range(256)] * 3)
+    changed.paste(picture(50, (96, 72)), (70, 90))
+    return changed
+
+
+def warp_of(turn, scale, right, down, slant_x, slant_y, side=256):
+    """About the centre of an image."""
+    c, s = (scale * f(math.radians(turn)) for f in (math.cos, math.sin))
+    m = side / 2
+    about = np.array([[1, 0, m + right], [0, 1, m + down], [0, 0, 1]])
+    about = about @ [[c, -s, 0], [s, c, 0], [slant_x, slant_y, 1]]
+    matrix = about @ [[1, 0, -m], [0, 1, -m], [0, 0, 1]]
+    return Warp((side, side), tuple((matrix / matrix[2, 2]).flatten()[:8].tolist()))
+
+
+def displaced(image, warp):
+    """What `moved` with this warp undoes; black beyond the border."""
+    inverse = np.linalg.inv(np.append(warp.numbers, 1).reshape(3, 3))
+    inverse = tuple((inverse / inverse[2, 2]).flatten()[:8].tolist())
+    return image.transform(
+        image.size, Image.Transform.PERSPECTIVE, inverse, Image.Resampling.BICUBIC
+    )
+
+
+def off_by(found, true):
+    """The distance of what two warps make of a grid, on average, in pixels."""
+    grid = [(x, y) for x in range(16, 256, 32) for y in range(16, 256, 32)]
+    return np.mean([math.dist(found.place(*at), true.place(*at)) for at in grid])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_how_an_image_was_turned_scaled_and_slanted_is_found_under_a_strong_change(way):
+    before, true = picture(3, (256, 256)), warp_of(*WAYS[way])
+    after = displaced(later(before), true)
+    found = find_warp(before, after)
+    assert off_by(found, true) < 0.25 and off_by(Warp((256, 256)), true) > 2
+    straight = np.asarray(later(before), float)[40:-40, 40:-40]
+    left, was = (
+        np.abs(np.asarray(image, float)[40:-40, 40:-40] - straight).mean()
+        for image in (moved(after, found), after)
+    )
+    assert left < 0.5 * was
+    large = [image.resize((600, 600)) for image in (before, after)]
+    assert abs(find_warp(*large).most - 600 / 256 * true.most) < 1
+
+
+def test_a_warp_is_told_in_words():
+    assert str(warp_of(-2.5, 1.1, 7, -4.6, 0, 0)) == (
+        "(+7, -4.5) pixels, turned by -2.5°, 1.10 times as large"
+    )
+    assert str(shifted_by((9, 9), -0.5, 0)) == "(-0.5, +0) pixels"
+    assert warp_of(90, 1, 0, 0, 0, 0).most == pytest.approx(256)
+    assert Warp((3, 4)).still and Warp((3, 4)).most == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_lies_right_or_is_of_another_place_is_not_warped(seed):
+    before = picture(seed, (256, 256))
+    assert find_warp(before, later(before)).still
+    assert find_warp(before, picture(seed + 10, (256, 256))) is None
+    assert find_warp(before, Image.new("RGB", (256, 256))) is None
+
+
+def test_images_of_which_one_part_moved_by_itself_are_not_warped():
+    """No homography makes all quarters fit."""
+    scene = picture(1, (320, 320))
+    before, after = shifted(scene, 0, 0), shifted(scene, 0, 0)
+    after.paste(shifted(scene, 0, 9).crop((128, 128, 256, 256)), (128, 128))
+    found = find_warp(before, after)
+    assert found is None or found == shifted_by((256, 256), *find_shift(before, after))
+
+
+def test_turned_pairs_are_moved_with_their_masks_and_lack_what_the_after_image_has_not(tmp_path):
+    before, true = picture(3, (256, 256)), warp_of(*WAYS["turned"])
+    mask = picture(4, (256, 256))
+    files = [
+        save(image, tmp_path / f"{name}.png")
+        for name, image in {
+            "before": before,
+            "after": displaced(later(before), true),
+            "straight": later(before),
+            "mask": displaced(mask, true).convert("L"),
+        }.items()
+    ]
+    pair = Pair("x", files[0], files[1], mask=files[3])
+    dataset = PairDataset([pair], 256, reading=ALIGN)
+    item, loose = dataset[0], PairDataset([pair], 256)[0]
+    inside = (slice(None), slice(24, -24), slice(24, -24))
+    for side, image in (("after", load_image(files[2])), ("mask", mask.convert("L"))):
+        straight = (
+            to_tensor(image) if side == "after" else torch.tensor(np.array(image))[None] / 255
+        )
+        left, was = ((some[side] - straight)[inside].abs().mean() for some in (item, loose))
+        assert left < 0.5 * was, side
+    hole = dataset.holes(0, {"before": before, "after": load_image(files[1])})[-1]
+    assert hole.any() and not hole[24:-24, 24:-24].any()
+    assert off_by(dataset.warps[files[1]], true) < 0.25

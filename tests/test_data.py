@@ -832,7 +832,7 @@ def test_the_report_finds_what_was_planted(planted, capsys):
         "PROBLEM      pairs without a mask: 1": "moved",
         "PROBLEM      images of another shape: 2": ", ".join(another_shape),
         "remark       images of another size: 3": ", ".join(another_size),
-        "remark       pairs that look shifted: 1": "moved (+11, +3)",
+        "remark       pairs that do not lie on each other: 1": "moved ((+11, +3) pixels)",
         "remark       pairs without change: 1": "same",
         "remark       empty masks: 1": "good",
         "remark       identical before images: 1": "twin (= good)",
@@ -946,7 +946,7 @@ def test_states_of_the_same_places_are_checked_in_one_go(tmp_path, capsys):
     assert f"PROBLEM      state 0 images without a partner: 1\n{'':13}gone\n" in said
     assert f"PROBLEM      state 2 images without a partner: 2\n{'':13}double, gone\n" in said
     assert f"names with several files in one folder: 1\n{'':13}double\n" in said
-    assert f"pairs that look shifted: 1\n{'':13}moved (state 1, +9, +0)\n" in said
+    assert f"pairs that do not lie on each other: 1\n{'':13}moved (state 1, (+9, +0) " in said
     assert f"pairs without change: 1\n{'':13}good (state 2)\n" in said
     sheet = Image.open(tmp_path / "out" / "check-data.png")
     assert sheet.size == (4 * (192 + 6) + 6, 2 * (192 + 16 + 6) + 16)  # three states, difference

@@ -39,8 +39,9 @@ ARROWS = {
     "pairing.masks": ["pairing.images", "pairing.values"],
     "pairing.sheet": [],
     "pairing.holes": ["pairing.images", "pairing.values"],
-    "pairing.registration": [],
-    "pairing.aligning": ["pairing.holes", "pairing.registration"],
+    "pairing.warping": [],
+    "pairing.registration": ["pairing.warping"],
+    "pairing.aligning": ["pairing.holes", "pairing.registration", "pairing.warping"],
     "pairing.names": ["pairing.images"],
     "pairing.pairs": ["pairing.images", "pairing.names"],
     "pairing.hashes": ["durable", "pairing.images", "pairing.pairs"],
@@ -52,6 +53,7 @@ ARROWS = {
     "data": [
         "pairing.aligning", "pairing.colours", "pairing.hashes", "pairing.holes",
         "pairing.images", "pairing.masks", "pairing.pairs", "pairing.registration",
+        "pairing.warping",
     ],
     "reporting.md": [],
     "reporting.evaluation": ["durable", "pairing.sheet", "reporting.md"],
@@ -164,7 +166,7 @@ ARROWS = {
     ],
     "editing.ends": [
         "pairing.aligning", "pairing.colours", "pairing.holes", "pairing.images",
-        "pairing.registration",
+        "pairing.registration", "pairing.warping",
     ],
     "editing.between": [
         "durable", "editing.config", "editing.edits", "editing.ends", "editing.flags",
@@ -192,7 +194,7 @@ ARROWS = {
     ],
     "training.gather": [
         "config", "data", "runs", "model.files", "model.objectives", "model.schedule",
-        "model.weights", "pairing.aligning", "pairing.hashes", "pairing.pairs", "training.adapting",
+        "model.weights", "pairing.hashes", "pairing.pairs", "training.adapting",
         "training.checkpoint", "training.class_images", "training.doubts", "training.inputs",
         "training.prompts", "training.ranks", "training.session",
     ],

@@ -1363,7 +1363,7 @@ def test_shifted_pairs_are_doubted(config, tmp_path):
         return [*doubts(replace(config, **how), dataset, size_of(config, 4, 1), draws=None)]
 
     (sentence,) = said()
-    assert sentence.startswith("3 of 4 pairs seem to be shifted, 0 by (-5, -3) pixels: ")
+    assert sentence.startswith("3 of 4 pairs do not lie on each other, 0 is off by (-5, -3) ")
     assert "--align moves them" in sentence
     (sentence,) = said(align=True)  # as crops of pairs that are turned still are
     assert "--align moves them" not in sentence and "--align has not undone it" in sentence

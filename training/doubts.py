@@ -12,7 +12,7 @@ from pairing.holes import MUCH, black_alone
 from pairing.images import Frame, further_pages, is_deep_file, listed, to_image
 from pairing.masks import mostly_grey
 from pairing.pairs import SIDES, Pair, left_out
-from pairing.registration import STILL_SHIFTED, most_shifted
+from pairing.registration import STILL_MOVED, most_moved
 from pairing.sequences import is_clip
 from training.inputs import Size, excluded, spread
 
@@ -93,9 +93,9 @@ def doubts(
     dim = range_for(shades)
     if config.is_pairs(cfg):
         looked_at = [[to_image(item[side]) for side in ("before", "after")] for item in items]
-        if shifted := most_shifted({item["name"]: pair for item, pair in zip(items, looked_at)}):
-            remedy = STILL_SHIFTED if cfg.align else "--align moves them, check_data.py lists them"
-            yield f"{shifted}: the LoRA learns the shift too; {remedy}"
+        if off := most_moved({item["name"]: pair for item, pair in zip(items, looked_at)}):
+            remedy = STILL_MOVED if cfg.align else "--align moves them, check_data.py lists them"
+            yield f"{off}: the LoRA learns that too; {remedy}"
         # what is nearly black as a whole is black in places, too
         black = 0 if dim else sum(black_alone(*sides) >= MUCH for sides in looked_at)
         if black:

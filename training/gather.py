@@ -17,7 +17,6 @@ from model.files import is_local, moved_note
 from model.objectives import OBJECTIVES, Knobs, Task
 from model.schedule import Schedule
 from model.weights import bare_unet, load_scheduler_config
-from pairing.aligning import how_moved
 from pairing.hashes import fingerprint, image_hashes
 from pairing.pairs import told_of
 from runs import Run
@@ -85,10 +84,11 @@ def gather(cfg: TrainConfig, run: Run | NullRun, ranks: Ranks, device: torch.dev
     doubted = doubts(cfg, train, size, draws=draws, xl=bare.is_xl)
     for sentence in doubted if ranks.leads else ():
         warnings.warn(sentence, stacklevel=2)
-    if ranks.leads and (shifts := [*train.shifts.values()]):
-        some = f"{sum(map(any, shifts))} of {len(shifts)} images looked at"
-        most = max(shifts, key=lambda shift: max(map(abs, shift)))
-        print(f"aligned       {some} are moved; the one furthest off is {how_moved(most)}")
+    if ranks.leads and (warps := [*train.warps.values()]):
+        count = sum(not warp.still for warp in warps)
+        worst = max(warps, key=lambda warp: warp.most)
+        furthest = f"; the one furthest off was off by {worst}" if count else ""
+        print(f"aligned       {count} of {len(warps)} images looked at are moved{furthest}")
     meta = lora_metadata(
         cfg,
         task,

@@ -175,7 +175,7 @@ def cache_latents(
             rows,
             *(["filled"] if dataset.fill_singles else []),
             *(dataset.reading.value_range or []),
-            *(["aligned"] if dataset.reading.align else []),
+            *(["moved onto the first"] if dataset.reading.align else []),
         ]
         digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
         return f"latents-{items.start:07d}-{digest}.safetensors"
