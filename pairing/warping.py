@@ -41,8 +41,8 @@ class Warp(NamedTuple):
         return (a * x + b * y + c) / w, (d * x + e * y + f) / w
 
     def __str__(self) -> str:
-        """Such as (+7, -5) pixels, turned by +3.0°, 1.05 times as large: right, down, clockwise, as
-        it is at the centre."""
+        """Such as (+7, -5) pixels, turned by +3.0°, 1.05 times as large, slanted: right, down,
+        clockwise, as it is at the centre."""
         x, y = (n / 2 for n in self.size)
         (x_0, y_0), (x_r, y_r) = self.place(x, y), self.place(x + 1, y)
         x_d, y_d = self.place(x, y + 1)
@@ -53,6 +53,8 @@ class Warp(NamedTuple):
         words = [f"({shift[0]:+g}, {shift[1]:+g}) pixels"]
         words += [f"turned by {turn:+.1f}°"] * (abs(turn) >= 0.05)
         words += [f"{scale:.2f} times as large"] * (abs(scale - 1) >= 0.005)
+        slant = max(map(abs, self.numbers[6:])) * max(self.size)
+        words += ["slanted"] * (slant >= 0.005)
         return ", ".join(words)
 
 
@@ -61,17 +63,15 @@ def shifted(size: tuple[int, int], x: float, y: float) -> Warp:
     return Warp(size, (1.0, 0.0, float(x), 0.0, 1.0, float(y), 0.0, 0.0))
 
 
-def moved(image: Image.Image, warp: Warp, outside: float = 0) -> Image.Image:
-    """The after image as the before image lies; `outside` where it has no pixels then. Shifts by
-    whole pixels do not resample it."""
+def moved(image: Image.Image, warp: Warp) -> Image.Image:
+    """The after image as the before image lies; black where it has no pixels then. Shifts by whole
+    pixels do not resample it."""
     if warp.still:
         return image
     _, _, x, _, _, y, _, _ = warp.numbers
     whole = warp == shifted(warp.size, round(x), round(y))
     how = Image.Resampling.NEAREST if whole else Image.Resampling.BICUBIC
-    return image.transform(
-        image.size, Image.Transform.PERSPECTIVE, warp.numbers, how, fillcolor=outside
-    )
+    return image.transform(image.size, Image.Transform.PERSPECTIVE, warp.numbers, how)
 
 
 def find_homography(before: Image.Image, after: Image.Image) -> Warp | None:

@@ -253,6 +253,7 @@ def test_a_warp_is_told_in_words():
     assert str(warp_of(-2.5, 1.1, 7, -4.6, 0, 0)) == (
         "(+7, -4.5) pixels, turned by -2.5°, 1.10 times as large"
     )
+    assert str(warp_of(0, 1, 0, 0, 0, 1e-4)) == "(+0, +0) pixels, slanted"
     assert str(shifted_by((9, 9), -0.5, 0)) == "(-0.5, +0) pixels"
     assert warp_of(90, 1, 0, 0, 0, 0).most == pytest.approx(256)
     assert Warp((3, 4)).still and Warp((3, 4)).most == 0
