@@ -277,25 +277,30 @@ def _clip(file: Contents, whole: str) -> Part:
 def _open_clip(file: Contents, whole: str, pooled: bool = False) -> Part:
     """SD 2.x uses the penultimate layer alone, so the last one is dropped; SDXL, which uses the
     `pooled` state too, needs it. A file converted from the diffusers layout lacks SD 2.x's last
-    layer and its text projection.
+    layer and its text projection; in 2023, that of SDXL kept its name and was not transposed.
     """
     prefix = f"{whole}model."
     layer = f"{prefix}transformer.resblocks.{{}}."
     layers, projection = file.number(f"{layer}ln_1.weight"), f"{prefix}text_projection"
     if not pooled and (layers == 24 or (layers != 23 and projection in file.shapes)):
         layers -= 1
+    linear = f"{projection}.weight"
+    is_linear = linear in file.shapes
+    names = OPEN_CLIP_NAMES[:-1] if is_linear else OPEN_CLIP_NAMES
     config = {
         **_text_config(file, prefix, "token_embedding.weight", "positional_embedding"),
         "architectures": ["CLIPTextModelWithProjection" if pooled else "CLIPTextModel"],
         "intermediate_size": file.size(f"{layer.format(0)}mlp.c_fc.weight", 0),
         "num_hidden_layers": layers,
         "hidden_act": "gelu",
-        **({"projection_dim": file.size(projection, 1)} if pooled else {}),
     }
+    if pooled:
+        size = file.size(linear, 0) if is_linear else file.size(projection, 1)
+        config["projection_dim"] = size
 
     def name(key: str) -> str:
         key = key.removeprefix("text_model.")
-        for pattern, new in OPEN_CLIP_NAMES:
+        for pattern, new in names:
             key = re.sub(pattern, new, key)
         return prefix + key
 

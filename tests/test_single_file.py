@@ -213,6 +213,19 @@ def test_open_clip_made_from_diffusers_layout(roots, tmp_path):
     assert_same(contents(file, roots["sd2"]), contents(roots["sd2"]))
 
 
+def test_xl_made_from_diffusers_layout(roots, tmp_path):
+    """Its script's files of 2023 keep the text projection as it is there, which ComfyUI reads."""
+    key, state = f"{single_file.XL_TEXT_2}model.text_projection", original(roots["xl"])
+    state[f"{key}.weight"] = state.pop(key).T
+    file = write_single(tmp_path / "x.safetensors", state)
+    tokens = roots["xl"] / "tokenizer"
+    assert_same(contents(file, tokens), contents(roots["xl"]))
+    write_single(file, state | {f"{key}.weight": state[f"{key}.weight"][:, :-1]})
+    assert f"{key}.weight with shape (40, 47); the rest of the file" in refusal(
+        load_text, file, tokenizer=tokens
+    )
+
+
 @pytest.mark.parametrize("names", ["q k v proj_out", "to_q to_k to_v to_out.0"])
 @pytest.mark.parametrize("linear", [False, True])
 def test_the_autoencoders_attention(state, sd, tmp_path, names, linear):
