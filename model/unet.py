@@ -37,7 +37,10 @@ KNOWN = {
     "addition_time_embed_dim": None,
     "projection_class_embeddings_input_dim": None,
     "sample_size": None,  # the training resolution in latents; no effect on the network
-}
+    # diffusers' EMAModel adds how it averaged: no effect either
+    **dict.fromkeys(("decay", "min_decay", "optimization_step", "update_after_step",
+                     "use_ema_warmup", "inv_gamma", "power")),
+}  # fmt: skip
 
 NEUTRAL = {
     "center_input_sample": (False,),

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
@@ -226,6 +227,16 @@ def test_a_text_encoders_options_that_shape_nothing_are_not_read(root, sd1):
             "use_cache": "x", "attn_implementation": 7, "projection_dim": 768}  # fmt: skip
     write_json(path, json.loads(path.read_text()) | more)
     assert torch.equal(load_text(root).context(["a lake"]), load_text(sd1).context(["a lake"]))
+
+
+def test_an_average_of_diffusers_trainings(root, sd1):
+    """EMAModel notes in the UNet's config.json how it was averaged, which changes nothing."""
+    theirs = UNet2DConditionModel.from_pretrained(root, subfolder="unet")
+    EMAModel(
+        theirs.parameters(), model_cls=UNet2DConditionModel, model_config=theirs.config
+    ).save_pretrained(root / "unet")
+    assert "inv_gamma" in json.loads((root / "unet" / "config.json").read_text())
+    assert_same(load_unet(root).state_dict(), load_unet(sd1).state_dict())
 
 
 def test_components_alone(root, plain):
