@@ -16,8 +16,6 @@ from torch import Tensor
 
 # diffusers' schedulers whose noise is not that of betas: EDM (Karras et al. 2022) and flow matching
 OTHER_NOISE = ("EDM", "FlowMatch", "CosineDPM", "KarrasVe", "ScoreSde", "CMStochastic")
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-SPACINGS = ("leading", "linspace", "trailing")
 
 
 def make_betas(kind: str, start: float, end: float, steps: int) -> Tensor:
@@ -51,10 +49,16 @@ RANGES = {  # of the numbers in a scheduler config; integers if the bounds are
     "steps_offset": (0, 100_000),
     "clip_sample_range": (0.0, 1e6),
 }
+CHOICES = {
+    "prediction_type": ("epsilon", "v_prediction", "sample"),
+    "timestep_spacing": ("leading", "linspace", "trailing"),
+    "variance_type": ("fixed_small",),
+    "thresholding": (False,),  # is for pixels
+}
 
 
 def _check(known: dict) -> None:
-    """ValueError for a value of the wrong type or out of range."""
+    """ValueError for a value that is of the wrong type, out of range or not supported."""
     for key, (low, high) in RANGES.items():
         kinds = (int,) if isinstance(low, int) else (int, float)
         value = known.get(key, low)
@@ -64,6 +68,10 @@ def _check(known: dict) -> None:
     for key in ("set_alpha_to_one", "clip_sample", "thresholding", "rescale_betas_zero_snr"):
         if type(known.get(key, True)) is not bool:
             problem = f"{key}={str(known[key])[:60]!r}; expected true or false"
+            raise ValueError(f"scheduler config has {problem}")
+    for key, choices in CHOICES.items():
+        if known.get(key, choices[0]) not in choices:
+            problem = f"{key}={str(known[key])[:60]!r}; expected {' or '.join(map(str, choices))}"
             raise ValueError(f"scheduler config has {problem}")
 
 
@@ -88,29 +96,9 @@ class Schedule:
         """
         known = {key: value for key, value in config.items() if value is not None}
         name = known.get("_class_name", "DDIMScheduler")
-        _check(known)
         if str(name).startswith(OTHER_NOISE) or known.get("use_flow_sigmas"):
             raise ValueError(f"scheduler config is of {name}; expected one of a DDPM's noise")
-        if known.get("thresholding"):
-            raise ValueError(
-                "scheduler config has thresholding=true, which is not supported for latents"
-            )
-        if known.get("variance_type", "fixed_small") != "fixed_small":
-            raise ValueError(
-                f"scheduler config has variance_type={known['variance_type']!r}; "
-                "only 'fixed_small' is supported"
-            )
-        prediction_type = known.get("prediction_type", "epsilon")
-        if prediction_type not in PREDICTION_TYPES:
-            raise ValueError(
-                f"scheduler config has prediction_type={prediction_type!r}; "
-                f"expected one of {', '.join(PREDICTION_TYPES)}"
-            )
-        spacing = known.get("timestep_spacing")
-        if spacing not in (None, *SPACINGS):
-            raise ValueError(
-                f"scheduler config has timestep_spacing={spacing!r}; expected one of {SPACINGS}"
-            )
+        _check(known)
         if "trained_betas" in known:
             try:
                 betas = torch.tensor(known["trained_betas"], dtype=torch.float64)
@@ -136,8 +124,8 @@ class Schedule:
             betas = zero_terminal_snr(betas)
         return cls(
             alphas_cumprod=(1 - betas).cumprod(0),
-            prediction_type=prediction_type,
-            timestep_spacing=spacing,
+            prediction_type=known.get("prediction_type", "epsilon"),
+            timestep_spacing=known.get("timestep_spacing"),
             steps_offset=known.get("steps_offset", 0),
             set_alpha_to_one=known.get("set_alpha_to_one", name != "PNDMScheduler"),
             clip_sample=known.get("clip_sample", name in ("DDIMScheduler", "DDPMScheduler")),
