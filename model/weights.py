@@ -171,8 +171,9 @@ def load_scheduler_config(
     """scheduler/scheduler_config.json, for `Schedule.from_config`.
 
     `prediction_type` overrides the file's. Latents are not clipped and steps_offset is 1, whatever
-    the file says: diffusers' pipelines for Stable Diffusion set both (samplers saved with other
-    models have defaults for pixels).
+    the file says: diffusers' pipelines for Stable Diffusion 1.x and 2.x set both (samplers saved
+    with other models have defaults for pixels). Its pipeline for SDXL believes the file, which is
+    published with the same.
     """
     if path := single_file(name_or_path):
         return single_file_scheduler(path, prediction_type)
