@@ -348,7 +348,8 @@ def scheduler_config(path: Path, prediction_type: str | None = None) -> dict:
 
     The file may name its prediction type, by a key `v_pred` or in its metadata (ModelSpec). If not,
     SD 1.x and SDXL predict ε; SD 2.x may be either, and the standard deviation of one bias
-    distinguishes the published files (ComfyUI's rule): a guess, with a warning.
+    distinguishes the published files (ComfyUI's rule): a guess, with a warning. A file that
+    predicts v may name its zero terminal SNR, by a key `ztsnr`; sampling then begins there.
     """
     file = _read(path)
     _part_of(file, UNET, "UNet")
@@ -367,8 +368,10 @@ def scheduler_config(path: Path, prediction_type: str | None = None) -> dict:
             "set --prediction_type to be sure",
             stacklevel=2,
         )
-    spacing = {"timestep_spacing": "leading"} if file.is_xl else {}
-    return spacing | {
+    # with ε alone there is no x_0 where nothing of it is left in x_t
+    zero = "ztsnr" in file.shapes and prediction_type == "v_prediction"
+    spacing = "trailing" if zero else "leading" if file.is_xl else None
+    return {
         "_class_name": "PNDMScheduler",
         "num_train_timesteps": 1000,
         "beta_schedule": "scaled_linear",
@@ -378,6 +381,7 @@ def scheduler_config(path: Path, prediction_type: str | None = None) -> dict:
         "steps_offset": 1,
         "clip_sample": False,
         "skip_prk_steps": True,
+        "timestep_spacing": spacing,
         "prediction_type": prediction_type or "epsilon",
-        "rescale_betas_zero_snr": "ztsnr" in file.shapes,
+        "rescale_betas_zero_snr": zero,
     }

@@ -28,6 +28,7 @@ import train
 from config import TrainConfig
 from model import single_file, text_weights
 from model.lora_files import LORA_FILE, read_lora
+from model.samplers import timesteps
 from model.schedule import Schedule
 from model.unet import UNet
 from model.vae import VAE
@@ -580,6 +581,9 @@ def test_the_schedule(sd, file, state, tmp_path):
     write_single(file, state | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)})
     zero = Schedule.from_config(load_scheduler_config(file))
     assert zero.alphas_cumprod[-1] == 0 and zero.prediction_type == "v_prediction"
+    assert timesteps(zero, 30, zero.timestep_spacing)[0] == 999  # where alone nothing is left
+    write_single(file, state | {"ztsnr": torch.zeros(0)})  # ε leaves x_0 open there: not read
+    assert Schedule.from_config(load_scheduler_config(file)).fingerprint() == ours.fingerprint()
     assert load_scheduler_config(sd, prediction_type="v_prediction")["prediction_type"][0] == "v"
 
 
