@@ -15,7 +15,8 @@ MIN_PEAK = 12.5  # standard deviations
 MIN_RATIO = 2.0  # over the second peak
 # Of 700 pairs that had been turned, scaled and seen from elsewhere, one was wrong of those with
 # three quarters that agree, 6 of 52 of those with fewer.
-MIN_QUARTERS, MAX_GAP = 3, 0.5  # pixels of an image of 512 at most
+MIN_QUARTERS, MAX_GAP = 3, 0.5  # pixels
+MIN_SIDE, QUARTERED = 32, 512  # pixels: of what is correlated, and of the image that is quartered
 MIN_MOVE = 1  # pixel, of what is told to be moved: half of one may be an error of measurement
 # what is said of images that have been moved
 STILL_MOVED = "--align has not undone it: do parts of them move by themselves?"
@@ -82,7 +83,8 @@ def find_warp(before: Image.Image, after: Image.Image) -> Warp | None:
     if shift is not None:
         way = shifted(after.size, *shift)
         gap = _gap(before, after, way)
-    if gap == 0:
+    too_small = min(after.size) * min(1, QUARTERED / max(after.size)) < 2 * MIN_SIDE
+    if gap == 0 or too_small:
         return way
     other = find_homography(before, after)
     its = np.inf if other is None else _gap(before, after, other)
@@ -102,11 +104,11 @@ def most_moved(pairs: Mapping[str, Sequence[Image.Image]]) -> str | None:
 
 
 def _gap(before: Image.Image, after: Image.Image, warp: Warp) -> float:
-    """The largest shift of the four quarters once the after image is moved, in pixels of 512 at
-    most; inf if that of fewer than MIN_QUARTERS can be told."""
+    """The largest shift of the four quarters once the after image is moved, in pixels of QUARTERED
+    at most; inf if that of fewer than MIN_QUARTERS can be told."""
     small = [before.convert("L"), moved(after.convert("L"), warp)]
     for image in small:
-        image.thumbnail((512, 512), Image.Resampling.BILINEAR)
+        image.thumbnail((QUARTERED, QUARTERED), Image.Resampling.BILINEAR)
     width, height = (n // 2 for n in small[0].size)
     found = []
     for x, y in ((0, 0), (width, 0), (0, height), (width, height)):
@@ -126,7 +128,7 @@ def _correlated(before: Image.Image, after: Image.Image, side: int) -> Shift | N
     small = [before.copy(), after.copy()]
     for image in small:
         image.thumbnail((side, side), Image.Resampling.BILINEAR)
-    if min(small[0].size) < 32:  # the 13 px neighbourhood would be most of it
+    if min(small[0].size) < MIN_SIDE:  # the 13 px neighbourhood would be most of it
         return None
     cross = np.conj(np.fft.fft2(_edges(small[0]))) * np.fft.fft2(_edges(small[1]))
     # not fully whitened: the phase of a weak frequency is noise

@@ -267,6 +267,13 @@ def test_what_lies_right_or_is_of_another_place_is_not_warped(seed):
     assert find_warp(before, Image.new("RGB", (256, 256))) is None
 
 
+@pytest.mark.parametrize("size", [(1, 1), (40, 40), (2, 900), (3000, 70), (63, 64), (64, 520)])
+def test_images_too_small_to_be_quartered_are_at_most_shifted(size):
+    before = picture(0, size)
+    found = find_warp(before, before.rotate(3))
+    assert found is None or found == shifted_by(size, *found.numbers[2::3][:2])
+
+
 def test_images_of_which_one_part_moved_by_itself_are_not_warped():
     """No homography makes all quarters fit."""
     scene = picture(1, (320, 320))
