@@ -1,6 +1,7 @@
 """The two images that a morph goes between, as its networks see them."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from pairing.aligning import moved_hole, warp_between
 from pairing.colours import colour_profile, in_srgb
+from pairing.darkness import dark, range_for
 from pairing.holes import filled, holes_of, kept, union
-from pairing.images import Reading, by, load_image, to_tensor
+from pairing.images import Reading, by, is_deep_file, load_image, to_tensor
 from pairing.registration import MAX_ASPECT, aspect_gap
 from pairing.warping import Warp, moved
 
@@ -43,6 +45,9 @@ def load_ends(
         raise ValueError(
             f"--after, {by(b)}, would be {by(size)} at --resolution {short}, which is too large"
         )
+    shades = [dark(file, image) for file, image in zip(files, images) if is_deep_file(file)]
+    if not how.value_range and (dim := range_for(shades)):
+        warnings.warn(dim, stacklevel=2)
     holes = [holes_of(file, how, image) for file, image in zip(files, images)]
     warp = warp_between(images, holes) if align else Warp(b)
     if align:

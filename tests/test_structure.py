@@ -165,8 +165,8 @@ ARROWS = {
         "model.objectives", "model.pipeline",
     ],
     "editing.ends": [
-        "pairing.aligning", "pairing.colours", "pairing.holes", "pairing.images",
-        "pairing.registration", "pairing.warping",
+        "pairing.aligning", "pairing.colours", "pairing.darkness", "pairing.holes",
+        "pairing.images", "pairing.registration", "pairing.warping",
     ],
     "editing.between": [
         "durable", "editing.config", "editing.edits", "editing.ends", "editing.flags",

@@ -284,6 +284,8 @@ def test_uses_read_images_as_the_training_did(pairs, sd1, capsys):
     assert "1 of 1 images looked at are nearly black" in capsys.readouterr().err
     morph = ["morph", "--lora", str(lora), "--before", str(before), "--frames", "2",
              "--after", str(pairs / "after" / "a.tif")]  # fmt: skip
+    assert sample.main([*morph, "--out", str(pairs / "bare morph"), "--lora", str(bare)]) == 0
+    assert "2 of 2 images looked at are nearly black" in capsys.readouterr().err
     asked = [], ["--value_range", "0", "65535"]
     for k, (more, want) in enumerate(zip(asked, (scaled(stored), np.rint(stored / 257)))):
         assert sample.main([*edit, "--out", str(pairs / f"edit{k}"), *more]) == 0
