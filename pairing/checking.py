@@ -182,8 +182,9 @@ def check(
         first, *twins = same
         report.note("identical {} images", *twins, detail=f"= {first}", word=label)
     sizes = report.sizes
-    span = " to ".join(dict.fromkeys(by(f(sizes)) for f in (min, max))) if sizes else "none read"
-    report.counts.append(("pairs", f"{report.usable} of {places.pairs} usable, {span} pixels"))
+    span = " to ".join(dict.fromkeys(by(f(sizes)) for f in (min, max) if sizes))
+    sized = f", {span} pixels" if sizes else ""
+    report.counts.append(("pairs", f"{report.usable} of {places.pairs} usable{sized}"))
     untold = "; the others are too small or changed too much"
     rest = untold if report.measured < report.usable else ""
     report.counts.append(("registration", f"measured on {report.measured} of them{rest}"))

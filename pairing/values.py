@@ -84,7 +84,7 @@ def deep_grey(image: Image.Image, tags: Mapping, value_range: Range | None = Non
         if image.mode == "F":
             raise ValueError(
                 f"its values are floats, {low:g} to {high:g}, and nothing says what is black and "
-                "white: give --value_range, such as 0 1"
+                "white: give a --value_range for all images"
             )
         value_range = 0, 4095 if tags.get(258) == (12,) else 65535
         if not (low >= 0 and high <= value_range[1]):

@@ -1057,6 +1057,7 @@ def test_all_broken_is_reported_and_status_2(folders, tmp_path, capsys):
     captured = capsys.readouterr()
     assert "files that cannot be read: 1" in captured.out
     assert captured.err == "check_data.py: no usable pairs, see the problems above\n"
+    assert "0 of 1 usable\n" in captured.out
 
 
 # ---- sequences and clips -------------------------------------------------------------------------
