@@ -742,9 +742,15 @@ def init_lora(lab, patch):
     stops(f"--init_lora {start} adapts down_blocks.0", init_lora=start,
           lora_targets="conv_in")(lab, patch)  # fmt: skip
     stops(
-        "which --lora_targets leaves out; it was trained with --lora_targets attn,ff",
+        "which --lora_targets leaves out; those of its layers are --lora_targets attn,ff",
         init_lora=other_lora(lab, lora_targets="attn,ff"),
         lora_targets="attn",
+    )(lab, patch)
+    stops(
+        "adapts conv_out, which --lora_targets leaves out; "
+        "those of its layers are --lora_targets attn,conv_out",
+        init_lora=str(lab.run(pair_objective="delta")),
+        pair_objective="after",
     )(lab, patch)
     stops("train that as well, with --train_text_encoder",
           init_lora=words)(lab, patch)  # fmt: skip

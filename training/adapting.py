@@ -33,7 +33,7 @@ from model.lora_files import (
 )
 from model.lora_targets import layer_ranks
 from model.memory import flatten
-from model.objectives import Objective
+from model.objectives import OBJECTIVES, Objective
 from model.optim import adamw, eight_bit_adamw, learning_rate
 from model.text import TextEncoder
 from model.unet import UNet
@@ -48,7 +48,7 @@ class Given(NamedTuple):
     start: dict  # --init_lora: the initial weights
     text: dict  # of its text encoders: what is trained there besides attention
     start_sha256: str | None  # of its file
-    start_targets: str | None  # --lora_targets of its run, if the file says so
+    start_targets: str | None  # --lora_targets that hold its layers, if the file says so
 
     def put_under(
         self, cfg: TrainConfig, *, unet: UNet | None = None, text: TextEncoder | None = None
@@ -85,6 +85,8 @@ def read_given(cfg: TrainConfig, checkpoint: Path | None) -> Given:
     of_text = {part: factors for part, factors in trained.items() if part != "unet"}
     if not (isinstance(targets, str) and targets.isprintable() and len(targets) <= 200):
         targets = None  # the file may come from anyone
+    elif (objective := meta.get("objective")) in OBJECTIVES:
+        targets = ",".join([targets, *OBJECTIVES[objective].needs])
     return Given(under, under_at, start, of_text, sha256, targets)
 
 
@@ -116,7 +118,7 @@ def prepare(cfg: TrainConfig, unet: UNet, given: Given, objective: Objective) ->
     if (other := of_other_family(given.start, unet)) and not start.keys() <= ranks.keys():
         raise ValueError(f"{what}: {other}")
     there = given.start_targets
-    hint = f"; it was trained with --lora_targets {shlex.quote(there)}" if there else ""
+    hint = f"; those of its layers are --lora_targets {shlex.quote(there)}" if there else ""
     refuse_untrained(start, ranks, what, hint)
 
 
