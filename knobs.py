@@ -55,6 +55,14 @@ WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "
 LISTS = {float: "a list of numbers", str: "a list of texts"}
 
 
+def spelt(name: str, value: object) -> str:
+    """The flag that gives a field this value, as it is typed."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    values = value if isinstance(value, list | tuple) else [value]
+    return " ".join([f"--{name}", *map(str, values)])
+
+
 def kind_of(hint) -> type:
     """The type of a field, which may be None besides."""
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)

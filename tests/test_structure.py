@@ -170,7 +170,7 @@ ARROWS = {
     ],
     "editing.between": [
         "durable", "editing.config", "editing.edits", "editing.ends", "editing.flags",
-        "editing.framing", "editing.inputs", "model.lora_files", "model.morph",
+        "editing.framing", "editing.inputs", "knobs", "model.lora_files", "model.morph",
         "model.objectives", "model.pipeline", "model.predict", "model.samplers", "pairing.colours",
         "pairing.holes", "pairing.images", "pairing.sheet", "progress", "reporting.measures",
     ],
