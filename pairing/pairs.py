@@ -49,9 +49,24 @@ class Pair:
 def find_images(folder: Path | str, flag: str = "--instance_data_dir") -> list[Path]:
     """Image files at any depth except hidden ones, sorted by relative path.
 
+    Of a folder of results of sample.py only the results.
     FileNotFoundError and NotADirectoryError name `flag` and the path; ValueError: too many links.
     """
-    return [path for path in _files(folder, flag) if path.suffix.lower() in SUFFIXES]
+    found = [path for path in _files(folder, flag) if path.suffix.lower() in SUFFIXES]
+    views = _views(found, Path(folder))
+    return [path for path in found if path not in views]
+
+
+def _views(found: list[Path], root: Path) -> set[Path]:
+    """The images that sample.py drew of several of its results, in a folder that it wrote."""
+    if (root / "morph.json").exists():
+        return {root / "strip.png"}
+    if not (root / "sample.json").exists():
+        return set()
+    ends = "_strip.png", ".gif"  # written together
+    strips = [path for path in found if path.name.endswith(ends[0])]
+    films = {path: path.with_name(path.name.removesuffix(ends[0]) + ends[1]) for path in strips}
+    return {root / "sheet.png"} | {path for path, film in films.items() if film.exists()}
 
 
 def left_out(folder: Path | str, flag: str) -> list[Path]:

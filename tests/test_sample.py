@@ -31,6 +31,7 @@ from model.unet import UNet
 from model.vae import VAE
 from model.weights import load_text, load_unet, load_vae, save_lora
 from pairing.images import load_image, to_image, to_tensor
+from pairing.pairs import find_images
 from tests.checkpoints import make_checkpoint
 from training.watching import ValidationPairs, Watch
 
@@ -300,6 +301,22 @@ def test_edit_writes_one_png_per_input_of_its_size(tmp_path, sd1, images, object
     for name in ("a.png", "deep/ü 1.png", "b.png"):
         source = next(images.glob(name.replace(".png", ".*")))
         assert Image.open(tmp_path / "out" / name).size == Image.open(source).size
+
+
+def test_results_are_edited_again_without_their_sheet_and_strips(tmp_path, sd1, images):
+    """But a strip that is none of ours is an image as any."""
+    Image.new("RGB", (32, 16), "#c08040").save(images / "deep" / "road_strip.png")
+    lora = write_lora(tmp_path / "run", sd1)
+    first, second = tmp_path / "first", tmp_path / "second"
+    run("edit", "--lora", lora, "--input", images, "--out", first, "--strengths", "0.5,1")
+    run("edit", "--lora", lora, "--input", first, "--out", second)
+    stems = ("a", "b", "deep/ü 1", "deep/road_strip")
+    results = {f"{stem}_s{s}.png" for stem in stems for s in ("0.5", "1")}
+    written = {str(path.relative_to(second)) for path in second.rglob("*.png")}
+    assert written == results | {"sheet.png"}
+    run("morph", "--model", sd1, "--before", images / "a.png", "--after", images / "a.png",
+        "--method", "blend", "--frames", "2", "--out", tmp_path / "clips" / "m")  # fmt: skip
+    assert [path.name for path in find_images(tmp_path / "clips" / "m")] == ["000.png", "001.png"]
 
 
 def test_a_sheet_holds_no_image_larger_than_it_shows(tmp_path, sd1, monkeypatch):
