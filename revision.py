@@ -11,7 +11,6 @@ import platform
 import re
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -30,9 +29,12 @@ def code() -> dict[str, str]:
     """The files that this process has imported and a step depends on: 12 hex digits of each one's
     sha256."""
     files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
-    real = cache(os.path.realpath)  # thousands of modules are in a few hundred folders
-    paths = [Path(real(os.path.dirname(file)), os.path.basename(file)) for file in files if file]
-    names = sorted({p.relative_to(ROOT).as_posix() for p in paths if p.is_relative_to(ROOT)})
+    split = [os.path.split(file) for file in files if file]
+    # thousands of modules are in a few hundred folders, and ours in a few of these
+    real = {there: Path(os.path.realpath(there)) for there in {there for there, _ in split}}
+    ours = {there: path for there, path in real.items() if path.is_relative_to(ROOT)}
+    paths = {ours[there] / name for there, name in split if there in ours}
+    names = sorted(path.relative_to(ROOT).as_posix() for path in paths)
     return {name: sha for name in names if name.startswith(STEPS) and (sha := _sha256(name))}
 
 

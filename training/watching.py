@@ -85,7 +85,10 @@ class Watch:
                     warnings.warn(f"out of memory: no {what} at step {done}", stacklevel=2)
 
     def judge(self, done: int, run: Run) -> None:
-        if self.held_out.pairs:
+        if not self.held_out.pairs:
+            return
+        # no decorator of `held_out_loss`, with which this module imports torch's compiler
+        with torch.compiler.set_stance("force_eager"):
             run.log("eval", step=done, **self.held_out_loss())
 
     def show(self, done: int, run: Run) -> None:
@@ -160,7 +163,6 @@ class Watch:
         write_json(folder / "strengths.json", {"strengths": STRENGTHS, "images": images})
 
     @torch.no_grad()
-    @torch.compiler.set_stance("force_eager")
     def held_out_loss(self) -> dict:
         """The loss on held-out pairs, with the same noise every time; `loss_by_t`: in ten even bins
         of the drawn t, which the objective maps to the timesteps it asks at."""
