@@ -143,11 +143,11 @@ def test_rows_of_small_weights_keep_their_levels(dtype, std):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("int8", [False, True])
-def test_it_compiles_in_one_graph(sd1, int8):
+def test_a_block_compiles_in_one_graph(sd1, int8):
     unet = adapted(sd1)
     freeze(unet, int8=int8)
     expected = step(unet)
-    unet.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    compile_blocks(unet.up_blocks[-1], backend="aot_eager")  # of every kind of layer some
     for got, wanted in zip(step(unet), expected):
         assert off(got, wanted) < 1e-9
 

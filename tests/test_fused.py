@@ -10,6 +10,7 @@ from bench.turns import fused
 from model import lora
 from model.frozen import freeze
 from model.fused import MOST_RANK, adapted, can_fuse, failing
+from model.graph import compile_blocks
 from model.lora import Factors, attach, fix, inject, keep_strength, lora_layers, merge, set_strength
 from model.memory import LEVELS, checkpoint_activations
 from model.weights import load_unet
@@ -58,8 +59,8 @@ def test_a_unet_is_the_same_with_it(sd1, calls, how):
         inject(unet, "attn,ff,conv", rank=4, alpha=2.0, generator=torch.Generator().manual_seed(0))
         trained(unet).lora_adapters.fused = on
         checkpoint_activations(unet, LEVELS.get(how, ()), keep_strength(unet))
-        if how == "compiled":
-            unet.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+        if how == "compiled":  # of every kind of layer some
+            compile_blocks(unet.up_blocks[-1], backend="aot_eager")
         set_strength(unet, torch.tensor([1.0, -0.5, 0.0]))
         out = unet(*batch())
         out.square().sum().backward()

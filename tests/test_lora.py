@@ -11,6 +11,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from model.graph import compile_blocks
 from model.lora import (
     adapter_factors,
     attach,
@@ -235,8 +236,8 @@ def test_factors_cast_together_are_the_same_to_the_bit(sd1, how):
         other = torch.nn.Parameter(torch.ones(3))
         flat = flatten([*(p for m in layers for p in (m.lora_A, m.lora_B)), other])
         checkpoint_activations(unet, LEVELS.get(how, ()), keep_strength(unet))
-        if how == "compiled":
-            unet.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+        if how == "compiled":  # of every kind of layer some
+            compile_blocks(unet.up_blocks[-1], backend="aot_eager")
         x_t, t, ctx = batch(torch.bfloat16)
         set_strength(unet, torch.tensor([1.0, -0.5, 0.0]))
         for _ in range(2):  # as micro-batches do

@@ -404,18 +404,17 @@ def test_gradient_checkpointing_computes_again_at_the_strength_of_the_forward(co
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "more",
-    [{"pair_objective": "delta"}, {"pair_objective": "slider", "gradient_checkpointing": True}],
-)
-def test_compiled_equals_eager(config, more, monkeypatch):
-    """Every block without a break in its graph, the strength an input of it, keys unchanged.
+def test_compiled_equals_eager(config, pairs, monkeypatch):
+    """Every block without a break in its graph, the strength an input of it, keys unchanged; also
+    where activations are made again, and where the base is asked, without a LoRA.
 
     With the backend that runs the captured graph as it is: generating code for a UNet takes minutes
     on a CPU, and is tried on one block in test_lora.py.
     """
     monkeypatch.setattr(loop, "compile_blocks", partial(compile_blocks, backend="aot_eager"))
-    cfg = replace(config, max_train_steps=3, num_validation_images=1, **more)
+    base_asked = {"mask_dir": str(pairs / "mask"), "preserve_weight": 1.0}
+    cfg = replace(config, max_train_steps=3, num_validation_images=1, pair_objective="slider",
+                  gradient_checkpointing=True, **base_asked)  # fmt: skip
     runs = [
         train(replace(cfg, compile=on, output_dir=f"{cfg.output_dir}{on}")) for on in (False, True)
     ]
