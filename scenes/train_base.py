@@ -53,6 +53,7 @@ class Recipe(NamedTuple):
     unet_batch: int = 32
     lr: float = 1e-3
     held_out: int = 128  # scenes of the card's figures
+    held_out_draws: int = 32  # batches of these that its loss is the mean of
     sheet_steps: int = 30  # DDIM steps of samples.png
 
 
@@ -274,7 +275,8 @@ def train_base(args: argparse.Namespace) -> Path:
         seed=1, size=64, device=device,
     )  # fmt: skip
     with torch.no_grad():
-        held_out_loss = sum(loss(step).item() for step in range(32)) / 32
+        draws = range(RECIPE.held_out_draws)
+        held_out_loss = sum(loss(step).item() for step in draws) / len(draws)
     ran = revision()
     networks = {"vae": vae, "unet": unet, "text_encoder": clip}
     facts = RECIPE._asdict() | {

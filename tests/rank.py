@@ -1,4 +1,4 @@
-"""One rank of a training to which something happens: what torchrun starts in test_ranks.py.
+"""One rank of a training to which something happens: what test_ranks.py starts.
 
 HAPPENS="1 4 KILL": rank 1 gets SIGKILL before the fifth step, if torchrun has not started it again.
 KEPT=DIR: every rank leaves its weights there, DIR/0 and DIR/1, at its end.
@@ -30,12 +30,16 @@ def adamw(param, **settings):
     return usual_adamw(param, **settings)
 
 
-if __name__ == "__main__":
+def main(argv: list[str]) -> int:
     if torch.cuda.device_count() == 1:  # shared by all
         os.environ["LOCAL_RANK"] = "0"
     train.draw = draw if "HAPPENS" in os.environ else usual_draw
     adapting.adamw = adamw
-    status = train.main(sys.argv[1:])
+    status = train.main(argv)
     if kept := os.environ.get("KEPT"):
         Path(kept, os.environ["RANK"]).write_bytes(flat[0].detach().cpu().numpy().tobytes())
-    raise SystemExit(status)
+    return status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

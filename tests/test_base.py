@@ -16,7 +16,7 @@ from scenes.train_base import Recipe, posterior, whiten
 from scenes.world import CHANGES
 from tests.checkpoints import read_state, weights_file
 
-SMALL = Recipe(images=24, vae_batch=2, unet_batch=2, held_out=2, sheet_steps=2)
+SMALL = Recipe(images=24, vae_batch=2, unet_batch=2, held_out=2, held_out_draws=2, sheet_steps=2)
 
 
 @pytest.fixture(autouse=True)

@@ -105,7 +105,7 @@ def there_and_back(monkeypatch):
 def test_the_page_s_objective_is_one(there_and_back, sd1, pairs, tmp_path):
     """Its LoRA makes the change at 1 and takes it back at −1: the latents it was trained on come
     nearer to those of their other sides."""
-    cfg = small(sd1, pairs, tmp_path / "run", pair_objective="there_and_back", max_train_steps=100)
+    cfg = small(sd1, pairs, tmp_path / "run", pair_objective="there_and_back", max_train_steps=50)
     pipe = load_pipeline(None, train(replace(cfg, learning_rate=3e-3, train_batch_size=4)))
     a, b = (
         torch.cat([encode(pipe.vae, to_tensor(load_image(file))[None]) for file in sorted(files)])

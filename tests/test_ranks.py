@@ -25,6 +25,7 @@ from model import weighting
 from model.draws import draw
 from model.lora_files import LORA_FILE
 from model.objectives import OBJECTIVES
+from tests.rank import main as keeping
 from tests.small import rows, small
 from train import train
 from training.adapting import rate
@@ -66,7 +67,9 @@ def column(folder, name="loss", kind="train"):
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_with_the_doubled_batch(config, pairs, tmp_path):
+def test_two_processes_are_one_with_the_doubled_batch(
+    config, pairs, tmp_path, launched, monkeypatch
+):
     """LoRA on the text encoder, masks, class images, accumulation, held-out loss, pictures.
 
     Not to the bit: one product over four images adds up in another order than two over two. The two
@@ -82,10 +85,10 @@ def test_two_processes_are_one_with_the_doubled_batch(config, pairs, tmp_path):
     )  # fmt: skip
     kept = tmp_path / "kept"
     kept.mkdir()
-    done = torchrun(cfg, KEPT=str(kept))
-    assert done.returncode == 0, done.stderr
-    assert len(re.findall("^step 6/6", done.stdout, re.M)) == done.stdout.count("UNet  ") == 1
-    assert "rank" not in done.stderr and "arning" not in done.stderr
+    monkeypatch.setenv("KEPT", str(kept))
+    assert launched(argv(cfg), argv(cfg), main=keeping) == ([0, 0], ["", ""])
+    said = (tmp_path / "out0").read_text()
+    assert len(re.findall("^step 6/6", said, re.M)) == said.count("UNet  ") == 1
     two = Path(cfg.output_dir)
     assert (kept / "0").read_bytes() == (kept / "1").read_bytes()
     assert len(list((tmp_path / "class").iterdir())) == 2
@@ -136,7 +139,9 @@ def make_store() -> dist.TCPStore:
 class Launched:
     """Two ranks of train.py; `ends` waits for them, and gives statuses and what each said."""
 
-    def __init__(self, folder: Path, *commands: list[str], happens=None, store=None):
+    def __init__(
+        self, folder: Path, *commands: list[str], happens=None, store=None, main=loop.main
+    ):
         self.folder, self.children = folder, []
         self.store = store or make_store()
         env = {
@@ -157,7 +162,7 @@ class Launched:
                     os.environ.update(env, RANK=str(rank), LOCAL_RANK=str(rank))
                     if happens:
                         happens(rank)
-                    os._exit(loop.main(command))
+                    os._exit(main(command))
                 except SystemExit as end:
                     os._exit(end.code)
                 except BaseException as error:
