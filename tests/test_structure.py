@@ -352,11 +352,15 @@ for name in sys.argv[1].split(","):
     importlib.import_module(name)
     for was, now in zip(before, state()):
         assert was == now, (name, was, now)
+    # takes a second or two, before --help and a mistake too
+    if not name.startswith("scenes"):
+        assert not {"torch._dynamo", "transformers"} & sys.modules.keys(), name
 """
 
 
 def test_importing_does_nothing(tmp_path):
-    """No output, no seeding, no setting, no device, no file; the references are not there."""
+    """No output, no seeding, no setting, no device, no file; the references are not there. What is
+    slow to import is left to those who use it."""
     env = {"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path)}
     names = [*LIBRARY, *(name for name in SOURCES if name.startswith("scenes"))]
     if not find_spec("triton"):  # torch for a CPU lacks it
