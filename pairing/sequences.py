@@ -27,6 +27,7 @@ from pairing.pairs import (
 )
 
 MAX_FRAMES = 10_000  # of an animated file, whose header may claim any number
+EARLY, LATE = {"before", "pre"}, {"after", "post"}  # words in names
 
 
 def _shares(times: Sequence[float]) -> list[float]:
@@ -135,7 +136,7 @@ def is_clip(file: Path, folder: Path | str) -> bool:
 def clips_in(folder: Path | str) -> dict[str, list[Path | Frame]]:
     """Every clip's frames by its name: sub-folders of frames, sorted by name with numbers compared
     as numbers, or animated GIF, WebP or PNG files. ValueError names a file with more than
-    MAX_FRAMES, or two clips of the same name."""
+    MAX_FRAMES, two clips of the same name, or one whose names say that it runs backwards."""
     root = existing(folder, "--frames_dir")
     clips: dict[str, list[Path | Frame]] = {}
     for entry in sorted(root.iterdir()):
@@ -143,6 +144,12 @@ def clips_in(folder: Path | str) -> dict[str, list[Path | Frame]]:
             continue
         if entry.is_dir():
             name, frames = entry.name, sorted(find_images(entry, "--frames_dir"), key=counted)
+            words = [{*re.findall("[a-z]+", frame.stem.lower())} for frame in frames] or [set()]
+            if LATE & words[0] and EARLY & words[-1]:
+                raise ValueError(
+                    f"--frames_dir: frames are in the order of their names, so that clip "
+                    f"{listed([name])} would begin with {listed([frames[0].name])}: number them"
+                )
         elif is_clip(entry, root):
             if (count := 1 + further_pages(entry)) > MAX_FRAMES:
                 raise ValueError(

@@ -1126,6 +1126,18 @@ def test_a_place_that_lacks_a_state_is_named(tmp_path):
         find_sequences([*dirs, f"{dirs[-1]}/."])
 
 
+def test_a_clip_that_would_run_backwards_by_its_names_is_refused(tmp_path):
+    for name in ("1_pre", "2_during", "3_after", "post-office"):
+        save(picture(0), tmp_path / "right" / f"{name}.png")
+    assert len(find_clips(tmp_path)) == 3
+    for name in ("before", "AFTER"):
+        save(picture(0), tmp_path / "wrong" / f"x {name}.jpg")
+    with pytest.raises(
+        ValueError, match=r"so that clip wrong would begin with x AFTER.jpg: number"
+    ):
+        find_clips(tmp_path)
+
+
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
 def test_clips_are_folders_and_animations_alike(tmp_path, suffix):
     frames = [Image.new("RGB", (8, 8), (50 * i, 50 * i, 50 * i)) for i in range(5)]
