@@ -54,7 +54,7 @@ class Warp(NamedTuple):
         words += [f"turned by {turn:+.1f}°"] * (abs(turn) >= 0.05)
         words += [f"{scale:.2f} times as large"] * (abs(scale - 1) >= 0.005)
         slant = max(map(abs, self.numbers[6:])) * max(self.size)
-        words += ["slanted"] * (slant >= 0.005)
+        words += ["slanted"] * (slant >= 0.02)
         return ", ".join(words)
 
 

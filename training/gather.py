@@ -87,8 +87,8 @@ def gather(cfg: TrainConfig, run: Run | NullRun, ranks: Ranks, device: torch.dev
     if ranks.leads and (warps := [*train.warps.values()]):
         count = sum(not warp.still for warp in warps)
         worst = max(warps, key=lambda warp: warp.most)
-        furthest = f"; the one furthest off was off by {worst}" if count else ""
-        print(f"aligned       {count} of {len(warps)} images looked at are moved{furthest}")
+        furthest = f", the furthest was off by {worst}" if count else ""
+        print(f"aligned       of {len(warps)} images looked at {count} are moved{furthest}")
     meta = lora_metadata(
         cfg,
         task,
