@@ -27,12 +27,14 @@ def contact_sheet(
 ) -> Image.Image:
     """A grid with column titles above and each row's name below it; images keep their aspect.
 
-    A cell is as wide as the longest side of all images, but at most `largest` pixels.
+    All are enlarged or shrunk to the longest side of any, but at most `largest` pixels; a column is
+    as wide as the widest.
     """
-    cell = min(max(max(image.size) for row in rows for image in row), largest)
+    side = min(max(max(image.size) for row in rows for image in row), largest)
     line, gap = 16, 6
-    small = [[ImageOps.contain(image, (cell, cell)) for image in row] for row in rows]
+    small = [[ImageOps.contain(image, (side, side)) for image in row] for row in rows]
     heights = [max(image.height for image in row) for row in small]
+    cell = max(min(side, 96), *(image.width for row in small for image in row))  # 96: its title
     width, height = (
         len(columns) * (cell + gap) + gap,
         sum(heights) + len(rows) * (line + gap) + line,

@@ -893,6 +893,9 @@ def test_a_sheet_s_rows_are_as_high_as_their_images_and_named_in_letters(monkeyp
     wide, tall = Image.new("RGB", (60, 20)), Image.new("RGB", (30, 60))
     made = sheet.contact_sheet([[wide, wide], [tall, wide]], ["x", "y"], ["a", "b"])
     assert made.size == (2 * (60 + 6) + 6, 16 + (20 + 22) + (60 + 22))
+    for width, cell in ((150, 150), (20, 96)):  # no column is narrower than its title
+        one = sheet.contact_sheet([[Image.new("RGB", (width, 300))]], ["x"], ["a"])
+        assert one.size == (cell + 12, 16 + 300 + 22)
     has, asked = {"日": b"sun", "本": b"book", "\U0010fffe": b"none"}, []
 
     class Font:
