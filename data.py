@@ -10,7 +10,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -103,6 +103,7 @@ class PairDataset(torch.utils.data.Dataset):
     change_masks: bool = False  # for pairs without a mask file
     # before images alone, as an edit sees them; what DreamBooth learns is cut out on purpose
     fill_singles: bool = False
+    warps: dict[Path | Frame, Warp] = field(default_factory=dict)  # of states on the first, so far
 
     def __post_init__(self) -> None:
         if not self.pairs:
@@ -117,7 +118,6 @@ class PairDataset(torch.utils.data.Dataset):
                 "#808080"
             ) from None
         self.fill_singles &= self.pairs[0].before is None
-        self.warps: dict[Path | Frame, Warp] = {}  # of states relative to the first, so far
         self.sizes, unequal = [], []
         self.grey = True  # whether all after images are files of grey
         self._opened: tuple[int, dict[str, Image.Image]] = -1, {}  # the last pair's images
@@ -277,7 +277,8 @@ class PairDataset(torch.utils.data.Dataset):
             first = states.pop(pair.before), holes[pair.before]
             for path, image in states.items():
                 image, hole = image or load_image(path, self.reading), holes[path]
-                self.warps[path] = warp_between(*zip(first, (image, hole)))
+                if path not in self.warps:
+                    self.warps[path] = warp_between(*zip(first, (image, hole)))
                 holes[path] = moved_hole(hole, self.warps[path])
         return [*holes.values()]
 

@@ -110,6 +110,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[list[Image.Image]]]:
         native_scale=native,
         reading=reading,
         beside=every,
+        warps={},
     )
     for others in every[1:]:
         same_ground(pairs, others, native)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shlex
 import types
 import typing
 from dataclasses import field
@@ -60,7 +61,7 @@ def spelt(name: str, value: object) -> str:
     if isinstance(value, bool):
         return f"--{name}" if value else f"--no-{name}"
     values = value if isinstance(value, list | tuple) else [value]
-    return " ".join([f"--{name}", *map(str, values)])
+    return shlex.join([f"--{name}", *map(str, values)])
 
 
 def kind_of(hint) -> type:

@@ -4,7 +4,7 @@ on such pairs smears what it should leave as it is (experiments/LOG.md)."""
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from pairing.holes import filled, union
 from pairing.registration import find_warp
@@ -24,5 +24,9 @@ def moved_hole(hole: np.ndarray | None, warp: Warp) -> np.ndarray | None:
     """Where an image has no data, (H, W), once it is `moved`."""
     if warp.still:
         return hole
-    there = np.ones(warp.size[::-1], bool) if hole is None else ~hole
-    return np.asarray(moved(Image.fromarray(np.uint8(255) * there), warp)) < 255
+    there = Image.fromarray(
+        np.uint8(255) * (np.ones(warp.size[::-1], bool) if hole is None else ~hole)
+    )
+    if not warp.whole:  # resampling reaches further than it shows
+        there = there.filter(ImageFilter.MinFilter(3))
+    return np.asarray(moved(there, warp)) < 255

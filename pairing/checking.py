@@ -18,7 +18,7 @@ from pairing.names import Compared, comparable
 from pairing.on_map import elsewhere, frame_on_map
 from pairing.pairs import by_name, find_pairs, not_read, read_caption
 from pairing.registration import MAX_ASPECT, MIN_MOVE, aspect_gap, find_warp, unchanged
-from pairing.sequences import clips_in, find_sequences
+from pairing.sequences import clips_in, find_sequences, runs_backwards
 
 TILE, SHEET_PLACES, SHEET_STATES = 192, 24, 5
 
@@ -30,6 +30,7 @@ VERDICTS = {  # in the order of the report: whether it would stop the training, 
     "names with several files in one folder": (True, KEEP_ONE),
     "{} images without a partner": (True, ADD),
     "clips without a change": (True, "two frames are needed, --frame_stride apart"),
+    "clips that run backwards": (True, "frames are in the order of their names: number them"),
     "pairs without a mask": (True, ADD),
     "images of another shape": (True, "crop them to the frame of the after image"),
     "pairs whose images share no data": (True, "no place has data in both: remove the pair"),
@@ -144,6 +145,9 @@ def by_clip(folder: Path, stride: int, report: Report) -> Places:
     count = sum(map(len, clips.values()))
     report.counts.append(("clips", f"{len(clips)} with {count} frames in {listed([folder])}"))
     report.note("clips without a change", *(n for n, frames in clips.items() if len(frames) < 2))
+    report.note(
+        "clips that run backwards", *(n for n, some in clips.items() if runs_backwards(some))
+    )
     clips = {name: frames for name, frames in clips.items() if len(frames) > 1}
     pairs = sum(len(frames) - 1 for frames in clips.values())
     return Places(clips, lambda i: f"frame {i * stride}", pairs)

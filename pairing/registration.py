@@ -13,8 +13,8 @@ MAX_ASPECT = 0.02  # 768x383 is 768x384 with a row lost; beyond 2 % the framing 
 # up to 1.76. True pairs of other seasons have from 6 and 1.04 to 47 and 4.3.
 MIN_PEAK = 12.5  # standard deviations
 MIN_RATIO = 2.0  # over the second peak
-# Of pairs that had been turned, scaled and slanted one of 709 was wrong of which three quarters or
-# four agree, 10 of 57 of which fewer can be told; none of 1500 unrelated ones gets here.
+# Of 709 homographies on which three or four quarters agree one was wrong, of 57 on which fewer do
+# ten; of 1500 pairs of unrelated images none gets so far.
 MIN_QUARTERS, MAX_GAP = 3, 0.5  # pixels
 MIN_SIDE, QUARTERED = 32, 512  # pixels: of what is correlated, and of the image that is quartered
 MIN_MOVE = 1  # pixel, of what is told to be moved: half of one may be an error of measurement
@@ -76,19 +76,19 @@ def find_shift(before: Image.Image, after: Image.Image) -> Shift | None:
 def find_warp(before: Image.Image, after: Image.Image) -> Warp | None:
     """How the after image, in its pixels, lies on the before image; None: unknown.
 
-    A shift, unless the four quarters of the images say that another homography is nearer.
+    A shift, or that it lies right, unless the quarters of the images say that another homography is
+    nearer.
     """
     before = before.resize(after.size)
-    shift, way, gap = find_shift(before, after), None, np.inf
-    if shift is not None:
-        way = shifted(after.size, *shift)
-        gap = _gap(before, after, way)
-    too_small = min(after.size) * min(1, QUARTERED / max(after.size)) < 2 * MIN_SIDE
-    if gap == 0 or too_small:
-        return way
-    other = find_homography(before, after)
-    its = np.inf if other is None else _gap(before, after, other)
-    return other if its < gap and its <= MAX_GAP else way
+    shift = find_shift(before, after)
+    way = shifted(after.size, *(shift or (0, 0)))
+    gap = _gap(before, after, way)
+    small = min(after.size) * min(1, QUARTERED / max(after.size)) < 2 * MIN_SIDE  # for quarters
+    other = None if gap == 0 or small else find_homography(before, after)
+    differs = other is not None and other.apart(way) >= MIN_MOVE
+    if differs and (its := _gap(before, after, other)) <= MAX_GAP and its < gap:
+        return other
+    return way if shift is not None or gap == 0 else None
 
 
 def most_moved(pairs: Mapping[str, Sequence[Image.Image]]) -> str | None:

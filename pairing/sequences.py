@@ -136,7 +136,7 @@ def is_clip(file: Path, folder: Path | str) -> bool:
 def clips_in(folder: Path | str) -> dict[str, list[Path | Frame]]:
     """Every clip's frames by its name: sub-folders of frames, sorted by name with numbers compared
     as numbers, or animated GIF, WebP or PNG files. ValueError names a file with more than
-    MAX_FRAMES, two clips of the same name, or one whose names say that it runs backwards."""
+    MAX_FRAMES, or two clips of the same name."""
     root = existing(folder, "--frames_dir")
     clips: dict[str, list[Path | Frame]] = {}
     for entry in sorted(root.iterdir()):
@@ -144,12 +144,6 @@ def clips_in(folder: Path | str) -> dict[str, list[Path | Frame]]:
             continue
         if entry.is_dir():
             name, frames = entry.name, sorted(find_images(entry, "--frames_dir"), key=counted)
-            words = [{*re.findall("[a-z]+", frame.stem.lower())} for frame in frames] or [set()]
-            if LATE & words[0] and EARLY & words[-1]:
-                raise ValueError(
-                    f"--frames_dir: frames are in the order of their names, so that clip "
-                    f"{listed([name])} would begin with {listed([frames[0].name])}: number them"
-                )
         elif is_clip(entry, root):
             if (count := 1 + further_pages(entry)) > MAX_FRAMES:
                 raise ValueError(
@@ -170,6 +164,15 @@ def clips_in(folder: Path | str) -> dict[str, list[Path | Frame]]:
     return clips
 
 
+def runs_backwards(frames: Sequence[Path | Frame]) -> bool:
+    """Whether the names of a clip's frames, which are in their order, say so."""
+    words = [
+        {*re.findall("[a-z]+", end.stem.lower())} if isinstance(end, Path) else set()
+        for end in (*frames[:1], *frames[-1:])
+    ]
+    return bool(words) and bool(LATE & words[0] and EARLY & words[1])
+
+
 def find_clips(
     folder: Path | str,
     stride: int = 1,
@@ -180,7 +183,8 @@ def find_clips(
 ) -> list[Pair]:
     """Pairs from the clips in a folder but those to `exclude`: every `stride`-th frame is used; the
     first is the before of all others, and strengths are positions, 0..1, from the first to the last
-    used. Errors as in `clips_in`; ValueError names a clip with fewer than two frames used."""
+    used. Errors as in `clips_in`; ValueError names a clip with fewer than two frames used, or one
+    that runs backwards."""
     clips = {name: some for name, some in clips_in(folder).items() if name not in exclude}
     masks, told = masks_of([*clips], mask_dir, allow_unmatched, exclude)
     pairs = []
@@ -195,6 +199,11 @@ def find_clips(
             raise ValueError(
                 f"--frames_dir: {listed([name])} has {len(frames)} frames, "
                 f"expected at least {stride + 1} at --frame_stride {stride}"
+            )
+        if runs_backwards(frames):
+            raise ValueError(
+                f"--frames_dir: frames are in the order of their names, so that clip "
+                f"{listed([name])} would begin with {listed([frames[0].name])}: number them"
             )
         pairs += _states(name, taken, _shares(range(len(taken))), masks.get(name), told)
     return pairs

@@ -29,10 +29,19 @@ class Warp(NamedTuple):
         return self.numbers == STILL
 
     @property
+    def whole(self) -> bool:
+        """Whether it is a shift by whole pixels, so that nothing is resampled."""
+        return self == shifted(self.size, *map(round, self.numbers[2:6:3]))
+
+    @property
     def most(self) -> float:
-        """The furthest that a corner is moved to the side, up or down, in pixels."""
+        return self.apart(Warp(self.size))
+
+    def apart(self, other: "Warp") -> float:
+        """The furthest that two put a corner apart to the side, up or down, in pixels."""
         corners = [(x, y) for x in (0, self.size[0]) for y in (0, self.size[1])]
-        return max(abs(to - of) for at in corners for to, of in zip(self.place(*at), at))
+        places = ((self.place(*at), other.place(*at)) for at in corners)
+        return max(abs(one - two) for both in places for one, two in zip(*both))
 
     def place(self, x: float, y: float) -> tuple[float, float]:
         """Where the after image shows what the before image shows at (x, y)."""
@@ -53,8 +62,9 @@ class Warp(NamedTuple):
         words = [f"({shift[0]:+g}, {shift[1]:+g}) pixels"]
         words += [f"turned by {turn:+.1f}°"] * (abs(turn) >= 0.05)
         words += [f"{scale:.2f} times as large"] * (abs(scale - 1) >= 0.005)
+        skew = math.hypot(right[0] - down[1], right[1] + down[0])  # 0 of what only turns and scales
         slant = max(map(abs, self.numbers[6:])) * max(self.size)
-        words += ["slanted"] * (slant >= 0.02)
+        words += ["slanted"] * (max(skew, slant) >= 0.02)
         return ", ".join(words)
 
 
@@ -68,16 +78,16 @@ def moved(image: Image.Image, warp: Warp) -> Image.Image:
     pixels do not resample it."""
     if warp.still:
         return image
-    _, _, x, _, _, y, _, _ = warp.numbers
-    whole = warp == shifted(warp.size, round(x), round(y))
-    how = Image.Resampling.NEAREST if whole else Image.Resampling.BICUBIC
+    how = Image.Resampling.NEAREST if warp.whole else Image.Resampling.BICUBIC
     return image.transform(image.size, Image.Transform.PERSPECTIVE, warp.numbers, how)
 
 
 def find_homography(before: Image.Image, after: Image.Image) -> Warp | None:
-    """Of two images of one size, from coarse to fine; None if they end with too little in common.
+    """Of two images of one size, from coarse to fine; None if at any scale the best one leaves too
+    little in common, or nothing alike.
 
-    To be verified by other means: unrelated images have a best homography too.
+    To be verified by other means: unrelated images have a best homography too. ValueError if the
+    shorter side is below two pixels where the longer one has COARSEST.
     """
     size, ways = after.size, [_turn(degrees) for degrees in STARTS]
     grey = [image.convert("L") for image in (before, after)]
@@ -87,7 +97,7 @@ def find_homography(before: Image.Image, after: Image.Image) -> Warp | None:
     for side in sides:  # a small image shows large motions, a large one small distortions
         free = HOMOGRAPHY if side == sides[-1] else SIMILARITY if side == sides[0] else AFFINE
         small = [max(1, round(n * side / max(size))) for n in size]
-        edges = [_edges(image.resize(small, Image.Resampling.BILINEAR)) for image in grey]
+        edges = [_relief(image.resize(small, Image.Resampling.BILINEAR)) for image in grey]
         alike, best = max((_refined(*edges, way, free) for way in ways), key=lambda found: found[0])
         ways = [best]
         if alike < 0:
@@ -118,7 +128,7 @@ def _smooth(image: np.ndarray, sigma: float) -> np.ndarray:
     return np.fft.irfft2(np.fft.rfft2(image) * np.exp(-2 * (np.pi * sigma * f) ** 2), image.shape)
 
 
-def _edges(image: Image.Image) -> np.ndarray:
+def _relief(image: Image.Image) -> np.ndarray:
     """Magnitude of the gradient relative to its surroundings, (H, W): dates differ in contrast, and
     in which side of an edge is the darker one."""
     length = _smooth(np.hypot(*np.gradient(np.asarray(image, np.float64))), 1)

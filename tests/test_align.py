@@ -15,6 +15,8 @@ from config import TrainConfig
 from config_check import check
 from data import PairDataset
 from evaluate import main as evaluate
+from pairing import registration
+from pairing.aligning import moved_hole
 from pairing.images import Reading, load_image, to_tensor
 from pairing.pairs import Pair, find_pairs
 from pairing.registration import find_shift, find_warp
@@ -209,14 +211,14 @@ def later(image):
     return changed
 
 
-def warp_of(turn, scale, right, down, slant_x, slant_y, side=256):
+def warp_of(turn, scale, right, down, slant_x, slant_y, size=(256, 256)):
     """About the centre of an image."""
     c, s = (scale * f(math.radians(turn)) for f in (math.cos, math.sin))
-    m = side / 2
-    about = np.array([[1, 0, m + right], [0, 1, m + down], [0, 0, 1]])
+    x, y = (n / 2 for n in size)
+    about = np.array([[1, 0, x + right], [0, 1, y + down], [0, 0, 1]])
     about = about @ [[c, -s, 0], [s, c, 0], [slant_x, slant_y, 1]]
-    matrix = about @ [[1, 0, -m], [0, 1, -m], [0, 0, 1]]
-    return Warp((side, side), tuple((matrix / matrix[2, 2]).flatten()[:8].tolist()))
+    matrix = about @ [[1, 0, -x], [0, 1, -y], [0, 0, 1]]
+    return Warp(size, tuple((matrix / matrix[2, 2]).flatten()[:8].tolist()))
 
 
 def displaced(image, warp):
@@ -230,7 +232,7 @@ def displaced(image, warp):
 
 def off_by(found, true):
     """The distance of what two warps make of a grid, on average, in pixels."""
-    grid = [(x, y) for x in range(16, 256, 32) for y in range(16, 256, 32)]
+    grid = [(x, y) for x in range(16, true.size[0], 32) for y in range(16, true.size[1], 32)]
     return np.mean([math.dist(found.place(*at), true.place(*at)) for at in grid])
 
 
@@ -250,11 +252,44 @@ def test_how_an_image_was_turned_scaled_and_slanted_is_found_under_a_strong_chan
     assert abs(find_warp(*large).most - 600 / 256 * true.most) < 1
 
 
+@pytest.mark.parametrize("size", [(301, 199), (120, 250), (641, 480)])
+def test_an_image_that_is_not_square_is_turned_as_well(size):
+    before = picture(2, size)
+    true = warp_of(*WAYS["turned"], size)
+    assert off_by(find_warp(before, displaced(later(before), true)), true) < 0.4
+
+
+def test_beside_a_hole_of_a_turned_image_nothing_of_it_is_left():
+    """Resampling mixes it into its surroundings, which are taken for a hole as well."""
+    pixels, (y, x) = np.full((256, 256, 3), 200, np.uint8), np.mgrid[:256, :256]
+    hole = np.hypot(x - 120, y - 140) < 30
+    pixels[hole] = 0
+    for turn in (0, 3, 33):
+        warp = warp_of(turn, 1.05, 0.5, 0, 0, 0)
+        there = ~moved_hole(hole, warp)
+        off = np.abs(np.asarray(moved(Image.fromarray(pixels), warp), float)[there] - 200)
+        assert off.max() < 8 and (off > 2).sum() < 20 and there.mean() > 0.7
+
+
+def test_what_lies_right_stays_where_hardly_a_shift_can_be_told(monkeypatch):
+    """All quarters say so, though the whole does not, and though a homography would do as well."""
+    before, after = picture(3, (256, 256)), later(picture(3, (256, 256)))
+    nearly = warp_of(0.2, 1, 0, 0, 0, 0)  # a corner moves by half a pixel
+    for shift, gaps in ((None, (0.0, 0.0)), ((0, 0), (math.inf, 0.5)), ((0, 0), (0.5, 0.5))):
+        monkeypatch.setattr(registration, "find_shift", lambda *_, shift=shift: shift)
+        left = list(gaps)
+        monkeypatch.setattr(registration, "_gap", lambda *_, left=left: left.pop(0))
+        monkeypatch.setattr(registration, "find_homography", lambda *_: nearly)
+        assert find_warp(before, after).still
+
+
 def test_a_warp_is_told_in_words():
     assert str(warp_of(-2.5, 1.1, 7, -4.6, 0, 0)) == (
         "(+7, -4.5) pixels, turned by -2.5°, 1.10 times as large"
     )
     assert str(warp_of(0, 1, 0, 0, 0, 2e-4)) == "(+0, +0) pixels, slanted"
+    stretched = Warp((256, 256), (1.05, 0, -6.4, 0, 1 / 1.05, 6.1, 0, 0))
+    assert str(stretched) == "(+0, +0) pixels, slanted"
     assert str(shifted_by((9, 9), -0.5, 0)) == "(-0.5, +0) pixels"
     assert warp_of(90, 1, 0, 0, 0, 0).most == pytest.approx(256)
     assert Warp((3, 4)).still and Warp((3, 4)).most == 0

@@ -21,6 +21,7 @@ import data
 from config import TrainConfig
 from data import Geometry, PairDataset, apply, change_mask
 from pairing import images, sheet
+from pairing.checking import Report, by_clip
 from pairing.hashes import file_hash, fingerprint
 from pairing.images import (
     Frame,
@@ -1139,6 +1140,10 @@ def test_a_clip_that_would_run_backwards_by_its_names_is_refused(tmp_path):
         ValueError, match=r"so that clip wrong would begin with x AFTER.jpg: number"
     ):
         find_clips(tmp_path)
+    assert len(find_clips(tmp_path, exclude={"wrong"})) == 3
+    report = Report()
+    by_clip(tmp_path, 1, report)
+    assert report.found["clips that run backwards", ""] == [("wrong", "")]
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png"])

@@ -314,6 +314,8 @@ def test_results_are_edited_again_without_their_sheet_and_strips(tmp_path, sd1, 
     results = {f"{stem}_s{s}.png" for stem in stems for s in ("0.5", "1")}
     written = {str(path.relative_to(second)) for path in second.rglob("*.png")}
     assert written == results | {"sheet.png"}
+    run("edit", "--lora", lora, "--input", images, "--out", tmp_path / "one")
+    assert tmp_path / "one" / "deep" / "road_strip.png" in find_images(tmp_path / "one")
     run("morph", "--model", sd1, "--before", images / "a.png", "--after", images / "a.png",
         "--method", "blend", "--frames", "2", "--out", tmp_path / "clips" / "m")  # fmt: skip
     assert [path.name for path in find_images(tmp_path / "clips" / "m")] == ["000.png", "001.png"]

@@ -87,7 +87,7 @@ class Watch:
     def judge(self, done: int, run: Run) -> None:
         if not self.held_out.pairs:
             return
-        # no decorator of `held_out_loss`, with which this module imports torch's compiler
+        # not a decorator of `held_out_loss`: that would import torch's compiler with this module
         with torch.compiler.set_stance("force_eager"):
             run.log("eval", step=done, **self.held_out_loss())
 
