@@ -35,6 +35,7 @@ class Warp(NamedTuple):
 
     @property
     def most(self) -> float:
+        """The furthest that it moves a corner to the side, up or down, in pixels."""
         return self.apart(Warp(self.size))
 
     def apart(self, other: "Warp") -> float:
