@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 from pairing.darkness import DIM, dark
 from pairing.holes import MUCH, black_alone, filled, holes_of, union
@@ -19,6 +20,7 @@ from pairing.on_map import elsewhere, frame_on_map
 from pairing.pairs import by_name, find_pairs, not_read, read_caption
 from pairing.registration import MAX_ASPECT, MIN_MOVE, aspect_gap, find_warp, unchanged
 from pairing.sequences import clips_in, find_sequences, runs_backwards
+from progress import no_bars
 
 TILE, SHEET_PLACES, SHEET_STATES = 192, 24, 5
 
@@ -177,7 +179,7 @@ def check(
     lengths = [len(files) for files in states.values()] or [0]
     across = min(SHEET_STATES, *lengths)
     rows = {}
-    for name, files in states.items():
+    for name, files in tqdm(states.items(), desc="check", disable=no_bars()):
         mask = (masks or {}).get(name, [None])[0]
         shown = evenly(len(files), across) if name in picks else []
         if row := look_at(name, files, mask, places, resolution, report, shown, how):

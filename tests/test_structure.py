@@ -38,6 +38,7 @@ ARROWS = {
     "pairing.on_map": ["pairing.images"],
     "pairing.masks": ["pairing.images", "pairing.values"],
     "pairing.sheet": [],
+    "progress": [],
     "pairing.holes": ["pairing.images", "pairing.values"],
     "pairing.warping": [],
     "pairing.registration": ["pairing.warping"],
@@ -48,7 +49,7 @@ ARROWS = {
     "pairing.sequences": ["pairing.images", "pairing.pairs"],
     "pairing.checking": [
         "pairing.darkness", "pairing.holes", "pairing.images", "pairing.masks", "pairing.names",
-        "pairing.on_map", "pairing.pairs", "pairing.registration", "pairing.sequences",
+        "pairing.on_map", "pairing.pairs", "pairing.registration", "pairing.sequences", "progress",
     ],
     "data": [
         "pairing.aligning", "pairing.colours", "pairing.hashes", "pairing.holes",
@@ -58,7 +59,6 @@ ARROWS = {
     "reporting.md": [],
     "reporting.evaluation": ["durable", "pairing.sheet", "reporting.md"],
     "training.stop": [],
-    "progress": [],
     "training.trackers": ["durable"],
     "revision": [],
     "reporting.curve": [],
