@@ -6,7 +6,7 @@ script this project descends from had too has its name from there.
 
 from dataclasses import dataclass
 
-from knobs import knob
+from knobs import knob, without_paths
 
 
 @dataclass(frozen=True)
@@ -351,6 +351,10 @@ class TrainConfig:
         False, "attention is always memory-efficient; accepted for old commands"
     )
     local_rank: int = knob(-1, "set by old launchers and ignored; the environment decides")
+
+    def __post_init__(self) -> None:
+        for name, value in list(vars(self).items()):
+            object.__setattr__(self, name, without_paths(value))
 
 
 def is_pairs(cfg: TrainConfig) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import shlex
 import types
 import typing
@@ -62,6 +63,13 @@ def spelt(name: str, value: object) -> str:
         return f"--{name}" if value else f"--no-{name}"
     values = value if isinstance(value, list | tuple) else [value]
     return shlex.join([f"--{name}", *map(str, values)])
+
+
+def without_paths(value):
+    """A value with text in place of a path, or of each in a list: what a JSON file can hold."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(without_paths, value))
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def kind_of(hint) -> type:

@@ -291,6 +291,14 @@ def test_a_choice_is_checked_in_a_call_too(place):
         train.train(TrainConfig(before_data_dir="x", after_data_dir="y", pair_objective="both"))
 
 
+def test_a_path_is_as_good_as_its_text():
+    given = {"output_dir": "a/b", "sequence_dirs": ("a", "b"), "exclude_from": None, "seed": 3}
+    paths = given | {"output_dir": Path("a", "b"), "sequence_dirs": (Path("a"), "b")}
+    cfg = TrainConfig(**paths)
+    assert cfg == TrainConfig(**given) and cfg.output_dir == "a/b"
+    assert dataclasses.replace(cfg, output_dir=Path("c")).output_dir == "c"
+
+
 def test_an_unknown_device_of_a_good_name(place):
     """CUDA where there is none is a sentence too."""
     if torch.cuda.is_available():
