@@ -1461,7 +1461,8 @@ def test_flag(name, lab, monkeypatch):
 def test_a_flag_that_another_flag_switches_off_is_warned_about(lab, flag, value, needs):
     """An arm of an ablation may switch it off, so it does not stop; the sentence names both."""
     quiet = {"pair_objective": "slider", "center_crop": True}
-    spelt = {True: f"--{flag}", False: f"--no-{flag}", (0.0, 1.0): f"--{flag} 0.0 1.0"}
+    spelt = {True: f"--{flag}", False: f"--no-{flag}", (0.0, 1.0): f"--{flag} 0.0 1.0",
+             "a field": f"--{flag} 'a field'"}  # fmt: skip
     said = re.escape(f"{spelt.get(value, f'--{flag} {value}')} has no effect without ")
     with pytest.warns(UserWarning, match=f"{said}.*{needs}"):
         loud = lab.fresh(**quiet, **{flag: value}, max_train_steps=1)
