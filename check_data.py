@@ -31,9 +31,10 @@ from durable import (
 )
 from knobs import check_fields
 from pairing.checking import TILE, Report, by_clip, by_folder, check
+from pairing.folders import by_name, left_out, lonely_captions, refuse_among
 from pairing.images import Reading, listed
 from pairing.names import masks_by_name
-from pairing.pairs import by_name, left_out, lonely_captions, refuse_among, refuse_missing
+from pairing.pairs import refuse_missing
 from pairing.sequences import is_clip
 from pairing.sheet import contact_sheet
 

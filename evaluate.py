@@ -47,9 +47,10 @@ from model.detail import keep_detail
 from model.draws import seed_for
 from model.lora_files import lora_path
 from model.pipeline import Pipeline, decode, encode
+from pairing.folders import refuse_among
 from pairing.hashes import image_hashes
 from pairing.images import eight_bit, to_image
-from pairing.pairs import SIDES, refuse_among, told_of
+from pairing.pairs import SIDES, told_of
 from pairing.registration import STILL_MOVED, most_moved
 from progress import no_bars
 from report import write_report

@@ -17,10 +17,11 @@ from PIL import Image
 
 from pairing.colours import colour_profile, in_own, in_srgb
 from pairing.darkness import dark, range_for
+from pairing.folders import find_images, left_out, real_folders, refuse_among
 from pairing.holes import cleared, filled, holes_of, kept
 from pairing.images import Reading, by, is_deep_file, is_grey, listed, load_image
 from pairing.masks import load_mask, mostly_grey
-from pairing.pairs import find_images, left_out, masks_of, real_folders, refuse_among
+from pairing.pairs import masks_of
 from pairing.registration import MAX_ASPECT, aspect_gap
 
 

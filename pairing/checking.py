@@ -12,12 +12,13 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from pairing.darkness import DIM, dark
+from pairing.folders import by_name, not_read
 from pairing.holes import MUCH, black_alone, filled, holes_of, union
 from pairing.images import USUAL, Frame, Reading, by, further_pages, listed, load_image
 from pairing.masks import load_mask, mostly_grey
 from pairing.names import Compared, comparable
 from pairing.on_map import elsewhere, frame_on_map
-from pairing.pairs import by_name, find_pairs, not_read, read_caption
+from pairing.pairs import find_pairs, read_caption
 from pairing.registration import MAX_ASPECT, MIN_MOVE, aspect_gap, find_warp, unchanged
 from pairing.sequences import clips_in, find_sequences, runs_backwards
 from progress import no_bars

@@ -13,18 +13,9 @@ from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 
+from pairing.folders import SUFFIXES, existing, find_images
 from pairing.images import Frame, further_pages, listed
-from pairing.pairs import (
-    SUFFIXES,
-    Pair,
-    existing,
-    files_alike,
-    find_images,
-    masks_of,
-    matched,
-    read_caption,
-    refuse_missing,
-)
+from pairing.pairs import Pair, files_alike, masks_of, matched, read_caption, refuse_missing
 
 MAX_FRAMES = 10_000  # of an animated file, whose header may claim any number
 EARLY, LATE = {"before", "pre"}, {"after", "post"}  # words in names

@@ -22,6 +22,7 @@ from config import TrainConfig
 from data import Geometry, PairDataset, apply, change_mask
 from pairing import images, sheet
 from pairing.checking import Report, by_clip
+from pairing.folders import SUFFIXES, find_images, refuse_among
 from pairing.hashes import file_hash, fingerprint
 from pairing.images import (
     Frame,
@@ -33,16 +34,7 @@ from pairing.images import (
     to_tensor,
 )
 from pairing.masks import load_mask
-from pairing.pairs import (
-    SUFFIXES,
-    Pair,
-    find_images,
-    find_pairs,
-    find_singles,
-    names_in,
-    refuse_among,
-    told_of,
-)
+from pairing.pairs import Pair, find_pairs, find_singles, names_in, told_of
 from pairing.registration import find_shift
 from pairing.sequences import find_clips, find_sequences
 from tests.pairs import write_pairs

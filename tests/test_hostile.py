@@ -29,8 +29,9 @@ from model.contents import read_tensors
 from model.lora_files import LORA_FILE, read_lora
 from model.objectives import Knobs
 from model.weights import load_tokenizer, load_unet
+from pairing.folders import find_images
 from pairing.images import image_size, listed, load_image
-from pairing.pairs import find_images, find_pairs, find_singles, read_caption
+from pairing.pairs import find_pairs, find_singles, read_caption
 from pairing.sheet import contact_sheet
 from reporting.md import code
 from runs import Run
@@ -390,7 +391,7 @@ def test_a_hundred_thousand_pairs(tmp_path, monkeypatch):
     """Matched, split and reported in one go each; a message stays a message."""
     names = [f"{i:06d}.png" for i in range(100_000)]
     monkeypatch.setattr(
-        "pairing.pairs.find_images", lambda folder, flag="": [Path(folder, n) for n in names]
+        "pairing.folders.find_images", lambda folder, flag="": [Path(folder, n) for n in names]
     )
     monkeypatch.setattr("pairing.pairs.read_caption", lambda *images: None)
     for side in ("before", "after"):
@@ -400,7 +401,7 @@ def test_a_hundred_thousand_pairs(tmp_path, monkeypatch):
     assert len(found.train) == len(found.held_out) == 50_000 and len(found.shown) == 4
     assert not {p.name for p in found.train} & {p.name for p in found.held_out}
     monkeypatch.setattr(
-        "pairing.pairs.find_images",
+        "pairing.folders.find_images",
         lambda folder, flag="": [Path(folder, f"{Path(folder).name[0]}{n}") for n in names],
     )  # fmt: skip
     with pytest.raises(ValueError) as caught:

@@ -30,8 +30,8 @@ from model.text import TextEncoder
 from model.unet import UNet
 from model.vae import VAE
 from model.weights import load_text, load_unet, load_vae, save_lora
+from pairing.folders import find_images
 from pairing.images import load_image, to_image, to_tensor
-from pairing.pairs import find_images
 from tests.checkpoints import make_checkpoint
 from training.watching import ValidationPairs, Watch
 

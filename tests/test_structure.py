@@ -44,12 +44,14 @@ ARROWS = {
     "pairing.registration": ["pairing.warping"],
     "pairing.aligning": ["pairing.holes", "pairing.registration", "pairing.warping"],
     "pairing.names": ["pairing.images"],
-    "pairing.pairs": ["pairing.images", "pairing.names"],
+    "pairing.folders": ["pairing.images"],
+    "pairing.pairs": ["pairing.folders", "pairing.images", "pairing.names"],
     "pairing.hashes": ["durable", "pairing.images", "pairing.pairs"],
-    "pairing.sequences": ["pairing.images", "pairing.pairs"],
+    "pairing.sequences": ["pairing.folders", "pairing.images", "pairing.pairs"],
     "pairing.checking": [
-        "pairing.darkness", "pairing.holes", "pairing.images", "pairing.masks", "pairing.names",
-        "pairing.on_map", "pairing.pairs", "pairing.registration", "pairing.sequences", "progress",
+        "pairing.darkness", "pairing.folders", "pairing.holes", "pairing.images", "pairing.masks",
+        "pairing.names", "pairing.on_map", "pairing.pairs", "pairing.registration",
+        "pairing.sequences", "progress",
     ],
     "data": [
         "pairing.aligning", "pairing.colours", "pairing.hashes", "pairing.holes",
@@ -131,17 +133,17 @@ ARROWS = {
         "model.schedule",
     ],
     "training.inputs": [
-        "config", "data", "model.memory", "model.vae", "pairing.images", "pairing.names",
-        "pairing.pairs", "pairing.sequences", "training.latents", "training.rows",
+        "config", "data", "model.memory", "model.vae", "pairing.folders", "pairing.images",
+        "pairing.names", "pairing.pairs", "pairing.sequences", "training.latents", "training.rows",
     ],
     "training.doubts": [
-        "config", "data", "model.unet", "pairing.darkness", "pairing.holes", "pairing.images",
-        "pairing.masks", "pairing.pairs", "pairing.registration", "pairing.sequences",
-        "training.inputs",
+        "config", "data", "model.unet", "pairing.darkness", "pairing.folders", "pairing.holes",
+        "pairing.images", "pairing.masks", "pairing.pairs", "pairing.registration",
+        "pairing.sequences", "training.inputs",
     ],
     "training.class_images": [
-        "config", "durable", "progress", "model.memory", "model.pipeline", "pairing.images",
-        "pairing.pairs",
+        "config", "durable", "progress", "model.memory", "model.pipeline", "pairing.folders",
+        "pairing.images", "pairing.pairs",
     ],
     "training.journal": [
         "progress", "runs", "model.draws", "model.memory", "model.objectives", "pairing.images",
@@ -153,8 +155,8 @@ ARROWS = {
         "model.tiles", "pairing.images",
     ],
     "editing.inputs": [
-        "pairing.colours", "pairing.darkness", "pairing.holes", "pairing.images", "pairing.masks",
-        "pairing.pairs", "pairing.registration",
+        "pairing.colours", "pairing.darkness", "pairing.folders", "pairing.holes", "pairing.images",
+        "pairing.masks", "pairing.pairs", "pairing.registration",
     ],
     "editing.edits": [
         "editing.config", "editing.framing", "model.detail", "model.memory", "model.objectives",
@@ -190,7 +192,7 @@ ARROWS = {
     ],
     "training.session": [
         "config", "durable", "runs", "model.fused", "model.memory", "model.pipeline",
-        "pairing.pairs", "training.ranks", "training.trackers",
+        "pairing.folders", "training.ranks", "training.trackers",
     ],
     "training.gather": [
         "config", "data", "runs", "model.files", "model.objectives", "model.schedule",
@@ -216,8 +218,8 @@ ARROWS = {
         "training.prompts", "training.watching",
     ],
     "check_data": [
-        "cli", "config", "durable", "knobs", "pairing.checking", "pairing.images", "pairing.names",
-        "pairing.pairs", "pairing.sequences", "pairing.sheet",
+        "cli", "config", "durable", "knobs", "pairing.checking", "pairing.folders",
+        "pairing.images", "pairing.names", "pairing.pairs", "pairing.sequences", "pairing.sheet",
     ],
     "sample": ["*"],
     "train": ["*"],

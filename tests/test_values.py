@@ -14,10 +14,11 @@ from check_data import main as check_data
 from config import TrainConfig
 from data import PairDataset
 from pairing.darkness import Dark, dark, range_for
+from pairing.folders import find_images
 from pairing.holes import holes_of
 from pairing.images import Reading, image_size, is_deep_file, load_image, lossy, stored_colours
 from pairing.masks import load_mask
-from pairing.pairs import find_images, find_pairs
+from pairing.pairs import find_pairs
 from pairing.values import NODATA
 from tests.test_holes import tiff
 from tests.test_sample import write_lora

@@ -12,8 +12,9 @@ from config import TrainConfig
 from durable import save_image
 from model.memory import phase, unless_full
 from model.pipeline import DTYPES, load_pipeline, pick_dtype
+from pairing.folders import find_images
 from pairing.images import by, to_image
-from pairing.pairs import Pair, find_images, find_singles
+from pairing.pairs import Pair, find_singles
 from progress import no_bars
 
 

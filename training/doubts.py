@@ -8,10 +8,11 @@ from config import TrainConfig
 from data import PairDataset
 from model.unet import XL_SIDE
 from pairing.darkness import dark, range_for
+from pairing.folders import left_out
 from pairing.holes import MUCH, black_alone
 from pairing.images import Frame, further_pages, is_deep_file, listed, to_image
 from pairing.masks import mostly_grey
-from pairing.pairs import SIDES, Pair, left_out
+from pairing.pairs import SIDES, Pair
 from pairing.registration import STILL_MOVED, most_moved
 from pairing.sequences import is_clip
 from training.inputs import Size, excluded, spread

@@ -13,9 +13,10 @@ from config import TrainConfig
 from data import PairDataset
 from model.memory import unless_full
 from model.vae import VAE
+from pairing.folders import by_name
 from pairing.images import Reading, load_image
 from pairing.names import comparable, masks_by_name
-from pairing.pairs import Pair, by_name, find_pairs, find_singles, names_in, read_caption
+from pairing.pairs import Pair, find_pairs, find_singles, names_in, read_caption
 from pairing.sequences import clips_in, find_clips, find_sequences
 from training.latents import Latents, cache_latents
 from training.rows import ALONE, Share

@@ -14,7 +14,7 @@ from durable import refuse_file
 from model.fused import can_fuse
 from model.memory import out_of_memory, peak_mib
 from model.pipeline import DTYPES
-from pairing.pairs import refuse_among
+from pairing.folders import refuse_among
 from runs import FILES, Run
 from training.ranks import NullRun, Ranks
 from training.trackers import pick_tracker
