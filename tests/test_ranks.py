@@ -104,6 +104,21 @@ def test_two_processes_are_one_with_the_doubled_batch(
     assert max((a[name] - b[name]).abs().max().item() for name in a) < 1e-6
 
 
+def threads_of_gloo(command: list[str]) -> int:
+    """A training; how many of its connection's threads are left, if nothing else went wrong."""
+    status = loop.main(command)
+    names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    return status or sum("gloo" in name for name in names)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads Linux's /proc")
+def test_no_thread_outlives_the_connection(config, launched):
+    """One that does may abort the process at its end, which torchrun takes for a failure."""
+    cfg = replace(config, max_train_steps=1)
+    statuses, said = launched(argv(cfg), argv(cfg), main=threads_of_gloo)
+    assert statuses == [0, 0], said
+
+
 @pytest.mark.slow
 def test_torchrun_goes_on_with_a_run_of_which_a_rank_was_killed(config, tmp_path):
     """One sentence, and with --max-restarts the run that was not killed, to the bit.

@@ -98,6 +98,7 @@ class Ranks:
         if self._store is not None:
             if self._sent is not None:
                 self._sent[0].wait()
+            self._sent = None  # it keeps a thread of gloo's, which may abort a process that ends
             dist.destroy_process_group()
 
     def device(self, name: str | None) -> str | None:
