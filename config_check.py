@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from config import TrainConfig, is_pairs, objective_of
-from knobs import check_fields, spelt
+from knobs import as_typed, check_fields
 
 SOURCES = ("before_data_dir", "sequence_dirs", "frames_dir", "instance_data_dir")
 OF_PAIRS = (
@@ -140,12 +140,12 @@ def without_effect(cfg: TrainConfig, objectives: Mapping) -> list[str]:
     default = {f.name: f.default for f in dataclasses.fields(cfg)}
     given = [name for name in default if getattr(cfg, name) != default[name]]
     sentences = [
-        f"{spelt(name, getattr(cfg, name))} has no effect without {wanted}"
+        f"{as_typed(name, getattr(cfg, name))} has no effect without {wanted}"
         for name, read, wanted in rules
         if not read and name in given
     ]
     return sentences + [
-        f"{spelt(name, getattr(cfg, name))} has no effect with --{stronger}"
+        f"{as_typed(name, getattr(cfg, name))} has no effect with --{stronger}"
         for name, stronger in INSTEAD.items()
         if {name, stronger} <= set(given)
     ]

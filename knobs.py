@@ -57,12 +57,14 @@ WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "
 LISTS = {float: "a list of numbers", str: "a list of texts"}
 
 
-def spelt(name: str, value: object) -> str:
+def as_typed(name: str, value: object) -> str:
     """The flag that gives a field this value, as it is typed."""
     if isinstance(value, bool):
         return f"--{name}" if value else f"--no-{name}"
-    values = value if isinstance(value, list | tuple) else [value]
-    return shlex.join([f"--{name}", *map(str, values)])
+    if isinstance(value, list | tuple):
+        return shlex.join([f"--{name}", *map(str, value)])
+    between = "=" if str(value).startswith("-") else " "  # or it would be taken for a flag
+    return f"--{name}{between}{shlex.quote(str(value))}"
 
 
 def without_paths(value):

@@ -31,7 +31,7 @@ from editing.ends import Ends, load_ends
 from editing.flags import add_edit_flags, draws_anew, open_pipeline
 from editing.framing import brought_to
 from editing.inputs import refuse_out
-from knobs import spelt
+from knobs import as_typed
 from model.lora_files import load_lora, lora_path, read_lora
 from model.morph import States, blended, fit, inverted, renderer, respaced, steps_between
 from model.objectives import OBJECTIVES
@@ -251,7 +251,7 @@ def unread(cfg: MorphConfig, objective: str | None, method: str) -> Iterator[tup
         for name in names:
             value, usual = getattr(cfg, name), getattr(MorphConfig, name)
             if name not in reads and value != usual:
-                yield spelt(name, value), needed
+                yield as_typed(name, value), needed
 
 
 def frame_names(n: int) -> list[str]:

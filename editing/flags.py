@@ -11,6 +11,7 @@ from pathlib import Path
 from cli import add_fields, floats
 from durable import refuse_file, refuse_read_only
 from editing.config import MOST, EditConfig, UseConfig, config_of, names_of, prompt_of
+from knobs import as_typed
 from model.contents import first_line
 from model.files import is_local, moved_note
 from model.memory import out_of_memory
@@ -168,10 +169,12 @@ def warn_of_unread(args: argparse.Namespace, objective: str) -> None:
     usual, uses = dataclasses.asdict(EditConfig()), OBJECTIVES[objective].uses
     for flag in sorted({flag for one in OBJECTIVES.values() for flag in one.uses}):
         if flag not in uses and (value := getattr(args, flag)) != usual[flag]:
-            warnings.warn(f"--{flag} {value} has no effect on {objective}", stacklevel=2)
+            warnings.warn(f"{as_typed(flag, value)} has no effect on {objective}", stacklevel=2)
     swept, values = getattr(args, "sweep", None) or ("", [])
     if swept and (value := getattr(args, swept)) != usual[swept]:
-        warnings.warn(f"--{swept} {value} has no effect with --sweep {swept}=...", stacklevel=2)
+        warnings.warn(
+            f"{as_typed(swept, value)} has no effect with --sweep {swept}=...", stacklevel=2
+        )
     starts = values if swept == "start" else [args.start]
     if "start" in uses and "invert" in starts and args.guidance > 1:
         message = f"--guidance {args.guidance:g}: --start invert inverts at guidance 1, so that the"

@@ -191,7 +191,7 @@ def find_clips(
                 f"--frames_dir: {listed([name])} has {len(frames)} frames, "
                 f"expected at least {stride + 1} at --frame_stride {stride}"
             )
-        if runs_backwards(frames):
+        if runs_backwards(taken):
             raise ValueError(
                 f"--frames_dir: frames are in the order of their names, so that clip "
                 f"{listed([name])} would begin with {listed([frames[0].name])}: number them"

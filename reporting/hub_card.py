@@ -7,6 +7,7 @@ import json
 import shlex
 from pathlib import Path
 
+from knobs import as_typed
 from model.contents import PICKLED
 from model.files import MOVED, is_local
 from model.lora_files import LORA_FILE, file_of
@@ -258,10 +259,7 @@ def command_line(flags: dict, local: bool) -> str:
             continue
         if name in ("pretrained_model_name_or_path", "vae_path", "tokenizer_name", "base_lora"):
             value = Path(value).name if is_local(value) else value
-        if isinstance(value, bool):
-            lines.append(f"--{'' if value else 'no-'}{name}")
-        else:
-            values = value if isinstance(value, list | tuple) else [value]
-            words = (shlex.quote(printable(str(one))) for one in values)
-            lines.append(f"--{name}{' ' if len(values) > 1 else '='}{' '.join(words)}")
+        if isinstance(value, list | tuple):
+            value = [printable(str(one)) for one in value]
+        lines.append(as_typed(name, printable(value) if isinstance(value, str) else value))
     return " \\\n  ".join(lines)

@@ -23,6 +23,7 @@ import evaluate
 import sample
 import train
 from config import TrainConfig
+from knobs import as_typed
 from model.lora_files import LORA_FILE
 from tests.pairs import write_pairs
 
@@ -297,6 +298,14 @@ def test_a_path_is_as_good_as_its_text():
     cfg = TrainConfig(**paths)
     assert cfg == TrainConfig(**given) and cfg.output_dir == "a/b"
     assert dataclasses.replace(cfg, output_dir=Path("c")).output_dir == "c"
+
+
+def test_a_flag_is_told_as_it_is_typed():
+    told = {
+        "--x": True, "--no-x": False, "--x 0.5 1": (0.5, 1), "--x 'a lake'": "a lake",
+        "--x=-1": -1, "--x='-a b'": "-a b", "--x a 'b c'": ["a", "b c"],
+    }  # fmt: skip
+    assert [as_typed("x", value) for value in told.values()] == list(told)
 
 
 def test_an_unknown_device_of_a_good_name(place):

@@ -238,7 +238,7 @@ def test_each_client_gets_its_file():
     assert "--format kohya" in both and "weight is 2 * strength - 1" in both
     local = card(base_model="/where/I/live/base", flags={"output_dir": "/x", "vae_path": "/x/vae"})
     assert "/where" not in local and "base_model" not in front(local) and "/x" not in local
-    assert "a local checkpoint" in local and "--vae_path=vae" in local
+    assert "a local checkpoint" in local and "--vae_path vae" in local
     assert "from_pretrained(base, revision='v2')" in card(revision="v2")
     assert " --variant fp16" in card(objective="concat", variant="fp16")
     single = {"base_model": "/where/I/live/base.safetensors", "variant": "ema"}

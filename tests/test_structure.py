@@ -163,8 +163,8 @@ ARROWS = {
         "model.pipeline", "model.predict", "model.tiles",
     ],
     "editing.flags": [
-        "cli", "durable", "editing.config", "model.contents", "model.files", "model.memory",
-        "model.objectives", "model.pipeline",
+        "cli", "durable", "editing.config", "knobs", "model.contents", "model.files",
+        "model.memory", "model.objectives", "model.pipeline",
     ],
     "editing.ends": [
         "pairing.aligning", "pairing.colours", "pairing.darkness", "pairing.holes",
@@ -201,7 +201,8 @@ ARROWS = {
         "training.prompts", "training.ranks", "training.session",
     ],
     "reporting.hub_card": [
-        "model.contents", "model.files", "model.lora_files", "model.objectives", "reporting.md",
+        "knobs", "model.contents", "model.files", "model.lora_files", "model.objectives",
+        "reporting.md",
     ],
     "hub": [
         "cli", "config", "durable", "progress", "report", "model.files", "model.lora_files",
